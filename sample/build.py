@@ -1,0 +1,78 @@
+"""Builds sample/ouro-tiny: a tiny Ouro's config, and a tokenizer like the published one trained on the sample text.
+
+    python sample/build.py          # repeat after changing the sample's text; writes the same bytes every time
+
+The weights are not stored: `init_seed` in config.json makes `load_ouro` draw them. Like the published tokenizer
+(SmolLM2's) this one is a byte-level BPE with single digits, <|endoftext|> = 0 as bos, eos and pad, and ChatML turns
+that end with <|im_end|> = 2.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SAMPLE = Path(__file__).resolve().parent
+sys.path.insert(0, str(SAMPLE.parent))
+from modeling_ouro import OuroConfig  # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 1024
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def corpus() -> list[str]:
+    """Every string of the sample's training rows and texts; the exam items stay unseen."""
+    files = [SAMPLE / name / "train.jsonl" for name in ("wangchan", "synthetic", "r1")]
+    files += sorted((SAMPLE / "texts").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [value for row in rows for value in row.values() if isinstance(value, str)]
+
+
+def build(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[0],
+        unk_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[1:],
+        chat_template=TEMPLATE,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder, save_jinja_files=False)
+    OuroConfig(
+        architectures=["OuroForCausalLM"],
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        initializer_range=0.1,  # five times the published one: a frozen random head must be able to tell tokens apart
+        init_seed=0,
+        torch_dtype="bfloat16",
+    ).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    build(SAMPLE / "ouro-tiny")

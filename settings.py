@@ -1,0 +1,255 @@
+"""The one settings layer, and what else every script shares: errors meant for the user, files written whole.
+
+    python train_qlora.py --config configs/default.yaml --exp exp2-wangchan-ut1 --learning_rate 1e-4
+
+Order, the later one wins: the defaults below, the --config file, the experiment's row in configs/experiments.yaml, the
+environment (CONFIG, OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS), the command line. Names are those of TRL's SFTConfig and
+PEFT's LoraConfig wherever the setting exists there.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+# Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+
+EXPERIMENTS = Path(__file__).parent / "configs" / "experiments.yaml"
+FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one message without a traceback, exit code 2."""
+
+
+def setting(default, text: str, at_least: float | None = None, one_of: tuple = ()):
+    if isinstance(default, dict):
+        return dataclasses.field(
+            default_factory=lambda: dict(default), metadata={"help": text, "at_least": None, "one_of": ()}
+        )
+    return dataclasses.field(default=default, metadata={"help": text, "at_least": at_least, "one_of": one_of})
+
+
+@dataclasses.dataclass
+class Settings:
+    # model
+    model_name_or_path: str = setting("ByteDance/Ouro-2.6B", "Hub id or folder of an Ouro checkpoint")
+    model_revision: str | None = setting(None, "commit of the checkpoint; none: the one pinned in modeling_ouro.py")
+    total_ut_steps: int = setting(4, "loops in training", at_least=1)
+    loss: str = setting(
+        "last", "which loops' logits are trained, see modeling_ouro.py", one_of=("last", "mixture", "all")
+    )
+    use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
+    bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")
+    # adapter
+    r: int = setting(16, "rank of LoRA on the seven projections", at_least=1)
+    lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
+    lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0)
+    # data
+    dataset: str = setting("wangchan", "training set by name, see data_config.py")
+    paths: dict = setting({}, "local folders to read instead of the Hub, name=folder for datasets and benchmarks")
+    max_length: int = setting(2048, "longest row in tokens; longer ones are dropped, never cut", at_least=8)
+    max_empty_share: float = setting(0.01, "refuse to train when more rows lack a prompt or an answer", at_least=0)
+    max_dropped_share: float = setting(0.2, "refuse to train when more rows are too long", at_least=0)
+    # optimisation
+    num_train_epochs: float = setting(3, "passes over the data", at_least=0)
+    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1)
+    per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1)
+    gradient_accumulation_steps: int = setting(32, "forward passes per step, summed over all GPUs", at_least=1)
+    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0)
+    lr_scheduler_type: str = setting("cosine", "as in transformers")
+    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
+    max_grad_norm: float = setting(1.0, "gradient clipping", at_least=0)
+    optim: str = setting("paged_adamw_8bit", "as in transformers")
+    gradient_checkpointing: bool = setting(True, "recompute each layer in the backward pass: less memory, more time")
+    seed: int = setting(42, "seed of everything", at_least=0)
+    # evaluation
+    eval_batch_size: int = setting(8, "sequences per forward pass in evaluate.py", at_least=1)
+    # places and logs
+    output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>")
+    results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>")
+    logging_steps: int = setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
+    report_to: str = setting("none", "as in transformers: none, tensorboard, wandb; needs that package")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+TYPES = typing.get_type_hints(Settings)
+
+
+@dataclasses.dataclass
+class Resolved:
+    """The settings of one run, where each came from, the run's name, and the script's own options."""
+
+    settings: Settings
+    origins: dict[str, str]
+    run: str
+    config: str | None
+    options: argparse.Namespace
+
+    def as_yaml(self) -> str:
+        """config.yaml of a run: itself a valid --config file, the origins as comments."""
+        lines = [f"# run {self.run}: every setting as resolved, and where it came from"]
+        for name, value in dataclasses.asdict(self.settings).items():
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[name]}")  # JSON is YAML
+        return "\n".join(lines) + "\n"
+
+
+def nearest(name: str, known) -> str:
+    """"; did you mean 'x'?" for a typing error, else the names there are."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def parse(name: str, value: object, origin: str) -> object:
+    """`value` (from YAML, the environment or the command line) as the type of setting `name`.
+
+    Raises:
+        UserError: not of that type, or outside the setting's range.
+    """
+    kind, meta = TYPES[name], FIELDS[name].metadata
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        kind = typing.get_args(kind)[0]
+    wrong = UserError(f"{origin}: {name} must be {kind.__name__}{' or null' if optional else ''}, got {value!r}")
+    if value is None or (optional and value in ("null", "none", "")):
+        if optional:
+            return None
+        raise wrong
+    try:
+        if kind is bool:
+            result = {"true": True, "false": False}[str(value).lower()]
+        elif isinstance(value, bool) or (kind is not dict and isinstance(value, dict | list)):
+            raise wrong
+        elif kind is dict:
+            result = value if isinstance(value, dict) else dict(pair.split("=", 1) for pair in value.split(",") if pair)
+        elif kind is int:
+            result = int(float(value))
+            if result != float(value):
+                raise wrong
+        else:
+            result = kind(value)  # YAML reads 2e-4 as a string; float() does not mind
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        raise wrong from None
+    if meta["one_of"] and result not in meta["one_of"]:
+        raise UserError(f"{origin}: {name} must be one of {', '.join(meta['one_of'])}, got {result!r}")
+    if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
+        raise UserError(f"{origin}: {name} must be at least {meta['at_least']:g}, got {result!r}")
+    return result
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: no such file, broken YAML (with the line), or something other than a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path} must hold 'setting: value' lines, found a {type(content).__name__}")
+    return content or {}
+
+
+def resolve(
+    description: str,
+    argv: list[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> Resolved:
+    """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
+
+    Raises:
+        UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
+            experiment (listing those there are).
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file of settings (environment: CONFIG)")
+    parser.add_argument("--exp", help="an experiment of configs/experiments.yaml; also names the run's folders")
+    if add_options:
+        add_options(parser)
+    group = parser.add_argument_group("settings, see settings.py")
+    for name, field in FIELDS.items():
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="X", help=field.metadata["help"])
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise UserError(f"command line: unknown argument {unknown[0]!r}{nearest(unknown[0].lstrip('-'), known)}")
+
+    config = options.config or os.environ.get("CONFIG")
+    sources: list[tuple[str, dict]] = []
+    if config:
+        sources.append((config, read_yaml(config)))
+    if options.exp:
+        experiments = read_yaml(EXPERIMENTS)
+        if options.exp not in experiments:
+            raise UserError(
+                f"unknown experiment {options.exp!r}{nearest(options.exp, experiments)}\n"
+                f"configs/experiments.yaml holds: {', '.join(experiments)}"
+            )
+        sources.append((f"experiment {options.exp}", experiments[options.exp]))
+    sources += [
+        (f"environment {name.upper()}", {name: os.environ[name.upper()]})
+        for name in FROM_ENVIRONMENT
+        if os.environ.get(name.upper())
+    ]
+    sources.append(("command line", {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}))
+
+    values, origins = {}, dict.fromkeys(FIELDS, "default")
+    for origin, source in sources:
+        for name, value in source.items():
+            if name not in FIELDS:
+                raise UserError(f"{origin}: unknown setting {name!r}{nearest(str(name), FIELDS)}")
+            values[name], origins[name] = parse(name, value, origin), origin
+    run = options.exp or (Path(config).stem if config else "run")
+    return Resolved(Settings(**values), origins, run, config, options)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Writes a file that is either there whole or not at all, also across a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def call(main: Callable[[], None]) -> None:
+    """Runs a script's main; a UserError becomes one message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
