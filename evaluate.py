@@ -305,12 +305,13 @@ def _interval(row: dict) -> str:
     return "{:.1%} – {:.1%}".format(*row["accuracy_ci95"])
 
 
-def main() -> None:
-    def options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--ut_steps", default="1,2,3,4", help="loop depths to score (default: 1,2,3,4)")
-        parser.add_argument("--benchmark", default="thai_exam", help="a benchmark of configs/evals.yaml")
-        parser.add_argument("--limit", type=int, help="only the first items of each subset")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ut_steps", default="1,2,3,4", help="loop depths to score (default: 1,2,3,4)")
+    parser.add_argument("--benchmark", default="thai_exam", help="a benchmark of configs/evals.yaml")
+    parser.add_argument("--limit", type=int, help="only the first items of each subset")
 
+
+def main() -> None:
     evaluate(resolve(__doc__.split("\n")[0], add_options=options))
 
 

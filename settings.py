@@ -10,6 +10,7 @@ PEFT's LoraConfig wherever the setting exists there.
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -228,11 +229,15 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -245,11 +250,16 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def call(main: Callable[[], None]) -> None:
-    """Runs a script's main; a UserError becomes one message and exit code 2."""
+    """Runs a script's main; a UserError, or a disk that is full or read-only, becomes one message and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'writing a file'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

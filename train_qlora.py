@@ -27,7 +27,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -250,6 +250,7 @@ def train(run: Resolved) -> Path:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
     if RANK == 0:
         write_json(folder / "manifest.json", manifest(run, model))
+    set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
     trainer = LoopTrainer(
         model=model,
         objective=s.loss,
@@ -311,10 +312,11 @@ def train(run: Resolved) -> Path:
     return folder
 
 
-def main() -> None:
-    def options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
 
+
+def main() -> None:
     try:
         train(resolve(__doc__.split("\n")[0], add_options=options))
     finally:

@@ -1,0 +1,149 @@
+"""The settings layer: the order of its sources, and what a typing error gets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import settings
+from settings import FIELDS, Settings, UserError, parse, read_yaml, resolve, write_atomic
+
+import pytest
+import yaml
+
+ROOT = Path(settings.__file__).parent
+CONFIGS = ["default", "a100", "smoke"]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+
+
+def config(tmp_path, text: str) -> str:
+    path = tmp_path / "machine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_later_sources_win_and_origins_are_kept(tmp_path, monkeypatch):
+    argv = ["--config", config(tmp_path, "r: 4\ntotal_ut_steps: 9\nseed: 7\nlogging_steps: 3")]
+    assert resolve("", argv).settings.total_ut_steps == 9
+    argv += ["--exp", "exp3a-wangchan-ut2"]
+    assert resolve("", argv).settings.total_ut_steps == 2
+    monkeypatch.setenv("TOTAL_UT_STEPS", "3")
+    run = resolve("", [*argv, "--logging_steps", "5"])
+    assert (run.settings.total_ut_steps, run.settings.logging_steps, run.settings.r, run.settings.seed) == (3, 5, 4, 7)
+    assert run.origins["total_ut_steps"] == "environment TOTAL_UT_STEPS"
+    assert run.origins["logging_steps"] == "command line"
+    assert run.origins["r"] == argv[1]
+    assert run.origins["dataset"] == "experiment exp3a-wangchan-ut2"
+    assert run.origins["lora_alpha"] == "default"
+    assert resolve("", [*argv, "--total_ut_steps", "1"]).settings.total_ut_steps == 1
+
+
+def test_config_file_can_be_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONFIG", config(tmp_path, "r: 4"))
+    assert resolve("", []).settings.r == 4
+    assert resolve("", ["--config", "configs/default.yaml"]).settings.r == 16
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path):
+    # YAML 1.1 reads 2e-4 as a string; the predecessor passed that string to the optimizer.
+    assert yaml.safe_load("learning_rate: 2e-4") == {"learning_rate": "2e-4"}
+    assert resolve("", ["--config", config(tmp_path, "learning_rate: 2e-4")]).settings.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("exp", sorted(read_yaml(settings.EXPERIMENTS)))
+def test_every_experiment_resolves_on_every_machine(name, exp):
+    run = resolve("", ["--config", f"configs/{name}.yaml", "--exp", exp])
+    assert run.run == exp
+    s = run.settings
+    assert s.total_ut_steps == int(exp[-1]) and s.dataset == exp.split("-")[1]
+    assert (s.r, s.lora_alpha, s.lora_dropout, s.num_train_epochs, s.lr_scheduler_type) == (16, 32, 0.05, 3, "cosine")
+    if name != "smoke":
+        assert s.per_device_train_batch_size * s.gradient_accumulation_steps == 32 and s.learning_rate == 2e-4
+
+
+def test_smoke_reads_and_writes_nothing_outside_its_folders():
+    s = resolve("", ["--config", "configs/smoke.yaml"]).settings
+    names = {row["dataset"] for row in read_yaml(settings.EXPERIMENTS).values()} | set(read_yaml("configs/evals.yaml"))
+    assert names <= s.paths.keys()
+    for path in (s.model_name_or_path, *s.paths.values()):
+        assert path.startswith("sample/") and Path(path).is_dir()
+    assert (s.output_dir, s.results_dir) == ("output/smoke", "results/smoke")
+
+
+def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_path):
+    run = resolve("", ["--config", "configs/smoke.yaml", "--exp", "exp5b-r1-ut4", "--learning_rate", "1e-5"])
+    again = resolve("", ["--config", config(tmp_path, run.as_yaml())])
+    assert again.settings == run.settings
+    assert "# experiment exp5b-r1-ut4" in run.as_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("learning_rat: 1", [], "machine.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("zzz: 1", [], "machine.yaml: unknown setting 'zzz'; known: bf16, "),
+        ("r: many", [], "machine.yaml: r must be int, got 'many'"),
+        ("r: 1.5", [], "r must be int, got 1.5"),
+        ("r: true", [], "r must be int, got True"),
+        ("r: null", [], "r must be int, got None"),
+        ("r: [16]", [], "r must be int, got [16]"),
+        ("r: 0", [], "r must be at least 1, got 0"),
+        ("learning_rate: .nan", [], "learning_rate must be at least 0, got nan"),
+        ("total_ut_steps: 0", [], "total_ut_steps must be at least 1"),
+        ("bf16: maybe", [], "bf16 must be bool, got 'maybe'"),
+        ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
+        ("paths: sample", [], "paths must be dict, got 'sample'"),
+        ("r: 16\n  x: [", [], "machine.yaml is not valid YAML: "),
+        ("- r", [], "machine.yaml must hold 'setting: value' lines, found a list"),
+        ("", ["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'?"),
+        ("", ["--r", "x"], "command line: r must be int, got 'x'"),
+        ("", ["--exp", "exp2-wangchan-ut"], "unknown experiment 'exp2-wangchan-ut'; did you mean 'exp2-wangchan-ut1'?"),
+        ("", ["--exp", "mine"], "configs/experiments.yaml holds: exp1-wangchan-ut4, exp2-wangchan-ut1, exp3a"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_cure(tmp_path, text, argv, expected):
+    with pytest.raises(UserError) as error:
+        resolve("", ["--config", config(tmp_path, text), *argv])
+    assert expected in str(error.value)
+
+
+def test_a_missing_config_is_named():
+    with pytest.raises(UserError, match=r"cannot read configs/nope.yaml: No such file"):
+        resolve("", ["--config", "configs/nope.yaml"])
+
+
+def test_values_are_read_alike_from_yaml_and_command_line():
+    assert parse("paths", "a=x,b=y=z", "here") == {"a": "x", "b": "y=z"} == parse("paths", {"a": "x", "b": "y=z"}, "")
+    assert parse("bf16", "False", "") is False and parse("bf16", True, "") is True
+    assert parse("model_revision", "null", "") is None and parse("model_revision", None, "") is None
+    assert parse("max_steps", "1e3", "") == 1000
+
+
+def test_every_default_is_legal_and_explained():
+    for name, field in FIELDS.items():
+        assert field.metadata["help"]
+        assert parse(name, getattr(Settings(), name), "default") == getattr(Settings(), name)
+
+
+def test_a_mistake_ends_a_script_with_one_message_and_no_traceback():
+    command = [sys.executable, "data_config.py", "--config", "configs/smoke.yaml", "--dataset", "wangchn"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CONFIG": ""})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == "error: unknown dataset 'wangchn'; did you mean 'wangchan'?"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file.json"
+    write_atomic(path, "first")
+    monkeypatch.setattr(settings.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "second")
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]

@@ -1,0 +1,288 @@
+"""The main job end to end on the embedded default: train, score, repeat, refuse."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import settings
+from settings import UserError, read_yaml, resolve
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from safetensors.torch import load_file
+
+import evaluate
+import train_qlora
+from modeling_ouro import load_ouro
+
+ROOT = Path(settings.__file__).parent
+SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--logging_steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def trained(folder: Path, *argv: str) -> Path:
+    """Trains in this process; the run's folder."""
+    run = resolve("", [*SMOKE, "--output_dir", str(folder), *argv], add_options=train_qlora.options)
+    return train_qlora.train(run)
+
+
+def scored(folder: Path, *argv: str) -> Path:
+    places = ["--output_dir", str(folder), "--results_dir", str(folder / "results")]
+    evaluate.evaluate(resolve("", [*SMOKE[:2], *places, *argv], add_options=evaluate.options))
+    return folder / "results"
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """`make smoke`, once, as a user types it; the folder that holds output/ and results/, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    for name in ("Makefile", "env.sh", "requirements.txt", "configs", "sample", *(p.name for p in ROOT.glob("*.py"))):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    done = subprocess.run(["make", "smoke"], capture_output=True, text=True, cwd=folder, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_smoke_trains_scores_and_closes_with_a_table(smoke):
+    folder, printed = smoke
+    run = folder / "output/smoke/smoke"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml", "manifest.json", "data_report.json", "metrics.jsonl", "final_adapter", "completed"
+    }  # fmt: skip
+    steps = losses(run)
+    assert len(steps) == 10 and sum(steps[-3:]) < sum(steps[:3]) - 0.5
+    assert f"first {steps[0]:.4f}   last {steps[-1]:.4f}" in printed
+    assert re.search(r"thai_exam: 65 items, chance 21\.\d%", printed)
+    assert len(re.findall(r"^ +[1-4] +\d+\.\d% +\d+\.\d% – \d+\.\d%", printed, re.MULTILINE)) == 4
+    assert "output/smoke/smoke/" in printed and "results/smoke/smoke/" in printed
+
+
+def test_the_decoded_row_is_printed_before_the_first_step(smoke):
+    printed = smoke[1]
+    assert printed.index("⟦") < printed.index("⟧") < printed.index("step     1/10")
+    assert "<|im_end|>⟧" in printed
+
+
+def test_the_settings_are_printed_with_their_origin(smoke):
+    printed = smoke[1]
+    assert re.search(r"learning_rate +0\.002 +configs/smoke\.yaml", printed)
+    assert re.search(r"max_steps +10 +command line", printed)
+    assert re.search(r"lora_alpha +32 +default", printed)
+
+
+def test_only_the_seven_projections_are_adapted(smoke):
+    weights = load_file(smoke[0] / "output/smoke/smoke/final_adapter/adapter_model.safetensors")
+    adapted = {re.search(r"(\w+)\.lora_[AB]", name)[1] for name in weights}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(weights) == 2 * 7 * 4 and all(w.abs().max() > 0 for w in weights.values())
+
+
+def test_the_adapter_folder_holds_a_card_and_the_tokenizer(smoke):
+    adapter = smoke[0] / "output/smoke/smoke/final_adapter"
+    card = (adapter / "README.md").read_text()
+    assert "total_ut_steps = 4" in card and "base_model: sample/ouro-tiny" in card and "Apache-2.0" in card
+    assert (adapter / "tokenizer.json").exists() and (adapter / "adapter_config.json").exists()
+
+
+def test_scores_are_written_for_base_and_run_at_every_depth(smoke):
+    for name in ("smoke", "base-nf4"):
+        for depth in (1, 2, 3, 4):
+            folder = smoke[0] / "results/smoke" / name
+            summary = json.loads((folder / f"thai_exam-ut{depth}.json").read_text())
+            items = [json.loads(x) for x in (folder / f"thai_exam-ut{depth}.items.jsonl").read_text().splitlines()]
+            assert len(items) == summary["items"] == 65
+            assert summary["correct"] == sum(item["prediction"] == item["gold"] for item in items)
+            assert sum(summary["predicted"].values()) == 65
+            low, high = summary["accuracy_ci95"]
+            assert low < summary["accuracy"] < high
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tmp_path):
+    first, second = (trained(tmp_path / name, "--max_steps", "2") for name in "ab")
+    for name in ("final_adapter/adapter_model.safetensors", "data_report.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert losses(first) == losses(second)
+    other = trained(tmp_path / "c", "--max_steps", "2", "--seed", "43")
+    assert losses(other) != losses(first)
+
+
+def test_an_experiment_trains_and_scores_under_its_name(tmp_path, capsys):
+    exp = ["--exp", "exp2-wangchan-ut1"]
+    run = trained(tmp_path, *exp, "--max_steps", "1")
+    assert run == tmp_path / "exp2-wangchan-ut1" and read_yaml(run / "config.yaml")["total_ut_steps"] == 1
+    results = scored(tmp_path, *exp, "--ut_steps", "1,2", "--limit", "2")
+    assert sorted(p.name for p in results.iterdir()) == ["base-nf4", "exp2-wangchan-ut1"]
+    assert json.loads((results / exp[1] / "thai_exam-ut2.json").read_text())["items"] == 10
+    capsys.readouterr()
+    assert trained(tmp_path, *exp, "--max_steps", "1") == run  # complete: not repeated
+    assert "is complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exp", ["exp4-synthetic-ut4", "exp5a-r1-ut1"])
+def test_the_other_training_sets_work_on_the_embedded_default(tmp_path, exp):
+    assert (trained(tmp_path, "--exp", exp, "--max_steps", "1") / "completed").exists()
+
+
+def test_a_run_with_other_settings_is_neither_continued_nor_counted(tmp_path):
+    argv = ["--max_steps", "1", "--per_device_train_batch_size", "1"]
+    run = trained(tmp_path, *argv)
+    before = (run / "completed").read_bytes()
+    with pytest.raises(UserError, match=r"holds a run with other settings:\n  learning_rate: 0.002 there, 0.001 asked"):
+        trained(tmp_path, *argv, "--learning_rate", "1e-3")
+    assert (run / "completed").read_bytes() == before
+    trained(tmp_path, *argv, "--learning_rate", "1e-3", "--overwrite")
+    assert read_yaml(run / "config.yaml")["learning_rate"] == 1e-3
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files but no run"):
+        trained(tmp_path, "--max_steps", "1", "--overwrite")
+    assert (tmp_path / "smoke" / "thesis.tex").exists()
+
+
+def test_scoring_an_untrained_experiment_gives_the_command_that_trains_it(tmp_path):
+    with pytest.raises(UserError) as error:
+        scored(tmp_path, "--exp", "exp2-wangchan-ut1")
+    assert "has not been trained" in str(error.value)
+    assert "python train_qlora.py --config configs/smoke.yaml --exp exp2-wangchan-ut1" in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
+def test_bf16_without_a_gpu_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(UserError, match=r"no CUDA GPU found.*on a CPU use --config configs/smoke.yaml"):
+        train_qlora.train(
+            resolve("", ["--config", "configs/default.yaml", "--output_dir", str(tmp_path)], train_qlora.options)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_accumulated_batches_take_the_step_of_one_big_batch(tmp_path):
+    steps = ["--max_steps", "2", "--lora_dropout", "0", "--use_qlora", "false", "--optim", "adamw_torch"]
+    split = trained(tmp_path / "a", *steps, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    whole = trained(tmp_path / "b", *steps, "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-4)
+    a, b = (load_file(run / "final_adapter/adapter_model.safetensors") for run in (split, whole))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    argv = [*SMOKE, "--max_steps", "2", "--lora_dropout", "0", "--use_qlora", "false", "--optim", "adamw_torch",
+            "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command += ["train_qlora.py", *argv, "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step     2/2") == 1, "one process logs"
+    one = trained(tmp_path / "one", *argv[4:])
+    assert losses(tmp_path / "two/smoke") == pytest.approx(losses(one), abs=1e-3)
+    a, b = (load_file(p / "final_adapter/adapter_model.safetensors") for p in (tmp_path / "two/smoke", one))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_nf4_model_is_the_same_in_training_and_scoring():
+    # On a CPU with bf16 instructions bitsandbytes repacks the weights, rounded, at the first forward in eval mode.
+    model = load_ouro("sample/ouro-tiny", dtype=torch.float32, nf4=True)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        training, scoring, again = model.train()(ids).logits, model.eval()(ids).logits, model.train()(ids).logits
+    assert torch.equal(training, scoring) and torch.equal(training, again)
+
+
+def test_no_dependency_imports_our_evaluate_in_place_of_the_package():
+    """There is a package named evaluate. The script of that name wins in this folder, so nothing may want the other."""
+    program = (
+        "import sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name != 'evaluate', 'something imports evaluate'\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import accelerate, bitsandbytes, datasets, peft, transformers, trl\n"
+        "from transformers import Trainer\n"
+        "from trl import SFTConfig, SFTTrainer\n"
+        "import train_qlora\n"
+        "assert 'evaluate' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for package in importlib.metadata.distributions():
+        for line in package.requires or []:
+            requirement = Requirement(line)
+            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            assert not (wanted and requirement.name == "evaluate"), f"{package.name} requires evaluate"
+
+
+def test_importing_our_evaluate_does_nothing():
+    done = subprocess.run([sys.executable, "-c", "import evaluate"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_make_alone_prints_every_target_with_its_help():
+    done = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT)
+    rules = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert done.returncode == 0 and len(rules) >= 8
+    for rule in rules:
+        assert re.search(rf"^  make {rule} +\S", done.stdout, re.MULTILINE), rule
+
+
+def test_make_uses_pixi_where_there_is_one(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pixi").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/pixi").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def plan() -> str:
+        return subprocess.run(
+            ["make", "-n", "smoke"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path}
+        ).stdout
+
+    assert ".venv/bin/python train_qlora.py" in plan()  # no pixi.toml yet
+    (tmp_path / "pixi.toml").touch()
+    assert "pixi run --frozen python train_qlora.py" in plan() and ".venv" not in plan()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("2.7", "Python 2.7 is too old or too new"), ("3.14", "Python 3.14 is too old or too new")],
+)
+def test_another_python_gets_a_clear_error(tmp_path, version, message):
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {version} && exit 0\nexit 1\n')
+    fake.chmod(0o755)
+    done = subprocess.run([tmp_path / "env.sh", fake], capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and "make env PYTHON=python3.12" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_requirements_are_exact_and_hashed():
+    text = (ROOT / "requirements.txt").read_text()
+    pins = re.findall(r"^([\w.-]+)==(\S+) ", text, re.MULTILINE)
+    assert {"torch": "2.7.1", "transformers": "4.54.1", "trl": "0.20.0"}.items() <= dict(pins).items()
+    blocks = re.split(r"^(?=[\w-]+==)", text, flags=re.MULTILINE)[1:]
+    assert len(blocks) == len(pins) and all("--hash=sha256:" in block for block in blocks)
+    for name, pin in pins:
+        assert importlib.metadata.version(name) == pin, name
+    assert "://" not in text
