@@ -17,6 +17,7 @@ from settings import Resolved, Settings, UserError, call, nearest, resolve
 
 import numpy as np
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,7 +70,12 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or REVISIONS.get(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {path}: {error}") from None
+        raise UserError(
+            f"cannot load the tokenizer of {path}: {' '.join(str(error).split())}\n"
+            "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before"
+        ) from None
+    except (KeyError, ImportError):  # what transformers makes of a missing and of an unreadable tokenizer.json
+        raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is missing or damaged") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():
@@ -101,6 +107,14 @@ def read_jsonl(path: Path, text: str | None = None) -> Iterator[dict]:
         yield row
 
 
+def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
+        "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before, "
+        f"--paths {name}=FOLDER a copy of your own"
+    )
+
+
 def read_rows(name: str, settings: Settings, split: str = "train") -> tuple[list[dict], str]:
     """The raw rows of a training set and the place they came from: a local folder or file if `paths` names one, else
     the Hub (or its cache).
@@ -115,11 +129,8 @@ def read_rows(name: str, settings: Settings, split: str = "train") -> tuple[list
         source = DATASETS[name]
         try:
             rows = load_dataset(source.hub_id, revision=source.revision, split=split)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load {source.hub_id} from the Hub: {error}\n"
-                f"Without a network name a local copy: --paths {name}=FOLDER"
-            ) from None
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise hub_error(name, source.hub_id, error) from None
         return rows.to_list(), source.hub_id
     path = Path(local)
     if path.is_file():

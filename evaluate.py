@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data_config import load_tokenizer, read_jsonl
+from data_config import hub_error, load_tokenizer, read_jsonl
 from modeling_ouro import OuroForCausalLM, load_ouro
 
 EVALS = Path(__file__).parent / "configs" / "evals.yaml"
@@ -82,15 +83,16 @@ def _read(name: str, spec: dict, local: str | None, file: str):
     try:
         archive = hf_hub_download(spec["hub_id"], spec["archive"], revision=spec["revision"], repo_type="dataset")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load {spec['hub_id']} from the Hub: {error}\n"
-            f"Without a network name a local copy: --paths {name}=FOLDER"
-        ) from None
-    with tarfile.open(archive) as tar:  # read in memory: nothing is unpacked to disk
-        member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
-        if member is None:
-            raise UserError(f"{archive} holds no {file}")
-        yield from read_jsonl(Path(member.name), tar.extractfile(member).read().decode("utf-8"))
+        raise hub_error(name, spec["hub_id"], error) from None
+    try:
+        with tarfile.open(archive) as tar:  # read in memory: nothing is unpacked to disk
+            member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
+            if member is None:
+                raise UserError(f"{archive} holds no {file}")
+            text = tar.extractfile(member).read().decode("utf-8")
+    except (OSError, EOFError, tarfile.TarError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{archive} is damaged: {' '.join(str(error).split())}") from None
+    yield from read_jsonl(Path(member.name), text)
 
 
 def render(item: dict, spec: dict) -> tuple[str, list[str]]:

@@ -335,6 +335,8 @@ class OuroModel(OuroPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past_key_values is not None:
+            if self.training and self.layers[0].gradient_checkpointing:
+                raise ValueError("gradient checkpointing would fill a cache twice: use_cache=False, or model.eval()")
             depth = [past_key_values.get_seq_length(loop * layers) for loop in range(loops)]
             if any(length != past for length in depth) or len(past_key_values.layers) > loops * layers:
                 raise ValueError(
@@ -347,8 +349,12 @@ class OuroModel(OuroPreTrainedModel):
         states = []
         for loop in range(loops):
             for index, layer in enumerate(self.layers):
-                slot = None if past_key_values is None else loop * layers + index
-                x = layer(x, cos, sin, mask, causal, documents, past_key_values=past_key_values, slot=slot)
+                if past_key_values is None:
+                    x = layer(x, cos, sin, mask, causal, documents)
+                else:
+                    # Not through __call__: a compiled layer would be translated again for every slot and length, and
+                    # use up the compiler's limit for training.
+                    x = layer.forward(x, cos, sin, mask, causal, documents, past_key_values, loop * layers + index)
             x = self.norm(x)
             states.append(x)
         return OuroModelOutput(x, past_key_values, tuple(states))
@@ -367,7 +373,7 @@ class OuroModel(OuroPreTrainedModel):
 
     def _attention_form(self, attention_mask, position_ids, past_key_values, batch, seq, past):
         """The cheapest exact form of attention, as (mask, causal, documents) of `attend`."""
-        padded_left = False
+        padded = False
         if attention_mask is not None:
             if attention_mask.shape != (batch, past + seq):
                 raise ValueError(
@@ -377,19 +383,18 @@ class OuroModel(OuroPreTrainedModel):
             token = attention_mask.bool()
             # Padding on the right needs no mask: no token looks to the right. With a cache new tokens may follow it.
             ordered = token if past_key_values is not None else token[:, :-1] | ~token[:, 1:]
-            padded_left = not bool(ordered.all())
-        # Documents are told apart by positions that do not rise by one, between two tokens (padding counts for none).
+            padded = not bool(ordered.all())
         starts = None
         if position_ids is not None and seq > 1:
-            jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            if attention_mask is not None:
-                jump = jump & token[:, past + 1 :] & token[:, past : past + seq - 1]
-            if bool(jump.any()):
-                if past_key_values is not None:
-                    raise ValueError("packed documents (position_ids that start anew) cannot be cached")
-                starts = F.pad(jump.expand(batch, -1), (1, 0), value=True)  # (batch, seq)
-        if not padded_left:
+            new = None if attention_mask is None else token[:, past:]
+            starts = document_starts(position_ids.expand(batch, -1), new)
+            if not bool(starts.any()):
+                starts = None
+            elif past_key_values is not None:
+                raise ValueError("packed documents (position_ids that start anew) cannot be cached")
+        if not padded:
             if starts is not None:
+                starts[:, 0] = True
                 first = starts.flatten().nonzero().flatten()
                 documents = F.pad(first, (0, 1), value=batch * seq).to(torch.int32)
                 return None, False, documents
@@ -399,13 +404,27 @@ class OuroModel(OuroPreTrainedModel):
         query = torch.arange(past, past + seq, device=device)[:, None]
         key = torch.arange(past + seq, device=device)[None]
         mask = (key <= query)[None]  # (1, seq, past + seq)
-        if padded_left:
+        if padded:
             # A padding position sees itself, for a softmax over nothing is not a number.
             mask = mask & (token[:, None] | (key == query))
         if starts is not None:
             document = starts.cumsum(1)
             mask = mask & (document[:, :, None] == document[:, None])
         return mask[:, None], False, None
+
+
+def document_starts(position_ids: Tensor, token: Tensor | None = None) -> Tensor:
+    """Where a document follows another in its row: a token whose position is not one above that of the token before.
+
+    position_ids: (batch, seq). token: bool (batch, seq), False for padding, which is passed over. The first token of a
+    row follows nothing and is False.
+    """
+    batch, seq = position_ids.shape
+    if token is None:
+        return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    index = torch.arange(seq, device=position_ids.device).expand(batch, -1)
+    before = F.pad(torch.where(token, index, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the last token before
+    return token & (before >= 0) & (position_ids != position_ids.gather(1, before.clamp(min=0)) + 1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -416,12 +435,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, train: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.empty_like(hidden) if train and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if train and ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk):
             h, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = F.linear(h, weight).to(wide)  # (chunk, vocab), rounded to the model's dtype first, as published
@@ -443,7 +462,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _):
         grads = [None if g is None else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def exit_distribution(gate_logits: Tensor) -> Tensor:
@@ -464,6 +483,10 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         self.model = OuroModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def load_custom_generate(self, *args, **kwargs):
+        """transformers asks the main branch for code that replaces `generate`, and runs that of a folder unasked."""
+        raise OSError("code of a checkpoint is never run")
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
@@ -527,14 +550,14 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             raise ValueError("give at most one of exit_at_step, exit_threshold and use_weighted_exit")
         if labels is not None and any(chosen):
             raise ValueError("labels train an objective over the loops; exit_* and use_weighted_exit choose logits")
-        if not any(chosen):
+        if not any(chosen) and labels is None:
             exit_at_step, exit_threshold = self.config.early_exit_step, self.config.early_exit_threshold
             if exit_at_step is not None:
                 exit_threshold = None
         loops = self.config.total_ut_steps if total_ut_steps is None else total_ut_steps
         if exit_at_step is not None and not 0 <= exit_at_step < loops:
             raise ValueError(f"exit_at_step={exit_at_step} is not one of the {loops} loops 0..{loops - 1}")
-        if exit_at_step is not None and labels is None and not output_loops:
+        if exit_at_step is not None and not output_loops:
             loops = exit_at_step + 1
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, loops, **kwargs
@@ -544,7 +567,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         if output_loops:
             result |= {"loop_hidden_states": states, "gate_logits": self.gate_logits(states)}
         if labels is not None:
-            result |= self._losses(states, labels, position_ids, objective, num_items_in_batch)
+            result |= self._losses(states, labels, attention_mask, position_ids, objective, num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             kept = tuple(h[:, keep] for h in states)
@@ -569,24 +592,33 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         weights = exit_distribution(self.gate_logits(states))[..., None]
         return sum(w * h for w, h in zip(weights, states, strict=True)).to(states[0].dtype)
 
-    def _losses(self, states, labels, position_ids, objective, num_items_in_batch) -> dict[str, Tensor | None]:
+    def _losses(
+        self, states, labels, attention_mask, position_ids, objective, num_items_in_batch
+    ) -> dict[str, Tensor | None]:
         if objective not in ("last", "mixture", "all"):
             raise ValueError(f"objective={objective!r} is none of 'last', 'mixture', 'all'")
         if type(self.lm_head) is not nn.Linear:
             raise ValueError(f"lm_head is a {type(self.lm_head).__name__}: keep the head out of LoRA and quantisation")
         targets = labels[:, 1:]
-        if position_ids is not None:  # the first token of a packed document has nothing before it to be predicted from
-            targets = targets.masked_fill(position_ids[:, 1:] != position_ids[:, :-1] + 1, IGNORE)
+        # The first token of a packed document, or after padding, has nothing before it to be predicted from.
+        token = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+        if position_ids is not None:
+            targets = targets.masked_fill(document_starts(position_ids.expand_as(labels), token)[:, 1:], IGNORE)
+        if token is not None:
+            targets = targets.masked_fill(~token[:, :-1], IGNORE)
         trained = targets != IGNORE  # (batch, seq - 1)
         targets = targets[trained]
         if objective == "mixture":
             states = (self._mixture(states),)
         elif objective == "last":
             states = states[-1:]
-        parts = [_ChunkedCrossEntropy.apply(h[:, :-1][trained], self.lm_head.weight, targets, CHUNK) for h in states]
-        # A row without any trained token gives zero, not 0/0; the data checks refuse such rows before training.
-        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
-        losses = torch.stack([loss for loss, _ in parts]) / count
+        train = torch.is_grad_enabled()
+        parts = [
+            _ChunkedCrossEntropy.apply(h[:, :-1][trained], self.lm_head.weight, targets, CHUNK, train) for h in states
+        ]
+        # Without any trained token the loss is zero, not 0/0; the data checks refuse such rows before training.
+        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        losses = torch.stack([loss for loss, _ in parts]) / count.to(labels.device)
         return {
             "loss": losses.mean(),
             "loop_losses": losses.detach() if objective == "all" else None,
@@ -650,6 +682,8 @@ def load_ouro(
         quantization_config=quantization,
         device_map={"": device},
         output_loading_info=True,
+        use_safetensors=True,
+        adapter_kwargs={"revision": revision},
     )
     wrong = {key: sorted(names)[:3] for key, names in info.items() if names}
     if wrong:

@@ -57,24 +57,20 @@ for line in commands:
     sys.stderr.flush()
     print(f"\\nexit {code}", flush=True)
 """
-LOAD_MODEL = """
+LOAD = f"""
 import sys, torch
-from modeling_ouro import load_ouro
-model = load_ouro(sys.argv[1])
-logits = model(torch.arange(1, 25).reshape(2, 12)).logits
-torch.save({"weights": model.state_dict(), "logits": logits}, sys.argv[2])
-"""
-LOAD_REST = f"""
-import json, pathlib, sys
 from data_config import load_tokenizer, read_rows
 from evaluate import EVALS, load_items
+from modeling_ouro import load_ouro
 from settings import Settings, read_yaml
-result = {{
-    "chat": load_tokenizer("{MODEL}").apply_chat_template({CHAT}),
-    "rows": read_rows("wangchan", Settings()),
-    "items": load_items("thai_exam", read_yaml(EVALS)["thai_exam"], None),
-}}
-pathlib.Path(sys.argv[1]).write_text(json.dumps(result))
+name, file = sys.argv[1:]
+model = load_ouro(name)
+result = {{"weights": model.state_dict(), "logits": model(torch.arange(1, 25).reshape(2, 12)).logits}}
+if name == "{MODEL}":
+    result["chat"] = load_tokenizer(name).apply_chat_template({CHAT})
+    result["rows"], result["place"] = read_rows("wangchan", Settings())
+    result["items"] = load_items("thai_exam", read_yaml(EVALS)["thai_exam"], None)
+torch.save(result, file)
 """
 
 
@@ -85,7 +81,7 @@ class Player:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("HF_", "TRANSFORMERS_")) and "PROXY" not in name.upper()
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and "PROXY" not in name.upper()
         }
         hub_settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
         hub_settings |= {"HF_HUB_OFFLINE": str(int(offline)), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
@@ -108,6 +104,13 @@ class Player:
                 return line.split()[1], out.strip(), self.log.read_text()
             out += line
         raise AssertionError(f"the process has ended: {self.log.read_text()}")
+
+    def load(self, model: str, folder: Path) -> dict:
+        """What the script LOAD gives."""
+        (folder / "load.py").write_text(LOAD, encoding="utf-8")
+        code, _, err = self.play(folder / "load.py", model, folder / "result")
+        assert code == "0", err
+        return torch.load(folder / "result")
 
     def refusal(self, *command: object) -> str:
         """The message of a command that must end with one: exit code 2, no output, no traceback."""
@@ -187,7 +190,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(world, source):
-    """What loads from the published repositories: online, then offline; the requests; whether remote code ran."""
+    """What LOAD gives online and then offline, each with the requests it made; and whether remote code ran."""
     hub, online, offline, folder = world
     hub.repositories.clear()
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -198,20 +201,11 @@ def loaded(world, source):
     revision = PINNED[WANGCHAN]
     hub.add(WANGCHAN, write(folder / "wangchan", wangchan), revision, branch=None if revision else "main")
     hub.add(EXAM, write(folder / "exam", {"thai_exam.tar.gz": archive()}), PINNED[EXAM])
-    (folder / "model.py").write_text(LOAD_MODEL)
-    (folder / "rest.py").write_text(LOAD_REST)
-    results, requests = [], []
-    for player in (online, offline):
+    found = {}
+    for name, player in (("online", online), ("offline", offline)):
         hub.requests.clear()
-        for script in (["model.py", MODEL], ["rest.py"]):
-            code, _, err = player.play(folder / script[0], *script[1:], folder / "result")
-            assert code == "0", err
-            read = torch.load if script[0] == "model.py" else lambda path: json.loads(path.read_text())
-            results.append(read(folder / "result"))
-        requests.append(hub.requests[:])
-    hub.repositories.clear()
-    return {"online": results[0] | results[1], "offline": results[2] | results[3], "requests": requests,
-            "remote code ran": marker.exists()}  # fmt: skip
+        found[name] = player.load(MODEL, folder) | {"requests": hub.requests[:]}
+    return found | {"remote code ran": marker.exists()}
 
 
 @pytest.fixture
@@ -232,11 +226,11 @@ def test_the_published_checkpoint_loads_bit_equal_without_its_code(loaded, sourc
     assert torch.equal(loaded["online"]["logits"], source(torch.arange(1, 25).reshape(2, 12)).logits)
     assert loaded["online"]["logits"].dtype == torch.bfloat16
     assert not loaded["remote code ran"]
-    assert not [request for request in loaded["requests"][0] if request.path.endswith(".py") and request.status < 400]
+    assert [r for r in loaded["online"]["requests"] if r.path.endswith(".py") and r.status < 400] == []
 
 
 def test_model_and_tokenizer_are_asked_for_at_the_pinned_revision_only(loaded):
-    asked = [request for request in loaded["requests"][0] if request.repo == MODEL]
+    asked = [request for request in loaded["online"]["requests"] if request.repo == MODEL]
     sent = {request.path for request in asked if request.status < 400}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= sent
     assert [request for request in asked if request.revision != PINNED[MODEL]] == []
@@ -250,10 +244,7 @@ def test_a_later_commit_cannot_change_what_is_loaded(empty, source):
     later = {"custom_generate/generate.py": files["modeling_ouro.py"], "config.json": "{}"}
     later["adapter_config.json"] = json.dumps({"base_model_name_or_path": "a/different-model", "peft_type": "LORA"})
     hub.add(OTHER_MODEL, write(folder / "1.4B-later", later), branch="main")
-    (folder / "model.py").write_text(LOAD_MODEL)
-    code, _, err = online.play(folder / "model.py", OTHER_MODEL, folder / "result")
-    assert code == "0", err
-    assert torch.equal(torch.load(folder / "result")["weights"]["lm_head.weight"], source.lm_head.weight)
+    assert torch.equal(online.load(OTHER_MODEL, folder)["weights"]["lm_head.weight"], source.lm_head.weight)
     assert not marker.exists()
 
 
@@ -262,21 +253,20 @@ def test_the_tokenizer_on_the_hub_is_the_local_one(loaded):
 
 
 def test_a_training_set_on_the_hub_gives_its_train_rows(loaded):
-    rows, place = loaded["online"]["rows"]
     lines = (SAMPLE / "wangchan/train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert rows == [json.loads(line) for line in lines]
-    assert place == "airesearch/WangchanThaiInstruct"
+    assert loaded["online"]["rows"] == [json.loads(line) for line in lines]
+    assert loaded["online"]["place"] == "airesearch/WangchanThaiInstruct"
 
 
 def test_a_benchmark_on_the_hub_gives_the_items_of_its_local_folder(loaded):
     assert loaded["online"]["items"] == load_items("thai_exam", SPEC, str(SAMPLE / "thai_exam"))
-    asked = {(request.revision, request.path) for request in loaded["requests"][0] if request.repo == EXAM}
+    asked = {(request.revision, request.path) for request in loaded["online"]["requests"] if request.repo == EXAM}
     assert asked == {(PINNED[EXAM], "thai_exam.tar.gz")}
 
 
 def test_once_downloaded_everything_loads_without_a_network(loaded):
     online, offline = loaded["online"], loaded["offline"]
-    assert loaded["requests"][1] == []
+    assert offline["requests"] == []
     assert torch.equal(offline["logits"], online["logits"])
     assert all(offline[key] == online[key] for key in ("chat", "rows", "items"))
 

@@ -123,6 +123,16 @@ def test_tested_thresholds_split_the_tokens_over_the_loops(size):
     assert size["total_ut_steps"] == 1 or max(map(len, loops.values())) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_threshold_that_is_just_reached_counts_as_reached(dtype):
+    """Gates that say 0 leave with 1/2, 1/4 and 1/8, which every dtype holds exactly."""
+    model, ids = tiny(SIZES[3]).to(dtype), tokens(2, 9)
+    for p in model.model.early_exit_gate.parameters():
+        p.data.zero_()
+    for threshold, loop in ((0.0, 0), (0.5, 0), (0.51, 1), (0.75, 1), (0.875, 2), (0.88, 3)):
+        assert torch.equal(model(ids, exit_threshold=threshold).logits, model(ids, exit_at_step=loop).logits)
+
+
 @sizes
 def test_weighted_exit_is_the_gate_weighted_mean_of_the_logits(size):
     model, ids = tiny(size), tokens(2, 9)
@@ -311,6 +321,14 @@ def test_padding_and_packing_do_not_change_logits(size, layout):
     for row, expected in enumerate(expected_logits(model, groups)):
         real = rows(*groups, left="left" in layout)["attention_mask"][row].bool()
         assert_close(logits[row, real], expected)
+
+
+def test_padding_on_the_left_sees_only_itself():
+    """It must see something: a softmax over nothing is not a number, and spreads through the gradients."""
+    _, batch = LAYOUTS["left-padded, mask"]
+    logits = tiny()(**without(batch, "labels")).logits
+    padding = logits[batch["attention_mask"] == 0]
+    assert_close(padding, tiny()(torch.zeros(1, 1, dtype=torch.long)).logits[0].expand(len(padding), -1))
 
 
 def test_documents_stay_apart_across_padding_between_them():
