@@ -67,6 +67,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         UserError: it cannot be read, has no chat template, or its vocabulary lacks <|im_end|>.
     """
+    place = Path(path)
+    if not place.exists() and (place.is_absolute() or (place.parent.is_dir() and place.parent != Path())):
+        raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or REVISIONS.get(path))
     except (OSError, ValueError) as error:
@@ -201,7 +204,7 @@ def prepare(name: str, settings: Settings, tokenizer: PreTrainedTokenizerBase, q
     source = DATASETS[name]
     special = [token for token in tokenizer.all_special_tokens if token]
     kept, dropped, licences, characters = [], Counter(), Counter(), 0
-    for number, row in enumerate(tqdm(rows, desc="tokenise", unit=" rows", disable=quiet, leave=False), 1):
+    for number, row in enumerate(tqdm(rows, desc="tokenise", unit=" rows", disable=quiet or None, leave=False), 1):
         messages = to_messages(row, source, f"{place}, row {number}")
         if messages is None:
             dropped["empty"] += 1

@@ -126,7 +126,7 @@ def score(
     scores = [[[0.0] * len(continuations) for _ in depths] for _, continuations in questions]
     inputs = sorted(wanted, key=len, reverse=True)  # the longest first: memory runs out at once or not at all
     device = model.lm_head.weight.device
-    progress = tqdm(total=len(inputs), desc=description, unit=" prompts", leave=False)
+    progress = tqdm(total=len(inputs), desc=description, unit=" prompts", leave=False, disable=None)
     for at in range(0, len(inputs), batch_size):
         rows = inputs[at : at + batch_size]
         width = len(rows[0])

@@ -23,6 +23,9 @@ from pathlib import Path
 
 import yaml
 
+# torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin and so starve the other's: scoring in NF4
+# on two cores took 36-61 s instead of 15. Read when torch is imported, hence settings.py before all others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -84,7 +87,9 @@ class Settings:
     output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>")
     results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>")
     logging_steps: int = setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
-    report_to: str = setting("none", "as in transformers: none, tensorboard, wandb; needs that package")
+    report_to: str = setting(
+        "none", "where else the metrics go; needs that package", one_of=("none", "tensorboard", "wandb")
+    )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -202,9 +207,9 @@ def resolve(
     if options.exp:
         experiments = read_yaml(EXPERIMENTS)
         if options.exp not in experiments:
+            close = nearest(options.exp, experiments).partition("; known")[0]
             raise UserError(
-                f"unknown experiment {options.exp!r}{nearest(options.exp, experiments)}\n"
-                f"configs/experiments.yaml holds: {', '.join(experiments)}"
+                f"unknown experiment {options.exp!r}{close}\nconfigs/experiments.yaml holds: {', '.join(experiments)}"
             )
         sources.append((f"experiment {options.exp}", experiments[options.exp]))
     sources += [

@@ -10,6 +10,7 @@ repeated; --overwrite starts anew.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -208,6 +209,48 @@ Settings: config.yaml of the run; a turn ends with `<|im_end|>` (id 2).
 """
 
 
+def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
+    """The settings as TRL's own.
+
+    Raises:
+        UserError: a value that transformers does not know, or a logger that is not installed.
+    """
+    s = run.settings
+    if s.report_to != "none" and importlib.util.find_spec(s.report_to) is None:
+        raise UserError(f"report_to = {s.report_to} needs the package {s.report_to}: it is not installed")
+    try:
+        return SFTConfig(
+            output_dir=str(folder),
+            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and masked already
+            max_length=None,
+            num_train_epochs=s.num_train_epochs,
+            max_steps=s.max_steps,
+            per_device_train_batch_size=s.per_device_train_batch_size,
+            gradient_accumulation_steps=s.gradient_accumulation_steps // WORLD_SIZE,
+            learning_rate=s.learning_rate,
+            lr_scheduler_type=s.lr_scheduler_type,
+            warmup_ratio=s.warmup_ratio,
+            weight_decay=s.weight_decay,
+            max_grad_norm=s.max_grad_norm,
+            optim=s.optim,
+            gradient_checkpointing=s.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=s.bf16,
+            use_cpu=use_cpu,
+            seed=s.seed,
+            logging_steps=s.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+            label_names=["labels"],
+            report_to=s.report_to,
+            run_name=run.run,
+            save_strategy="no",
+            ddp_find_unused_parameters=False,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def train(run: Resolved) -> Path:
     """Runs the experiment and gives its folder.
 
@@ -221,13 +264,14 @@ def train(run: Resolved) -> Path:
             f"{WORLD_SIZE} processes; use a multiple"
         )
     device = check_device(s)
+    arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
     if RANK == 0:
         print(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
         for name, value in vars(s).items():
             print(f"  {name:<28} {str(value):<32} {run.origins[name]}")
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision)
     rows, report = prepare(s.dataset, s, tokenizer, quiet=RANK > 0)
-    with PartialState(cpu=device == "cpu").main_process_first():  # the other ranks see what the first one left
+    with PartialState().main_process_first():  # the other ranks see what the first one left
         fresh = claim(folder, run, run.options.overwrite and RANK == 0)
     if not fresh:
         print(f"{folder} is complete already; --overwrite trains it again")
@@ -250,38 +294,15 @@ def train(run: Resolved) -> Path:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
     if RANK == 0:
         write_json(folder / "manifest.json", manifest(run, model))
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {s.model_name_or_path} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"
+        )
     set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
     trainer = LoopTrainer(
         model=model,
         objective=s.loss,
-        args=SFTConfig(
-            output_dir=str(folder),
-            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and masked already
-            max_length=None,
-            num_train_epochs=s.num_train_epochs,
-            max_steps=s.max_steps,
-            per_device_train_batch_size=s.per_device_train_batch_size,
-            gradient_accumulation_steps=s.gradient_accumulation_steps // WORLD_SIZE,
-            learning_rate=s.learning_rate,
-            lr_scheduler_type=s.lr_scheduler_type,
-            warmup_ratio=s.warmup_ratio,
-            weight_decay=s.weight_decay,
-            max_grad_norm=s.max_grad_norm,
-            optim=s.optim,
-            gradient_checkpointing=s.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=s.bf16,
-            use_cpu=device == "cpu",
-            seed=s.seed,
-            logging_steps=s.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # a loss that is not a number must be seen
-            label_names=["labels"],
-            report_to=s.report_to,
-            run_name=run.run,
-            save_strategy="no",
-            ddp_find_unused_parameters=False,
-        ),
+        args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(
