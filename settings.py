@@ -23,9 +23,9 @@ from pathlib import Path
 
 import yaml
 
-# torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin and so starve the other's: scoring in NF4
-# on two cores took 36-61 s instead of 15. Read when torch is imported, hence settings.py before all others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin for seconds and so starve the other's:
+# scoring in NF4 on two cores took 36-61 s instead of 9. Read when torch is imported, hence settings.py before all others.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -65,7 +65,7 @@ class Settings:
     # data
     dataset: str = setting("wangchan", "training set by name, see data_config.py")
     paths: dict = setting({}, "local folders to read instead of the Hub, name=folder for datasets and benchmarks")
-    max_length: int = setting(2048, "longest row in tokens; longer ones are dropped, never cut", at_least=8)
+    max_length: int = setting(4096, "longest row in tokens; longer ones are dropped, never cut", at_least=8)
     max_empty_share: float = setting(0.01, "refuse to train when more rows lack a prompt or an answer", at_least=0)
     max_dropped_share: float = setting(0.2, "refuse to train when more rows are too long", at_least=0)
     # optimisation

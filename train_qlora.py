@@ -274,7 +274,8 @@ def train(run: Resolved) -> Path:
     with PartialState().main_process_first():  # the other ranks see what the first one left
         fresh = claim(folder, run, run.options.overwrite and RANK == 0)
     if not fresh:
-        print(f"{folder} is complete already; --overwrite trains it again")
+        if RANK == 0:
+            print(f"{folder} is complete already; --overwrite trains it again")
         return folder
     if RANK == 0:
         print_report(rows, report, tokenizer)

@@ -4,9 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before anything imports torch or transformers. Threads that wait by spinning make small tensors 3 times slower on a
-# machine that does something else too.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE")
+# Before anything imports torch or transformers. GOMP_SPINCOUNT: see settings.py.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", GOMP_SPINCOUNT="10000")
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
