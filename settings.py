@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 # torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin for seconds and so starve the other's:
-# scoring in NF4 on two cores took 36-61 s instead of 9. Read when torch is imported, hence settings.py before all others.
+# scoring in NF4 on two cores took 36-61 s instead of 9. Read when torch is imported, hence settings.py comes first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
