@@ -30,7 +30,7 @@ case $version in
     if .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$uv_version"; then
       install=(.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode --require-hashes)
     else
-      echo "env: uv could not be installed; using pip, which takes about ten minutes"
+      echo "env: uv could not be installed; using pip, which is slower"
       install=(.venv/bin/python -m pip install --disable-pip-version-check --require-hashes)
     fi ;;
   *)

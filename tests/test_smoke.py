@@ -175,6 +175,23 @@ def test_bf16_without_a_gpu_is_refused_with_the_way_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optim", "adamx"], "adamx is not a valid OptimizerNames, please select one of"),
+        (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType, please select one of"),
+        (["--report_to", "wandb"], "report_to = wandb needs the package wandb: it is not installed"),
+        (["--model_name_or_path", "sample/nope"], "no folder sample/nope"),
+        (["--paths", "wangchan=sample/nope"], "paths: wangchan=sample/nope: no such file or folder"),
+        (["--max_length", "100"], "72 of 72 rows of .* are longer than max_length = 100 tokens; raise --max_length"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_written(tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        trained(tmp_path, "--paths", "wangchan=sample/wangchan", *argv)
+    assert not list(tmp_path.iterdir())
+
+
 def test_accumulated_batches_take_the_step_of_one_big_batch(tmp_path):
     steps = ["--max_steps", "2", "--lora_dropout", "0", "--use_qlora", "false", "--optim", "adamw_torch"]
     split = trained(tmp_path / "a", *steps, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
