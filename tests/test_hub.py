@@ -66,6 +66,7 @@ from settings import Settings, read_yaml
 name, file = sys.argv[1:]
 model = load_ouro(name)
 result = {{"weights": model.state_dict(), "logits": model(torch.arange(1, 25).reshape(2, 12)).logits}}
+result["commit"] = model.config._commit_hash
 if name == "{MODEL}":
     result["chat"] = load_tokenizer(name).apply_chat_template({CHAT})
     result["rows"], result["place"] = read_rows("wangchan", Settings())
@@ -225,6 +226,7 @@ def test_the_published_checkpoint_loads_bit_equal_without_its_code(loaded, sourc
         assert torch.equal(loaded["online"]["weights"][name], weight), name
     assert torch.equal(loaded["online"]["logits"], source(torch.arange(1, 25).reshape(2, 12)).logits)
     assert loaded["online"]["logits"].dtype == torch.bfloat16
+    assert loaded["online"]["commit"] == REVISIONS[MODEL], "what manifest.json records"
     assert not loaded["remote code ran"]
     assert [r for r in loaded["online"]["requests"] if r.path.endswith(".py") and r.status < 400] == []
 
