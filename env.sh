@@ -13,7 +13,7 @@ fail() { echo "env: $*" >&2; exit 1; }
   fail "the locked packages are built for Linux on x86-64, this is $(uname -s) on $(uname -m); use WSL2, Docker or a Linux machine"
 command -v "$python" >/dev/null || fail "'$python' not found; install Python 3.11 to 3.13 or name one: make env PYTHON=python3.12"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-# 5.5 GB unpacked, 3 GB of it while the downloads are still there
+# 5.5 GB unpacked, and 3 GB of downloads
 free_gb=$(df --output=avail -BG . | tail -1 | tr -dc 0-9)
 [ "$free_gb" -ge 10 ] || fail "building the environment needs 10 GB of free disk here, found $free_gb GB"
 

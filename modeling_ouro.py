@@ -77,6 +77,7 @@ class OuroConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         rope_scaling: dict | None = None,
         use_sliding_window: bool = False,
+        sliding_window: int | None = None,  # without a meaning while use_sliding_window is false
         layer_types: list[str] | None = None,
         tie_word_embeddings: bool = False,
         bos_token_id: int | None = 0,
@@ -103,7 +104,7 @@ class OuroConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.rope_scaling = rope_scaling
         self.use_sliding_window = use_sliding_window
-        self.sliding_window = kwargs.pop("sliding_window", None) if use_sliding_window else None
+        self.sliding_window = None
         self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
         for key, legal in (
             ("num_key_value_heads", num_attention_heads),
@@ -117,10 +118,7 @@ class OuroConfig(PretrainedConfig):
                 raise ValueError(f"OuroConfig: {key}={getattr(self, key)!r} is not supported, only {legal!r}")
         if tie_word_embeddings:
             raise ValueError("OuroConfig: tie_word_embeddings=True is not supported, Ouro's head has its own matrix")
-        kwargs.pop("sliding_window", None)
-        super().__init__(
-            tie_word_embeddings=False, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs
-        )
+        super().__init__(tie_word_embeddings=False, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
         # A folder we save names the published code, which both base repositories share, so that tools that run remote
         # code load it too. (A relative entry would point at files that the folder does not have.)
         modeling = "ByteDance/Ouro-2.6B--modeling_ouro."

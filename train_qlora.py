@@ -163,15 +163,19 @@ def manifest(run: Resolved, model: PreTrainedModel) -> dict:
     """What is needed to repeat the run: code, versions, machine, revisions, seed."""
 
     def git(*args: str) -> str | None:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        """None outside a repository and without git, as in a container."""
+        if shutil.which("git") is None:
+            return None
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).resolve().parent)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    changes = git("status", "--porcelain")
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     return {
         "run": run.run,
         "command": sys.argv,
         "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
+        "git_dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -74,6 +74,18 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
     assert "output/smoke/smoke/" in printed and "results/smoke/smoke/" in printed
 
 
+def test_the_manifest_says_what_is_needed_to_repeat_the_run(smoke):
+    manifest = json.loads((smoke[0] / "output/smoke/smoke/manifest.json").read_text())
+    assert manifest["packages"]["transformers"] == "4.54.1" and manifest["packages"]["trl"] == "0.20.0"
+    assert (manifest["seed"], manifest["processes"], manifest["model"]) == (42, 1, "sample/ouro-tiny")
+    assert "--max_steps" in manifest["command"]
+    if shutil.which("git") and (ROOT / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        assert manifest["git_commit"] == head and len(head) == 40
+    else:
+        assert manifest["git_commit"] is manifest["git_dirty"] is None
+
+
 def test_the_decoded_row_is_printed_before_the_first_step(smoke):
     printed = smoke[1]
     assert printed.index("⟦") < printed.index("⟧") < printed.index("step     1/10")
