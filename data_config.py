@@ -295,7 +295,7 @@ def print_report(rows: Dataset, report: dict, tokenizer: PreTrainedTokenizerBase
 
 
 def main() -> None:
-    run: Resolved = resolve(__doc__.split("\n")[0])
+    run: Resolved = resolve(__doc__)
     tokenizer = load_tokenizer(run.settings.model_name_or_path, run.settings.model_revision)
     rows, report = prepare(run.settings.dataset, run.settings, tokenizer)
     print_report(rows, report, tokenizer)

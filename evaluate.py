@@ -314,7 +314,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    evaluate(resolve(__doc__.split("\n")[0], add_options=options))
+    evaluate(resolve(__doc__, add_options=options))
 
 
 if __name__ == "__main__":

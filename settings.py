@@ -194,7 +194,10 @@ def resolve(
         add_options(parser)
     group = parser.add_argument_group("settings, see settings.py")
     for name, field in FIELDS.items():
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="X", help=field.metadata["help"])
+        kind, default = getattr(TYPES[name], "__name__", "str"), getattr(Settings(), name)
+        choices = f"; one of {', '.join(field.metadata['one_of'])}" if field.metadata["one_of"] else ""
+        text = f"{field.metadata['help']}{choices} (default: {default})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.upper(), help=text)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]

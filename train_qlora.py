@@ -344,7 +344,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     try:
-        train(resolve(__doc__.split("\n")[0], add_options=options))
+        train(resolve(__doc__, add_options=options))
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
