@@ -92,6 +92,10 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last step, also where logging_steps does not divide their number
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
@@ -103,7 +107,7 @@ class Metrics(TrainerCallback):
         print(
             f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
             f"token accuracy {logs['mean_token_accuracy']:.3f}  lr {logs['learning_rate']:.2e}  "
-            f"grad norm {logs['grad_norm']:.3f}  {logs['tokens_per_second']:,.0f} tok/s  "
+            f"grad norm {logs.get('grad_norm', float('nan')):.3f}  {logs['tokens_per_second']:,.0f} tok/s  "
             f"left {timedelta(seconds=round(left))}",
             flush=True,
         )

@@ -147,6 +147,14 @@ def test_an_experiment_trains_and_scores_under_its_name(tmp_path, capsys):
     assert "is complete already" in capsys.readouterr().out
 
 
+def test_the_last_step_is_logged_whatever_the_interval(tmp_path):
+    run = trained(tmp_path, "--max_steps", "3", "--logging_steps", "2", "--max_grad_norm", "0", "--total_ut_steps", "1")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert json.loads((run / "completed").read_text()) == {"steps": 3, "loss": lines[-1]["loss"]}
+    assert lines[0]["num_tokens"] < lines[1]["num_tokens"] < lines[2]["num_tokens"]
+
+
 @pytest.mark.parametrize("exp", ["exp4-synthetic-ut4", "exp5a-r1-ut1"])
 def test_the_other_training_sets_work_on_the_embedded_default(tmp_path, exp):
     assert (trained(tmp_path, "--exp", exp, "--max_steps", "1") / "completed").exists()
