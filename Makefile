@@ -23,7 +23,7 @@ need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-env:  ## build the Python environment (3 GB download, 5.5 GB on disk); harmless to repeat
+env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to repeat
 	@$(ENV)
 
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones)

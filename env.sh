@@ -13,13 +13,13 @@ fail() { echo "env: $*" >&2; exit 1; }
   fail "the locked packages are built for Linux on x86-64, this is $(uname -s) on $(uname -m); use WSL2, Docker or a Linux machine"
 command -v "$python" >/dev/null || fail "'$python' not found; install Python 3.11 to 3.13 or name one: make env PYTHON=python3.12"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-# 5.5 GB unpacked, and 3 GB of downloads
+# 6 GB unpacked, and 3 GB of downloads
 free_gb=$(df --output=avail -BG . | tail -1 | tr -dc 0-9)
 [ "$free_gb" -ge 10 ] || fail "building the environment needs 10 GB of free disk here, found $free_gb GB"
 
 cat <<TEXT
 env: building .venv with Python $version from requirements.txt: PyTorch 2.7.1 with its CUDA 12.6 libraries (they also run
-env: on a machine without a GPU), transformers, TRL, PEFT, bitsandbytes. About 3 GB to download, 5.5 GB on disk; about
+env: on a machine without a GPU), transformers, TRL, PEFT, bitsandbytes. About 3 GB to download, 6 GB on disk; about
 env: 2 minutes on a fast line.
 TEXT
 rm -rf .venv
