@@ -213,13 +213,13 @@ def parse_depths(text: str) -> list[int]:
 
 def evaluate(run: Resolved) -> None:
     options = run.options
-    folder, trained = run_settings(run)
     depths = parse_depths(options.ut_steps)
     benchmarks = read_yaml(EVALS)
     if options.benchmark not in benchmarks:
         raise UserError(f"unknown benchmark {options.benchmark!r}{nearest(options.benchmark, benchmarks)}")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
+    folder, trained = run_settings(run)
     spec = benchmarks[options.benchmark]
     items = load_items(options.benchmark, spec, run.settings.paths.get(options.benchmark), options.limit)
     questions = [render(item, spec) for item in items]

@@ -92,6 +92,7 @@ class Settings:
     )
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=folder, …"}
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 TYPES = typing.get_type_hints(Settings)
 
@@ -130,7 +131,7 @@ def parse(name: str, value: object, origin: str) -> object:
     optional = isinstance(kind, types.UnionType)
     if optional:
         kind = typing.get_args(kind)[0]
-    wrong = UserError(f"{origin}: {name} must be {kind.__name__}{' or null' if optional else ''}, got {value!r}")
+    wrong = UserError(f"{origin}: {name} must be {KINDS[kind]}{' or null' if optional else ''}, got {value!r}")
     if value is None or (optional and value in ("null", "none", "")):
         if optional:
             return None
@@ -174,6 +175,11 @@ def read_yaml(path: str | Path) -> dict:
     return content or {}
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse would print all options before the one line that matters
+        raise UserError(f"command line: {message}")
+
+
 def resolve(
     description: str,
     argv: list[str] | None = None,
@@ -185,7 +191,7 @@ def resolve(
         UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
             experiment (listing those there are).
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help="YAML file of settings (environment: CONFIG)")

@@ -87,7 +87,7 @@ class Metrics(TrainerCallback):
     """One line a logging step: to metrics.jsonl for programs, to the terminal for people."""
 
     def __init__(self, path: Path):
-        self.path, self.started = path, time.perf_counter()
+        self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()

@@ -186,6 +186,20 @@ def test_scoring_an_untrained_experiment_gives_the_command_that_trains_it(tmp_pa
     assert "python train_qlora.py --config configs/smoke.yaml --exp exp2-wangchan-ut1" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ut_steps", "1,5x"], "--ut_steps must be different loop counts"),
+        (["--benchmark", "thai_exm"], r"unknown benchmark 'thai_exm'; did you mean 'thai_exam'\?"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--limit", "x"], "command line: argument --limit: invalid int value: 'x'"),
+    ],
+)
+def test_a_mistake_in_the_command_is_named_before_the_missing_run(tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        scored(tmp_path, *argv)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
 def test_bf16_without_a_gpu_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match=r"no CUDA GPU found.*on a CPU use --config configs/smoke.yaml"):
