@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env smoke train eval data-report test lint lock clean
+.PHONY: help env smoke train eval data-report fetch test lint lock clean
 
 CONFIG ?= configs/default.yaml
 PYTHON ?= python3
@@ -36,8 +36,11 @@ train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=con
 eval: env  ## score a trained experiment and its base at depths 1 to 4: make eval EXP=exp2-wangchan-ut1 [CONFIG=…]
 	@$(need-exp)$(RUN) evaluate.py --config $(CONFIG) --exp $(EXP)
 
-data-report: env  ## check a training set and show what would be trained: make data-report DATASET=wangchan [CONFIG=…]
-	@$(RUN) data_config.py --config $(CONFIG) --dataset $(or $(DATASET),wangchan)
+data-report: env  ## check a training set, show what would be trained: make data-report DATASET=wangchan [DATASET_PATH=… CONFIG=…]
+	@$(RUN) data_config.py --config $(CONFIG) --dataset $(or $(DATASET),wangchan) $(if $(DATASET_PATH),--dataset_path $(DATASET_PATH))
+
+fetch: env  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
+	@$(RUN) sources.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
 
 test: env  ## run all tests
 	@$(RUN) -m ruff check .
@@ -49,5 +52,5 @@ lint: env  ## ruff alone
 lock: env  ## resolve requirements.in into requirements.txt again
 	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes --custom-compile-command "make lock" requirements.in -o requirements.txt
 
-clean:  ## delete the environment and what smoke wrote; runs and results stay
-	@rm -rf .venv output/smoke results/smoke
+clean:  ## delete the environment, the cache of tokenised rows and what smoke wrote; runs and results stay
+	@rm -rf .venv cache output/smoke results/smoke

@@ -1,81 +1,78 @@
 """Training sets by name -> checked, masked token rows, and the data report.
 
-    python data_config.py --config configs/smoke.yaml --dataset wangchan      # the report, without training
+    python data_config.py --config configs/smoke.yaml --dataset wangchan            # the report of the embedded default
+    python data_config.py --config configs/default.yaml --dataset wangchan --dataset_path FOLDER_OR_FILE
 
-A row becomes a chat in the model's own template, of which only the last answer and its end-of-turn token are trained.
-Nothing is cut: a row longer than `max_length` is dropped and counted, and past a set share the program refuses.
+configs/datasets.yaml names the training sets; a Hub id and a local copy of the same layout are read by the same code.
+A row becomes a chat in the model's own template, of which the assistant's turns and their end-of-turn tokens are
+trained. The rows are kept, memory-mapped, in CACHE_DIR/<dataset>-<key>/; the key covers data, tokenizer, template,
+settings and this file, so that no change to any of them can serve old rows. This command also writes the report to
+OUTPUT_DIR/data-report/<dataset>.json and its histogram to <dataset>.png.
 """
 
+import hashlib
 import json
+import math
+import os
+import random
+import re
+import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+import unicodedata
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
-from settings import Resolved, Settings, UserError, call, nearest, resolve
+from settings import Resolved, Settings, UserError, call, resolve, write_json
 
 import numpy as np
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+import pyarrow as pa
+import torch
+from pythainlp.tokenize import word_tokenize
+from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_ouro import IGNORE, REVISIONS
+from modeling_ouro import IGNORE, REVISIONS, OuroConfig
+from sources import ROOT, Source, benchmark_items, count_rows, find_source, read_file
+from thai import GARBLED, Overlap, normalise, squash
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
+PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
+LENGTHS = (1024, 2048, 4096, 8192)
+CHUNK = 256  # rows tokenised, and written, at a time
+KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
+Chat = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A training set: where it is, and which columns (case-sensitive) make the question and the answer."""
-
-    hub_id: str
-    prompt: tuple[str, ...]  # joined by an empty line; the first must have text
-    completion: str
-    licence: str
-    licence_column: str | None = None
-    revision: str | None = None
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
 
 
-DATASETS = {
-    "wangchan": Source(
-        "airesearch/WangchanThaiInstruct",
-        prompt=("Instruction", "Input"),
-        completion="Output",
-        licence="per row",
-        licence_column="License",
-    ),
-    "synthetic": Source(
-        "airesearch/wangchanx-seed-free-synthetic-instruct-thai-120k",
-        prompt=("instruction", "context"),
-        completion="output",
-        licence="MIT by its card; written by Qwen2-72B-Instruct",
-    ),
-    "r1": Source(
-        "iapp/Thai-R1-Distill-SFT",
-        prompt=("problem",),
-        completion="reannotated_assistant_content",
-        licence="none stated; upstream CC-BY-NC-SA-4.0",
-    ),
-}
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint (folder or Hub id), at the pinned revision.
+def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint (folder or Hub id), at the pinned revision, checked against the model's config.
 
     Raises:
-        UserError: it cannot be read, has no chat template, or its vocabulary lacks <|im_end|>.
+        UserError: it cannot be read, has no chat template, its vocabulary lacks <|im_end|> or is larger than the
+            model's, or `max_length` is more than the model's positions.
     """
     place = Path(path)
     if not place.exists() and (place.is_absolute() or (place.parent.is_dir() and place.parent != Path())):
         raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
+    revision = revision or REVISIONS.get(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or REVISIONS.get(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        config = OuroConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the tokenizer of {path}: {' '.join(str(error).split())}\n"
-            "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before"
+            "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
         ) from None
     except (KeyError, ImportError):  # what transformers makes of a missing and of an unreadable tokenizer.json
         raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is missing or damaged") from None
@@ -83,222 +80,869 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():
         raise UserError(f"the tokenizer of {path} has no token {END_OF_TURN}: it is not Ouro's")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer of {path} has {len(tokenizer)} tokens, its model only {config.vocab_size}")
+    if max_length and max_length > config.max_position_embeddings:
+        raise UserError(
+            f"max_length = {max_length} is more than the {config.max_position_embeddings} positions of {path}"
+        )
     return tokenizer
 
 
-def read_jsonl(path: Path, text: str | None = None) -> Iterator[dict]:
-    """The objects of a JSON Lines file (or of `text`, for a file inside an archive).
+# ----------------------------------------------------------------------------------------------------------------------
+# a row -> a chat
+
+
+THINK = ("<think>", "</think>")
+
+
+def close_think(text: str, answer: str | None) -> str | None:
+    """A completion whose <think> and </think> pair, or None where they cannot be made to.
+
+    None of the two is right as it is. A lone </think> gets its opening (templates often write that in the prompt); a
+    lone <think> is a thought without its answer, which is added where the row has one in another column.
+    """
+    opening, closing = (text.count(tag) for tag in THINK)
+    if (opening, closing) == (0, 1):
+        return f"<think>\n{text}"
+    if (opening, closing) == (1, 0) and answer and answer.strip():
+        return f"{text}\n</think>\n\n{answer.strip()}"
+    if (opening, closing) == (0, 0) or (
+        (opening, closing) == (1, 1) and text.index("<think>") < text.index("</think>")
+    ):
+        return text
+    return None
+
+
+def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:
+    """One row as a chat that ends with an assistant turn, or None and why not.
 
     Raises:
-        UserError: naming the file and the line that is not a JSON object or not UTF-8.
+        UserError: a column holds something other than text, or `messages` is not a list of turns.
     """
-    if text is None:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise UserError(f"{path}, line {line}: not valid UTF-8") from None
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-        yield row
 
+    def text(column: str) -> str:
+        value = row[column]
+        if not isinstance(value, str | None):
+            raise UserError(f"{where}, column {column}: expected text, found {type(value).__name__}")
+        value = value or ""
+        return (normalise(value) if settings.normalise_thai else value).strip()
 
-def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
-        "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before, "
-        f"--paths {name}=FOLDER a copy of your own"
-    )
-
-
-def read_rows(name: str, settings: Settings, split: str = "train") -> tuple[list[dict], str]:
-    """The raw rows of a training set and the place they came from: a local folder or file if `paths` names one, else
-    the Hub (or its cache).
-
-    Raises:
-        UserError: an unknown name, nothing readable in the folder, no network and no cached copy.
-    """
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}")
-    local = settings.paths.get(name)
-    if local is None:
-        source = DATASETS[name]
-        try:
-            rows = load_dataset(source.hub_id, revision=source.revision, split=split)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            raise hub_error(name, source.hub_id, error) from None
-        return rows.to_list(), source.hub_id
-    path = Path(local)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(f for folder in (path, path / "data") for f in folder.glob(f"{split}*") if f.is_file())
-        files = [f for f in files if f.suffix in (".jsonl", ".parquet")]
+    if column := entry.get("messages"):
+        chat = []
+        turns = row[column] or []
+        if not isinstance(turns, list):
+            raise UserError(f"{where}, column {column}: expected a list of turns, found {type(turns).__name__}")
+        for number, turn in enumerate(turns, 1):
+            place = f"{where}, column {column}, turn {number}"
+            if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+                raise UserError(f"{place}: expected {{role: system, user or assistant, content: text}}, found {turn!r}")
+            content = turn.get("content")
+            if not isinstance(content, str | None):
+                raise UserError(f"{place}: expected text in content, found {type(content).__name__}")
+            content = content or ""
+            content = (normalise(content) if settings.normalise_thai else content).strip()
+            if turn["role"] != "system" or content:
+                chat.append({"role": turn["role"], "content": content})
+        while chat and chat[-1]["role"] != "assistant":
+            chat.pop()  # nothing in them to train
+        spoken = chat[1:] if chat and chat[0]["role"] == "system" else chat
+        if not spoken or any(not turn["content"] for turn in spoken):
+            return None, f"empty ({column})"
+        if [turn["role"] for turn in spoken] != ["user", "assistant"] * (len(spoken) // 2):
+            return None, "turns of user and assistant do not alternate"
     else:
-        raise UserError(f"paths: {name}={local}: no such file or folder")
-    if not files:
-        raise UserError(f"{local} holds neither {split}*.jsonl nor {split}*.parquet, nor does {local}/data")
-    rows = []
-    for file in files:
-        rows += Dataset.from_parquet(str(file)).to_list() if file.suffix == ".parquet" else read_jsonl(file)
-    if not rows:
-        raise UserError(f"{local}: no rows in {', '.join(f.name for f in files)}")
-    return rows, str(local)
+        parts, answer = [text(column) for column in entry["prompt"]], text(entry["completion"])
+        if not parts[0] or not answer:
+            return None, f"empty ({entry['completion'] if parts[0] else entry['prompt'][0]})"
+        if entry.get("think"):
+            answer = close_think(answer, text(entry["answer"]) if "answer" in entry else None)
+            if answer is None:
+                return None, f"unbalanced <think> ({entry['completion']})"
+        chat = [
+            {"role": "user", "content": "\n\n".join(part for part in parts if part)},
+            {"role": "assistant", "content": answer},
+        ]
+    if settings.system_prompt and chat[0]["role"] != "system":
+        chat.insert(0, {"role": "system", "content": settings.system_prompt})
+    if any(GARBLED.search(turn["content"]) for turn in chat):
+        return None, "garbled (U+FFFD or mojibake)"
+    return chat, ""
 
 
-def to_messages(row: dict, source: Source, where: str) -> list[dict] | None:
-    """One row as a chat of two turns; None if question or answer is empty.
+def digest(chat: Chat) -> bytes:
+    return hashlib.blake2b(json.dumps(chat, ensure_ascii=False).encode(), digest_size=16).digest()
+
+
+def question(chat: Chat) -> Chat:
+    """All that comes before the last answer, without the system turn."""
+    return [turn for turn in chat[:-1] if turn["role"] != "system"]
+
+
+def in_hash_share(row: dict, chat: Chat, rule: dict) -> bool:
+    """Whether a hash split holds this row out: by the column it names, or the question where that is empty."""
+    value = row[rule["hash"]]
+    text = value.strip() if isinstance(value, str) and value.strip() else question(chat)[0]["content"]
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < rule["share"] * 2**64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a chat -> masked tokens
+
+
+@dataclass
+class Tokens:
+    """A tokenised chat: ids, the trained stretches [start, stop, start, stop, …], where the first answer begins."""
+
+    ids: np.ndarray
+    trained: list[int]
+    boundary: int
+
+
+def generation_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
+    """What the template puts before an answer, as text and tokens; and the tokens of this chat's prompt if it asked
+    nothing."""
+    system = chat[0]["content"] if chat[0]["role"] == "system" else None
+    return _generation_prompt(tokenizer, tokenizer.chat_template, system)
+
+
+@lru_cache(maxsize=64)
+def _generation_prompt(tokenizer, template: str, system: str | None) -> tuple[str, list[int], int]:
+    chat = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": ""}]
+    without, whole = (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=g) for g in (False, True)
+    )
+    if not whole.startswith(without):
+        raise UserError("the chat template's generation prompt changes what stands before it: no boundary to mask at")
+    header = whole[len(without) :]
+    ids = tokenizer(header, add_special_tokens=False).input_ids
+    if not ids or ids[0] not in tokenizer.all_special_ids:
+        raise UserError(f"the chat template's generation prompt {header!r} does not begin with a special token")
+    return header, ids, len(tokenizer(whole, add_special_tokens=False).input_ids)
+
+
+def encode(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] | None = None
+) -> list[Tokens]:
+    """Tokens of chats, of which every assistant turn's text and end-of-turn token are trained.
+
+    A boundary is where the template's own generation prompt ends, so that training starts exactly where generation
+    will; what the template puts after the end-of-turn token is not trained. One tokenisation serves all turns: special
+    tokens part a text, so what precedes a generation prompt is tokenised as it would be alone, and the prompt's own
+    tokens are compared.
 
     Raises:
-        UserError: a column is missing or holds something other than text.
+        UserError: the template does not continue its own generation prompt, changes an answer, or ends no turn with
+            <|im_end|>.
     """
-    for column in (*source.prompt, source.completion):
-        if column not in row:
-            raise UserError(f"{where}: no column {column!r}{nearest(column, row)}")
-        if not isinstance(row[column], str | None):
-            raise UserError(f"{where}, column {column}: expected text, found {type(row[column]).__name__}")
-    parts = [(row[column] or "").strip() for column in source.prompt]
-    answer = (row[source.completion] or "").strip()
-    if not parts[0] or not answer:
-        return None
-    return [
-        {"role": "user", "content": "\n\n".join(part for part in parts if part)},
-        {"role": "assistant", "content": answer},
-    ]
 
+    def wrong(place: str, what: str) -> UserError:
+        return UserError(f"{place}{': ' if place else ''}the chat template {what}")
 
-def tokenize(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a chat whose last turn is the answer to train: its text and its end-of-turn token.
-
-    The boundary is where the template's own generation prompt ends, so that training starts exactly where generation
-    will; what the template puts after the end-of-turn token is not trained.
-
-    Raises:
-        UserError: the template does not continue its own generation prompt, or ends no turn with <|im_end|>.
-    """
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
-    ids = tokenizer.apply_chat_template(messages)
-    if ids[: len(prompt)] != prompt:
-        raise UserError("the chat template does not continue its own generation prompt: no boundary to mask at")
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    if end not in ids[len(prompt) :]:
-        raise UserError(f"the chat template does not end the answer with {END_OF_TURN}")
-    stop = len(prompt) + ids[len(prompt) :].index(end) + 1
-    return ids, [IGNORE] * len(prompt) + ids[len(prompt) : stop] + [IGNORE] * (len(ids) - stop)
+    result = []
+    for chat, text, encoding, place in zip(
+        chats, texts, _encode_batch(texts, tokenizer), places or [""] * len(chats), strict=True
+    ):
+        ids, trained = encoding.ids, []
+        header, header_ids, _ = generation_prompt(chat, tokenizer)
+        for i, turn in enumerate(chat):
+            if turn["role"] != "assistant":
+                continue
+            prompt = tokenizer.apply_chat_template(chat[:i], tokenize=False, add_generation_prompt=True)
+            if not (text.startswith(prompt) and prompt.endswith(header)):
+                raise wrong(place, "does not continue its own generation prompt: no boundary to mask at")
+            if not text.startswith(turn["content"], len(prompt)):
+                raise wrong(place, "changes the answer it is given")
+            start = encoding.char_to_token(len(prompt))
+            if start is None or ids[start - len(header_ids) : start] != header_ids:
+                raise wrong(place, "lets a token reach from its generation prompt into the answer: no boundary")
+            try:
+                stop = ids.index(end, start) + 1
+            except ValueError:
+                raise wrong(place, f"does not end the answer with {END_OF_TURN}") from None
+            trained += [start, stop]
+        result.append(Tokens(np.array(ids, np.uint32), trained, trained[0]))
+    return result
 
 
-def prepare(name: str, settings: Settings, tokenizer: PreTrainedTokenizerBase, quiet: bool = False):
-    """The training rows {input_ids, labels} of a dataset, and the report on them; refuses data not worth training on.
+def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
+    """On all cores; the switch is put back, for the library warns of every later fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false" if before is None else before
 
-    Raises:
-        UserError: as `read_rows` and `to_messages`; or no row is left; or more rows than allowed are empty or too long.
+
+def cuttable(chat: Chat, tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens `truncate_prompt` may take from the first question."""
+    return max(0, tokens.boundary - generation_prompt(chat, tokenizer)[2] - KEPT_QUESTION)
+
+
+def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+    """The chat with the end of its first question cut off so that it has at most `limit` tokens; None if it cannot.
+
+    The end, because the instruction comes first and its material after it. Not inside a character (a token may be a
+    piece of one) nor between a letter and its marks.
     """
-    rows, place = read_rows(name, settings)
-    source = DATASETS[name]
-    special = [token for token in tokenizer.all_special_tokens if token]
-    kept, dropped, licences, characters = [], Counter(), Counter(), 0
-    for number, row in enumerate(tqdm(rows, desc="tokenise", unit=" rows", disable=quiet or None, leave=False), 1):
-        messages = to_messages(row, source, f"{place}, row {number}")
-        if messages is None:
-            dropped["empty"] += 1
-        elif any(token in message["content"] for message in messages for token in special):
-            dropped["special token in the text"] += 1  # it would end the turn or the document in the middle
-        else:
-            ids, labels = tokenize(messages, tokenizer)
-            if len(ids) > settings.max_length:
-                dropped["longer than max_length"] += 1
+    first = next(i for i, turn in enumerate(chat) if turn["role"] == "user")
+    text = chat[first]["content"]
+    whole = _encode_batch([text], tokenizer)[0]
+    excess = len(tokens.ids) - limit
+    while excess <= cuttable(chat, tokens, tokenizer):
+        stop = whole.token_to_chars(len(whole.ids) - excess)[0]
+        while stop and unicodedata.category(text[stop]) == "Mn":
+            stop -= 1
+        short = [*chat[:first], chat[first] | {"content": text[:stop].rstrip()}, *chat[first + 1 :]]
+        cut = encode([short], tokenizer)[0]
+        if len(cut.ids) <= limit:
+            return cut
+        excess += len(cut.ids) - limit  # the cut fell inside a merged token
+    return None
+
+
+def split_row(tokens: Tokens, limit: int) -> list[Tokens]:
+    """The row as stretches of `limit` tokens, each after half a stretch of what precedes it; every trained token is
+    trained in one of them, and an answer's end in the last."""
+    mask = trained_mask(len(tokens.ids), tokens.trained)
+    pieces, done = [], 0
+    while done < len(tokens.ids):
+        start = 0 if done == 0 else max(0, min(done - limit // 2, len(tokens.ids) - limit))
+        stop = min(start + limit, len(tokens.ids))
+        fresh = mask[start:stop].copy()
+        fresh[: done - start] = False
+        if fresh.any():
+            edges = np.flatnonzero(np.diff(fresh, prepend=False, append=False)).tolist()
+            pieces.append(Tokens(tokens.ids[start:stop], edges, edges[0]))
+        done = stop
+    return pieces
+
+
+def truncate(tokens: Tokens, limit: int) -> list[Tokens]:
+    """The first `limit` tokens; nothing if none of them is trained."""
+    trained = [min(edge, limit) for edge in tokens.trained]
+    pairs = [p for p in zip(trained[::2], trained[1::2], strict=True) if p[0] < p[1]]
+    return [Tokens(tokens.ids[:limit], [edge for p in pairs for edge in p], tokens.boundary)] if pairs else []
+
+
+def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
+    mask = np.zeros(length, bool)
+    for start, stop in zip(trained[::2], trained[1::2], strict=True):
+        mask[start:stop] = True
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the cache: built once, read memory-mapped
+
+
+class Rows(torch.utils.data.Dataset):
+    """Tokenised rows in a memory-mapped file, or packs of them: an item is a list of (input_ids, labels) documents.
+
+    Both int64 (tokens,); an item has one document, or with `packs`, lists of row numbers, as many as its pack.
+    """
+
+    def __init__(self, file: Path):
+        with pa.memory_map(str(file)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self._columns = [  # per column and batch: values and offsets, views into the file
+            [
+                (chunk.flatten().to_numpy(), chunk.offsets.to_numpy() - chunk.offsets[0].as_py())
+                for chunk in column.chunks
+            ]
+            for column in table.columns
+        ]
+        ids = self._columns[0]
+        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in ids] or [np.zeros(0, int)])  # tokens per row
+        self._starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in ids)])
+        self.packs: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths) if self.packs is None else len(self.packs)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens per item."""
+        return self.lengths if self.packs is None else np.array([self.lengths[pack].sum() for pack in self.packs])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = int(np.searchsorted(self._starts, index, "right")) - 1
+        at = index - self._starts[batch]
+        ids, trained = (v[o[at] : o[at + 1]] for v, o in (column[batch] for column in self._columns))
+        ids = ids.astype(np.int64)
+        return ids, np.where(trained_mask(len(ids), trained), ids, IGNORE)
+
+    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return [self.row(i) for i in ([index % len(self)] if self.packs is None else self.packs[index])]
+
+
+@dataclass
+class Tally:
+    """What a data report is made of, counted row by row."""
+
+    rows_in: int = 0
+    kept: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    examples: dict = field(default_factory=dict)  # reason -> the first rows dropped for it
+    licences: Counter = field(default_factory=Counter)
+    filtered: Counter = field(default_factory=Counter)
+    overlap: list = field(default_factory=list)
+    touched: Counter = field(default_factory=Counter)  # kept rows that the length policy changed
+    duplicates: Counter = field(default_factory=Counter)
+    thai: int = 0
+    letters: int = 0
+    ended: int = 0
+    trained_tokens: int = 0
+    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, answers' end)
+    answers: list = field(default_factory=list)  # a random sample of them
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        if len(examples := self.examples.setdefault(reason, [])) < 5:
+            examples.append(where)
+
+    def count(
+        self, row: dict, chat: Chat, pieces: list[Tokens], what: str, licence: str, end: int, chance: random.Random
+    ) -> None:
+        """A row that is trained, as `pieces`; `what` the length policy did to it."""
+        self.kept += 1
+        self.licences[licence] += 1
+        if what:
+            self.touched[what] += 1
+        self.trained_tokens += sum(sum(p.trained[1::2]) - sum(p.trained[::2]) for p in pieces)
+        self.ended += int(pieces[-1].ids[pieces[-1].trained[-1] - 1]) == end
+        answer = chat[-1]["content"]
+        codes = squash(answer)
+        self.letters += len(codes)
+        self.thai += int(((codes >= 0x0E00) & (codes < 0x0E80)).sum())
+        if len(self.answers) < SAMPLE:  # Vitter's algorithm R: each row is as likely to be in the sample
+            self.answers.append(answer)
+        elif (at := chance.randrange(self.kept)) < SAMPLE:
+            self.answers[at] = answer
+
+
+SAMPLE = 200  # answers whose tokens per character and word are measured
+Item = tuple[str, dict, Chat]
+
+
+def checked_rows(
+    source: Source, split: str, settings: Settings, tokenizer: PreTrainedTokenizerBase, overlap: Overlap, tally: Tally
+) -> Iterator[Item]:
+    """The rows that pass every check that needs no tokens; the others are counted in `tally`."""
+    entry, rule = source.entry, source.entry["held_out"]
+    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token))
+    held_out = {digest(question(chat)) for chat in _held_out_chats(source, settings)} if split == "train" else set()
+    rows_seen, questions_seen = set(), set()
+    for file in source.part(split):
+        for where, row in read_file(file, source.columns):
+            tally.rows_in += 1
+            chat, why = to_chat(row, entry, settings, where)
+            if chat is None:
+                tally.drop(why, where)
+                continue
+            licence = licence_of(row, entry)
+            text = "\n".join(turn["content"] for turn in chat)
+            if entry.get("think") and any(tag in text and tag not in row[entry["completion"]] for tag in THINK):
+                tally.touched["<think> tags completed"] += 1
+            if special.search(text):  # it would end the turn or the document in the middle
+                tally.drop("special token in the text", where)
+            elif "hash" in rule and in_hash_share(row, chat, rule) != (split == "held_out"):
+                tally.drop("held out" if split == "train" else "in training", where)
+            elif settings.licence == "permissive" and canonical(licence) not in PERMISSIVE:
+                tally.filtered[licence] += 1
+                tally.drop("licence not permissive", where)
+            elif digest(question(chat)) in held_out:
+                tally.drop("question is in the held-out split too", where)
             else:
-                kept.append({"input_ids": ids, "labels": labels})
-                licences[row.get(source.licence_column, source.licence)] += 1
-                characters += sum(len(message["content"]) for message in messages)
-    report = describe(kept, dropped, characters, tokenizer) | {
-        "dataset": name,
-        "source": place,
-        "licences": dict(licences),
-        "max_length": settings.max_length,
-    }
-    refuse(report, settings)
-    return Dataset.from_list(kept), report
+                if split == "train" and (hit := overlap.find(text)):
+                    tally.overlap.append({"row": where, "item": hit[0], "shared": hit[1]})
+                    if settings.drop_overlap:
+                        tally.drop("repeats a benchmark item", where)
+                        continue
+                tally.duplicates["rows"] += (whole := digest(chat)) in rows_seen
+                tally.duplicates["questions"] += (asked := digest(question(chat))) in questions_seen
+                rows_seen.add(whole)
+                questions_seen.add(asked)
+                yield where, row, chat
 
 
-def describe(kept: list[dict], dropped: Counter, characters: int, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The data report: how many rows came in and stayed, how long they are, what share of them is trained."""
-    lengths = np.array([len(row["input_ids"]) for row in kept] or [0])
-    labels = [np.array(row["labels"]) for row in kept]
-    trained = sum(int((x != IGNORE).sum()) for x in labels)
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    ended = sum(bool(len(t := x[x != IGNORE]) and t[-1] == end) for x in labels)
-    return {
-        "rows_in": len(kept) + dropped.total(),
-        "rows_kept": len(kept),
-        "rows_dropped": dict(dropped),
-        "tokens": int(lengths.sum()),
-        "tokens_per_row": {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)},
-        "tokens_per_character": round(int(lengths.sum()) / max(characters, 1), 3),
-        "trained_tokens": trained,
-        "trained_share": round(trained / max(int(lengths.sum()), 1), 3),
-        "end_token_survival": round(ended / max(len(kept), 1), 3),
-    }
+def _held_out_chats(source: Source, settings: Settings) -> Iterator[Chat]:
+    for file in source.files["held_out"]:
+        for where, row in read_file(file, source.columns):
+            chat, _ = to_chat(row, source.entry, settings, where)
+            if chat is not None:
+                yield chat
 
 
-def refuse(report: dict, settings: Settings) -> None:
-    """Raises UserError for data that would waste a training run."""
-    rows, dropped = report["rows_in"], report["rows_dropped"]
-    empty, long = dropped.get("empty", 0), dropped.get("longer than max_length", 0)
-    if empty > settings.max_empty_share * rows:
+def licence_of(row: dict, entry: dict) -> str:
+    licence = entry["licence"]
+    return str(row[licence["column"]] or "not stated") if isinstance(licence, dict) else licence
+
+
+def canonical(licence: str) -> str:
+    return re.sub(r"[\s_]+", "-", licence.strip().lower())
+
+
+def fit(where: str, chat: Chat, tokens: Tokens, s: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[list, str]:
+    """The row as the length policy lets it be trained (nothing, itself, a shorter one or several), and what was done.
+
+    Raises:
+        UserError: it is too long and the policy is `error`.
+    """
+    n = len(tokens.ids)
+    if n <= s.max_length:
+        return [tokens], ""
+    if s.length_policy == "error":
         raise UserError(
-            f"{empty} of {rows} rows of {report['source']} have an empty question or answer; more than "
-            f"max_empty_share = {settings.max_empty_share:g} usually means wrong columns"
+            f"{where}: {n} tokens, more than max_length = {s.max_length}; raise --max_length, or choose another "
+            "--length_policy (the data report shows what each would do)"
         )
-    if long > settings.max_dropped_share * rows:
-        raise UserError(
-            f"{long} of {rows} rows of {report['source']} are longer than max_length = {settings.max_length} tokens; "
-            f"raise --max_length, or --max_dropped_share (now {settings.max_dropped_share:g}) to train without them"
+    if s.length_policy == "truncate_prompt":
+        cut = cut_question(chat, tokens, s.max_length, tokenizer)
+        return ([cut], "question cut") if cut else ([], "")
+    if s.length_policy == "split":
+        return split_row(tokens, s.max_length), "split"
+    if s.length_policy == "truncate":
+        return truncate(tokens, s.max_length), "answer cut"
+    return [], ""
+
+
+def build(
+    folder: Path, source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list, quiet: bool
+) -> None:
+    """Tokenises a training set into `folder`, which appears whole or not at all.
+
+    Raises:
+        UserError: as all of the above.
+        OSError: the disk is full; nothing is left behind.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
+    schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32())})
+    tally, chance, end = Tally(), random.Random(0), tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    overlap = Overlap(items)
+    rows = checked_rows(source, split, s, tokenizer, overlap, tally)
+    progress = tqdm(
+        total=sum(map(count_rows, source.part(split))),
+        desc="tokenise",
+        unit=" rows",
+        disable=quiet or None,
+        leave=False,
+    )
+    try:
+        with open(partial / "rows.arrow", "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            while chunk := list(islice(rows, CHUNK)):
+                pieces = []
+                places, _, chats = zip(*chunk, strict=True)
+                for (where, row, chat), tokens in zip(chunk, encode(chats, tokenizer, places), strict=True):
+                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained[-1]))
+                    fitted, what = fit(where, chat, tokens, s, tokenizer)
+                    if not fitted:
+                        tally.drop(f"longer than {s.max_length} tokens", where)
+                        continue
+                    pieces += fitted
+                    tally.count(row, chat, fitted, what, licence_of(row, source.entry), end, chance)
+                if pieces:
+                    columns = ([p.ids for p in pieces], schema.types[0]), ([p.trained for p in pieces], schema.types[1])
+                    writer.write_batch(pa.record_batch([pa.array(c, t) for c, t in columns], schema=schema))
+                progress.update(tally.rows_in - progress.n)
+        with open(partial / "rows.arrow", "rb") as file:
+            os.fsync(file.fileno())
+        report = describe(tally, Rows(partial / "rows.arrow"), tokenizer)
+        report["overlap"] = {
+            "benchmarks": s.overlap,
+            "items": len(items),
+            "too_short": overlap.short,
+            "rows": tally.overlap,
+        }
+        write_json(partial / "report.json", report)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # else another process has built the same meanwhile
+                raise
+    finally:
+        progress.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The data report, but for what the cache does not depend on."""
+    lengths, before = rows.lengths, np.array(tally.lengths or np.zeros((0, 3)), int)
+    tokens = int(lengths.sum())
+    counts, edges = np.histogram(before[:, 0], bins=40, range=(0, max(before[:, 0].max(initial=1), 1)))
+    order = np.argsort(lengths, kind="stable")
+    shown = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])]) if len(order) else ()
+    english = [row["text"] for _, row in read_file(ROOT / "sample/texts/english.jsonl")]
+    return {
+        "rows_in": tally.rows_in,
+        "rows_kept": tally.kept,
+        "rows_dropped": dict(tally.dropped),
+        "first_dropped": tally.examples,
+        "rows_touched": dict(tally.touched),
+        "rows_written": len(lengths),
+        "tokens": tokens,
+        "trained_tokens": tally.trained_tokens,
+        "trained_share": round(tally.trained_tokens / max(tokens, 1), 4),
+        "end_token_survival": round(tally.ended / max(tally.kept, 1), 4),
+        "tokens_per_row": {
+            f"p{q}": int(np.percentile(before[:, 0], q)) if len(before) else 0 for q in (5, 50, 95, 100)
+        },
+        "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
+        "too_long": {str(limit): policies(before, limit) for limit in LENGTHS},
+        "thai_share_of_letters": round(tally.thai / max(tally.letters, 1), 3),
+        "tokens_per_unit": {
+            "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
+            "English": density(english, tokenizer, str.split),
+        },
+        "licences": dict(tally.licences.most_common()),
+        "licences_left_out": dict(tally.filtered.most_common()),
+        "duplicates": dict(tally.duplicates),
+        "examples": [abridge(marked(*rows.row(i), tokenizer)) for i in shown],
+    }
+
+
+POLICIES = {  # as the report shows them
+    "drop": "drop: rows left out",
+    "truncate_prompt_cut": "truncate_prompt: shortened",
+    "truncate_prompt_dropped": "truncate_prompt: left out",
+    "split_pieces": "split: pieces made of them",
+    "truncate_ends_lost": "truncate: ends lost",
+}
+
+
+def policies(lengths: np.ndarray, limit: int) -> dict[str, int]:
+    """How many rows each length policy would touch at `limit` tokens; lengths: (rows, 3), see Tally."""
+    long = lengths[lengths[:, 0] > limit]
+    savable = int((long[:, 0] - limit <= long[:, 1]).sum())
+    return {
+        "drop": len(long),
+        "truncate_prompt_cut": savable,
+        "truncate_prompt_dropped": len(long) - savable,
+        "split_pieces": int(sum(len(range(limit, n, limit - limit // 2)) + 1 for n in long[:, 0])),
+        "truncate_ends_lost": int((long[:, 2] > limit).sum()),
+    }
+
+
+def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words) -> dict[str, float]:
+    """Tokens a character and a word; words by PyThaiNLP's newmm for Thai, by spaces for English."""
+    tokens = sum(len(e.ids) for e in _encode_batch(texts, tokenizer)) if texts else 0
+    characters, count = sum(map(len, texts)), sum(len(words(text)) for text in texts)
+    return {
+        "tokens_per_character": round(tokens / max(characters, 1), 3),
+        "tokens_per_word": round(tokens / max(count, 1), 2),
+        "texts": len(texts),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def pack(lengths: np.ndarray, limit: int) -> list[list[int]]:
+    """Rows put together so that each pack has at most `limit` tokens: best-fit decreasing, the same each time.
+
+    At most 11/9 of the fewest packs possible, plus one (Johnson 1973); with rows far shorter than `limit`, nearly none
+    too many.
+    """
+    packs: list[list[int]] = []
+    spaces: list[int] = []  # distinct free spaces, sorted
+    having: dict[int, list[int]] = defaultdict(list)  # free space -> packs that have it
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        n = int(lengths[row])
+        at = bisect_left(spaces, n)
+        if at == len(spaces):
+            packs.append([])
+            chosen, left = len(packs) - 1, limit - n
+        else:
+            chosen, left = having[spaces[at]].pop(), spaces[at] - n
+            if not having[spaces[at]]:
+                del spaces[at]
+        packs[chosen].append(row)
+        if left > 0:
+            if not having[left]:
+                insort(spaces, left)
+            having[left].append(chosen)
+    return packs
+
+
+class EpochOrder(torch.utils.data.Sampler):
+    """The order of items in each epoch: a pure function of (seed, epoch), the same for any number of processes.
+
+    Shuffled; then, unless they are packs, in spans of 16 steps sorted by length and cut into steps, which are shuffled:
+    a step's rows are of like length, so little of a batch is padding and no process waits long for another. The step
+    with the longest row comes first: memory runs out at once or not at all.
+    """
+
+    def __init__(self, sizes: np.ndarray, rows_per_step: int, seed: int, grouped: bool):
+        self.sizes, self.step, self.seed, self.grouped, self.epoch = sizes, rows_per_step, seed, grouped, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        chance = np.random.default_rng([self.seed, self.epoch])
+        order = chance.permutation(len(self.sizes))
+        if self.grouped:
+            whole = len(order) // self.step * self.step
+            span = 16 * self.step
+            spans = [order[at : min(at + span, whole)] for at in range(0, whole, span)]
+            spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]
+            steps = np.concatenate([*spans, order[:0]]).reshape(-1, self.step)
+            steps = steps[chance.permutation(len(steps))]
+            if len(steps):
+                longest = int(self.sizes[steps].max(1).argmax())
+                steps[[0, longest]] = steps[[longest, 0]]
+            order = np.concatenate([steps.reshape(-1), order[whole:]])
+        return iter(order.tolist())
+
+
+def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
+    """The share of padding in batches of `batch` items taken in this order."""
+    ordered = sizes[np.fromiter(order, int)]
+    width = np.maximum.reduceat(ordered, np.arange(0, len(ordered), batch))
+    rows = np.full(len(width), batch)
+    rows[-1] = len(ordered) - batch * (len(width) - 1)
+    return 1 - float(ordered.sum() / (width * rows).sum())
+
+
+def collate(items: list[list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right: input_ids, labels, attention_mask, all int64 (batch, seq). Where an item has
+    several documents there are position_ids too, which begin at 0 in each (and in the padding)."""
+    width = max(sum(len(ids) for ids, _ in item) for item in items)
+    input_ids = torch.zeros(len(items), width, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE)
+    mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, item in enumerate(items):
+        at = 0
+        for ids, targets in item:
+            stretch = slice(at, at := at + len(ids))
+            input_ids[i, stretch], labels[i, stretch] = torch.from_numpy(ids), torch.from_numpy(targets)
+            positions[i, stretch] = torch.arange(len(ids))
+        mask[i, :at] = 1
+        positions[i, at:] = torch.arange(width - at)
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+    return batch | ({"position_ids": positions} if any(len(item) > 1 for item in items) else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all of it, and the report
+
+
+def prepare(
+    s: Settings, tokenizer: PreTrainedTokenizerBase, split: str = "train", builder: bool = True, quiet: bool = False
+) -> tuple[Rows, dict]:
+    """The token rows of the training set (or of the part held out of it), from the cache where it has them, and the
+    report on them. Only the `builder` of several processes tokenises; the others wait for what it leaves.
+
+    Raises:
+        UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the
+            report was printed.
+    """
+    source, items = find_source(s), benchmark_items(s) if split == "train" else []
+    rule = source.entry["held_out"]
+    if split == "held_out" and "split" in rule and not source.files.get("held_out"):
+        raise UserError(f"{source.place} has no split {rule['split']!r}, which dataset {s.dataset} holds out")
+    names = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")
+    key = {
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "packages": {name: version(name) for name in ("transformers", "tokenizers", "pythainlp")},
+        "data": source.fingerprint(),
+        "entry": source.entry,
+        "split": split,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "settings": {name: getattr(s, name) for name in names},
+        "benchmarks": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
+    }
+    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(s.cache_dir) / f"{s.dataset}-{split}-{short}"
+    cached = folder.exists()
+    if builder and not cached:
+        build(folder, source, split, s, tokenizer, items, quiet)
+    while not folder.exists():
+        time.sleep(0.2)
+    try:
+        rows = Rows(folder / "rows.arrow")
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
+        raise UserError(f"the cache {folder} is damaged ({error}): delete it and run again") from None
+    known = source.entry.get("rows", {}).get(split if split == "train" else rule.get("split"))
+    report = {"dataset": s.dataset, "split": split, "source": str(source.place), "data_revision": key["data"],
+              "tokenizer_sha256": key["tokenizer"], "rows_when_described": known,
+              "settings": key["settings"], "note": source.entry.get("note"), "cache": str(folder),
+              "from_cache": cached} | report  # fmt: skip
+    if split == "train":
+        reasons = refusals(report, s)
+        if reasons:
+            if not quiet:
+                print_report(report)
+            raise UserError("\n".join(reasons))
+        batch, step = s.per_device_train_batch_size, s.per_device_train_batch_size * s.gradient_accumulation_steps
+        shuffled, grouped = (EpochOrder(rows.lengths, step, s.seed, grouped) for grouped in (False, True))
+        packs = pack(rows.lengths, s.max_length)
+        report["padding"] = {
+            "in_order_of_chance": round(padding(rows.lengths, shuffled, batch), 4),
+            "batches_of_like_length": round(padding(rows.lengths, grouped, batch), 4),
+            "packed": round(1 - int(rows.lengths.sum()) / (len(packs) * s.max_length), 4),
+            "packs": len(packs),
+            "used": "packed" if s.packing else "batches_of_like_length",
+        }
+        if s.packing:
+            rows.packs = packs
+    return rows, report
+
+
+def refusals(report: dict, s: Settings) -> list[str]:
+    """Why this data would waste a training run: each floor of the settings that it falls through."""
+
+    def share(prefix: str) -> tuple[int, float, str]:
+        count = sum(n for reason, n in report["rows_dropped"].items() if reason.startswith(prefix))
+        first = [f"{where}: {r}" for r, places in report["first_dropped"].items() if r.startswith(prefix)
+                 for where in places[:2]]  # fmt: skip
+        return count, count / max(report["rows_in"], 1), "".join(f"\n  {line}" for line in first[:3])
+
+    rows, place, reasons = report["rows_in"], report["source"], []
+    for prefix, floor, what, advice in (
+        ("empty", "max_empty_share", "have an empty question or answer", "are the columns right?"),
+        ("garbled", "max_garbled_share", "hold U+FFFD or mojibake", "was the file written in another encoding?"),
+        ("unbalanced", "max_unbalanced_share", "have <think> tags that do not pair", "is it another format?"),
+    ):
+        count, fraction, first = share(prefix)
+        if fraction > getattr(s, floor):
+            reasons.append(f"{count} of {rows} rows of {place} {what}, more than {floor} = {getattr(s, floor):g}; "
+                           f"{advice}{first}")  # fmt: skip
+    dropped, _, _ = share("longer")
+    touched = dropped + sum(report["rows_touched"].get(what, 0) for what in ("question cut", "answer cut"))
+    if touched > s.max_too_long_share * (report["rows_kept"] + dropped):
+        reasons.append(
+            f"{touched} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be "
+            f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
+            "another --length_policy, or raise --max_too_long_share to train so"
         )
     if not report["trained_tokens"]:
-        raise UserError(f"no row of {report['source']} is left to train on: {json.dumps(dropped)}")
-    if report["end_token_survival"] < 1:
-        raise UserError(f"only {report['end_token_survival']:.1%} of the rows end with {END_OF_TURN}")
+        reasons.append(f"no row of {place} is left to train on: {json.dumps(report['rows_dropped'])}")
+    elif report["trained_share"] < s.min_trained_share:
+        reasons.append(
+            f"only {report['trained_share']:.2%} of the tokens of {place} are trained, less than min_trained_share = "
+            f"{s.min_trained_share:g}; are question and answer swapped?"
+        )
+    if report["trained_tokens"] and report["end_token_survival"] < s.min_end_survival:
+        reasons.append(
+            f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}, "
+            f"less than min_end_survival = {s.min_end_survival:g}: the model would not learn to stop"
+        )
+    return reasons
 
 
-def marked(row: dict, tokenizer: PreTrainedTokenizerBase, colour: bool = False) -> str:
-    """A row as text with its trained tokens between ⟦ and ⟧ (in green on a terminal)."""
-    opening, closing = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
-    trained = np.array(row["labels"]) != IGNORE
+def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row as text with its trained tokens between ⟦ and ⟧."""
+    trained = np.asarray(labels) != IGNORE
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1), len(trained)]
     pieces = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        text = tokenizer.decode(row["input_ids"][start:stop])
-        pieces.append(f"{opening}{text}{closing}" if trained[start] else text)
+        text = tokenizer.decode(ids[start:stop])
+        pieces.append(f"⟦{text}⟧" if trained[start] else text)
     return "".join(pieces)
 
 
-def print_report(rows: Dataset, report: dict, tokenizer: PreTrainedTokenizerBase) -> None:
-    licences = ", ".join(f"{name} ({count} rows)" for name, count in report["licences"].items())
-    print(f"data: {report['source']} ({report['dataset']}), licence {licences}")
-    dropped = "".join(f", {count} dropped: {why}" for why, count in report["rows_dropped"].items())
-    print(f"  rows {report['rows_in']}, kept {report['rows_kept']}{dropped}")
-    lengths = " ".join(f"{name} {n}" for name, n in report["tokens_per_row"].items())
-    print(f"  tokens {report['tokens']:,} ({lengths} per row, {report['tokens_per_character']:.2f} per character)")
-    print(f"  trained tokens {report['trained_share']:.1%}, rows that end with {END_OF_TURN} "
-          f"{report['end_token_survival']:.0%}")
+def abridge(text: str, limit: int = 1200) -> str:
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} … {len(text) - limit:,} characters … {text[-half:]}"
+
+
+def bars(counts: list[int]) -> str:
+    return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * count / max(*counts, 1))] for count in counts)
+
+
+def print_report(report: dict, rows: int = 3) -> None:
+    """The report for people, with the first of the decoded rows."""
+    r, survival = report, report["end_token_survival"]
+    print(f"data: {r['dataset']} from {r['source']}, {r['data_revision'][:19]}{', cached' * r['from_cache']}")
+    if r["rows_when_described"] not in (None, r["rows_in"]):
+        print(f"  note             {r['rows_when_described']:,} rows when configs/datasets.yaml was written")
+    print(f"  licence          {', '.join(f'{name} ({count:,} rows)' for name, count in r['licences'].items())}")
+    if r["note"]:
+        print(f"                   {r['note']}")
+    print(f"  rows             {r['rows_in']:,} in, {r['rows_kept']:,} kept")
+    for why, count in (r["rows_dropped"] | r["rows_touched"]).items():
+        print(f"    {count:>12,}   {'' if why in r['rows_touched'] else 'dropped: '}{why}")
+    print(
+        f"  tokens           {r['tokens']:,}; trained {r['trained_share']:.1%}; answers with their end {survival:.1%}"
+    )
+    print(f"  tokens a row     {'  '.join(f'{q} {n:,}' for q, n in r['tokens_per_row'].items())}")
+    print(f"                   0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
+    for language, unit in r["tokens_per_unit"].items():
+        character, word = unit["tokens_per_character"], unit["tokens_per_word"]
+        print(f"  {language:<17}{character:.2f} tokens a character, {word:.1f} a word")
+    print(f"  letters          {r['thai_share_of_letters']:.0%} Thai")
+    duplicates = r["duplicates"]
+    print(f"  duplicates       {duplicates.get('rows', 0):,} rows, {duplicates.get('questions', 0):,} questions")
+    if r["split"] == "train":
+        overlap = r["overlap"]
+        print(f"  overlap          {len(overlap['rows']):,} rows repeat one of {overlap['items']:,} benchmark items "
+              f"({overlap['benchmarks']})")  # fmt: skip
+        for hit in overlap["rows"][:5]:
+            print(f"                   {hit['row']} and {hit['item']}: {hit['shared'][:40]}…")
+    print(f"  rows longer than             {''.join(f'{int(limit):>9,}' for limit in r['too_long'])}  tokens")
+    for name, label in POLICIES.items():
+        print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))
+    if "padding" in r:
+        shares = {k.replace("_", " "): v for k, v in r["padding"].items() if k not in ("packs", "used")}
+        used = r["padding"]["used"].replace("_", " ")
+        print(f"  padding          {', '.join(f'{k} {v:.1%}{chr(42) * (k == used)}' for k, v in shares.items())}"
+              "  (* used)")  # fmt: skip
     colour = sys.stdout.isatty()
-    print(f"  the first row, trained tokens {'in green' if colour else 'between ⟦ and ⟧'}:")
-    print("    " + marked(rows[0], tokenizer, colour).replace("\n", "\n    "), flush=True)
+    for text in r["examples"][:rows]:
+        print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")
+        text = text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if colour else text
+        print("    " + text.replace("\n", "\n    "), flush=True)
+
+
+def plot(report: dict, path: Path) -> None:
+    """The histogram of tokens per row, as a picture."""
+    import matplotlib  # here: it takes a second, and training does not need it
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    edges, rows = report["histogram"]["edges"], report["histogram"]["rows"]
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.stairs(rows, edges, fill=True, color="#4477aa")
+    limit = report["settings"]["max_length"]
+    if limit < edges[-1]:
+        axes.axvline(limit, color="#cc3311")
+        axes.annotate(f"max_length {limit:,}", (limit, max(rows)), (4, -4), textcoords="offset points", va="top")
+    axes.set(
+        xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=f"{report['dataset']}: {sum(rows):,} rows"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    os.replace(temporary, path)
 
 
 def main() -> None:
     run: Resolved = resolve(__doc__)
-    tokenizer = load_tokenizer(run.settings.model_name_or_path, run.settings.model_revision)
-    rows, report = prepare(run.settings.dataset, run.settings, tokenizer)
-    print_report(rows, report, tokenizer)
+    s = run.settings
+    tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
+    _, report = prepare(s, tokenizer)
+    print_report(report)
+    path = Path(s.output_dir) / "data-report" / f"{s.dataset}.json"
+    write_json(path, report)
+    plot(report, path.with_suffix(".png"))
+    print(f"files: {path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import math
-import tarfile
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -32,20 +30,23 @@ from settings import (
 )
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data_config import hub_error, load_tokenizer, read_jsonl
+from data_config import load_tokenizer
 from modeling_ouro import OuroForCausalLM, load_ouro
+from sources import EVALS, benchmark_files, read_benchmark, read_file
+from thai import normalise
 
-EVALS = Path(__file__).parent / "configs" / "evals.yaml"
 LETTERS = "abcde"
 
 
-def load_items(name: str, spec: dict, local: str | None, limit: int | None = None) -> list[dict]:
-    """The items of a benchmark, each {id, subset, question, options: {letter: text}, gold}.
+def load_items(
+    name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
+) -> list[dict]:
+    """The items of a benchmark, each {id, subset, question, options: {letter: text}, gold}, in the spelling that the
+    run was trained on.
 
     Options keep their letters; an empty one is left out, so that no letter moves. With `limit`, the first of each
     subset.
@@ -53,46 +54,25 @@ def load_items(name: str, spec: dict, local: str | None, limit: int | None = Non
     Raises:
         UserError: a file is missing, or an item has no question, no options, or a gold letter that is not among them.
     """
+    spell = normalise if normalise_thai else str
     items = []
-    for subset in spec["subsets"]:
-        file = spec["file"].format(subset=subset, split=spec["split"])
-        for number, row in enumerate(_read(name, spec, local, file), 1):
+    for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
+        for number, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1):
             where = f"{local or spec['hub_id']}, {file}, item {number}"
             for key in ("question", "answer"):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
-            options = {letter: row[letter] for letter in LETTERS if isinstance(row.get(letter), str) and row[letter]}
+            texts = {letter: row.get(letter) for letter in LETTERS}
+            options = {letter: spell(text) for letter, text in texts.items() if isinstance(text, str) and text}
             if len(options) < 2 or row["answer"] not in options:
                 raise UserError(f"{where}: answer {row['answer']!r} is not among the options {', '.join(options)}")
             items.append(
-                {"id": f"{subset}-{number}", "subset": subset, "question": row["question"], "options": options,
+                {"id": f"{subset}-{number}", "subset": subset, "question": spell(row["question"]), "options": options,
                  "gold": row["answer"]}
             )  # fmt: skip
             if number == limit:
                 break
     return items
-
-
-def _read(name: str, spec: dict, local: str | None, file: str):
-    if local is not None:
-        found = [path for path in (Path(local) / file, Path(local) / "data" / file) if path.is_file()]
-        if not found:
-            raise UserError(f"paths: {name}={local}: no {file} in it, nor data/{file}")
-        yield from read_jsonl(found[0])
-        return
-    try:
-        archive = hf_hub_download(spec["hub_id"], spec["archive"], revision=spec["revision"], repo_type="dataset")
-    except (OSError, ValueError) as error:
-        raise hub_error(name, spec["hub_id"], error) from None
-    try:
-        with tarfile.open(archive) as tar:  # read in memory: nothing is unpacked to disk
-            member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
-            if member is None:
-                raise UserError(f"{archive} holds no {file}")
-            text = tar.extractfile(member).read().decode("utf-8")
-    except (OSError, EOFError, tarfile.TarError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{archive} is damaged: {' '.join(str(error).split())}") from None
-    yield from read_jsonl(Path(member.name), text)
 
 
 def render(item: dict, spec: dict) -> tuple[str, list[str]]:
@@ -221,7 +201,10 @@ def evaluate(run: Resolved) -> None:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     folder, trained = run_settings(run)
     spec = benchmarks[options.benchmark]
-    items = load_items(options.benchmark, spec, run.settings.paths.get(options.benchmark), options.limit)
+    if "prompt" not in spec:
+        raise UserError(f"{options.benchmark} has no protocol in configs/evals.yaml yet, only rows to keep out of training")
+    local = run.settings.paths.get(options.benchmark)
+    items = load_items(options.benchmark, spec, local, options.limit, trained.normalise_thai)
     questions = [render(item, spec) for item in items]
     for item, (prompt, _) in zip(items, questions, strict=True):
         item["prompt_sha256"] = hashlib.sha256(prompt.encode()).hexdigest()
@@ -269,7 +252,7 @@ def evaluate(run: Resolved) -> None:
 
 
 def print_tables(run: Resolved, folder: Path, trained: Settings, benchmark: str, table: dict) -> None:
-    log = list(read_jsonl(folder / "metrics.jsonl"))
+    log = [row for _, row in read_file(folder / "metrics.jsonl")]
     tokens = log[-1]["num_tokens"]
     rate = tokens / sum((b - a) / r["tokens_per_second"] for a, b, r in _spans(log))
     print(f"\ntraining of {run.run} at {trained.total_ut_steps} loops, {log[-1]['step']} steps, {tokens:,} tokens")

@@ -63,11 +63,44 @@ class Settings:
     lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
     lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0)
     # data
-    dataset: str = setting("wangchan", "training set by name, see data_config.py")
-    paths: dict = setting({}, "local folders to read instead of the Hub, name=folder for datasets and benchmarks")
-    max_length: int = setting(4096, "longest row in tokens; longer ones are dropped, never cut", at_least=8)
-    max_empty_share: float = setting(0.01, "refuse to train when more rows lack a prompt or an answer", at_least=0)
-    max_dropped_share: float = setting(0.2, "refuse to train when more rows are too long", at_least=0)
+    dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
+    dataset_path: str | None = setting(None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id")
+    paths: dict = setting({}, "the same for several at once, name=folder for datasets and benchmarks")
+    system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
+    normalise_thai: bool = setting(
+        True, "remove zero-width characters, compose sara am, order tone marks; in training and evaluation alike"
+    )
+    licence: str = setting(
+        "all", "which rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive")
+    )
+    overlap: str = setting(
+        "thai_exam,openthaieval,mt_bench_thai",
+        "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
+    )
+    drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
+    max_length: int = setting(4096, "longest row in tokens; length_policy says what happens to longer ones", at_least=8)
+    length_policy: str = setting(
+        "drop",
+        "rows longer than max_length: leave out (drop), shorten the question (truncate_prompt), train in pieces, each "
+        "after what fits of the text before it (split), lose the answer's end (truncate), or refuse to start (error)",
+        one_of=("drop", "truncate_prompt", "split", "truncate", "error"),
+    )
+    packing: bool = setting(
+        False,
+        "put several rows, apart in attention and positions, into one of max_length; false: batches of like length",
+    )
+    cache_dir: str = setting("cache", "tokenised rows are kept here")
+    # floors below which training is refused
+    max_empty_share: float = setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
+    max_garbled_share: float = setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
+    max_unbalanced_share: float = setting(
+        0.01, "more rows with <think> tags that do not pair: wrong format", at_least=0
+    )
+    max_too_long_share: float = setting(0.2, "more rows dropped or cut by length: wrong max_length", at_least=0)
+    min_trained_share: float = setting(0.02, "a smaller share of trained tokens: swapped columns or a mask", at_least=0)
+    min_end_survival: float = setting(
+        0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
+    )
     # optimisation
     num_train_epochs: float = setting(3, "passes over the data", at_least=0)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1)
@@ -116,7 +149,7 @@ class Resolved:
 
 
 def nearest(name: str, known) -> str:
-    """"; did you mean 'x'?" for a typing error, else the names there are."""
+    """ "; did you mean 'x'?" for a typing error, else the names there are."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -191,9 +224,7 @@ def resolve(
         UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
             experiment (listing those there are).
     """
-    parser = Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of settings (environment: CONFIG)")
     parser.add_argument("--exp", help="an experiment of configs/experiments.yaml; also names the run's folders")
     if add_options:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from data_config import load_tokenizer, prepare, print_report
+from data_config import EpochOrder, Rows, collate, load_tokenizer, prepare, print_report
 from modeling_ouro import PROJECTIONS, load_ouro
 
 RANK = int(os.environ.get("RANK", 0))
@@ -55,7 +55,8 @@ class LoopTrainer(SFTTrainer):
         return get_peft_model(model, peft_config)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The collator pads on the right, where causality hides padding: no mask, so no masked attention.
+        # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
+        # position_ids tell the documents apart.
         real = inputs.pop("attention_mask").sum()
         inputs["objective"] = self.objective
         loss, outputs = super(SFTTrainer, self).compute_loss(
@@ -77,6 +78,11 @@ class LoopTrainer(SFTTrainer):
             logs["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0
             self._counts, self._logged_at = torch.zeros_like(self._counts), now
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> EpochOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
+        return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
 
     def train(self, *args, **kwargs):
         self._logged_at = time.perf_counter()
@@ -163,7 +169,7 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> bool:
     return True
 
 
-def manifest(run: Resolved, model: PreTrainedModel) -> dict:
+def manifest(run: Resolved, model: PreTrainedModel, report: dict) -> dict:
     """What is needed to repeat the run: code, versions, machine, revisions, seed."""
 
     def git(*args: str) -> str | None:
@@ -186,6 +192,9 @@ def manifest(run: Resolved, model: PreTrainedModel) -> dict:
         "processes": WORLD_SIZE,
         "model": run.settings.model_name_or_path,
         "model_commit": getattr(model.config, "_commit_hash", None),
+        "tokenizer_sha256": report["tokenizer_sha256"],
+        "data": report["source"],
+        "data_revision": report["data_revision"],
         "seed": run.settings.seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -208,7 +217,7 @@ the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
 | | |
 |---|---|
 | data | {report["dataset"]}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
-| licence of the data | {", ".join(report["licences"])} |
+| licence of the data | {", ".join(f"{name}: {count} rows" for name, count in report["licences"].items())} |
 | frozen weights | {"NF4" if s.use_qlora else "bf16" if s.bf16 else "fp32"} |
 | steps | {log[-1]["step"]} |
 | loss, first and last logged | {log[0]["loss"]:.4f}, {log[-1]["loss"]:.4f} |
@@ -250,6 +259,7 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
             logging_first_step=True,
             logging_nan_inf_filter=False,  # a loss that is not a number must be seen
             label_names=["labels"],
+            remove_unused_columns=False,  # the rows are documents, not columns
             report_to=s.report_to,
             run_name=run.run,
             save_strategy="no",
@@ -277,8 +287,8 @@ def train(run: Resolved) -> Path:
         print(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
         for name, value in vars(s).items():
             print(f"  {name:<28} {str(value):<32} {run.origins[name]}")
-    tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision)
-    rows, report = prepare(s.dataset, s, tokenizer, quiet=RANK > 0)
+    tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
+    rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0)
     with PartialState().main_process_first():  # the other ranks see what the first one left
         fresh = claim(folder, run, run.options.overwrite and RANK == 0)
     if not fresh:
@@ -286,7 +296,7 @@ def train(run: Resolved) -> Path:
             print(f"{folder} is complete already; --overwrite trains it again")
         return folder
     if RANK == 0:
-        print_report(rows, report, tokenizer)
+        print_report(report, rows=1)
         write_json(folder / "data_report.json", report)
 
     try:
@@ -302,17 +312,14 @@ def train(run: Resolved) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
     if RANK == 0:
-        write_json(folder / "manifest.json", manifest(run, model))
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {s.model_name_or_path} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"
-        )
+        write_json(folder / "manifest.json", manifest(run, model, report))
     set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
     trainer = LoopTrainer(
         model=model,
         objective=s.loss,
         args=arguments,
         train_dataset=rows,
+        data_collator=collate,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=s.r,

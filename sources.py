@@ -1,0 +1,385 @@
+"""Where training sets and benchmarks come from: the Hub's repositories or local copies of them, read row by row.
+
+    python sources.py --config configs/default.yaml                     # make fetch: download all for offline jobs
+    python sources.py --config configs/default.yaml --only model,wangchan,thai_exam
+
+After it, jobs run with HF_HUB_OFFLINE=1 and no network. An interrupted download continues where it stopped. A Hub id
+can always be replaced by a local folder of the same layout (--dataset_path, --paths).
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from settings import Settings, UserError, call, nearest, read_yaml, resolve
+
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import load_dataset_builder
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import filter_repo_objects
+
+from modeling_ouro import REVISIONS
+
+ROOT = Path(__file__).resolve().parent
+DATASETS = ROOT / "configs" / "datasets.yaml"
+EVALS = ROOT / "configs" / "evals.yaml"
+PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, no pickles
+ROWS = 256  # read from a Parquet file at a time
+
+
+def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
+        "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), "
+        f"--paths {name}=FOLDER a copy of your own"
+    )
+
+
+@dataclass
+class Source:
+    """A training set as found: its row of datasets.yaml, where it is, and the files of its two parts."""
+
+    name: str
+    entry: dict
+    place: Path
+    commit: str | None  # of a Hub repository
+    files: dict[str, list[Path]]  # "train" and, where that is a split of its own, "held_out"
+
+    @property
+    def columns(self) -> list[str]:
+        e = self.entry
+        named = [*e.get("prompt", ()), e.get("completion"), e.get("messages"), e.get("answer")]
+        named += [e["held_out"].get("hash"), e["licence"].get("column") if isinstance(e["licence"], dict) else None]
+        return list(dict.fromkeys(name for name in named if name))
+
+    def part(self, split: str) -> list[Path]:
+        """The files that "train" or "held_out" is read from: with a hash split, the same ones."""
+        return self.files["held_out" if split == "held_out" and "split" in self.entry["held_out"] else "train"]
+
+    def fingerprint(self) -> str:
+        """The commit, or for a local copy the SHA-256 of its files' contents."""
+        if self.commit:
+            return self.commit
+        digest = hashlib.sha256()
+        for file in [f for part in self.files.values() for f in part]:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return f"sha256:{digest.hexdigest()}"
+
+
+KEYS = {
+    "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think", "answer",
+    "licence", "note",
+}  # fmt: skip
+
+
+def find_source(settings: Settings) -> Source:
+    """The training set that the settings name: a local folder or file, else the Hub's (or its cache's) snapshot.
+
+    Raises:
+        UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
+            configuration that does not exist, a missing shard.
+    """
+    name, entries = settings.dataset, read_yaml(DATASETS)
+    if name not in entries:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
+    entry = entries[name]
+    for key in entry.keys() - KEYS:
+        raise UserError(f"{DATASETS.name}, {name}: unknown key {key!r}{nearest(key, KEYS)}")
+    local, commit = settings.dataset_path or settings.paths.get(name), None
+    if local is None and "path" in entry:
+        local = ROOT / entry["path"]
+    if local is None and "hub_id" not in entry:
+        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path")
+    if local is None:
+        place = fetch_dataset(name, entry)
+        commit = place.name
+    else:
+        place = Path(local)
+        if not place.exists():
+            raise UserError(f"dataset {name}: no such file or folder: {local}")
+    held_out = entry["held_out"].get("split")
+    files = {
+        "train": split_files(place, entry.get("config"), "train"),
+        "held_out": split_files(place, entry.get("config"), held_out, may_lack=True) if held_out else [],
+    }
+    return Source(name, entry, place, commit, files)
+
+
+def fetch_dataset(name: str, entry: dict) -> Path:
+    """Folder of a dataset repository's snapshot, downloaded where the cache lacks it; it is named by the commit."""
+    try:
+        folder = snapshot_download(
+            entry["hub_id"],
+            repo_type="dataset",
+            revision=entry.get("revision"),
+            allow_patterns=PATTERNS,
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(name, entry["hub_id"], error) from None
+    return Path(folder)
+
+
+def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
+    """The files of a split, by the folder's README.md or by their names, as the datasets library has it; a file is
+    all of the training split."""
+    if place.is_file():
+        files = [place] if split == "train" else []
+    else:
+        try:
+            found = load_dataset_builder(str(place.absolute()), name=config).config.data_files or {}
+        except (OSError, ValueError, DatasetsError) as error:
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from None
+        files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
+    if wrong := [file.name for file in files if file.suffix not in (".jsonl", ".json", ".parquet")]:
+        raise UserError(f"{place}: a training set is JSONL, JSON or Parquet; found {', '.join(wrong[:5])}")
+    if not files and not may_lack:
+        raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
+    for file in files:  # a copy or a download that lacks a shard would train on less without a word
+        if shard := re.search(r"-(\d+)-of-(\d+)\.\w+$", file.name):
+            count = sum(bool(re.search(rf"-of-{shard[2]}\.\w+$", other.name)) for other in files)
+            if count != int(shard[2]):
+                raise UserError(f"{place}: {count} of the {int(shard[2])} files of split {split} are there")
+    return files
+
+
+def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSONL, JSON or Parquet file, each with where it stands; never the whole file in memory, but for
+    JSON that is one list.
+
+    Raises:
+        UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing.
+    """
+    if file.suffix == ".parquet":
+        try:
+            with pa.parquet.ParquetFile(file) as parquet:
+                _columns_there(f"{file}", parquet.schema_arrow.names, columns)
+                number = 0
+                for batch in parquet.iter_batches(ROWS, columns=list(columns) or None):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{file}, row {number}", row
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+        return
+    with open(file, "rb") as opened:
+        is_list = file.suffix == ".json" and opened.read(1) == b"["
+        opened.seek(0)
+        if is_list:
+            items = enumerate(_json(f"{file}", opened.read()), 1)
+            yield from _objects(((f"{file}, item {n}", item) for n, item in items), columns)
+        else:
+            yield from read_lines(f"{file}", opened, columns)
+
+
+def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The objects of JSON Lines, which end at \\n alone: U+2028 may stand inside a string. Errors as `read_file`."""
+    places = ((f"{name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
+    yield from _objects(((where, _json(where, line)) for where, line in places), columns)
+
+
+def _objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+        _columns_there(where, row, columns)
+        yield where, row
+
+
+def _json(where: str, line: bytes):
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+
+
+def _columns_there(where: str, found: Iterable[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in found:
+            close = nearest(column, found).partition("; known")[0]
+            raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}")
+
+
+def benchmark_files(spec: dict) -> list[str]:
+    """The files of a benchmark in its repository, archive or folder."""
+    return [spec["file"].format(subset=subset, split=spec.get("split")) for subset in spec.get("subsets", [""])]
+
+
+def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Iterator[tuple[str, dict]]:
+    """The rows of one of a benchmark's files, each with where it stands: from `local`, else from the Hub.
+
+    Raises:
+        UserError: no network and no copy, the file is missing or damaged.
+    """
+    if local is not None:
+        found = [path for path in (Path(local) / file, Path(local) / "data" / file) if path.is_file()]
+        if not found:
+            raise UserError(f"paths: {name}={local}: no {file} in it, nor data/{file}")
+        yield from read_file(found[0])
+        return
+    try:
+        path = hf_hub_download(
+            spec["hub_id"], spec.get("archive", file), revision=spec["revision"], repo_type="dataset"
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(name, spec["hub_id"], error) from None
+    if "archive" not in spec:
+        yield from read_file(Path(path))
+        return
+    try:
+        with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk
+            member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
+            if member is None:
+                raise UserError(f"{path} holds no {file}")
+            lines = tar.extractfile(member).read().split(b"\n")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    yield from read_lines(f"{spec['archive']}, {member.name}", lines)
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text inside a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def benchmark_items(settings: Settings) -> list[tuple[str, str]]:
+    """Where each item of the benchmarks in `overlap` stands, and all its text."""
+    names = [] if settings.overlap in ("", "none") else settings.overlap.split(",")
+    specs, items = read_yaml(EVALS), []
+    for name in names:
+        if name not in specs:
+            raise UserError(f"overlap: unknown benchmark {name!r}{nearest(name, specs)}")
+        try:
+            for file in benchmark_files(specs[name]):
+                rows = read_benchmark(name, specs[name], settings.paths.get(name), file)
+                items += [(f"{name}, {Path(file).name}, item {n}", "\n".join(strings(row)))
+                          for n, (_, row) in enumerate(rows, 1)]  # fmt: skip
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{name} is needed to find training rows that repeat its items; --overlap names fewer "
+                "benchmarks, --overlap none does without the check"
+            ) from None
+    return items
+
+
+def count_rows(file: Path) -> int:
+    if file.suffix == ".parquet":
+        try:
+            return pa.parquet.read_metadata(file).num_rows
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+    with open(file, "rb") as opened:
+        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# make fetch
+
+
+@dataclass
+class Download:
+    """A repository, at a revision, and the files of it that are wanted."""
+
+    name: str
+    hub_id: str
+    revision: str | None
+    repo_type: str
+    patterns: list[str]
+
+
+def wanted(settings: Settings) -> list[Download]:
+    """Everything that a run with these settings could read from the Hub, and no code or pickles."""
+    model = settings.model_name_or_path
+    everything = []
+    if not Path(model).exists():
+        revision = settings.model_revision or REVISIONS.get(model)
+        everything.append(Download("model", model, revision, "model", ["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+    for table, local in ((DATASETS, settings.paths), (EVALS, settings.paths)):
+        for name, entry in read_yaml(table).items():
+            if "hub_id" in entry and name not in local:
+                files = (
+                    [entry["archive"]] if "archive" in entry else benchmark_files(entry) if table == EVALS else PATTERNS
+                )
+                everything.append(Download(name, entry["hub_id"], entry["revision"], "dataset", files))
+    return everything
+
+
+def fetch(settings: Settings, only: str | None) -> None:
+    """Downloads what is not in the cache yet, after telling how much that is.
+
+    Raises:
+        UserError: an unknown name in `only`; no network; a repository or revision that does not exist; not enough disk.
+    """
+    everything = wanted(settings)
+    names = [download.name for download in everything]
+    for name in only.split(",") if only else ():
+        if name not in names:
+            raise UserError(f"--only: nothing called {name!r} to download{nearest(name, names)}")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, and this is what needs the network: unset it")
+    downloads = [d for d in everything if not only or d.name in only.split(",")]
+    print(f"cache: {constants.HF_HUB_CACHE}")
+    plans, missing = [], 0
+    for d in downloads:
+        try:
+            info = HfApi().repo_info(d.hub_id, revision=d.revision, repo_type=d.repo_type, files_metadata=True)
+            files = list(filter_repo_objects(info.siblings, allow_patterns=d.patterns, key=lambda f: f.rfilename))
+            absent = [f for f in files if not _cached(d, f.rfilename, info.sha)]
+        except (OSError, ValueError) as error:
+            raise hub_error(d.name, d.hub_id, error) from None
+        if not files:
+            raise UserError(f"{d.hub_id} at {info.sha} holds none of {', '.join(d.patterns)}")
+        total, rest = (sum(f.size or 0 for f in part) for part in (files, absent))
+        plans.append((d, info.sha))
+        missing += rest
+        state = f"{rest / 1e9:.2f} GB to download" if absent else "in the cache"
+        commit = info.sha[:12] + ("" if d.revision else " (main)")
+        print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {total / 1e9:6.2f} GB, {state}")
+    place = Path(constants.HF_HUB_CACHE)
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    print(f"to download: {missing / 1e9:.2f} GB, free in the cache's file system: {free / 1e9:.1f} GB")
+    if missing > 0.98 * free:
+        raise UserError(f"{missing / 1e9:.2f} GB do not fit; set HF_HOME to a place with more room")
+    for d, commit in plans:
+        try:
+            # by its own revision too, so that the cache knows what main was
+            snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
+        except (OSError, ValueError) as error:
+            raise hub_error(d.name, d.hub_id, error) from None
+        if not d.revision:
+            print(f"{d.name}: to stay with these rows, set revision: {commit} in configs/")
+    print("all there; jobs with HF_HUB_OFFLINE=1 need no network")
+
+
+def _cached(download: Download, file: str, commit: str) -> bool:
+    found = try_to_load_from_cache(download.hub_id, file, revision=commit, repo_type=download.repo_type)
+    return isinstance(found, str)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", help="names, comma-separated: model, datasets and benchmarks of configs/")
+
+
+def main() -> None:
+    run = resolve(__doc__, add_options=options)
+    fetch(run.settings, run.options.only)
+
+
+if __name__ == "__main__":
+    call(main)
