@@ -202,7 +202,9 @@ def evaluate(run: Resolved) -> None:
     folder, trained = run_settings(run)
     spec = benchmarks[options.benchmark]
     if "prompt" not in spec:
-        raise UserError(f"{options.benchmark} has no protocol in configs/evals.yaml yet, only rows to keep out of training")
+        raise UserError(
+            f"{options.benchmark} has no protocol in configs/evals.yaml yet, only items to look for in training rows"
+        )
     local = run.settings.paths.get(options.benchmark)
     items = load_items(options.benchmark, spec, local, options.limit, trained.normalise_thai)
     questions = [render(item, spec) for item in items]

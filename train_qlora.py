@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from data_config import EpochOrder, Rows, collate, load_tokenizer, prepare, print_report
+from batches import EpochOrder, Rows, collate
+from data_config import load_tokenizer, prepare, print_report
 from modeling_ouro import PROJECTIONS, load_ouro
 
 RANK = int(os.environ.get("RANK", 0))

@@ -1,0 +1,150 @@
+"""Token rows on disk -> batches: memory-mapped rows, packs of them, the order of an epoch, what is padding."""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from modeling_ouro import IGNORE
+
+
+def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
+    mask = np.zeros(length, bool)
+    for start, stop in zip(trained[::2], trained[1::2], strict=True):
+        mask[start:stop] = True
+    return mask
+
+
+class Rows(torch.utils.data.Dataset):
+    """Tokenised rows in a memory-mapped file, or packs of them: an item is a list of (input_ids, labels) documents.
+
+    Both int64 (tokens,); an item has one document, or with `packs`, lists of row numbers, as many as its pack.
+    """
+
+    def __init__(self, file: Path):
+        with pa.memory_map(str(file)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self._columns = [  # per column and batch: values and offsets, views into the file
+            [
+                (chunk.flatten().to_numpy(), chunk.offsets.to_numpy() - chunk.offsets[0].as_py())
+                for chunk in column.chunks
+            ]
+            for column in table.columns
+        ]
+        ids = self._columns[0]
+        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in ids] or [np.zeros(0, int)])  # tokens per row
+        self._starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in ids)])
+        self.packs: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths) if self.packs is None else len(self.packs)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens per item."""
+        return self.lengths if self.packs is None else np.array([self.lengths[pack].sum() for pack in self.packs])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = int(np.searchsorted(self._starts, index, "right")) - 1
+        at = index - self._starts[batch]
+        ids, trained = (v[o[at] : o[at + 1]] for v, o in (column[batch] for column in self._columns))
+        ids = ids.astype(np.int64)
+        return ids, np.where(trained_mask(len(ids), trained), ids, IGNORE)
+
+    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return [self.row(i) for i in ([index % len(self)] if self.packs is None else self.packs[index])]
+
+
+def pack(lengths: np.ndarray, limit: int) -> list[list[int]]:
+    """Rows put together so that each pack has at most `limit` tokens: best-fit decreasing, the same each time.
+
+    At most 11/9 of the fewest packs possible, plus one (Johnson 1973); with rows far shorter than `limit`, nearly none
+    too many.
+    """
+    packs: list[list[int]] = []
+    spaces: list[int] = []  # distinct free spaces, sorted
+    having: dict[int, list[int]] = defaultdict(list)  # free space -> packs that have it
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        n = int(lengths[row])
+        at = bisect_left(spaces, n)
+        if at == len(spaces):
+            packs.append([])
+            chosen, left = len(packs) - 1, limit - n
+        else:
+            chosen, left = having[spaces[at]].pop(), spaces[at] - n
+            if not having[spaces[at]]:
+                del spaces[at]
+        packs[chosen].append(row)
+        if left > 0:
+            if not having[left]:
+                insort(spaces, left)
+            having[left].append(chosen)
+    return packs
+
+
+class EpochOrder(torch.utils.data.Sampler):
+    """The order of items in each epoch: a pure function of (seed, epoch), the same for any number of processes.
+
+    Shuffled; then, unless they are packs, in spans of 16 steps sorted by length and cut into steps, which are shuffled:
+    a step's rows are of like length, so little of a batch is padding and no process waits long for another. The step
+    with the longest row comes first: memory runs out at once or not at all.
+    """
+
+    def __init__(self, sizes: np.ndarray, rows_per_step: int, seed: int, grouped: bool):
+        self.sizes, self.step, self.seed, self.grouped, self.epoch = sizes, rows_per_step, seed, grouped, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        chance = np.random.default_rng([self.seed, self.epoch])
+        order = chance.permutation(len(self.sizes))
+        if self.grouped:
+            whole = len(order) // self.step * self.step
+            span = 16 * self.step
+            spans = [order[at : min(at + span, whole)] for at in range(0, whole, span)]
+            spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]
+            steps = np.concatenate([*spans, order[:0]]).reshape(-1, self.step)
+            steps = steps[chance.permutation(len(steps))]
+            if len(steps):
+                longest = int(self.sizes[steps].max(1).argmax())
+                steps[[0, longest]] = steps[[longest, 0]]
+            order = np.concatenate([steps.reshape(-1), order[whole:]])
+        return iter(order.tolist())
+
+
+def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
+    """The share of padding in batches of `batch` items taken in this order."""
+    ordered = sizes[np.fromiter(order, int)]
+    width = np.maximum.reduceat(ordered, np.arange(0, len(ordered), batch))
+    rows = np.full(len(width), batch)
+    rows[-1] = len(ordered) - batch * (len(width) - 1)
+    return 1 - float(ordered.sum() / (width * rows).sum())
+
+
+def collate(items: list[list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right: input_ids, labels, attention_mask, all int64 (batch, seq). Where an item has
+    several documents there are position_ids too, which begin at 0 in each (and in the padding)."""
+    width = max(sum(len(ids) for ids, _ in item) for item in items)
+    input_ids = torch.zeros(len(items), width, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE)
+    mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, item in enumerate(items):
+        at = 0
+        for ids, targets in item:
+            stretch = slice(at, at := at + len(ids))
+            input_ids[i, stretch], labels[i, stretch] = torch.from_numpy(ids), torch.from_numpy(targets)
+            positions[i, stretch] = torch.arange(len(ids))
+        mask[i, :at] = 1
+        positions[i, at:] = torch.arange(width - at)
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+    return batch | ({"position_ids": positions} if any(len(item) > 1 for item in items) else {})
