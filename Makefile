@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env smoke train eval data-report fetch test lint lock clean
+.PHONY: help env smoke train eval data-report fetch bench test lint lock clean
 
 CONFIG ?= configs/default.yaml
 PYTHON ?= python3
@@ -41,6 +41,9 @@ data-report: env  ## check a training set, show what would be trained: make data
 
 fetch: env  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
 	@$(RUN) sources.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
+
+bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]
+	@$(RUN) bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))
 
 test: env  ## run all tests
 	@$(RUN) -m ruff check .
