@@ -11,6 +11,7 @@ OUTPUT_DIR/data-report/<dataset>.json and its histogram to <dataset>.png.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from settings import Resolved, Settings, UserError, call, resolve, write_json
+from settings import Resolved, Settings, UserError, call, resolve, write_atomic, write_json
 
 import numpy as np
 import pyarrow as pa
@@ -67,8 +68,8 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
         raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
     revision = revision or REVISIONS.get(path)
     try:
+        config = OuroConfig.from_pretrained(path, revision=revision)  # first: without a network it fails sooner
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        config = OuroConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the tokenizer of {path}: {' '.join(str(error).split())}\n"
@@ -294,7 +295,7 @@ def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTo
     excess = len(tokens.ids) - limit
     while excess <= cuttable(chat, tokens, tokenizer):
         stop = whole.token_to_chars(len(whole.ids) - excess)[0]
-        while stop and unicodedata.category(text[stop]) == "Mn":
+        while stop and unicodedata.category(text[stop])[0] == "M":
             stop -= 1
         short = [*chat[:first], chat[first] | {"content": text[:stop].rstrip()}, *chat[first + 1 :]]
         cut = encode([short], tokenizer)[0]
@@ -785,10 +786,10 @@ def plot(report: dict, path: Path) -> None:
         xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=f"{report['dataset']}: {sum(rows):,} rows"
     )
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
-    os.replace(temporary, path)
+    write_atomic(path, picture.getvalue())
 
 
 def main() -> None:

@@ -26,6 +26,9 @@ import yaml
 # torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin for seconds and so starve the other's:
 # scoring in NF4 on two cores took 36-61 s instead of 9. Read when torch is imported, hence settings.py comes first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# bitsandbytes calls torch.compile while it is imported, which starts a pool of compiler processes, as many as cores.
+# Without this they start when something is compiled.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,17 @@ from settings import Settings, UserError, call, nearest, read_yaml, resolve
 
 import pyarrow as pa
 import pyarrow.parquet
+import requests
 from datasets import load_dataset_builder
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    configure_http_backend,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from modeling_ouro import REVISIONS
@@ -36,12 +45,34 @@ PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, 
 ROWS = 256  # read from a Parquet file at a time
 
 
+class _Patience(requests.adapters.HTTPAdapter):
+    """The Hub's library asks for a repository's commit without a timeout: a network that drops packets would hang."""
+
+    def send(self, request, *args, timeout=None, **kwargs):
+        return super().send(request, *args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
+
+
+def _session() -> requests.Session:
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, _Patience())
+    return session
+
+
+if not constants.HF_HUB_OFFLINE:  # offline the library's own session refuses each request at once
+    configure_http_backend(_session)
+
+
 def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
+    copy = "--model_name_or_path FOLDER" if name == "model" else f"--paths {name}=FOLDER"
     return UserError(
         f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
-        "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), "
-        f"--paths {name}=FOLDER a copy of your own"
+        f"without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), {copy} a copy of your own"
     )
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @dataclass
@@ -119,10 +150,7 @@ def fetch_dataset(name: str, entry: dict) -> Path:
     """Folder of a dataset repository's snapshot, downloaded where the cache lacks it; it is named by the commit."""
     try:
         folder = snapshot_download(
-            entry["hub_id"],
-            repo_type="dataset",
-            revision=entry.get("revision"),
-            allow_patterns=PATTERNS,
+            entry["hub_id"], repo_type="dataset", revision=entry.get("revision"), allow_patterns=PATTERNS
         )
     except (OSError, ValueError) as error:
         raise hub_error(name, entry["hub_id"], error) from None
@@ -136,9 +164,12 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         files = [place] if split == "train" else []
     else:
         try:
-            found = load_dataset_builder(str(place.absolute()), name=config).config.data_files or {}
+            with tempfile.TemporaryDirectory() as nowhere:  # it wants a cache, and the user's may be read-only
+                builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
         except (OSError, ValueError, DatasetsError) as error:
-            raise UserError(f"{place}: {' '.join(str(error).split())}") from None
+            what = " ".join(str(error).split())
+            raise UserError(f"{place}: {what} (is every file there that its README.md names?)") from None
+        found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
     if wrong := [file.name for file in files if file.suffix not in (".jsonl", ".json", ".parquet")]:
         raise UserError(f"{place}: a training set is JSONL, JSON or Parquet; found {', '.join(wrong[:5])}")
@@ -168,7 +199,7 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{file}, row {number}", row
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
         return
     with open(file, "rb") as opened:
@@ -281,7 +312,7 @@ def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
         try:
             return pa.parquet.read_metadata(file).num_rows
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
     with open(file, "rb") as opened:
         return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
@@ -347,21 +378,21 @@ def fetch(settings: Settings, only: str | None) -> None:
         total, rest = (sum(f.size or 0 for f in part) for part in (files, absent))
         plans.append((d, info.sha))
         missing += rest
-        state = f"{rest / 1e9:.2f} GB to download" if absent else "in the cache"
+        state = f"{size(rest)} to download" if absent else "in the cache"
         commit = info.sha[:12] + ("" if d.revision else " (main)")
-        print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {total / 1e9:6.2f} GB, {state}")
+        print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {size(total):>9}, {state}")
     place = Path(constants.HF_HUB_CACHE)
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free
-    print(f"to download: {missing / 1e9:.2f} GB, free in the cache's file system: {free / 1e9:.1f} GB")
+    print(f"to download: {size(missing)}, free in the cache's file system: {size(free)}")
     if missing > 0.98 * free:
-        raise UserError(f"{missing / 1e9:.2f} GB do not fit; set HF_HOME to a place with more room")
+        raise UserError(f"{size(missing)} do not fit; set HF_HOME to a place with more room")
     for d, commit in plans:
         try:
             # by its own revision too, so that the cache knows what main was
             snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
         except (OSError, ValueError) as error:
-            raise hub_error(d.name, d.hub_id, error) from None
+            raise UserError(f"{hub_error(d.name, d.hub_id, error)}\nrun it again: it continues") from None
         if not d.revision:
             print(f"{d.name}: to stay with these rows, set revision: {commit} in configs/")
     print("all there; jobs with HF_HUB_OFFLINE=1 need no network")

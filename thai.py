@@ -1,24 +1,31 @@
 """Thai text: one spelling for training and evaluation, and which texts share a passage."""
 
 import re
+import unicodedata
 from functools import lru_cache
 
 import numpy as np
 from pythainlp.util import remove_zw, reorder_vowels
 
-GARBLED = re.compile("\ufffd|à[¸¹]")  # lost bytes; Thai in UTF-8 that was once read as Latin-1
+# Lost bytes; Thai in UTF-8 that was once read as Latin-1; half of a surrogate pair, as "\\ud83d" in JSON.
+GARBLED = re.compile("\ufffd|à[¸¹]|[\ud800-\udfff]")
 WINDOW = 50  # characters without spaces and punctuation: 13 Thai words (3.7 to 5.5 characters each) at the least
 
 
 def normalise(text: str) -> str:
-    """Thai text in one spelling: no zero-width characters, composed sara am, tone marks in order, เเ as แ.
+    """Thai text in one spelling: no zero-width characters, composed sara am, tone marks in order, เเ as แ, ๅ as า.
 
     Lines and spaces stay, unlike in pythainlp's `normalize`; and unlike NFKC, which takes ำ apart, nothing is split.
     """
-    return reorder_vowels(remove_zw(text).replace("\ufeff", "").replace("\u2060", ""))
+    text = remove_zw(text).replace("\ufeff", "").replace("\u2060", "")
+    while (ordered := reorder_vowels(text)) != text:  # one correction can make room for another
+        text = ordered
+    return text
 
 
-_LETTERS = np.array([chr(c).isalnum() or 0x0E30 < c < 0x0E5A for c in range(0x10000)])  # Thai marks are not alnum
+_LETTERS = np.array(  # Thai vowels and tone marks above and below are marks, not letters
+    [chr(c).isalnum() or (0x0E00 < c < 0x0E80 and unicodedata.category(chr(c)) == "Mn") for c in range(0x10000)]
+)
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
@@ -30,9 +37,14 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def squash(text: str) -> np.ndarray:
     """The letters, digits and Thai marks of a text, in one spelling, as code points: what overlap is judged on."""
-    codes = np.frombuffer(normalise(text).lower().encode("utf-32-le"), np.uint32)
+    codes = _codes(text.lower())
     codes = codes[codes < 0x10000]
-    return codes[_LETTERS[codes]]
+    # normalised last: what stood between a letter and its marks, as in text from a PDF, is gone by then
+    return _codes(normalise(codes[_LETTERS[codes]].tobytes().decode("utf-32-le")))
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def window_hashes(codes: np.ndarray) -> np.ndarray:

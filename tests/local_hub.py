@@ -3,32 +3,50 @@
     hub = LocalHub()
     hub.add("ByteDance/Ouro-2.6B", folder, commit="1ed0...")                     # found at this commit, at no branch
     hub.add("datasets/airesearch/WangchanThaiInstruct", other, branch="main")    # at a made-up commit and at main
-    subprocess.run(..., env={"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", ...})
+    online, offline = Scripts(hub, folder), Scripts(hub, folder, offline=True)   # a copy of the project, one HF_HOME
+    code, out, err = online.play("sources.py", "--only", "model")                # as `python sources.py --only model`
     hub.requests                                                                 # what was asked, and how it answered
 
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with
-X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; every answer about a repository names
-its commit; a 404 says in X-Error-Code whether repository, revision or file is missing. Read-only; no Range, no Xet.
+X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; a Range is answered with 206 or 416;
+every answer about a repository names its commit; `?blobs=true` adds sizes and hashes to the list of files; a 404 says
+in X-Error-Code whether repository, revision or file is missing. Read-only; no Xet, and lists come in one page.
 """
 
 import hashlib
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".parquet", ".gz")  # kept in LFS on the Hub, whatever their size
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = (".safetensors", ".parquet", ".gz", ".bin", ".pt")  # kept in LFS on the Hub, whatever their size
 URL = re.compile(
     r"(/api)?/(models/)?(?P<repo>(datasets/)?[^/]+/[^/]+)"
     r"(/(?P<call>resolve|revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
+MISSING = {
+    "RepoNotFound": "Repository not found",
+    "RevisionNotFound": "Invalid rev id: {revision}",
+    "EntryNotFound": "Entry not found",
+}
 
 
 class Request(NamedTuple):
-    """One request about a repository. `call` is resolve, tree, paths-info, revision, or info: the main branch's."""
+    """One request about a repository. `call` is resolve, storage (the content of a large file), tree, paths-info,
+    revision, or info: the main branch's."""
 
     method: str
     repo: str
@@ -39,12 +57,15 @@ class Request(NamedTuple):
 
 
 class LocalHub:
-    """The server, running until `close`. `repositories` and `requests` may be changed meanwhile."""
+    """The server, running until `close`. All but `port` and `url` may be changed meanwhile."""
 
     def __init__(self):
         self.repositories: dict[str, dict[str, tuple[str, Path]]] = {}  # name -> revision -> commit, folder
         self.requests: list[Request] = []
-        self.storage: dict[str, Path] = {}  # sha256 -> large file
+        self.tokens: set[str] = set()  # all that were sent
+        self.storage: dict[str, tuple[str, str, str, Path]] = {}  # sha256 -> repository, commit, path, large file
+        # path in a repository -> where the next answers with its content end, and what must happen before they do
+        self.cuts: dict[str, tuple[int, threading.Event]] = {}
         self.port = 0
         self.open()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -59,22 +80,42 @@ class LocalHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, repo: str, folder: Path, commit: str | None = None, branch: str | None = None) -> None:
+    def add(self, repo: str, folder: Path, commit: str | None = None, branch: str | None = None) -> str:
         """Serves `folder` as this commit of the repository, and as its branch; other revisions stay as they are."""
         commit = commit or hashlib.sha1(bytes(folder)).hexdigest()
         names = [name for name in (commit, branch) if name]
         self.repositories.setdefault(repo, {}).update(dict.fromkeys(names, (commit, folder)))
+        return commit
+
+    def contents(self) -> list[str]:
+        """The files whose content was asked for, in part or whole."""
+        return [f"{r.repo}/{r.path}" for r in self.requests
+                if r.method == "GET" and r.call in ("resolve", "storage") and r.status in (200, 206)]  # fmt: skip
+
+
+@lru_cache
+def hashes(file: Path, changed: int) -> tuple[str, str]:
+    """Of git and of LFS; `changed` is the file's time, so that a file that was written again is read again."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 def entry(path: str, file: Path) -> dict:
     """A file or folder as the tree and paths-info endpoints describe it."""
     if file.is_dir():
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-    content = file.read_bytes()
-    sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    found = {"type": "file", "path": path, "size": len(content), "oid": sha1}
-    return found | ({"lfs": lfs} if file.suffix in LARGE else {})
+    size, (sha1, sha256) = file.stat().st_size, hashes(file, file.stat().st_mtime_ns)
+    found = {"type": "file", "path": path, "size": size, "oid": sha1}
+    return found | ({"lfs": {"oid": sha256, "size": size, "pointerSize": 134}} if file.suffix in LARGE else {})
+
+
+def sibling(path: str, file: Path, blobs: bool) -> dict:
+    """A file as a repository's info lists it."""
+    if not blobs:
+        return {"rfilename": path}
+    found = entry(path, file)
+    lfs = found.get("lfs") and found["lfs"] | {"sha256": found["lfs"]["oid"]}
+    return {"rfilename": path, "size": found["size"], "blobId": found["oid"]} | ({"lfs": lfs} if lfs else {})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,32 +124,36 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode() or url.query)
+        self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
         if url.path.startswith("/storage/"):  # where large files are redirected to, outside of any repository
-            return self.send(200, self.hub.storage[url.path.removeprefix("/storage/")].read_bytes(), {})
-        match = URL.fullmatch(url.path)
-        asked = match.groupdict() if match else {}
-        repo, call = asked.get("repo", url.path), asked.get("call") or "info"
-        revision, path = unquote(asked.get("revision") or "main"), unquote(asked.get("path") or "")
-        answer = self.answer(repo, call, revision, path, form)
+            repo, revision, path, file = self.hub.storage[url.path.removeprefix("/storage/")]
+            call, answer = "storage", self.part(file.read_bytes(), {})
+        else:
+            match = URL.fullmatch(url.path)
+            asked = match.groupdict() if match else {}
+            repo, call = asked.get("repo", url.path), asked.get("call") or "info"
+            revision, path = unquote(asked.get("revision") or "main"), unquote(asked.get("path") or "")
+            answer = self.answer(repo, call, revision, path, form)
         self.hub.requests.append(Request(self.command, repo, call, revision, path, answer[0]))
-        self.send(*answer)
+        self.send(path, *answer)
 
     do_HEAD = do_POST = do_GET
 
     def answer(self, repo: str, call: str, revision: str, path: str, form: dict) -> tuple[int, bytes, dict]:
         revisions = self.hub.repositories.get(repo)
         if not revisions or revision not in revisions:
-            return 404, b"", {"X-Error-Code": "RevisionNotFound" if revisions else "RepoNotFound"}
+            return self.missing("RevisionNotFound" if revisions else "RepoNotFound", revision)
         commit, root = revisions[revision]
         headers = {"X-Repo-Commit": commit}
         files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*"))}
         if call in ("revision", "info"):
-            siblings = [{"rfilename": name} for name, file in files.items() if file.is_file()]
+            blobs = form.get("blobs", [""])[0].lower() in ("true", "1")
+            siblings = [sibling(name, file, blobs) for name, file in files.items() if file.is_file()]
             result = {"id": repo.removeprefix("datasets/"), "sha": commit, "private": False, "siblings": siblings}
         elif call == "paths-info":
             result = [entry(name, files[name]) for name in form["paths"] if name in files]
         elif path and path not in files:
-            return 404, b"", headers | {"X-Error-Code": "EntryNotFound"}
+            return self.missing("EntryNotFound", revision, headers)
         elif call == "tree":
             below = [name for name in files if name.startswith(f"{path}/" if path else "")]
             direct = [name for name in below if files[name].parent == root / path]
@@ -116,20 +161,170 @@ class Handler(BaseHTTPRequestHandler):
         else:
             found = entry(path, files[path])
             if "lfs" not in found:
-                return 200, files[path].read_bytes(), headers | {"ETag": f'"{found["oid"]}"'}
+                return self.part(files[path].read_bytes(), headers | {"ETag": f'"{found["oid"]}"'})
             sha256 = found["lfs"]["oid"]
-            self.hub.storage[sha256] = files[path]
+            self.hub.storage[sha256] = repo, commit, path, files[path]
             headers |= {"Location": f"{self.hub.url}/storage/{sha256}", "X-Linked-ETag": f'"{sha256}"'}
             return 302, b"", headers | {"X-Linked-Size": str(found["size"])}
         return 200, json.dumps(result).encode(), headers
 
-    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def missing(self, what: str, revision: str, headers: dict | None = None) -> tuple[int, bytes, dict]:
+        text = MISSING[what].format(revision=revision)
+        return 404, json.dumps({"error": text}).encode(), (headers or {}) | {
+            "X-Error-Code": what, "X-Error-Message": text, "Content-Type": "application/json"}  # fmt: skip
+
+    def part(self, content: bytes, headers: dict) -> tuple[int, bytes, dict]:
+        """A file's content, or of a GET with a Range the rest that it asks for."""
+        headers = headers | {"Accept-Ranges": "bytes"}
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if self.command != "GET" or not start:
+            return 200, content, headers
+        at = int(start[1])
+        if at >= len(content):
+            return 416, b"", headers | {"Content-Range": f"bytes */{len(content)}"}
+        return 206, content[at:], headers | {"Content-Range": f"bytes {at}-{len(content) - 1}/{len(content)}"}
+
+    def send(self, path: str, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if status in (200, 206) and path in self.hub.cuts:
+            end, happened = self.hub.cuts[path]
+            self.wfile.write(content[:end])
+            happened.wait(30)  # then the connection is closed, with less sent than announced
+        else:
             self.wfile.write(content)
 
     def log_message(self, *_) -> None:
         """Nothing on stderr: the tests read `requests`."""
+
+
+# The project's scripts as processes that use the Hub. Importing torch takes each of them seconds, so they are forked
+# from one that has done it: the libraries read the Hub's address and HF_HUB_OFFLINE when they are imported.
+PARENT = """
+import gc, importlib, json, os, runpy, sys, time, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+from data_config import word_tokenize
+word_tokenize("ก")  # reads its dictionary
+slept = []
+time.sleep = slept.append  # huggingface_hub waits long for a server that is not there; the test counts it
+gc.freeze()
+for line in sys.stdin:
+    sys.argv, environment, out, err, seconds = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, name in enumerate((os.devnull, out, err)):
+            os.dup2(os.open(name, os.O_RDWR), number)
+        sys.stdin = open(0)
+        os.environ.update(environment)
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        print(sum(slept), file=open(seconds, "w"), flush=True)
+        os._exit(code)  # freeing all that was imported would take a second
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def environment(hub: LocalHub, home: Path, offline: bool = False) -> dict[str, str]:
+    """Of a process that uses this Hub in place of the real one, and no other settings than the tests'."""
+    names = ("HF_", "HUGGING", "TRANSFORMERS_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(names) and "PROXY" not in k.upper()}
+    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "3"}  # seconds that an answer may take
+    return kept | dict.fromkeys(("CONFIG", "REPORT_TO", "TOTAL_UT_STEPS", "OUTPUT_DIR"), "")
+
+
+def copy_project(folder: Path) -> Path:
+    """The scripts with their configs and sample, so that a test may edit configs/ as a user would."""
+    folder.mkdir()
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    for name in ("configs", "sample"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+class Scripts:
+    """A process in folder/project, a copy of the project, that runs its scripts, each in a process of its own."""
+
+    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False, modules: tuple[str, ...] = ()):
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT, "matplotlib.pyplot", *modules],
+            env=environment(hub, folder / "cache", offline),
+            cwd=folder / "project",
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def start(self, *command: object, **environment: str) -> int:
+        """The id of the process that runs this command; `wait` must follow."""
+        self.logs = [self.folder / f"{self.process.pid}-{name}" for name in ("stdout", "stderr", "slept")]
+        for log in self.logs:
+            log.write_bytes(b"")
+        line = [[str(part) for part in command], environment, *map(str, self.logs)]
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> tuple[str, str, str]:
+        """Its exit code, stdout and stderr; `slept` are the seconds that it would have slept."""
+        code = self.process.stdout.readline().strip()
+        out, err, slept = (log.read_text(encoding="utf-8") for log in self.logs)
+        self.slept = float(slept or 0)
+        return code, out, err
+
+    def play(self, *command: object, **environment: str) -> tuple[str, str, str]:
+        self.start(*command, **environment)
+        return self.wait()
+
+    def output(self, *command: object, **environment: str) -> str:
+        """What a command that must succeed prints."""
+        code, out, err = self.play(*command, **environment)
+        assert code == "0", (out, err)
+        return out
+
+    def refusal(self, *command: object, **environment: str) -> str:
+        """The message, in one line, of a command that must end with one: exit code 2, no traceback."""
+        code, out, err = self.play(*command, **environment)
+        assert "Traceback" not in err, err
+        assert (code, err.count("error: ")) == ("2", 1), (code, out, err)
+        return " ".join(err[err.index("error: ") :].split())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def shards(name: str, rows: list[dict], count: int) -> dict[str, bytes]:
+    """The rows in `count` Parquet files, named as the Hub's are."""
+    edges = [len(rows) * i // count for i in range(count + 1)]
+    parts = [rows[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return {f"{name}-{i:05d}-of-{count:05d}.parquet": parquet(part) for i, part in enumerate(parts)}

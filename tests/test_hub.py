@@ -1,132 +1,104 @@
 """The Hub: pinned revisions, the published layouts, the cache without a network, and one clear message otherwise.
 
-The project's own code runs against a local Hub (local_hub.py), in two processes that play all scripts of this file,
-with and without HF_HUB_OFFLINE: the libraries read that and the Hub's address when they are imported.
+The project's own scripts run against a local Hub (local_hub.py), each in a process, with and without HF_HUB_OFFLINE.
 """
 
+import contextlib
 import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import socket
 import tarfile
+import threading
 from pathlib import Path
 
 import settings
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from local_hub import LocalHub
+from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
 from safetensors.torch import save_file
 from tiny_ouro import tiny
 
-from data_config import DATASETS, load_tokenizer
-from evaluate import EVALS, load_items
+from data_config import load_tokenizer
+from evaluate import load_items
 from modeling_ouro import REVISIONS
+from sources import DATASETS, EVALS
 
 ROOT = Path(settings.__file__).parent
 SAMPLE = ROOT / "sample"
 TINY = {file.name: file.read_bytes() for file in (SAMPLE / "ouro-tiny").iterdir()}
 MODEL, OTHER_MODEL = "ByteDance/Ouro-2.6B", "ByteDance/Ouro-1.4B"
 WANGCHAN, EXAM = "datasets/airesearch/WangchanThaiInstruct", "datasets/scb10x/thai_exam"
+OPEN, BENCH = "datasets/iapp/openthaieval", "datasets/ThaiLLM-Leaderboard/mt-bench-thai"
 OTHER_COMMIT = "0" * 40
 SPEC = settings.read_yaml(EVALS)["thai_exam"]
-PINNED = REVISIONS | {EXAM: SPEC["revision"], WANGCHAN: DATASETS["wangchan"].revision}
+PINNED = REVISIONS | {EXAM: SPEC["revision"]}
 CHAT = [{"role": "user", "content": "สวัสดี"}, {"role": "assistant", "content": "ค่ะ"}]
+LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny"]
+REPORT = ["data_config.py", *LOCAL_MODEL, "--overlap", "none"]  # reads the training set and nothing else
+ROWS = [json.loads(line) for line in (SAMPLE / "wangchan/train.jsonl").read_text(encoding="utf-8").splitlines()]
+TEST = [json.loads(line) for line in (SAMPLE / "wangchan/test.jsonl").read_text(encoding="utf-8").splitlines()]
 
-PLAYER = """
-import json, os, runpy, sys, time, traceback
-import evaluate, torch
-torch.set_num_threads(2)
-time.sleep = lambda seconds: None  # huggingface_hub waits 23 s for a server that is not there
-commands, sys.stdin = sys.stdin, open(os.devnull)
-for line in commands:
-    script, *sys.argv[1:] = json.loads(line)
-    code = 0
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    print(f"\\nexit {code}", flush=True)
-"""
 LOAD = f"""
 import sys, torch
-from data_config import load_tokenizer, read_rows
+from data_config import load_tokenizer
 from evaluate import EVALS, load_items
 from modeling_ouro import load_ouro
 from settings import Settings, read_yaml
+from sources import find_source, read_file
 name, file = sys.argv[1:]
 model = load_ouro(name)
 result = {{"weights": model.state_dict(), "logits": model(torch.arange(1, 25).reshape(2, 12)).logits}}
 result["commit"] = model.config._commit_hash
 if name == "{MODEL}":
     result["chat"] = load_tokenizer(name).apply_chat_template({CHAT})
-    result["rows"], result["place"] = read_rows("wangchan", Settings())
+    source = find_source(Settings())
+    result["rows"] = [row for part in source.files["train"] for _, row in read_file(part)]
+    result["held out"] = [row for part in source.files["held_out"] for _, row in read_file(part)]
     result["items"] = load_items("thai_exam", read_yaml(EVALS)["thai_exam"], None)
 torch.save(result, file)
 """
 
 
-class Player:
-    """A process with the project's modules loaded, in which scripts run as by `python script ...`, one at a time."""
-
-    def __init__(self, hub: LocalHub, folder: Path, offline: bool):
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and "PROXY" not in name.upper()
-        }
-        hub_settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        hub_settings |= {"HF_HUB_OFFLINE": str(int(offline)), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-        ours = {"CONFIG": "", "REPORT_TO": "", "TOTAL_UT_STEPS": "", "OUTPUT_DIR": str(folder / "output")}
-        self.log = folder / f"stderr-{offline}"
-        with self.log.open("ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PLAYER], env=kept | hub_settings | ours, cwd=ROOT, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-            )  # fmt: skip
-
-    def play(self, *command: object) -> tuple[str, str, str]:
-        """The exit code, stdout and stderr of one command."""
-        os.truncate(self.log, 0)
-        self.process.stdin.write(json.dumps([str(part) for part in command]) + "\n")
-        self.process.stdin.flush()
-        out = ""
-        for line in self.process.stdout:
-            if line.startswith("exit "):
-                return line.split()[1], out.strip(), self.log.read_text()
-            out += line
-        raise AssertionError(f"the process has ended: {self.log.read_text()}")
-
-    def load(self, model: str, folder: Path) -> dict:
-        """What the script LOAD gives."""
-        (folder / "load.py").write_text(LOAD, encoding="utf-8")
-        code, _, err = self.play(folder / "load.py", model, folder / "result")
-        assert code == "0", err
-        return torch.load(folder / "result")
-
-    def refusal(self, *command: object) -> str:
-        """The message of a command that must end with one: exit code 2, no output, no traceback."""
-        code, out, err = self.play(*command)
-        assert "Traceback" not in err, err
-        assert (code, out, err.count("error: ")) == ("2", "", 1), (code, out, err)
-        return err[err.index("error: ") :]
+def load(scripts: Scripts, model: str) -> dict:
+    """What the script LOAD gives."""
+    write(scripts.folder, {"load.py": LOAD})
+    scripts.output(scripts.folder / "load.py", model, scripts.folder / "result")
+    return torch.load(scripts.folder / "result")
 
 
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
+def report(scripts: Scripts, *command: object) -> dict:
+    """The data report that a command writes, tokenised afresh unless it names a --cache_dir."""
+    folder = scripts.folder
+    for old in ("rows", "output"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    scripts.output(*command[:1], "--cache_dir", folder / "rows", "--output_dir", folder / "output", *command[1:])
+    (written,) = (folder / "output/data-report").glob("*.json")
+    return json.loads(written.read_text(encoding="utf-8"))
+
+
+def tokens(report: dict) -> bytes:
+    return (Path(report["cache"]) / "rows.arrow").read_bytes()
+
+
+def configure(scripts: Scripts, **revisions: str) -> None:
+    """Pins training sets in the project's configs/datasets.yaml, as a user would; all others are as published."""
+    entries = settings.read_yaml(DATASETS)
+    for name, revision in revisions.items():
+        entries[name]["revision"] = revision
+    (scripts.folder / "project/configs/datasets.yaml").write_text(json.dumps(entries), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def closed(hub: LocalHub):
+    hub.close()
+    try:
+        yield
+    finally:
+        hub.open()
 
 
 def archive(subset: str = "") -> bytes:
@@ -137,17 +109,26 @@ def archive(subset: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def parquet(split: str) -> dict[str, bytes]:
-    lines = (SAMPLE / f"wangchan/{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), buffer)
-    return {f"data/{split}-00000-of-00001.parquet": buffer.getvalue()}
-
-
-def card(rows: int) -> str:
-    """The start of a dataset's README.md, from which `datasets` takes splits and files."""
-    split = f"- name: train\n    num_bytes: 0\n    num_examples: {rows}"
-    return f"---\nlicense: cc-by-sa-4.0\ndataset_info:\n  splits:\n  {split}\n---\n# WangchanThaiInstruct\n"
+CARD = """---
+license: cc-by-sa-4.0
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: test, path: data/test-*}
+- config_name: paper
+  data_files:
+  - {split: train, path: paper/train-*}
+  - {split: test, path: paper/test-*}
+---
+# WangchanThaiInstruct
+"""
+PUBLISHED = {"README.md": CARD} | shards("data/train", ROWS, 3) | shards("data/test", TEST, 1)
+PUBLISHED |= shards("paper/train", ROWS[10:], 2) | shards("paper/test", TEST[5:], 1)  # the same rows again
+CODE = "raise RuntimeError('the remote code ran')\n"
+PUBLISHED |= {"WangchanThaiInstruct.py": CODE, "data/index.pkl": b"pickle", ".gitattributes": "*.parquet lfs"}
+OLD = {"README.md": CARD} | shards("data/train", ROWS[:40], 2) | shards("data/test", TEST, 1)  # an earlier commit
+TRAIN = {name: content for name, content in PUBLISHED.items() if "test" not in name}
 
 
 def checkpoint(model, marker: Path) -> dict[str, bytes | str]:
@@ -157,7 +138,7 @@ def checkpoint(model, marker: Path) -> dict[str, bytes | str]:
     classes = {"AutoModel": "OuroModel", "AutoModelForCausalLM": "OuroForCausalLM"}
     config["auto_map"] = {name: f"modeling_ouro.{cls}" for name, cls in classes.items()}
     config["auto_map"]["AutoConfig"] = "configuration_ouro.OuroConfig"
-    code = f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('the remote code ran')\n"
+    code = f"open({str(marker)!r}, 'w').close()\n{CODE}"
     weights = marker.with_suffix(".safetensors")
     save_file(model.state_dict(), weights, metadata={"format": "pt"})
     return TINY | {
@@ -176,45 +157,49 @@ def source():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The Hub, the processes with and without a network (both use folder/cache), and the folder."""
+    """The Hub, and the scripts with and without a network, which share a cache."""
     folder = tmp_path_factory.mktemp("hub")
+    copy_project(folder / "project")
     trained = {"model_name_or_path": "a/unfinished", "use_qlora": False, "bf16": False}
-    write(folder / "output/run", {"completed": "", "config.yaml": json.dumps(trained)})
+    write(folder / "project/output/run", {"completed": "", "config.yaml": json.dumps(trained)})
     hub = LocalHub()
-    players = [Player(hub, folder, offline) for offline in (False, True)]
-    yield hub, *players, folder
-    for player in players:
-        player.process.kill()
-        player.process.communicate()
+    scripts = [Scripts(hub, folder, offline, ("evaluate",)) for offline in (False, True)]
+    yield hub, *scripts
+    for each in scripts:
+        each.close()
     hub.close()
 
 
 @pytest.fixture(scope="module")
 def loaded(world, source):
-    """What LOAD gives online and then offline, each with the requests it made; and whether remote code ran."""
-    hub, online, offline, folder = world
+    """What LOAD and the data report give online and then offline, each with the requests it made; and whether remote
+    code ran."""
+    hub, online, offline = world
+    folder = online.folder
     hub.repositories.clear()
     shutil.rmtree(folder / "cache", ignore_errors=True)
     marker = folder / "marker"
     hub.add(MODEL, write(folder / "model", checkpoint(source, marker)), PINNED[MODEL])
     hub.add(MODEL, write(folder / "newer", {"README.md": "a later commit"}), branch="main")
-    wangchan = parquet("train") | parquet("test") | {"README.md": "---\nlicense: cc-by-sa-4.0\n---\n"}
-    revision = PINNED[WANGCHAN]
-    hub.add(WANGCHAN, write(folder / "wangchan", wangchan), revision, branch=None if revision else "main")
+    commit = hub.add(WANGCHAN, write(folder / "wangchan", PUBLISHED), branch="main")
     hub.add(EXAM, write(folder / "exam", {"thai_exam.tar.gz": archive()}), PINNED[EXAM])
     found = {}
-    for name, player in (("online", online), ("offline", offline)):
+    for name, scripts, network in (("online", online, contextlib.nullcontext()), ("offline", offline, closed(hub))):
         hub.requests.clear()
-        found[name] = player.load(MODEL, folder) | {"requests": hub.requests[:]}
-    return found | {"remote code ran": marker.exists()}
+        with network:
+            found[name] = load(scripts, MODEL) | {"report": report(scripts, *REPORT)}
+        found[name] |= {"tokens": tokens(found[name]["report"]), "requests": hub.requests[:], "sent": hub.contents()}
+    return found | {"remote code ran": marker.exists(), "main": commit}
 
 
 @pytest.fixture
 def empty(world):
-    """The same, with no repository on the Hub and nothing in the cache."""
-    hub, _, _, folder = world
+    """The same, with no repository on the Hub, nothing in the cache, and nothing pinned in configs/datasets.yaml."""
+    hub, online, _ = world
     hub.repositories.clear()
-    shutil.rmtree(folder / "cache", ignore_errors=True)
+    hub.requests.clear()
+    shutil.rmtree(online.folder / "cache", ignore_errors=True)
+    configure(online)
     return world
 
 
@@ -239,14 +224,15 @@ def test_model_and_tokenizer_are_asked_for_at_the_pinned_revision_only(loaded):
 
 
 def test_a_later_commit_cannot_change_what_is_loaded(empty, source):
-    hub, online, _, folder = empty
+    hub, online, _ = empty
+    folder = online.folder
     marker = folder / "later"
     files = checkpoint(source, marker)
     hub.add(OTHER_MODEL, write(folder / "1.4B", files), PINNED[OTHER_MODEL])
     later = {"custom_generate/generate.py": files["modeling_ouro.py"], "config.json": "{}"}
     later["adapter_config.json"] = json.dumps({"base_model_name_or_path": "a/different-model", "peft_type": "LORA"})
     hub.add(OTHER_MODEL, write(folder / "1.4B-later", later), branch="main")
-    assert torch.equal(online.load(OTHER_MODEL, folder)["weights"]["lm_head.weight"], source.lm_head.weight)
+    assert torch.equal(load(online, OTHER_MODEL)["weights"]["lm_head.weight"], source.lm_head.weight)
     assert not marker.exists()
 
 
@@ -254,10 +240,30 @@ def test_the_tokenizer_on_the_hub_is_the_local_one(loaded):
     assert loaded["online"]["chat"] == load_tokenizer(str(SAMPLE / "ouro-tiny")).apply_chat_template(CHAT)
 
 
-def test_a_training_set_on_the_hub_gives_its_train_rows(loaded):
-    lines = (SAMPLE / "wangchan/train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert loaded["online"]["rows"] == [json.loads(line) for line in lines]
-    assert loaded["online"]["place"] == "airesearch/WangchanThaiInstruct"
+def test_a_training_set_in_several_shards_is_read_in_order_and_its_other_config_is_not(loaded):
+    assert loaded["online"]["rows"] == ROWS
+    assert loaded["online"]["held out"] == TEST
+    assert loaded["online"]["report"]["rows_in"] == len(ROWS)
+
+
+def test_no_code_and_no_pickle_of_a_training_set_is_asked_for(loaded):
+    data = [r.path for r in loaded["online"]["requests"] if r.repo == WANGCHAN]
+    assert {path for path in PUBLISHED if path.endswith((".parquet", ".md"))} <= set(data)
+    assert [path for path in data if path.endswith((".py", ".pkl"))] == []
+
+
+def test_the_hub_and_a_local_folder_of_the_same_layout_give_the_same_bytes(loaded, world, tmp_path):
+    _, _, offline = world
+    local = report(offline, *REPORT, "--dataset_path", write(tmp_path / "copy", PUBLISHED))
+    assert tokens(local) == loaded["online"]["tokens"]
+    assert local["data_revision"].startswith("sha256:")
+    lines = report(offline, *REPORT, "--dataset_path", SAMPLE / "wangchan")
+    assert tokens(lines) == loaded["online"]["tokens"]
+
+
+def test_the_report_of_an_unpinned_training_set_names_the_commit_that_was_read(loaded):
+    assert re.fullmatch("[0-9a-f]{40}", loaded["main"])
+    assert loaded["online"]["report"]["data_revision"] == loaded["offline"]["report"]["data_revision"] == loaded["main"]
 
 
 def test_a_benchmark_on_the_hub_gives_the_items_of_its_local_folder(loaded):
@@ -268,51 +274,190 @@ def test_a_benchmark_on_the_hub_gives_the_items_of_its_local_folder(loaded):
 
 def test_once_downloaded_everything_loads_without_a_network(loaded):
     online, offline = loaded["online"], loaded["offline"]
-    assert offline["requests"] == []
+    assert offline["requests"] == [] and online["requests"] != []
     assert torch.equal(offline["logits"], online["logits"])
-    assert all(offline[key] == online[key] for key in ("chat", "rows", "items"))
+    assert all(offline[key] == online[key] for key in ("chat", "rows", "held out", "items", "tokens"))
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(loaded):
+    sent = [file for file in loaded["online"]["sent"] if file.startswith("datasets/")]
+    assert len(sent) == len(set(sent)) > 5
+
+
+# ------------------------------------------------------------------------------------------------ revisions
+
+
+def test_a_pinned_training_set_is_asked_for_and_read_at_that_commit(empty, tmp_path):
+    hub, online, offline = empty
+    pinned = hub.add(WANGCHAN, write(tmp_path / "old", OLD))
+    hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
+    configure(online, wangchan=pinned)
+    read = report(online, *REPORT)
+    assert (read["rows_in"], read["data_revision"]) == (40, pinned)
+    assert {request.revision for request in hub.requests} == {pinned}
+    with closed(hub):
+        again = report(offline, *REPORT)
+    assert (again["rows_in"], again["data_revision"]) == (40, pinned)
+
+
+def test_a_tag_is_read_and_recorded_as_its_commit(empty, tmp_path):
+    hub, online, _ = empty
+    commit = hub.add(WANGCHAN, write(tmp_path / "tagged", PUBLISHED), branch="v1.0")
+    configure(online, wangchan="v1.0")
+    assert report(online, *REPORT)["data_revision"] == commit
+
+
+def test_a_pinned_revision_that_is_not_there_is_named(empty, tmp_path):
+    hub, online, _ = empty
+    hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
+    configure(online, wangchan=OTHER_COMMIT)
+    message = online.refusal(*REPORT)
+    assert re.search(f"airesearch/WangchanThaiInstruct .*Revision Not Found .*{OTHER_COMMIT}", message)
+    assert hub.contents() == []
+
+
+def test_another_commit_is_not_served_from_the_cache_offline(empty, tmp_path):
+    hub, online, offline = empty
+    hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
+    report(online, *REPORT)
+    configure(online, wangchan=OTHER_COMMIT)
+    assert "cannot load airesearch/WangchanThaiInstruct" in offline.refusal(*REPORT)
+
+
+def test_a_main_branch_that_moved_gets_a_cache_of_its_own(empty, tmp_path):
+    hub, online, _ = empty
+    cache = ["--cache_dir", tmp_path / "cache"]
+    first = hub.add(WANGCHAN, write(tmp_path / "1", PUBLISHED), branch="main")
+    one, same = report(online, *REPORT, *cache), report(online, *REPORT, *cache)
+    assert (one["from_cache"], same["from_cache"], same["cache"]) == (False, True, one["cache"])
+    second = hub.add(WANGCHAN, write(tmp_path / "2", PUBLISHED | {".gitattributes": "a comment"}), branch="main")
+    other = report(online, *REPORT, *cache)
+    assert (one["data_revision"], other["data_revision"]) == (first, second)
+    assert not other["from_cache"] and other["cache"] != one["cache"]
+    assert tokens(other) == tokens(one)
+
+
+# ------------------------------------------------------------------------------------------------ benchmarks
+
+EXAM_ITEM = json.loads((SAMPLE / "thai_exam/data/ic/ic_test.jsonl").read_text(encoding="utf-8").splitlines()[6])
+OPEN_ROWS = [
+    {"year": "2564", "no": str(n), "instruction": "จงเลือกคำตอบที่ถูกต้อง", "input": row["Input"] or row["Instruction"],
+     "result": "(1)", "isAnswerable": True}
+    for n, row in enumerate(TEST)
+]  # fmt: skip
+OPEN_LONGEST = max(range(len(OPEN_ROWS)), key=lambda n: len(OPEN_ROWS[n]["input"]))
+BENCH_ROWS = [
+    {"question_id": n, "turns": [row["Instruction"], row["Output"]], "reference": [None, None],
+     "generation_kwargs": {"temperature": 0.7}, "category": "Writing"}
+    for n, row in enumerate(TEST[:3])
+]  # fmt: skip
+BENCH_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in BENCH_ROWS)
+BENCH_LIST = json.dumps(BENCH_ROWS, ensure_ascii=False, indent=2)
+
+
+def rows_that_repeat(file: Path) -> Path:
+    """A training set whose rows 2, 4 and 6 hold an item of thai_exam, openthaieval and mt_bench_thai."""
+    exam = EXAM_ITEM["question"] + EXAM_ITEM["a"] + EXAM_ITEM["b"]
+    texts = [exam, OPEN_ROWS[OPEN_LONGEST]["input"], TEST[2]["Output"]]
+    rows = [{"prompt": row["Instruction"], "completion": row["Output"]} for row in ROWS]
+    for number, text in zip((2, 4, 6), texts, strict=True):
+        rows[number - 1]["completion"] = f"คำตอบคือ {text} ดังนี้"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("bench", [BENCH_LINES, BENCH_LIST], ids=["lines", "list"])
+def test_benchmarks_are_read_over_http_for_the_overlap_check(empty, tmp_path, bench):
+    hub, online, offline = empty
+    hub.add(EXAM, write(tmp_path / "exam", {"thai_exam.tar.gz": archive(), "thai_exam.py": CODE}), PINNED[EXAM])
+    hub.add(OPEN, write(tmp_path / "open", {"data/test.parquet": parquet(OPEN_ROWS), "x.py": CODE}), branch="main")
+    hub.add(BENCH, write(tmp_path / "bench", {"mt_bench_thai_full.json": bench}), branch="main")
+    command = ["data_config.py", *LOCAL_MODEL, "--dataset", "pairs", "--dataset_path"]
+    command += [rows_that_repeat(tmp_path / "train.jsonl")]
+    read = report(online, *command)
+    assert set(hub.contents()) == {
+        f"{EXAM}/thai_exam.tar.gz", f"{OPEN}/data/test.parquet", f"{BENCH}/mt_bench_thai_full.json"}  # fmt: skip
+    assert {request.revision for request in hub.requests if request.repo == EXAM} == {PINNED[EXAM]}
+    overlap = read["overlap"]
+    assert overlap["items"] == 65 + len(OPEN_ROWS) + len(BENCH_ROWS)
+    assert [(Path(hit["row"]).name, hit["item"]) for hit in overlap["rows"]] == [
+        ("train.jsonl, line 2", "thai_exam, ic_test.jsonl, item 7"),
+        ("train.jsonl, line 4", f"openthaieval, test.parquet, item {OPEN_LONGEST + 1}"),
+        ("train.jsonl, line 6", "mt_bench_thai, mt_bench_thai_full.json, item 3"),
+    ]
+    assert read["rows_dropped"]["repeats a benchmark item"] == 3
+    with closed(hub):
+        assert report(offline, *command)["overlap"] == overlap
+
+
+CHECKED = ["data_config.py", *LOCAL_MODEL, "--dataset", "sample", "--overlap"]
+
+
+@pytest.mark.parametrize("benchmark", ["thai_exam", "openthaieval", "mt_bench_thai"])
+def test_a_benchmark_that_cannot_be_read_stops_the_run_and_names_the_way_around(empty, benchmark):
+    hub, online, offline = empty
+    name = settings.read_yaml(EVALS)[benchmark]["hub_id"]
+    for scripts in (online, offline):
+        message = scripts.refusal(*CHECKED, benchmark)
+        assert f"cannot load {name} from the Hub" in message and f"{benchmark} is needed to find" in message
+        assert "--overlap none" in message and f"--paths {benchmark}=FOLDER" in message
+    assert "files: " in offline.output(*CHECKED, "none", "--output_dir", offline.folder / "output")
 
 
 # ------------------------------------------------------------------------------------------------ what is missing
 
 TOKENIZER = ["data_config.py"]  # reads the tokenizer from the Hub first
-ROWS = ["data_config.py", "--model_name_or_path", "sample/ouro-tiny"]  # the training set
-ITEMS = ["evaluate.py"]  # the benchmark
+ITEMS = [*CHECKED, "thai_exam"]  # the benchmark alone
+SCORE = ["evaluate.py"]  # the benchmark, and then the model
 MINE = ["data_config.py", "--model_name_or_path", "my/model"]
 NO_TEMPLATE = {"tokenizer_config.json": TINY["tokenizer_config.json"].replace(b"chat_template", b"other")}
 NO_END = {name: content.replace(b"<|im_end|>", b"<|end|>") for name, content in TINY.items()}
+BROKEN = {name: content[: len(content) // 2] if "train" in name else content for name, content in TRAIN.items()}
+DAMAGED = bytes(b ^ 0xFF if 200 < i < 20_000 and i % 97 == 0 else b for i, b in enumerate(parquet(ROWS)))
+NO_SHARD = {name: content for name, content in PUBLISHED.items() if "data/train-00001" not in name}
+NO_CONFIG = PUBLISHED | {"README.md": CARD.replace("config_name: default", "config_name: main")}
 
 
 @pytest.mark.parametrize(
     ("command", "repository", "files", "message"),
     [
         (TOKENIZER, None, {}, "ByteDance/Ouro-2.6B is not a local folder and is not a valid model identifier"),
-        (ROWS, None, {}, "'airesearch/WangchanThaiInstruct' doesn't exist on the Hub or cannot be accessed"),
+        (REPORT, None, {}, "airesearch/WangchanThaiInstruct from the Hub: .*Repository Not Found"),
         (ITEMS, None, {}, "scb10x/thai_exam from the Hub: .*Repository Not Found"),
+        (SCORE, None, {}, "scb10x/thai_exam from the Hub: .*Repository Not Found"),
         (TOKENIZER, f"{MODEL}@{OTHER_COMMIT}", TINY, f"{PINNED[MODEL]} is not a valid git identifier"),
         ([*TOKENIZER, "--model_revision", "v2"], f"{MODEL}@{PINNED[MODEL]}", TINY, "v2 is not a valid git identif"),
-        (ROWS, f"{WANGCHAN}@{OTHER_COMMIT}", parquet("train"), r"Revision '\w+' doesn't exist for dataset 'airesea"),
+        (REPORT, f"{WANGCHAN}@{OTHER_COMMIT}", PUBLISHED, "Revision Not Found .*WangchanThaiInstruct/revision/main"),
         (ITEMS, f"{EXAM}@{OTHER_COMMIT}", {"thai_exam.tar.gz": archive()}, "Revision Not Found .*thai_exam.tar.gz"),
         (ITEMS, EXAM, {"README.md": ""}, "Entry Not Found .*thai_exam.tar.gz"),
         (ITEMS, EXAM, {"thai_exam.tar.gz": archive("onet")}, "thai_exam.tar.gz holds no ic/ic_test.jsonl"),
-        (ITEMS, EXAM, {"thai_exam.tar.gz": b"<html>sign in</html>"}, "thai_exam.tar.gz"),
-        (ROWS, WANGCHAN, parquet("test"), "airesearch/WangchanThaiInstruct .* split \"train\""),
-        (ROWS, WANGCHAN, parquet("train") | {"README.md": card(rows=5)}, "airesearch/WangchanThaiInstruct"),
+        (ITEMS, EXAM, {"thai_exam.tar.gz": b"<html>sign in</html>"}, "thai_exam.tar.gz is damaged"),
+        (ITEMS, EXAM, {"thai_exam.tar.gz": archive()[:9000]}, "thai_exam.tar.gz is damaged"),
+        (REPORT, WANGCHAN, shards("data/test", TEST, 1), r"WangchanThaiInstruct\S* holds no train\*"),
+        (REPORT, WANGCHAN, {"README.md": "", "data.csv": "a,b"}, "WangchanThaiInstruct.*contain any data"),
+        (REPORT, WANGCHAN, TRAIN, "README.*test|test.*README"),
+        (REPORT, WANGCHAN, NO_SHARD, "2 of the 3 files of split train are there"),
+        (REPORT, WANGCHAN, NO_CONFIG, "WangchanThaiInstruct.*'default'.*main"),
+        (REPORT, WANGCHAN, PUBLISHED | BROKEN, r"train-00000-of-00003.parquet is not a readable Parquet file"),
+        (REPORT, WANGCHAN, {"data/train.parquet": DAMAGED}, r"data/train.parquet is not a readable Parquet file"),
+        ([*CHECKED, "openthaieval"], OPEN, {"data/test.parquet": DAMAGED}, "not a readable Parquet file.*--overlap"),
         (MINE, "my/model", TINY | NO_TEMPLATE, "the tokenizer of my/model has no chat template"),
         (MINE, "my/model", NO_END, r"the tokenizer of my/model has no token <\|im_end\|>"),
         (MINE, "my/model", {"config.json": TINY["config.json"]}, "the tokenizer of my/model"),
         (MINE, "my/model", TINY | {"tokenizer.json": "<html>sign in</html>"}, "the tokenizer of my/model"),
     ],
-    ids=["no model", "no dataset", "no benchmark", "no pinned model revision", "no such model revision"]
-    + ["no dataset revision", "no benchmark revision", "no archive", "no file in the archive", "broken archive"]
-    + ["no train split", "wrong card", "no chat template", "no end of turn", "no tokenizer", "broken tokenizer"],
+    ids=["no model", "no dataset", "no benchmark", "no benchmark to score", "no pinned model revision"]
+    + ["no such model revision", "no main branch", "no benchmark revision", "no archive", "no file in the archive"]
+    + ["no gzip archive", "half an archive", "no train split", "no data", "no test split", "a missing shard"]
+    + ["no such config", "half a shard", "damaged shard", "damaged benchmark"]
+    + ["no chat template", "no end of turn", "no tokenizer", "broken tokenizer"],
 )
 def test_what_the_hub_lacks_is_named_in_one_message(empty, tmp_path, command, repository, files, message):
-    hub, online, *_ = empty
+    hub, online, _ = empty
     if repository:
         repo, _, commit = repository.partition("@")
         hub.add(repo, write(tmp_path / "repo", files), commit or PINNED.get(repo), branch=None if commit else "main")
-    assert re.search(message, " ".join(online.refusal(*command).split()))
+    assert re.search(message, online.refusal(*command))
 
 
 @pytest.mark.parametrize("offline", [False, True], ids=["no server", "HF_HUB_OFFLINE"])
@@ -320,25 +465,40 @@ def test_what_the_hub_lacks_is_named_in_one_message(empty, tmp_path, command, re
     ("command", "message"),
     [
         (TOKENIZER, "tokenizer of ByteDance/Ouro-2.6B: .*couldn't connect to"),
-        (ROWS, "reach 'airesearch/WangchanThaiInstruct' .* --paths wangchan=FOLDER"),
-        (ITEMS, "scb10x/thai_exam .* check your connection .* --paths thai_exam=FOLDER"),
+        (REPORT, "cannot load airesearch/WangchanThaiInstruct .*make fetch.* --paths wangchan=FOLDER"),
+        (ITEMS, "scb10x/thai_exam .*make fetch.* --paths thai_exam=FOLDER"),
     ],
     ids=["tokenizer", "dataset", "benchmark"],
 )
-def test_without_a_network_and_a_cached_copy_the_message_says_so(empty, command, message, offline):
-    hub, *players, _ = empty
+def test_without_a_network_and_a_cached_copy_the_message_says_so_soon(empty, command, message, offline):
+    hub, *scripts = empty
+    with closed(hub):
+        assert re.search(message, scripts[offline].refusal(*command))
+    assert scripts[offline].slept <= 30, "seconds that huggingface_hub waits between its attempts"
+
+
+def test_a_network_that_swallows_everything_is_an_error_soon(empty):
+    # As on a cluster whose compute nodes drop packets: connections are opened here, and nothing ever answers.
+    hub, online, _ = empty
     hub.close()
+    silent = socket.create_server(("127.0.0.1", hub.port))
     try:
-        assert re.search(message, " ".join(players[offline].refusal(*command).split()))
+        stop = threading.Timer(12, os.kill, (online.start(*REPORT), 9))
+        stop.start()
+        code, _, err = online.wait()
+        stop.cancel()
     finally:
+        silent.close()
         hub.open()
+    assert code == "2" and "cannot load airesearch/WangchanThaiInstruct" in err
 
 
 def test_a_checkpoint_without_weights_is_named_with_and_without_a_network(empty):
-    hub, online, offline, folder = empty
+    hub, online, offline = empty
+    folder = online.folder
     config = {key: value for key, value in json.loads(TINY["config.json"]).items() if key != "init_seed"}
     hub.add("a/unfinished", write(folder / "unfinished", TINY | {"config.json": json.dumps(config)}), branch="main")
-    command = [*ITEMS, "--paths", f"thai_exam={SAMPLE / 'thai_exam'}", "--limit", "1"]
-    for player in (online, offline):
-        message = " ".join(player.refusal(*command).split())
+    command = [*SCORE, "--paths", f"thai_exam={SAMPLE / 'thai_exam'}", "--limit", "1"]
+    for scripts in (online, offline):
+        message = scripts.refusal(*command)
         assert re.search("a/unfinished does not appear to have a file named .*safetensors", message)

@@ -1,0 +1,342 @@
+"""Thai text: one spelling for training and evaluation; every passage that a row shares with a benchmark is found."""
+
+import json
+import random
+import re
+import unicodedata
+from pathlib import Path
+
+from settings import Settings, read_yaml
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pythainlp.util import remove_zw, reorder_vowels
+
+from data_config import END_OF_TURN, load_tokenizer, prepare
+from evaluate import load_items
+from sources import EVALS, ROOT, strings
+from thai import WINDOW, Overlap, normalise, squash, window_hashes
+
+EXAM = ROOT / "sample/thai_exam"
+SPEC = read_yaml(EVALS)["thai_exam"]
+REAL = ROOT.parent / "shared/data"
+NIKHAHIT, AA, AM, MAI_THO, ZWSP, ZWJ = "\u0e4d", "\u0e32", "\u0e33", "\u0e49", "\u200b", "\u200d"
+MARKS = [chr(c) for c in (0x0E31, *range(0x0E34, 0x0E3B), *range(0x0E47, 0x0E4F))]
+VOWELS = "เแะาำๅ\u0e31\u0e34-\u0e39\u0e47\u0e4d"
+MESSY = f"ท{MAI_THO}ำง{ZWSP}าน น{MAI_THO}{NIKHAHIT}{AA} เเละ น{AM}{MAI_THO}"  # as in exams and scraped pages
+CLEAN = "ท้ำงาน น้ำ และ น้ำ"
+repeatable = hypothesis_settings(deadline=None, derandomize=True, max_examples=300, database=None)
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def whole(row: dict) -> str:
+    return "\n".join(strings(row))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ROOT / "sample/ouro-tiny"))
+
+
+# ------------------------------------------------------------------------------------------------ one spelling
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"น{NIKHAHIT}{AA}", "นำ"),
+        (f"น{MAI_THO}{NIKHAHIT}{AA}", "น้ำ"),
+        (f"น{NIKHAHIT}{MAI_THO}{AA}", "น้ำ"),
+        (f"น{AM}{MAI_THO}", "น้ำ"),
+        (f"น{NIKHAHIT}{ZWSP}{AA}", "นำ"),
+        ("ท\u0e48\u0e35", "ที่"),
+        ("ผ\u0e49\u0e39", "ผู้"),
+        ("ส\u0e34ทธ\u0e4c\u0e34", "สิทธ\u0e34\u0e4c"),
+        ("มา\u0e48น", "ม่าน"),
+        ("เเปลก เเละเเตก", "แปลก และแตก"),
+        ("ภาษา\u200bไทย\u200cง่าย\ufeffๆ\u2060", "ภาษาไทยง่ายๆ"),
+        ("\u200b\ufeff", ""),
+        (MESSY, CLEAN),
+    ],
+)
+def test_one_word_has_one_spelling(text, expected):
+    assert normalise(text) == expected
+    assert normalise(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "บรรทัดแรก\n\n\n  ย่อหน้า\n\tแท็บ  สองช่อง\r\nท้าย \n",
+        "def น้ำ(x):\n    if x:\n        return {'ก': 1}  # หมายเหตุ\n\n\n    return None\n",
+        "วันที่ ๑๒ ก.ค. ๒๕๖๗ เวลา 08:30 น. ร้อยละ ๓.๕",
+        "เด็ก ๆ กรุงเทพฯ ข้าว ปลา ฯลฯ ๏ ๚ ๛ ฿100",
+        "ฤๅษี ฤ ฦๅ พระอินทร์ กฺวิ",
+        "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 👍🏽 ❤️ 🇹🇭",
+        "Crème brûlée, e\u0301 naïve, ﬁ ① ½ ™ x² ＡＢ \u00a0 “quoted” – dash",
+        'x = a ** 2 != b // 3;\t<p class="a">&nbsp;</p> C:\\new\\table `$\\frac{1}{2}$`',
+        "日本語 한국어 русский हिन्दी العربية",
+        "",
+    ],
+    ids=["lines", "code", "digits", "signs", "ฤ", "emoji", "Latin", "markup", "other scripts", "nothing"],
+)
+def test_everything_else_stays(text):
+    assert normalise(text) == text
+
+
+def test_sara_am_is_never_taken_apart_as_nfkc_does():
+    assert normalise("น้ำ") == unicodedata.normalize("NFC", "น้ำ") == f"น{MAI_THO}{AM}"
+    assert unicodedata.normalize("NFKC", "น้ำ") == f"น{MAI_THO}{NIKHAHIT}{AA}"
+    assert normalise(unicodedata.normalize("NFKC", "น้ำ คำ ตำรา")) == "น้ำ คำ ตำรา"
+
+
+pieces = st.one_of(st.sampled_from("กนฤเแโะาำๅๆฯ aB1๑.\n \u200b\u200c\u200d\ufeff👩"), st.sampled_from(MARKS))
+texts = st.one_of(st.lists(pieces, max_size=12).map("".join), st.text(max_size=30))
+
+
+@repeatable
+@given(texts)
+def test_normalising_twice_is_normalising_once(text):
+    once = normalise(text)
+    assert normalise(once) == once
+
+
+@repeatable
+@given(texts)
+def test_only_thai_vowels_marks_and_zero_width_characters_change(text):
+    def rest(value: str) -> str:
+        return re.sub(f"[{VOWELS}{''.join(MARKS)}\u200b\u200c\ufeff\u2060]", "", value)
+
+    done = normalise(text)
+    assert rest(done) == rest(text)
+    assert done.count(AM) >= text.count(AM)
+    assert not set(done) & set("\u200b\u200c\ufeff\u2060")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no ../shared/data here")
+def test_real_texts_get_pythainlps_spelling_and_keep_their_lines():
+    files = [REAL / "thaigov.jsonl", *sorted(REAL.glob("thai_exam/data/*/*.jsonl"))]
+    real = [whole(row) for file in files for row in read_lines(file)]
+    done = [normalise(text) for text in real]
+    assert done == [reorder_vowels(remove_zw(text)) for text in real]
+    assert done == [normalise(text) for text in done]
+    assert 80 < sum(a != b for a, b in zip(real, done, strict=True)) < len(real)
+    for before, after in zip(real, done, strict=True):
+        assert [len(line.split(" ")) for line in before.split("\n")] == [len(x.split(" ")) for x in after.split("\n")]
+        assert re.sub("[^ -~\u0e01-\u0e2e๐-๙ๆฯ“”\n]", "", before) == re.sub("[^ -~\u0e01-\u0e2e๐-๙ๆฯ“”\n]", "", after)
+
+
+# ------------------------------------------------------------------------------------------------ training, evaluation
+
+
+def exam(folder: Path, items: list[dict]) -> str:
+    """A copy of thai_exam whose subset ic holds these items and whose other subsets are the sample's."""
+    for subset in SPEC["subsets"]:
+        file = folder / f"data/{subset}/{subset}_test.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_bytes((EXAM / f"data/{subset}/{subset}_test.jsonl").read_bytes())
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    (folder / "data/ic/ic_test.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)
+
+
+def training_set(folder: Path, rows: list[tuple[str, str]], **settings) -> Settings:
+    """Settings whose training set holds these questions and answers, and sixty others."""
+    rows = [*rows, *((f"คำถามที่ {n}", f"คำตอบที่ {n} ของชุดนี้") for n in range(60))]
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in rows]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    common = {"overlap": "none", "cache_dir": str(folder / "cache"), "max_length": 2048, "max_garbled_share": 1}
+    return Settings(dataset="pairs", dataset_path=str(folder / "train.jsonl"), **common | settings)
+
+
+@pytest.mark.parametrize(("on", "spelling"), [(True, CLEAN), (False, MESSY)], ids=["on", "off"])
+def test_training_and_evaluation_read_the_same_spelling(tmp_path, tokenizer, on, spelling):
+    item = {"question": MESSY, "a": MESSY + "ก", "b": "ข", "answer": "a"}
+    (read,) = [i for i in load_items("thai_exam", SPEC, exam(tmp_path / "exam", [item]), 1, on) if i["subset"] == "ic"]
+    assert (read["question"], read["options"]["a"]) == (spelling, spelling + "ก")
+    rows, _ = prepare(training_set(tmp_path, [(MESSY, MESSY + "ก")] * 50, normalise_thai=on), tokenizer, quiet=True)
+    trained = [tokenizer.decode(ids) for document in rows for ids, _ in document]
+    assert sum(f"{spelling}{END_OF_TURN}" in t and f"{spelling}ก{END_OF_TURN}" in t for t in trained) >= 40
+
+
+def test_evaluation_and_training_spell_by_the_same_function_unless_switched_off(tmp_path):
+    items = load_items("thai_exam", SPEC, str(EXAM))
+    assert items == load_items("thai_exam", SPEC, str(EXAM), normalise_thai=False), "the sample is clean"
+    assert Settings().normalise_thai is True
+
+
+# ------------------------------------------------------------------------------------------------ shared passages
+
+
+def plain(text: str) -> str:
+    """What overlap is judged on, written another way: letters, digits and Thai marks, in one spelling and case."""
+    return "".join(c for c in normalise(text).lower() if c < "\U00010000" and (c.isalnum() or c in MARKS))
+
+
+def shared(items: list[tuple[str, str]], text: str) -> tuple[str, str] | None:
+    """What Overlap.find must give, by looking for every window of the text in every item."""
+    text = plain(text)
+    for at in range(len(text) - WINDOW + 1):
+        for name, item in items:
+            if text[at : at + WINDOW] in plain(item):
+                return name, text[at : at + WINDOW]
+    return None
+
+
+@pytest.mark.parametrize("length", [0, 1, 49, 50, 51, 99, 400, 70_000, 50])
+def test_window_hashes_are_polynomials_modulo_2_to_the_64(length):
+    codes = np.random.default_rng(length).integers(0, 0xFFFF, length).astype(np.uint32)
+    base, numbers = 0x9E3779B97F4A7C15, [int(code) for code in codes]
+    powers = [pow(base, j, 2**64) for j in range(WINDOW)]
+    starts = range(max(length - WINDOW + 1, 0))
+    some = random.Random(0).sample(starts, min(len(starts), 400))
+    hashes = window_hashes(codes)
+    assert len(hashes) == len(starts) and hashes.dtype == np.uint64
+    for start in {*some, *starts[:1], *starts[-1:]}:
+        window = numbers[start : start + WINDOW]
+        assert int(hashes[start]) == sum(c * p for c, p in zip(window, powers, strict=True)) % 2**64
+
+
+@repeatable
+@given(texts.map(lambda text: re.sub(f"[{VOWELS}]", "", text)))  # without them, one spelling is all there is
+def test_overlap_is_judged_on_letters_digits_and_thai_marks(text):
+    assert squash(text).tobytes().decode("utf-32-le") == plain(text)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_find_gives_what_a_search_of_every_window_gives(seed):
+    chance = random.Random(seed)
+    alphabet = ["กข่ ab.A1", f"กนำ{NIKHAHIT}{AA}{MAI_THO}เ{ZWSP}", "ab", "ก่้ AZaz09๑ๆ-\n👩"][seed % 4]
+
+    def some(low: int, high: int) -> str:
+        return "".join(chance.choices(alphabet, k=chance.randint(low, high)))
+
+    items = [(f"item {n}", some(0, 300)) for n in range(12)]
+    overlap = Overlap(items)
+    found = []
+    for _ in range(60):
+        text = some(0, 150)
+        if chance.random() < 0.6:
+            _, item = chance.choice(items)
+            at = chance.randrange(len(item) + 1)
+            text += item[at : at + chance.randint(40, 180)] + some(0, 40)
+        found.append(overlap.find(text))
+        assert found[-1] == shared(items, text), text
+    assert overlap.short == sum(len(plain(item)) < WINDOW for _, item in items)
+    assert 5 < sum(hit is not None for hit in found) < 60 or alphabet == "ab"
+
+
+PASSAGE = ("ผู้ลงทุนควรศึกษาข้อมูลก่อนตัดสินใจลงทุนและทำความเข้าใจลักษณะของสินค้า")[:WINDOW]
+LATIN = "The Quick Brown Fox Jumps Over Lazy Dogs While Sphinx Judges My Quartz Vow".replace(" ", "")[:WINDOW]
+AMS = ("น้ำทำคำนำจำกำลำตำรำ" * 3)[:WINDOW]
+DISGUISES = {
+    "none": str,
+    "spaces": lambda text: "  ".join(text),
+    "lines": lambda text: "\n".join(text[i : i + 7] for i in range(0, len(text), 7)),
+    "punctuation": lambda text: "".join(f"{c}{'.,!?…“”()-/*_|:;'[i % 16]}" for i, c in enumerate(text)),
+    "Thai punctuation": lambda text: "".join(f"{c}{'฿๏๚๛'[i % 4]}" for i, c in enumerate(text)),
+    "upper case": str.upper,
+    "lower case": str.lower,
+    "NFKC": lambda text: unicodedata.normalize("NFKC", text),
+    "NFKC and spaces, as from a PDF": lambda text: " ".join(unicodedata.normalize("NFKC", text)),
+    "zero-width": lambda text: ZWSP.join(text),
+    "byte order marks": lambda text: "\ufeff".join(text),
+    "soft hyphens": lambda text: "\u00ad".join(text),
+    "emoji": lambda text: "👩\u200d👧".join(text[i : i + 9] for i in range(0, len(text), 9)),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+@pytest.mark.parametrize("passage", [PASSAGE, LATIN, AMS], ids=["Thai", "Latin", "sara am"])
+def test_fifty_shared_characters_are_found_in_any_disguise_and_forty_nine_are_not(passage, disguise):
+    assert len(passage) == len(plain(passage)) == WINDOW
+    overlap = Overlap([("other", "ก" * 80), ("item", f"xx {passage} yy")])
+    window = plain(passage)
+    assert overlap.find(f"ฮฮ{DISGUISES[disguise](passage)}ฮฮ") == ("item", window)
+    for part in (passage[1:], passage[:-1]):
+        if not unicodedata.category(part[0]).startswith("M"):
+            assert overlap.find(f"ฮฮ{DISGUISES[disguise](part)}ฮฮ") is None
+    whole = Overlap([("item", DISGUISES[disguise](passage))])
+    assert whole.find(f"ฮฮ{passage}ฮฮ") == ("item", window)
+
+
+@pytest.mark.parametrize(("shared_characters", "hit"), [(49, False), (50, True), (51, True)])
+@pytest.mark.parametrize("place", ["start", "middle", "end"])
+def test_a_passage_is_found_wherever_it_stands(shared_characters, hit, place):
+    passage = (LATIN + "Z")[:shared_characters].lower()
+    around = {"start": "{}ขขข", "middle": "ขขข{}ขขข", "end": "ขขข{}"}[place]
+    expected = ("item", passage[:WINDOW]) if hit else None
+    for item, text in ((f"กก{passage}กก", around.format(passage)), (around.format(passage), f"กก{passage}กก")):
+        assert Overlap([("first", "ค" * 60), ("item", item), ("last", "ง" * 60)]).find(text) == expected
+
+
+def test_a_passage_does_not_reach_from_one_item_into_the_next():
+    overlap = Overlap([("one", LATIN[:25]), ("two", LATIN[25:]), ("three", "ก" * 60)])
+    assert overlap.find(LATIN) is None
+    assert overlap.short == 2
+
+
+def test_the_first_item_that_holds_a_passage_is_named():
+    assert Overlap([("short", "ก"), ("one", f"ก{LATIN}"), ("two", f"ข{LATIN}")]).find(LATIN)[0] == "one"
+
+
+def test_texts_shorter_than_a_passage_share_none():
+    overlap = Overlap([("item", PASSAGE)])
+    assert [overlap.find(text) for text in ("", " ", "ก", PASSAGE[:20], "👩\u200d👧 " * 30)] == [None] * 5
+    assert Overlap([]).find(PASSAGE) is None
+    assert Overlap([("empty", ""), ("emoji", "👩" * 80)]).find(PASSAGE) is None
+    assert Overlap([("empty", ""), ("emoji", "👩" * 80)]).short == 2
+
+
+# ------------------------------------------------------------------------------------------------ the training set
+
+IC, TGAT = (read_lines(EXAM / f"data/{subset}/{subset}_test.jsonl") for subset in ("ic", "tgat"))
+SHORT = sum(len(plain(whole(item))) < WINDOW for file in EXAM.glob("data/*/*_test.jsonl") for item in read_lines(file))
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherwise(tmp_path, tokenizer, drop):
+    spelt = unicodedata.normalize("NFKC", IC[4]["question"] + IC[4]["a"]).replace(" ", ZWSP)
+    rows = [("ข้อสอบ", f"คำตอบคือ {whole(TGAT[2])}"), (f"ช่วยทำข้อนี้ {spelt} {IC[4]['b']} {IC[4]['c']}", "ข้อ ก")]
+    rows.append(("อะไร", whole(IC[5])[:30]))  # too little of it
+    settings = training_set(tmp_path, rows, overlap="thai_exam", paths={"thai_exam": str(EXAM)}, drop_overlap=drop)
+    settings.normalise_thai = False  # the search spells for itself
+    kept, report = prepare(settings, tokenizer, quiet=True)
+    hits = report["overlap"]["rows"]
+    assert [(Path(hit["row"]).name, hit["item"]) for hit in hits] == [
+        ("train.jsonl, line 1", "thai_exam, tgat_test.jsonl, item 3"),
+        ("train.jsonl, line 2", "thai_exam, ic_test.jsonl, item 5"),
+    ]
+    for hit, item in zip(hits, (TGAT[2], IC[4]), strict=True):
+        assert len(hit["shared"]) == WINDOW and hit["shared"] in plain(whole(item))
+    assert (report["overlap"]["items"], report["overlap"]["too_short"]) == (65, SHORT)
+    assert SHORT < 5
+    assert report["rows_dropped"].get("repeats a benchmark item", 0) == (2 if drop else 0)
+    assert len(kept) == report["rows_kept"] == 63 - sum(report["rows_dropped"].values())
+    trained = "".join(tokenizer.decode(ids) for document in kept for ids, _ in document)
+    assert (TGAT[2]["question"] in trained) is not drop
+    assert whole(IC[5])[:30] in trained
+
+
+def test_benchmark_items_too_short_to_look_for_are_counted(tmp_path, tokenizer):
+    items = [*IC, {"question": "2+2=?", "a": "3", "b": "4", "answer": "b"}, {"question": "ก?", "a": "ข", "answer": "a"}]
+    paths = {"thai_exam": exam(tmp_path / "exam", items)}
+    s = training_set(tmp_path, [("2+2=?", "3 4 b")], overlap="thai_exam", paths=paths)
+    overlap = prepare(s, tokenizer, quiet=True)[1]["overlap"]
+    assert (overlap["items"], overlap["too_short"], overlap["rows"]) == (65 + 2, SHORT + 2, [])
+
+
+def test_half_an_emoji_is_a_garbled_row_and_no_crash(tmp_path, tokenizer):
+    # JSON may hold "\ud83d", the first half of an emoji that something cut in two.
+    rows = [("ถาม", "ตอบ \ud83d"), ("\ude00", "ตอบ"), ("ถาม 👩", "ตอบ 👩\u200d👧")]
+    items = [IC[0], IC[1] | {"a": "\ud83d"}]
+    paths = {"thai_exam": exam(tmp_path / "exam", items)}
+    kept, report = prepare(training_set(tmp_path, rows, overlap="thai_exam", paths=paths), tokenizer, quiet=True)
+    assert report["rows_dropped"]["garbled (U+FFFD or mojibake)"] == 2
+    assert len(kept) == report["rows_kept"] >= 55
