@@ -110,6 +110,9 @@ class EpochOrder(torch.utils.data.Sampler):
         order = chance.permutation(len(self.sizes))
         if self.grouped:
             whole = len(order) // self.step * self.step
+            last = int(np.argmax(self.sizes[order]))
+            if last >= whole > 0:
+                order[[0, last]] = order[[last, 0]]
             span = 16 * self.step
             spans = [order[at : min(at + span, whole)] for at in range(0, whole, span)]
             spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]

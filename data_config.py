@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 import unicodedata
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from settings import Resolved, Settings, UserError, call, resolve, write_atomic,
 
 import numpy as np
 import pyarrow as pa
+from jinja2 import TemplateError
 from pythainlp.tokenize import word_tokenize
 from tokenizers import Encoding
 from tqdm import tqdm
@@ -41,7 +43,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from batches import EpochOrder, Rows, pack, padding, trained_mask
 from modeling_ouro import IGNORE, REVISIONS, OuroConfig
 from sources import ROOT, Source, benchmark_items, count_rows, find_source, read_file
-from thai import GARBLED, Overlap, normalise, squash
+from thai import GARBLED, Overlap, count_letters, normalise
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
@@ -183,7 +185,7 @@ def question(chat: Chat) -> Chat:
 def in_hash_share(row: dict, chat: Chat, rule: dict) -> bool:
     """Whether a hash split holds this row out: by the column it names, or the question where that is empty."""
     value = row[rule["hash"]]
-    text = value.strip() if isinstance(value, str) and value.strip() else question(chat)[0]["content"]
+    text = normalise(value if isinstance(value, str) and value.strip() else question(chat)[0]["content"]).strip()
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < rule["share"] * 2**64
 
 
@@ -207,12 +209,17 @@ def generation_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     return _generation_prompt(tokenizer, tokenizer.chat_template, system)
 
 
+def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a chat: {error}") from None
+
+
 @lru_cache(maxsize=64)
 def _generation_prompt(tokenizer, template: str, system: str | None) -> tuple[str, list[int], int]:
     chat = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": ""}]
-    without, whole = (
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=g) for g in (False, True)
-    )
+    without, whole = (render(chat, tokenizer, g) for g in (False, True))
     if not whole.startswith(without):
         raise UserError("the chat template's generation prompt changes what stands before it: no boundary to mask at")
     header = whole[len(without) :]
@@ -240,7 +247,7 @@ def encode(
     def wrong(place: str, what: str) -> UserError:
         return UserError(f"{place}{': ' if place else ''}the chat template {what}")
 
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    texts = [render(chat, tokenizer) for chat in chats]
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     result = []
     for chat, text, encoding, place in zip(
@@ -251,7 +258,7 @@ def encode(
         for i, turn in enumerate(chat):
             if turn["role"] != "assistant":
                 continue
-            prompt = tokenizer.apply_chat_template(chat[:i], tokenize=False, add_generation_prompt=True)
+            prompt = render(chat[:i], tokenizer, True)
             if not (text.startswith(prompt) and prompt.endswith(header)):
                 raise wrong(place, "does not continue its own generation prompt: no boundary to mask at")
             if not text.startswith(turn["content"], len(prompt)):
@@ -263,6 +270,8 @@ def encode(
                 stop = ids.index(end, start) + 1
             except ValueError:
                 raise wrong(place, f"does not end the answer with {END_OF_TURN}") from None
+            if any(i in tokenizer.all_special_ids for i in ids[start : stop - 1]):
+                raise wrong(place, f"does not end the answer with {END_OF_TURN}")
             trained += [start, stop]
         result.append(Tokens(np.array(ids, np.uint32), trained, trained[0]))
     return result
@@ -293,7 +302,9 @@ def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTo
     text = chat[first]["content"]
     whole = _encode_batch([text], tokenizer)[0]
     excess = len(tokens.ids) - limit
-    while excess <= cuttable(chat, tokens, tokenizer):
+    if excess > cuttable(chat, tokens, tokenizer):
+        return None
+    while True:
         stop = whole.token_to_chars(len(whole.ids) - excess)[0]
         while stop and unicodedata.category(text[stop])[0] == "M":
             stop -= 1
@@ -302,24 +313,27 @@ def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTo
         if len(cut.ids) <= limit:
             return cut
         excess += len(cut.ids) - limit  # the cut fell inside a merged token
-    return None
 
 
 def split_row(tokens: Tokens, limit: int) -> list[Tokens]:
     """The row as stretches of `limit` tokens, each after half a stretch of what precedes it; every trained token is
     trained in one of them, and an answer's end in the last."""
-    mask = trained_mask(len(tokens.ids), tokens.trained)
-    pieces, done = [], 0
-    while done < len(tokens.ids):
-        start = 0 if done == 0 else max(0, min(done - limit // 2, len(tokens.ids) - limit))
-        stop = min(start + limit, len(tokens.ids))
-        fresh = mask[start:stop].copy()
-        fresh[: done - start] = False
-        if fresh.any():
-            edges = np.flatnonzero(np.diff(fresh, prepend=False, append=False)).tolist()
+    mask, pieces = trained_mask(len(tokens.ids), tokens.trained), []
+    for start, fresh, stop in stretches(len(tokens.ids), limit):
+        trained = mask[start:stop].copy()
+        trained[: fresh - start] = False
+        if trained.any():
+            edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
             pieces.append(Tokens(tokens.ids[start:stop], edges, edges[0]))
-        done = stop
     return pieces
+
+
+def stretches(length: int, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Where each stretch starts, where what no earlier one has begins, and where it stops."""
+    fresh = 0
+    while fresh < length:
+        start = max(0, min(fresh - limit // 2, length - limit)) if fresh else 0
+        yield start, fresh, (fresh := min(start + limit, length))
 
 
 def truncate(tokens: Tokens, limit: int) -> list[Tokens]:
@@ -350,7 +364,7 @@ class Tally:
     letters: int = 0
     ended: int = 0
     trained_tokens: int = 0
-    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, answers' end)
+    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
     answers: list = field(default_factory=list)  # a random sample of them
 
     def drop(self, reason: str, where: str) -> None:
@@ -359,19 +373,21 @@ class Tally:
             examples.append(where)
 
     def count(
-        self, row: dict, chat: Chat, pieces: list[Tokens], what: str, licence: str, end: int, chance: random.Random
+        self, where: str, chat: Chat, pieces: list[Tokens], what: str, licence: str, chance: random.Random
     ) -> None:
         """A row that is trained, as `pieces`; `what` the length policy did to it."""
         self.kept += 1
         self.licences[licence] += 1
         if what:
             self.touched[what] += 1
+            if len(examples := self.examples.setdefault(what, [])) < 5:
+                examples.append(where)
         self.trained_tokens += sum(sum(p.trained[1::2]) - sum(p.trained[::2]) for p in pieces)
-        self.ended += int(pieces[-1].ids[pieces[-1].trained[-1] - 1]) == end
+        self.ended += what != "answer cut"
         answer = chat[-1]["content"]
-        codes = squash(answer)
-        self.letters += len(codes)
-        self.thai += int(((codes >= 0x0E00) & (codes < 0x0E80)).sum())
+        thai, letters = count_letters(answer)
+        self.thai += thai
+        self.letters += letters
         if len(self.answers) < SAMPLE:  # Vitter's algorithm R: each row is as likely to be in the sample
             self.answers.append(answer)
         elif (at := chance.randrange(self.kept)) < SAMPLE:
@@ -390,17 +406,17 @@ def checked_rows(
     special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token))
     held_out = {digest(question(chat)) for chat in _held_out_chats(source, settings)} if split == "train" else set()
     rows_seen, questions_seen = set(), set()
+    folder = f"{source.place if source.place.is_dir() else source.place.parent}/"
     for file in source.part(split):
         for where, row in read_file(file, source.columns):
             tally.rows_in += 1
             chat, why = to_chat(row, entry, settings, where)
+            where = where.removeprefix(folder)  # the report may be of a copy elsewhere
             if chat is None:
                 tally.drop(why, where)
                 continue
             licence = licence_of(row, entry)
             text = "\n".join(turn["content"] for turn in chat)
-            if entry.get("think") and any(tag in text and tag not in row[entry["completion"]] for tag in THINK):
-                tally.touched["<think> tags completed"] += 1
             if special.search(text):  # it would end the turn or the document in the middle
                 tally.drop("special token in the text", where)
             elif "hash" in rule and in_hash_share(row, chat, rule) != (split == "held_out"):
@@ -418,6 +434,8 @@ def checked_rows(
                         continue
                 tally.duplicates["rows"] += (whole := digest(chat)) in rows_seen
                 tally.duplicates["questions"] += (asked := digest(question(chat))) in questions_seen
+                if entry.get("think") and any(tag in text and tag not in row[entry["completion"]] for tag in THINK):
+                    tally.touched["<think> tags completed"] += 1
                 rows_seen.add(whole)
                 questions_seen.add(asked)
                 yield where, row, chat
@@ -460,7 +478,7 @@ def fit(where: str, chat: Chat, tokens: Tokens, s: Settings, tokenizer: PreTrain
     if s.length_policy == "split":
         return split_row(tokens, s.max_length), "split"
     if s.length_policy == "truncate":
-        return truncate(tokens, s.max_length), "answer cut"
+        return truncate(tokens, s.max_length), "answer cut" if tokens.trained[-1] > s.max_length else ""
     return [], ""
 
 
@@ -473,34 +491,28 @@ def build(
         UserError: as all of the above.
         OSError: the disk is full; nothing is left behind.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")  # two containers may share a pid
     partial.mkdir(parents=True)
     ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
     schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32())})
-    tally, chance, end = Tally(), random.Random(0), tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    tally, chance = Tally(), random.Random(0)
     overlap = Overlap(items)
     rows = checked_rows(source, split, s, tokenizer, overlap, tally)
-    progress = tqdm(
-        total=sum(map(count_rows, source.part(split))),
-        desc="tokenise",
-        unit=" rows",
-        disable=quiet or None,
-        leave=False,
-    )
+    progress = tqdm(desc="tokenise", unit=" rows", disable=quiet or None, leave=False)
     try:
+        progress.reset(sum(map(count_rows, source.part(split))))
         with open(partial / "rows.arrow", "wb") as file, pa.ipc.new_file(file, schema) as writer:
             while chunk := list(islice(rows, CHUNK)):
                 pieces = []
                 places, _, chats = zip(*chunk, strict=True)
                 for (where, row, chat), tokens in zip(chunk, encode(chats, tokenizer, places), strict=True):
-                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained[-1]))
+                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
                     fitted, what = fit(where, chat, tokens, s, tokenizer)
                     if not fitted:
                         tally.drop(f"longer than {s.max_length} tokens", where)
                         continue
                     pieces += fitted
-                    tally.count(row, chat, fitted, what, licence_of(row, source.entry), end, chance)
+                    tally.count(where, chat, fitted, what, licence_of(row, source.entry), chance)
                 if pieces:
                     columns = ([p.ids for p in pieces], schema.types[0]), ([p.trained for p in pieces], schema.types[1])
                     writer.write_batch(pa.record_batch([pa.array(c, t) for c, t in columns], schema=schema))
@@ -520,6 +532,9 @@ def build(
         except OSError:
             if not folder.exists():  # else another process has built the same meanwhile
                 raise
+    except OSError as error:  # a full disk does not say which
+        error.filename = error.filename or str(folder.parent)
+        raise
     finally:
         progress.close()
         shutil.rmtree(partial, ignore_errors=True)
@@ -527,7 +542,7 @@ def build(
 
 def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The data report, but for what the cache does not depend on."""
-    lengths, before = rows.lengths, np.array(tally.lengths or np.zeros((0, 3)), int)
+    lengths, before = rows.lengths, np.array([r[:2] for r in tally.lengths] or np.zeros((0, 2)), int)
     tokens = int(lengths.sum())
     counts, edges = np.histogram(before[:, 0], bins=40, range=(0, max(before[:, 0].max(initial=1), 1)))
     order = np.argsort(lengths, kind="stable")
@@ -542,13 +557,13 @@ def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> di
         "rows_written": len(lengths),
         "tokens": tokens,
         "trained_tokens": tally.trained_tokens,
-        "trained_share": round(tally.trained_tokens / max(tokens, 1), 4),
-        "end_token_survival": round(tally.ended / max(tally.kept, 1), 4),
+        "trained_share": tally.trained_tokens / max(tokens, 1),
+        "end_token_survival": tally.ended / max(tally.kept, 1),
         "tokens_per_row": {
             f"p{q}": int(np.percentile(before[:, 0], q)) if len(before) else 0 for q in (5, 50, 95, 100)
         },
         "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
-        "too_long": {str(limit): policies(before, limit) for limit in LENGTHS},
+        "too_long": {str(limit): policies(tally.lengths, limit) for limit in LENGTHS},
         "thai_share_of_letters": round(tally.thai / max(tally.letters, 1), 3),
         "tokens_per_unit": {
             "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
@@ -557,7 +572,7 @@ def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> di
         "licences": dict(tally.licences.most_common()),
         "licences_left_out": dict(tally.filtered.most_common()),
         "duplicates": dict(tally.duplicates),
-        "examples": [abridge(marked(*rows.row(i), tokenizer)) for i in shown],
+        "examples": [marked(*rows.row(i), tokenizer, 600) for i in shown],
     }
 
 
@@ -570,16 +585,20 @@ POLICIES = {  # as the report shows them
 }
 
 
-def policies(lengths: np.ndarray, limit: int) -> dict[str, int]:
-    """How many rows each length policy would touch at `limit` tokens; lengths: (rows, 3), see Tally."""
-    long = lengths[lengths[:, 0] > limit]
-    savable = int((long[:, 0] - limit <= long[:, 1]).sum())
+def policies(lengths: list[tuple], limit: int) -> dict[str, int]:
+    """How many rows each length policy would touch at `limit` tokens; lengths: see Tally."""
+    long = [row for row in lengths if row[0] > limit]
+    savable = sum(n - limit <= most for n, most, _ in long)
+    pieces = 0
+    for n, _, trained in long:
+        mask = trained_mask(n, trained)
+        pieces += sum(bool(mask[fresh:stop].any()) for _, fresh, stop in stretches(n, limit))
     return {
         "drop": len(long),
         "truncate_prompt_cut": savable,
         "truncate_prompt_dropped": len(long) - savable,
-        "split_pieces": int(sum(len(range(limit, n, limit - limit // 2)) + 1 for n in long[:, 0])),
-        "truncate_ends_lost": int((long[:, 2] > limit).sum()),
+        "split_pieces": pieces,
+        "truncate_ends_lost": sum(trained[-1] > limit for *_, trained in long),
     }
 
 
@@ -621,6 +640,7 @@ def prepare(
         "split": split,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
+        "special": tokenizer.all_special_tokens,
         "settings": {name: getattr(s, name) for name in names},
         "benchmarks": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
     }
@@ -688,8 +708,11 @@ def refusals(report: dict, s: Settings) -> list[str]:
             f"{touched} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be "
             f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
             "another --length_policy, or raise --max_too_long_share to train so"
+            + "".join(f"\n  {p}" for p in report["first_dropped"].get(f"longer than {s.max_length} tokens", [])[:2])
         )
-    if not report["trained_tokens"]:
+    if not rows:
+        reasons.append(f"{place} has no rows")
+    elif not report["trained_tokens"]:
         reasons.append(f"no row of {place} is left to train on: {json.dumps(report['rows_dropped'])}")
     elif report["trained_share"] < s.min_trained_share:
         reasons.append(
@@ -700,22 +723,23 @@ def refusals(report: dict, s: Settings) -> list[str]:
         reasons.append(
             f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}, "
             f"less than min_end_survival = {s.min_end_survival:g}: the model would not learn to stop"
+            + "".join(f"\n  {p}" for p in report["first_dropped"].get("answer cut", [])[:2])
         )
     return reasons
 
 
-def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as text with its trained tokens between ⟦ and ⟧."""
+def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, limit: int = sys.maxsize) -> str:
+    """A row as text with its trained tokens between ⟦ and ⟧; each stretch at most about `limit` characters."""
     trained = np.asarray(labels) != IGNORE
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1), len(trained)]
     pieces = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        text = tokenizer.decode(ids[start:stop])
+        text = abridge(tokenizer.decode(ids[start:stop]), limit)
         pieces.append(f"⟦{text}⟧" if trained[start] else text)
     return "".join(pieces)
 
 
-def abridge(text: str, limit: int = 1200) -> str:
+def abridge(text: str, limit: int) -> str:
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} … {len(text) - limit:,} characters … {text[-half:]}"
 

@@ -193,12 +193,14 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
     if file.suffix == ".parquet":
         try:
             with pa.parquet.ParquetFile(file) as parquet:
-                _columns_there(f"{file}", parquet.schema_arrow.names, columns)
                 number = 0
+                _columns_there(f"{file}", parquet.schema_arrow.names, columns)
                 for batch in parquet.iter_batches(ROWS, columns=list(columns) or None):
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{file}, row {number}", row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
         return
@@ -228,11 +230,14 @@ def _objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iter
 
 def _json(where: str, line: bytes):
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
+        where += f", line {error.lineno}" * (b"\n" in line.strip())
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
 
 
 def _columns_there(where: str, found: Iterable[str], columns: Sequence[str]) -> None:

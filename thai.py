@@ -35,6 +35,17 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.cumprod(np.array([1] + [base] * (count - 1), np.uint64)) for base in (_BASE, inverse))
 
 
+_ALPHA = _LETTERS & ~np.array([unicodedata.category(chr(c))[0] == "N" for c in range(0x10000)])
+
+
+def count_letters(text: str) -> tuple[int, int]:
+    """How many Thai letters and marks a text has, and how many letters and marks in all."""
+    codes = _codes(text)
+    codes = codes[codes < 0x10000]
+    codes = codes[_ALPHA[codes]]
+    return int(((codes >= 0x0E00) & (codes < 0x0E80)).sum()), len(codes)
+
+
 def squash(text: str) -> np.ndarray:
     """The letters, digits and Thai marks of a text, in one spelling, as code points: what overlap is judged on."""
     codes = _codes(text.lower())
