@@ -1,0 +1,559 @@
+"""Packing, collation, the order of epochs and the rows on disk; training with packs is training without them."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from settings import Settings, resolve
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny_ouro import MEDIUM, SIZES, assert_close, assert_same_gradients, gradients, tiny, without
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import AutoTokenizer
+
+import train_qlora
+from batches import EpochOrder, Rows, collate, pack, padding
+from data_config import CHUNK, load_tokenizer, prepare
+from modeling_ouro import IGNORE
+
+ROOT = Path(train_qlora.__file__).parent
+SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--logging_steps", "1", "--total_ut_steps", "1"]
+property_test = hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=200)
+objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
+            patch.delenv(name, raising=False)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the models are so small that threads wait for each other most of the time
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("sample/ouro-tiny")
+
+
+@pytest.fixture(scope="module")
+def sample(tokenizer, tmp_path_factory):
+    s = Settings(dataset="sample", overlap="none", cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return prepare(s, tokenizer, quiet=True)[0]
+
+
+def skewed(count: int, seed: int = 0) -> np.ndarray:
+    """Lengths as those of instruction data: most short, few ten times as long."""
+    return np.random.default_rng(seed).lognormal(5.5, 0.8, count).astype(int) + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pack
+
+
+def naive_fills(lengths: list[int], limit: int) -> list[int]:
+    """Best-fit decreasing by looking at every pack for every row; the tokens in each pack."""
+    fills: list[int] = []
+    for n in sorted(lengths, reverse=True):
+        fitting = [i for i, fill in enumerate(fills) if fill + n <= limit]
+        if fitting:
+            fills[max(fitting, key=lambda i: fills[i])] += n
+        else:
+            fills.append(n)
+    return sorted(fills)
+
+
+def fewest_packs(lengths: tuple[int, ...], limit: int) -> int:
+    """By trying everything."""
+    best = len(lengths)
+
+    def place(row: int, fills: list[int]) -> None:
+        nonlocal best
+        if len(fills) >= best:
+            return
+        if row == len(lengths):
+            best = len(fills)
+            return
+        for fill in {*fills, 0}:
+            if fill + lengths[row] <= limit:
+                rest = list(fills)
+                if fill:
+                    rest.remove(fill)
+                place(row + 1, [*rest, fill + lengths[row]])
+
+    place(0, [])
+    return best
+
+
+def assert_best_fit_decreasing(packs: list[list[int]], lengths: list[int], limit: int) -> None:
+    """Follows the packs row by row, longest first: each went where the least space was left, among equals anywhere."""
+    place = {row: i for i, members in enumerate(packs) for row in members}
+    spaces: dict[int, int] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fitting = [space for space in spaces.values() if space >= lengths[row]]
+        if fitting:
+            assert spaces[place[row]] == min(fitting)
+        else:
+            assert place[row] not in spaces
+            spaces[place[row]] = limit
+        spaces[place[row]] -= lengths[row]
+
+
+limits_and_lengths = st.integers(1, 40).flatmap(
+    lambda limit: st.tuples(st.just(limit), st.lists(st.integers(1, limit), min_size=1, max_size=60))
+)
+
+
+@property_test
+@given(limits_and_lengths)
+def test_packs_are_a_best_fit_decreasing_partition(case):
+    limit, lengths = case
+    packs = pack(np.array(lengths), limit)
+    assert sorted(row for members in packs for row in members) == list(range(len(lengths)))
+    fills = sorted(sum(lengths[row] for row in members) for members in packs)
+    assert fills[-1] <= limit and fills == naive_fills(lengths, limit)
+    assert_best_fit_decreasing(packs, lengths, limit)
+    assert pack(np.array(lengths), limit) == packs
+
+
+@property_test
+@given(st.integers(4, 24).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1, max_size=9))))
+def test_packs_are_close_to_the_fewest_possible(case):
+    limit, lengths = case
+    assert len(pack(np.array(lengths), limit)) <= 11 / 9 * fewest_packs(tuple(lengths), limit) + 1
+
+
+def test_packs_of_many_short_rows_are_nearly_full():
+    lengths = np.minimum(skewed(5000), 4096)
+    packs = pack(lengths, 4096)
+    assert len(packs) == -(-int(lengths.sum()) // 4096)
+    assert_best_fit_decreasing(packs, lengths.tolist(), 4096)
+
+
+def test_rows_as_long_as_a_pack_stand_alone():
+    assert pack(np.array([7, 3, 7, 4]), 7) == [[0], [2], [3, 1]]
+    assert pack(np.array([], int), 7) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# collate
+
+
+def document(*ids: int, trained_from: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    values = np.array(ids, np.int64)
+    return values, np.where(np.arange(len(ids)) >= trained_from, values, IGNORE)
+
+
+def test_collate_pads_on_the_right_and_marks_what_is_padding():
+    batch = collate([[document(5, 6, 7, trained_from=2)], [document(8, 9)]])
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 7], [IGNORE, 9, IGNORE]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_collate_counts_positions_anew_in_each_document_of_a_pack():
+    batch = collate([[document(5, 6, 7), document(8), document(9, 10)], [document(11, 12, 13)]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE, 10], [IGNORE, 12, 13] + 3 * [IGNORE]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 0, 1, 2]]
+    assert batch["position_ids"].dtype == torch.int64
+
+
+def test_packs_of_one_document_need_no_positions():
+    assert "position_ids" not in collate([[document(5, 6, 7)], [document(8, 9)]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed rows train as unpacked ones do
+
+
+def model_for(tokenizer, size=MEDIUM):
+    return tiny(size, vocab_size=len(tokenizer))
+
+
+def packed_sample(sample: Rows, limit: int, rows: list[int]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    return [[sample.row(rows[i]) for i in members] for members in pack(sample.lengths[rows], limit)]
+
+
+@pytest.fixture(scope="module")
+def nine_rows(sample):
+    """Of all lengths, so that packs of 600 tokens hold one to three of them and leave different spaces."""
+    return np.argsort(sample.lengths, kind="stable")[:: len(sample) // 9][:9].tolist()
+
+
+def alone(model, documents, objective: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of documents that each have a batch of their own."""
+    trained = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, labels in documents:
+        batch = {"input_ids": torch.from_numpy(ids)[None], "labels": torch.from_numpy(labels)[None]}
+        loss = model(**batch, objective=objective, num_items_in_batch=trained).loss
+        loss.backward()
+        total += loss.detach()
+    return total, gradients(model)
+
+
+@objectives
+@pytest.mark.parametrize("size", [SIZES[0], MEDIUM], ids=["1 loop", "3 loops"])
+def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones(tokenizer, sample, nine_rows, size, objective):
+    model = model_for(tokenizer, size)
+    packs = packed_sample(sample, 600, nine_rows)
+    sizes = Counter(map(len, packs))
+    assert len(packs) >= 4 and len(sizes) >= 2 and max(sizes) >= 2
+    expected, expected_gradients = alone(model, [sample.row(i) for i in nine_rows], objective)
+    batch = collate(packs)
+    assert (batch["attention_mask"][:, -1] == 0).any(), "some pack must be padded"
+    for inputs in (without(batch, "attention_mask"), batch):  # training leaves the mask out
+        out = model(**inputs, objective=objective)
+        assert out.trained_tokens == sum(int((sample.row(i)[1] != IGNORE).sum()) for i in nine_rows)
+        out.loss.backward()
+        assert_close(out.loss, expected)
+        assert_same_gradients(gradients(model), expected_gradients)
+
+
+@objectives
+def test_batches_of_packs_add_up_to_the_unpacked_step(tokenizer, sample, nine_rows, objective):
+    model = model_for(tokenizer, SIZES[1])
+    packs = packed_sample(sample, 600, nine_rows)
+    expected, expected_gradients = alone(model, [sample.row(i) for i in nine_rows], objective)
+    trained, total = sum(int((labels != IGNORE).sum()) for item in packs for _, labels in item), 0
+    for at in range(0, len(packs), 2):
+        inputs = without(collate(packs[at : at + 2]), "attention_mask")
+        loss = model(**inputs, objective=objective, num_items_in_batch=trained).loss
+        loss.backward()
+        total += loss.detach()
+    assert_close(total, expected)
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
+def test_a_documents_logits_do_not_change_with_its_neighbours(tokenizer, sample, nine_rows):
+    model = model_for(tokenizer)
+    a, b, c, d, e = (sample.row(i) for i in nine_rows[:5])
+    ids, length = torch.from_numpy(c[0])[None], len(c[0])
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+        for items in ([[a, c, b]], [[d, c]], [[c, e, a]], [[b, a], [e, d, c]], [[a, b, c], [e, d, a, b]]):
+            inputs = without(without(collate(items), "attention_mask"), "labels")
+            logits = model(**inputs).logits
+            row = next(i for i, item in enumerate(items) if any(doc is c for doc in item))
+            before = [len(doc[0]) for doc in items[row]]
+            start = sum(before[: next(i for i, doc in enumerate(items[row]) if doc is c)])
+            assert_close(logits[row, start : start + length], expected)
+        merged = without(without(collate([[a, c]]), "attention_mask"), "labels")
+        one = model(**without(merged, "position_ids")).logits[0, len(a[0]) :]
+    assert (one - expected).abs().max() > 1e-3, "without positions the documents would be one"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the order of an epoch
+
+
+def in_epoch(order: EpochOrder, epoch: int) -> list[int]:
+    order.set_epoch(epoch)
+    return list(order)
+
+
+grouping = pytest.mark.parametrize("grouped", [False, True], ids=["packs", "rows"])
+
+
+@grouping
+@pytest.mark.parametrize("rows", [1, 7, 70, 1000])
+def test_each_epoch_is_a_permutation_and_another_one(rows, grouped):
+    order = EpochOrder(skewed(rows), 32, seed=1, grouped=grouped)
+    epochs = [in_epoch(order, epoch) for epoch in range(4)]
+    assert len(order) == rows and all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == (4 if rows > 1 else 1)
+
+
+@grouping
+def test_the_order_depends_on_seed_and_epoch_alone(grouped):
+    sizes = skewed(300)
+    first = EpochOrder(sizes, 8, seed=3, grouped=grouped)
+    third = [in_epoch(first, epoch) for epoch in range(3)][2]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    np.random.rand(7), torch.rand(7)
+    assert in_epoch(EpochOrder(sizes, 8, seed=3, grouped=grouped), 2) == third == list(first)
+    assert in_epoch(EpochOrder(sizes, 8, seed=4, grouped=grouped), 2) != third
+
+
+def test_the_order_is_the_same_in_every_version():
+    """A run that is repeated a year later must see its rows in the same order."""
+    sizes = np.array([5, 3, 9, 1, 7, 2, 8, 4, 6])
+    assert in_epoch(EpochOrder(sizes, 2, seed=42, grouped=False), 1) == [0, 7, 4, 3, 1, 2, 8, 6, 5]
+
+
+def test_a_step_holds_rows_of_like_length():
+    sizes = np.random.default_rng(0).integers(1, 1001, 16 * 32 * 3)
+    grouped, shuffled = (
+        np.reshape(sizes[in_epoch(EpochOrder(sizes, 32, seed=0, grouped=g), 1)], (-1, 32)) for g in (True, False)
+    )
+    assert np.ptp(shuffled, axis=1).mean() > 900
+    # A span of 16 steps of evenly spread lengths cut into 16 parts: each is a sixteenth of 1,000 wide, a few random.
+    assert np.ptp(grouped, axis=1).mean() < 80 and np.ptp(grouped, axis=1).max() < 160
+    assert all((np.diff(step) <= 0).all() for step in grouped), "the longest row first within a step"
+
+
+@pytest.mark.parametrize("rows", [64, 67, 95, 3, 1000])
+def test_the_first_step_has_the_longest_row(rows):
+    sizes = skewed(rows)
+    for epoch in range(30):
+        order = in_epoch(EpochOrder(sizes, 32, seed=0, grouped=True), epoch)
+        assert sizes[order[:32]].max() == sizes.max(), epoch
+
+
+@grouping
+@pytest.mark.parametrize("rows", [192, 203])
+def test_the_steps_hold_the_same_rows_on_one_two_and_four_processes(rows, grouped):
+    batch, passes = 4, 8  # 32 rows a step
+    sizes = skewed(rows)
+
+    def steps(processes: int) -> list[list[int]]:
+        shares = []
+        for index in range(processes):
+            order = EpochOrder(sizes, batch * passes, seed=7, grouped=grouped)
+            order.set_epoch(1)
+            batches = BatchSampler(order, batch, drop_last=False)
+            shares.append(list(BatchSamplerShard(batches, processes, index) if processes > 1 else batches))
+        each = passes // processes
+        return [
+            sorted(row for share in shares for forward in share[at : at + each] for row in forward)
+            for at in range(0, len(shares[0]), each)
+        ]
+
+    one, whole = steps(1), rows // 32
+    assert sum(map(len, one)) == rows and all(len(step) == 32 for step in one[:whole])
+    for processes in (2, 4):
+        many = steps(processes)
+        assert many[:whole] == one[:whole]
+        # accelerate fills an epoch's last round up with rows of its first step, so that no process goes without.
+        for last, same in zip(many[whole:], one[whole:], strict=True):
+            extra = Counter(last) - Counter(same)
+            assert not Counter(same) - Counter(last)
+            assert extra.keys() <= set(one[0]) and extra.total() < processes * batch
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_accelerates_dataloader_tells_the_order_its_epoch(processes):
+    rows = list(range(64))
+    orders = [EpochOrder(np.ones(64, int), 8, seed=7, grouped=False) for _ in range(processes)]
+    loaders = [
+        prepare_data_loader(
+            DataLoader(rows, batch_size=4, sampler=order, collate_fn=list),
+            num_processes=processes,
+            process_index=index,
+            put_on_device=False,
+        )
+        for index, order in enumerate(orders)
+    ]
+    seen = set()
+    for epoch in range(3):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        dealt = [row for forward in zip(*loaders, strict=True) for batch in forward for row in batch]
+        assert dealt == in_epoch(EpochOrder(np.ones(64, int), 8, seed=7, grouped=False), epoch)
+        seen.add(tuple(dealt))
+    assert len(seen) == 3
+
+
+@property_test
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 5))
+def test_padding_is_what_counting_gives(sizes, batch, seed):
+    order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    batches = [[sizes[i] for i in order[at : at + batch]] for at in range(0, len(order), batch)]
+    cells = sum(max(part) * len(part) for part in batches)
+    assert padding(np.array(sizes), order, batch) == pytest.approx((cells - sum(sizes)) / cells)
+
+
+def test_batches_of_like_length_have_far_less_padding_than_batches_of_chance():
+    sizes = skewed(32 * 16 * 4)
+    shuffled, grouped = (padding(sizes, EpochOrder(sizes, 32, seed=0, grouped=g), 8) for g in (False, True))
+    assert shuffled > 0.4 and grouped < shuffled / 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rows on disk
+
+
+def write_rows(path: Path, batches: list[list[tuple[list[int], list[int]]]], ids_type=None) -> Path:
+    schema = pa.schema({"input_ids": pa.list_(ids_type or pa.uint16()), "trained": pa.list_(pa.int32())})
+    with pa.ipc.new_file(str(path), schema) as writer:
+        for rows in batches:
+            columns = zip([row[0] for row in rows], [row[1] for row in rows], strict=True)
+            arrays = [pa.array(c, t) for c, t in zip(map(list, zip(*columns, strict=True)), schema.types, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    return path
+
+
+def test_a_row_is_what_was_written_in_whatever_batch(tmp_path):
+    chance = np.random.default_rng(0)
+    written = []
+    for length in chance.integers(1, 30, 600):
+        edges = sorted(chance.choice(length + 1, size=min(2, length + 1), replace=False).tolist())
+        written.append((chance.integers(0, 60_000, length).tolist(), edges))
+    batches = [written[:256], written[256:257], written[257:513], written[513:]]
+    rows = Rows(write_rows(tmp_path / "rows.arrow", batches))
+    assert len(rows) == 600 and rows.lengths.tolist() == rows.sizes.tolist() == [len(ids) for ids, _ in written]
+    for index, (ids, (start, stop)) in enumerate(written):
+        ((got_ids, labels),) = rows[index]
+        assert got_ids.dtype == labels.dtype == np.int64
+        assert got_ids.tolist() == ids
+        assert labels.tolist() == [x if start <= i < stop else IGNORE for i, x in enumerate(ids)]
+
+
+def test_rows_count_from_the_end_and_refuse_what_is_not_there(tmp_path):
+    rows = Rows(write_rows(tmp_path / "rows.arrow", [[([1, 2], [1, 2])], [([3], [0, 1]), ([4, 5, 6], [0, 1, 2, 3])]]))
+    assert [rows[i][0][0].tolist() for i in (-1, -2, -3)] == [[4, 5, 6], [3], [1, 2]]
+    assert rows[-1][0][1].tolist() == [4, IGNORE, 6]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            rows[index]
+    rows.packs = [[2, 0], [1]]
+    assert len(rows) == 2 and rows.sizes.tolist() == [5, 1]
+    assert [ids.tolist() for ids, _ in rows[0]] == [[4, 5, 6], [1, 2]] and rows[-1][0][0].tolist() == [3]
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            rows[index]
+
+
+def test_no_rows_are_no_error(tmp_path):
+    rows = Rows(write_rows(tmp_path / "rows.arrow", []))
+    assert len(rows) == 0 and rows.lengths.tolist() == rows.sizes.tolist() == []
+
+
+def pairs(path: Path, rows: list[tuple[str, str]]) -> Settings:
+    """Settings for a data set of these questions and answers, without floors that few short rows would fall through."""
+    lines = [json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) for prompt, answer in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Settings(dataset="pairs", dataset_path=str(path), overlap="none", cache_dir=str(path.parent / "cache"))
+
+
+def chat_ids(tokenizer, prompt: str, answer: str) -> list[int]:
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(chat)
+
+
+def test_prepared_rows_are_the_templates_tokens_over_many_batches(tokenizer, tmp_path):
+    data = [(f"{'บวก ' * (i % 5 + 1)}{i}", f"ได้ {i * i}") for i in range(2 * CHUNK + 40)]
+    rows, report = prepare(pairs(tmp_path / "data.jsonl", data), tokenizer, quiet=True)
+    held_out = report["rows_dropped"]["held out"]
+    assert len(rows) == len(data) - held_out > 2 * CHUNK
+    expected = [chat_ids(tokenizer, *row) for row in data]
+    got = iter(rows[i][0][0].tolist() for i in range(len(rows)))
+    current = next(got)
+    for ids in expected:  # in the order of the file, but for those held out
+        if ids == current:
+            current = next(got, None)
+    assert current is None
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for i in range(len(rows)):
+        ids, labels = rows.row(i)
+        trained = np.flatnonzero(labels != IGNORE)
+        assert tokenizer.decode(ids[trained]).startswith("ได้ ") and ids[trained[-1]] == end
+
+
+def test_token_ids_above_65535_are_kept(tmp_path):
+    folder = shutil.copytree("sample/ouro-tiny", tmp_path / "large")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    tokens = vocabulary["model"]["vocab"]
+    tokens |= {f"¤{i}": i for i in range(len(tokens), 1 << 16)}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    large = AutoTokenizer.from_pretrained(folder)
+    large.add_tokens(["กาแฟ", "ขนม"])  # ids 65,536 and 65,537, which in 16 bits would be 0 and 1
+    s = pairs(tmp_path / "data.jsonl", [(f"ถาม {i}", "กาแฟกับขนม") for i in range(5)])
+    rows, report = prepare(s, large, quiet=True)
+    with pa.memory_map(str(Path(report["cache"]) / "rows.arrow")) as file:
+        assert pa.ipc.open_file(file).schema.field("input_ids").type == pa.list_(pa.uint32())
+    assert rows.row(0)[0].tolist() == chat_ids(large, "ถาม 0", "กาแฟกับขนม")
+    assert {65_536, 65_537} < set(rows.row(0)[1].tolist())
+    _, small = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)
+    with pa.memory_map(str(Path(small["cache"]) / "rows.arrow")) as file:
+        assert pa.ipc.open_file(file).schema.field("input_ids").type == pa.list_(pa.uint16())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def test_the_trainer_takes_the_rows_of_each_epoch_in_its_order(tmp_path, monkeypatch):
+    seen: list[list[int]] = []
+
+    def recording(items):
+        batch = collate(items)
+        seen.extend(ids.tolist() for item in items for ids, _ in item)
+        return batch
+
+    answers = [(f"คำถามที่ {i}", "ตอบ" * (i % 7 + 1)) for i in range(14)]
+    s = pairs(tmp_path / "data.jsonl", answers)
+    monkeypatch.setattr(train_qlora, "collate", recording)
+    argv = ["--dataset", "pairs", "--dataset_path", s.dataset_path, "--overlap", "none", "--cache_dir", s.cache_dir]
+    argv += ["--use_qlora", "false", "--optim", "adamw_torch", "--num_train_epochs", "2"]
+    argv += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    train_qlora.train(resolve("", [*SMOKE, *argv, "--output_dir", str(tmp_path / "out")], train_qlora.options))
+    rows, _ = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)
+    order = EpochOrder(rows.lengths, 4, seed=42, grouped=True)
+    expected = [rows.row(i)[0].tolist() for epoch in (0, 1) for i in in_epoch(order, epoch)]
+    assert len(rows) >= 12 and seen == expected
+    assert seen[: len(rows)] != seen[len(rows) :]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """By packing: the run's folder and what it printed; the packed one as the command that a user types."""
+    folder = tmp_path_factory.mktemp("runs")
+    argv = [*SMOKE, "--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    argv += ["--output_dir", str(folder / "packed"), "--packing", "true", "--cache_dir", str(folder / "cache")]
+    command = subprocess.Popen(
+        [sys.executable, "train_qlora.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        plain = ["--output_dir", str(folder / "plain"), "--packing", "false"]
+        train_qlora.train(resolve("", [*argv, *plain], train_qlora.options))
+    output, errors = command.communicate(timeout=200)
+    assert command.returncode == 0, output + errors
+    return {"true": (folder / "packed/smoke", output), "false": (folder / "plain/smoke", printed.getvalue())}
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_training_takes_the_documented_number_of_rows_a_step_and_counts_real_tokens(
+    two_runs, tokenizer, tmp_path, packing
+):
+    run, printed = two_runs[packing]
+    argv = [*SMOKE, "--packing", packing, "--cache_dir", str(tmp_path)]
+    rows, report = prepare(resolve("", argv).settings, tokenizer, quiet=True)
+    order = in_epoch(EpochOrder(rows.sizes, 4, seed=42, grouped=packing == "false"), 0)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (run / "completed").exists() and [line["step"] for line in lines] == [1, 2]
+    assert [line["num_tokens"] for line in lines] == [int(rows.sizes[order[: 4 * step]].sum()) for step in (1, 2)]
+    assert [line["epoch"] for line in lines] == pytest.approx([2 * step / -(-len(rows) // 2) for step in (1, 2)])
+    assert all(6.5 < line["loss"] < 8.5 and line["grad_norm"] > 0.1 for line in lines)
+    assert "⟦" in printed and f"{report['rows_kept']:,} kept" in printed
+    assert len(rows) == (report["padding"]["packs"] if packing == "true" else 72)
+
+
+def test_the_data_report_of_a_packed_run_names_packs_as_used(two_runs):
+    packed, plain = (json.loads((two_runs[p][0] / "data_report.json").read_text()) for p in ("true", "false"))
+    assert packed["padding"]["used"] == "packed" and plain["padding"]["used"] == "batches_of_like_length"
+    assert packed["padding"]["packs"] < packed["rows_kept"] / 2 and packed["tokens"] == plain["tokens"]
+    full = packed["padding"]["packs"] * packed["settings"]["max_length"]
+    assert packed["padding"]["packed"] == pytest.approx(1 - packed["tokens"] / full, abs=1e-4)
