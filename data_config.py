@@ -248,7 +248,7 @@ def encode(
         return UserError(f"{place}{': ' if place else ''}the chat template {what}")
 
     texts = [render(chat, tokenizer) for chat in chats]
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end, special = tokenizer.convert_tokens_to_ids(END_OF_TURN), set(tokenizer.all_special_ids)
     result = []
     for chat, text, encoding, place in zip(
         chats, texts, _encode_batch(texts, tokenizer), places or [""] * len(chats), strict=True
@@ -270,7 +270,7 @@ def encode(
                 stop = ids.index(end, start) + 1
             except ValueError:
                 raise wrong(place, f"does not end the answer with {END_OF_TURN}") from None
-            if any(i in tokenizer.all_special_ids for i in ids[start : stop - 1]):
+            if not special.isdisjoint(ids[start : stop - 1]):
                 raise wrong(place, f"does not end the answer with {END_OF_TURN}")
             trained += [start, stop]
         result.append(Tokens(np.array(ids, np.uint32), trained, trained[0]))
