@@ -406,7 +406,7 @@ def checked_rows(
     special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token))
     held_out = {digest(question(chat)) for chat in _held_out_chats(source, settings)} if split == "train" else set()
     rows_seen, questions_seen = set(), set()
-    folder = f"{source.place if source.place.is_dir() else source.place.parent}/"
+    folder = f"{(source.place if source.place.is_dir() else source.place.parent).absolute()}/"
     for file in source.part(split):
         for where, row in read_file(file, source.columns):
             tally.rows_in += 1
@@ -728,6 +728,11 @@ def refusals(report: dict, s: Settings) -> list[str]:
     return reasons
 
 
+def save_report(path: Path, report: dict) -> None:
+    """Without what differs when the same is done again."""
+    write_json(path, {name: value for name, value in report.items() if name != "from_cache"})
+
+
 def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, limit: int = sys.maxsize) -> str:
     """A row as text with its trained tokens between ⟦ and ⟧; each stretch at most about `limit` characters."""
     trained = np.asarray(labels) != IGNORE
@@ -823,7 +828,7 @@ def main() -> None:
     _, report = prepare(s, tokenizer)
     print_report(report)
     path = Path(s.output_dir) / "data-report" / f"{s.dataset}.json"
-    write_json(path, report)
+    save_report(path, report)
     plot(report, path.with_suffix(".png"))
     print(f"files: {path}, {path.with_suffix('.png')}")
 

@@ -161,7 +161,7 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
     """The files of a split, by the folder's README.md or by their names, as the datasets library has it; a file is
     all of the training split."""
     if place.is_file():
-        files = [place] if split == "train" else []
+        files = [place.absolute()] if split == "train" else []
     else:
         try:
             with tempfile.TemporaryDirectory() as nowhere:  # it wants a cache, and the user's may be read-only

@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
-from data_config import load_tokenizer, prepare, print_report
+from data_config import load_tokenizer, prepare, print_report, save_report
 from modeling_ouro import PROJECTIONS, load_ouro
 
 RANK = int(os.environ.get("RANK", 0))
@@ -298,7 +298,7 @@ def train(run: Resolved) -> Path:
         return folder
     if RANK == 0:
         print_report(report, rows=1)
-        write_json(folder / "data_report.json", report)
+        save_report(folder / "data_report.json", report)
 
     try:
         model = load_ouro(
