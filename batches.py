@@ -22,18 +22,17 @@ def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
 class Rows(torch.utils.data.Dataset):
     """Tokenised rows in a memory-mapped file, or packs of them: an item is a list of (input_ids, labels) documents.
 
-    Both int64 (tokens,); an item has one document, or with `packs`, lists of row numbers, as many as its pack.
+    Both int64 (tokens,); an item has one document, or with `packs`, lists of row numbers, as many as its pack. Item -1
+    has none: it fills the last step of an epoch.
     """
 
     def __init__(self, file: Path):
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
+        self._places = table["place"]
         self._columns = [  # per column and batch: values and offsets, views into the file
-            [
-                (chunk.flatten().to_numpy(), chunk.offsets.to_numpy() - chunk.offsets[0].as_py())
-                for chunk in column.chunks
-            ]
-            for column in table.columns
+            [(c.flatten().to_numpy(), c.offsets.to_numpy() - c.offsets[0].as_py()) for c in table[name].chunks]
+            for name in ("input_ids", "trained")
         ]
         ids = self._columns[0]
         self.lengths = np.concatenate([np.diff(offsets) for _, offsets in ids] or [np.zeros(0, int)])  # tokens per row
@@ -55,10 +54,17 @@ class Rows(torch.utils.data.Dataset):
         ids = ids.astype(np.int64)
         return ids, np.where(trained_mask(len(ids), trained), ids, IGNORE)
 
-    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        if not -len(self) <= index < len(self):
+    def _rows(self, index: int) -> list[int]:
+        if not -1 <= index < len(self):
             raise IndexError(index)
-        return [self.row(i) for i in ([index % len(self)] if self.packs is None else self.packs[index])]
+        return [] if index < 0 else [index] if self.packs is None else self.packs[index]
+
+    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.row(i) for i in self._rows(index)]
+
+    def places(self, index: int) -> list[str]:
+        """Where the rows of an item stand in the training set."""
+        return [self._places[i].as_py() for i in self._rows(index)]
 
 
 def pack(lengths: np.ndarray, limit: int) -> list[list[int]]:
@@ -93,7 +99,8 @@ class EpochOrder(torch.utils.data.Sampler):
 
     Shuffled; then, unless they are packs, in spans of 16 steps sorted by length and cut into steps, which are shuffled:
     a step's rows are of like length, so little of a batch is padding and no process waits long for another. The step
-    with the longest row comes first: memory runs out at once or not at all.
+    with the longest row comes first: memory runs out at once or not at all. The last step is filled with empty items
+    (-1): no row is dropped or repeated, all processes have as many batches, and every step is whole.
     """
 
     def __init__(self, sizes: np.ndarray, rows_per_step: int, seed: int, grouped: bool):
@@ -103,32 +110,30 @@ class EpochOrder(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return -(-len(self.sizes) // self.step) * self.step
 
     def __iter__(self) -> Iterator[int]:
         chance = np.random.default_rng([self.seed, self.epoch])
         order = chance.permutation(len(self.sizes))
-        if self.grouped:
-            whole = len(order) // self.step * self.step
-            last = int(np.argmax(self.sizes[order]))
-            if last >= whole > 0:
-                order[[0, last]] = order[[last, 0]]
-            span = 16 * self.step
-            spans = [order[at : min(at + span, whole)] for at in range(0, whole, span)]
+        whole = len(order) // self.step * self.step
+        if self.grouped and whole:
+            longest = int(np.argmax(self.sizes[order]))
+            if longest >= whole:
+                order[[0, longest]] = order[[longest, 0]]
+            spans = np.split(order[:whole], range(16 * self.step, whole, 16 * self.step))
             spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]
-            steps = np.concatenate([*spans, order[:0]]).reshape(-1, self.step)
+            steps = np.concatenate(spans).reshape(-1, self.step)
             steps = steps[chance.permutation(len(steps))]
-            if len(steps):
-                longest = int(self.sizes[steps].max(1).argmax())
-                steps[[0, longest]] = steps[[longest, 0]]
+            longest = int(self.sizes[steps].max(1).argmax())
+            steps[[0, longest]] = steps[[longest, 0]]
             order = np.concatenate([steps.reshape(-1), order[whole:]])
-        return iter(order.tolist())
+        return iter(order.tolist() + [-1] * (len(self) - len(order)))
 
 
 def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
     """The share of padding in batches of `batch` items taken in this order."""
-    ordered = sizes[np.fromiter(order, int)]
-    width = np.maximum.reduceat(ordered, np.arange(0, len(ordered), batch))
+    ordered = np.array([0 if i < 0 else sizes[i] for i in order])
+    width = np.maximum.reduceat(ordered, np.arange(0, len(ordered), batch)).clip(min=1)
     rows = np.full(len(width), batch)
     rows[-1] = len(ordered) - batch * (len(width) - 1)
     return 1 - float(ordered.sum() / (width * rows).sum())
@@ -137,7 +142,7 @@ def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
 def collate(items: list[list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, torch.Tensor]:
     """A batch, padded on the right: input_ids, labels, attention_mask, all int64 (batch, seq). Where an item has
     several documents there are position_ids too, which begin at 0 in each (and in the padding)."""
-    width = max(sum(len(ids) for ids, _ in item) for item in items)
+    width = max(1, *(sum(len(ids) for ids, _ in item) for item in items))
     input_ids = torch.zeros(len(items), width, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORE)
     mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)

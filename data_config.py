@@ -494,7 +494,7 @@ def build(
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")  # two containers may share a pid
     partial.mkdir(parents=True)
     ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
-    schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32())})
+    schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32()), "place": pa.string()})
     tally, chance = Tally(), random.Random(0)
     overlap = Overlap(items)
     rows = checked_rows(source, split, s, tokenizer, overlap, tally)
@@ -503,7 +503,7 @@ def build(
         progress.reset(sum(map(count_rows, source.part(split))))
         with open(partial / "rows.arrow", "wb") as file, pa.ipc.new_file(file, schema) as writer:
             while chunk := list(islice(rows, CHUNK)):
-                pieces = []
+                columns = [], [], []  # as in the schema
                 places, _, chats = zip(*chunk, strict=True)
                 for (where, row, chat), tokens in zip(chunk, encode(chats, tokenizer, places), strict=True):
                     tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
@@ -511,11 +511,13 @@ def build(
                     if not fitted:
                         tally.drop(f"longer than {s.max_length} tokens", where)
                         continue
-                    pieces += fitted
+                    for piece in fitted:
+                        for column, value in zip(columns, (piece.ids, piece.trained, where), strict=True):
+                            column.append(value)
                     tally.count(where, chat, fitted, what, licence_of(row, source.entry), chance)
-                if pieces:
-                    columns = ([p.ids for p in pieces], schema.types[0]), ([p.trained for p in pieces], schema.types[1])
-                    writer.write_batch(pa.record_batch([pa.array(c, t) for c, t in columns], schema=schema))
+                if columns[0]:
+                    arrays = [pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
                 progress.update(tally.rows_in - progress.n)
         with open(partial / "rows.arrow", "rb") as file:
             os.fsync(file.fileno())
@@ -617,6 +619,10 @@ def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words) -> dict
 # all of it, and the report
 
 
+class NoSplit(UserError):
+    """The held-out part of a training set is not there, as when a single file was named."""
+
+
 def prepare(
     s: Settings, tokenizer: PreTrainedTokenizerBase, split: str = "train", builder: bool = True, quiet: bool = False
 ) -> tuple[Rows, dict]:
@@ -630,7 +636,7 @@ def prepare(
     source, items = find_source(s), benchmark_items(s) if split == "train" else []
     rule = source.entry["held_out"]
     if split == "held_out" and "split" in rule and not source.files.get("held_out"):
-        raise UserError(f"{source.place} has no split {rule['split']!r}, which dataset {s.dataset} holds out")
+        raise NoSplit(f"{source.place} has no split {rule['split']!r}, which dataset {s.dataset} holds out")
     names = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")
     key = {
         "code": hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in CODE)).hexdigest(),

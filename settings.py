@@ -117,6 +117,16 @@ class Settings:
     optim: str = setting("paged_adamw_8bit", "as in transformers")
     gradient_checkpointing: bool = setting(True, "recompute each layer in the backward pass: less memory, more time")
     seed: int = setting(42, "seed of everything", at_least=0)
+    # while it runs
+    save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)
+    save_total_limit: int = setting(2, "checkpoints kept, the newest", at_least=1)
+    eval_steps: int = setting(100, "optimizer steps per measurement of the held-out loss; 0: never", at_least=0)
+    eval_rows: int = setting(64, "rows that the held-out loss is measured on", at_least=1)
+    # numbers that stop a run
+    collapse_steps: int = setting(100, "the next two hold up to this step", at_least=0)
+    min_loss: float = setting(0.02, "a smaller loss so soon: there is nothing to learn in the rows", at_least=0)
+    max_token_accuracy: float = setting(0.995, "a higher token accuracy so soon: the same", at_least=0)
+    max_loss_spike: float = setting(3.0, "a loss more than this many times the median of 50 steps", at_least=1)
     # evaluation
     eval_batch_size: int = setting(8, "sequences per forward pass in evaluate.py", at_least=1)
     # places and logs

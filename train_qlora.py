@@ -5,19 +5,28 @@
     torchrun --nproc_per_node 4 train_qlora.py --config configs/a100.yaml --exp exp1-wangchan-ut4
 
 Any setting of settings.py can follow, as --name value. Writes OUTPUT_DIR/<experiment>/: config.yaml, manifest.json,
-data_report.json, metrics.jsonl, final_adapter/ (PEFT format) and, last, `completed`. A run that is complete is not
-repeated; --overwrite starts anew.
+data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/ (PEFT format) and, last, `completed`.
+
+The same command again continues an interrupted run from its newest good checkpoint, to the same bytes as if it had not
+been interrupted; a complete one is not repeated; --overwrite starts anew. SIGTERM, SIGUSR1 and --time_limit finish the
+step, save and exit with code 75: run it again. Any other failure is 1 or, with one message for the user, 2.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
+import re
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -28,32 +37,50 @@ import torch
 import yaml
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from safetensors import SafetensorError
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
-from data_config import load_tokenizer, prepare, print_report, save_report
+from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
 from modeling_ouro import PROJECTIONS, load_ouro
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+STARTED = time.time()
+
+
+STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
+SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
 
 
 class LoopTrainer(SFTTrainer):
-    """TRL's trainer around a looped model: our objective, no fp32 copies of frozen weights, exact token metrics."""
+    """TRL's trainer around a looped model: our objective, no fp32 copies of frozen weights, exact token metrics, an
+    exact resume, and a stop with a reason when the numbers say that going on is a waste."""
 
-    def __init__(self, *args, objective: str, **kwargs):
-        self.objective = objective
-        self._counts = torch.zeros(3, dtype=torch.int64)  # correct, trained and all tokens since the last log
-        self._tokens, self._logged_at = 0, None
+    def __init__(self, *args, objective: str, settings: Settings, held_out: Rows | None, **kwargs):
+        self.objective, self.settings, self.held_out = objective, settings, held_out
+        # loss, correct, trained and all tokens of this process since the last log; float64 counts exactly to 2**53
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._step_loss = torch.zeros((), dtype=torch.float64)
+        self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
+        self._unchecked: tuple | None = None
+        self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
+        self._rates: list[float] = []
         super().__init__(*args, **kwargs)
 
     def _prepare_peft_model(self, model: PreTrainedModel, peft_config: LoraConfig, args: SFTConfig) -> PeftModel:
         # TRL's own version casts embeddings, norms and head of a 4-bit model to fp32 (0.4 GB for 2.6B), and only on a
         # GPU: a CPU test would run another model. What is needed, frozen weights and fp32 adapters, PEFT does itself.
         return get_peft_model(model, peft_config)
+
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> EpochOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
+        return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
@@ -63,45 +90,249 @@ class LoopTrainer(SFTTrainer):
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        if model.training:
-            counts = torch.stack((outputs.correct_tokens, outputs.trained_tokens, real))
-            self._counts = self._counts.to(counts.device) + counts
+        sums = torch.stack([x.detach().double() for x in (loss, outputs.correct_tokens, outputs.trained_tokens, real)])
+        self._sums = self._sums.to(sums.device) + sums
+        self._step_loss = self._step_loss.to(sums.device) + sums[0]
         return (loss, outputs) if return_outputs else loss
 
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        """Called by transformers after each step: the numbers are looked at before anything is saved."""
+        step, last = self.state.global_step, self.state.global_step == self.state.max_steps
+        loss = self.accelerator.reduce(self._step_loss, "mean") if WORLD_SIZE > 1 else self._step_loss
+        self._check_pending()
+        self._unchecked = (step, loss, grad_norm)
+        self._step_loss = torch.zeros_like(self._step_loss)
+        if self.control.should_save or self.control.should_log or last:
+            self._check_pending()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_pending(self) -> None:
+        """Looks at the numbers of the step before: they have arrived by now, so the GPU is not waited for.
+
+        Raises:
+            UserError: they say that the run is lost.
+        """
+        if self._unchecked is None:
+            return
+        step, loss, norm = self._unchecked
+        loss, norm, self._unchecked = float(loss), float(norm or 0), None
+        if reason := self._lost(loss, norm):
+            raise UserError(
+                f"step {step}: {reason}\nits rows: {', '.join(self._rows_of(step))}\nthe newest good checkpoint stays; "
+                "the same command continues from it"
+            )
+        self._recent.append(loss)
+
+    def _lost(self, loss: float, norm: float) -> str | None:
+        s = self.settings
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss:g}, the gradient's norm {norm:g}; lower learning_rate, or look at these rows"
+        if len(self._recent) == self._recent.maxlen:
+            usual = statistics.median(self._recent)
+            if loss > s.max_loss_spike * usual:
+                return (
+                    f"the loss is {loss:.4f}, more than max_loss_spike = {s.max_loss_spike:g} times the median "
+                    f"{usual:.4f} of the {len(self._recent)} steps before; lower learning_rate, or look at these rows"
+                )
+        return None
+
+    def _rows_of(self, step: int) -> list[str]:
+        """Where the rows of a step stand in the training set."""
+        order = self._get_train_sampler()
+        per_epoch = len(order) // order.step
+        order.set_epoch((step - 1) // per_epoch)
+        at = (step - 1) % per_epoch * order.step
+        return [place for i in list(order)[at : at + order.step] for place in self.train_dataset.places(i)]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            now = time.perf_counter()
-            correct, trained, seen = self.accelerator.reduce(self._counts).tolist()
-            self._tokens += seen
-            logs["mean_token_accuracy"] = round(correct / max(trained, 1), 4)
-            logs["num_tokens"] = self._tokens
-            logs["tokens_per_second"] = round(seen / (now - self._logged_at), 1)
-            logs["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0
-            self._counts, self._logged_at = torch.zeros_like(self._counts), now
+        if "loss" not in logs:
+            return super().log(logs, start_time)
+        step, now = self.state.global_step, time.perf_counter()
+        total = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
+        loss = total[0] / WORLD_SIZE / (step - self._logged_step)  # transformers scales each process's by their number
+        correct, trained, seen = (int(x) for x in total[1:])
+        self._tokens += seen
+        accuracy, rate = correct / max(trained, 1), seen / (now - self._logged_at)
+        logs |= {
+            "loss": round(loss, 6),
+            "mean_token_accuracy": round(accuracy, 4),
+            "num_tokens": self._tokens,
+            "tokens_per_second": round(rate, 1),
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
+        }
+        self._sums, self._logged_step = torch.zeros_like(self._sums), step
+        self._watch(step, loss, accuracy, rate)
+        if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
+            logs |= self.held_out_loss()
+        self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Rows | None = None) -> EpochOrder:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
-        return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
+    def _watch(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+        """Raises UserError for a loss that has collapsed; warns of a machine that has become slow."""
+        s = self.settings
+        if step <= s.collapse_steps and (loss < s.min_loss or accuracy > s.max_token_accuracy):
+            raise UserError(
+                f"step {step}: collapsed, there is nothing to learn: loss {loss:.4f} (min_loss = {s.min_loss:g}), "
+                f"token accuracy {accuracy:.3f} (max_token_accuracy = {s.max_token_accuracy:g}) before step "
+                f"{s.collapse_steps}; see data_report.json and the marked row above\n"
+                f"its rows: {', '.join(self._rows_of(step))}"
+            )
+        if step <= 50:
+            self._rates.append(rate)
+        elif self._rates and rate < statistics.median(self._rates) / 2 and RANK == 0:
+            usual = statistics.median(self._rates)
+            print(
+                f"warning: step {step}: {rate:,.0f} tokens/s, less than half of the {usual:,.0f} of the first 50 "
+                "steps; does another process use this GPU (nvidia-smi), or is it throttled?"
+            )
 
-    def train(self, *args, **kwargs):
+    @torch.no_grad()
+    def held_out_loss(self) -> dict:
+        """Cross-entropy per trained token of the held-out rows, in nats, after each loop."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        batch, rows = self.args.per_device_train_batch_size, range(RANK, len(self.held_out), WORLD_SIZE)
+        sums = torch.zeros(self.settings.total_ut_steps + 1, dtype=torch.float64, device=self.args.device)
+        for at in range(0, len(rows), batch):
+            inputs = self._prepare_inputs(collate([self.held_out[i] for i in rows[at : at + batch]]))
+            inputs.pop("attention_mask")
+            with self.compute_loss_context_manager():
+                out = model(**inputs, objective="all", num_items_in_batch=1)
+            sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
+        model.train()
+        *losses, tokens = self.accelerator.reduce(sums).tolist()
+        return {"held_out_loss": [round(loss / max(tokens, 1), 6) for loss in losses]}
+
+    def _get_output_dir(self, trial) -> str:
+        return str(Path(self.args.output_dir) / ".saving")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Under another name, with checksums and synced, then renamed; only then do older ones go.
+
+        Raises:
+            UserError: it could not be written, as on a full disk; the older ones stay.
+        """
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        staging = folder / ".saving"
+        if RANK == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        sums = self.accelerator.gather(self._sums.to(self.args.device)[None]).tolist()
+        try:
+            super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's also writes a model card of its own
+            self.accelerator.wait_for_everyone()
+            if RANK == 0:
+                progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
+                progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
+                write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
+                seal(staging / f"checkpoint-{step}")
+                shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one, else it had been read
+                os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+                staging.rmdir()
+                sync(folder)
+                for old in checkpoints(folder)[self.settings.save_total_limit :]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise UserError(
+                f"step {step}: the checkpoint could not be written to {folder}: {' '.join(str(error).split())[:300]} "
+                f"({shutil.disk_usage(folder).free / 1e6:,.0f} MB free); the same command continues from the one before"
+            ) from None
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | None = None):
+        if resume_from_checkpoint:
+            progress = json.loads((Path(resume_from_checkpoint) / "progress.json").read_text())
+            if progress["processes"] == WORLD_SIZE:
+                self._sums = torch.tensor(progress["sums"][RANK], dtype=torch.float64)
+            elif RANK == 0:
+                self._sums = torch.tensor(progress["sums"], dtype=torch.float64).sum(0) * WORLD_SIZE
+                self._sums /= torch.tensor([progress["processes"], WORLD_SIZE, WORLD_SIZE, WORLD_SIZE])
+            self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
+            self._recent.extend(progress["recent"])
+            self._rates = progress["rates"]
         self._logged_at = time.perf_counter()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+
+def sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> None:
+    """Writes all of a folder to the disk, and the SHA-256 of every file in it beside them."""
+    lines = []
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb") as opened:
+            lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n")
+            os.fsync(opened.fileno())
+    write_atomic(folder / SUMS, "".join(lines))
+    sync(folder)
+
+
+def is_good(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there and is what was written."""
+    try:
+        for line in (folder / SUMS).read_text().splitlines():
+            digest, name = line.split("  ", 1)
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
+
+
+class Stopped(Exception):
+    """Training ended before its last step, after a checkpoint."""
+
+
+class Stopper(TrainerCallback):
+    """Ends training after the step in which a signal came or the time was up, in all processes together."""
+
+    def __init__(self, time_limit: float | None):
+        self.deadline = None if time_limit is None else STARTED + time_limit
+        self.why: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        self.why = signal.Signals(number).name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.deadline is not None and time.time() > self.deadline:
+            self.why = self.why or "the time limit"
+        stop = torch.tensor(float(self.why is not None), device=args.device)
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        if (WORLD_SIZE > 1 and stop.item()) or self.why:
+            self.why = self.why or "a signal to another process"
+            control.should_save = control.should_training_stop = True
 
 
 class Metrics(TrainerCallback):
     """One line a logging step: to metrics.jsonl for programs, to the terminal for people."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, eval_steps: int):
+        self.path, self.eval_steps = path, eval_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps:
-            control.should_log = True  # the last step, also where logging_steps does not divide their number
+        # the last step, also where logging_steps does not divide their number; and where the held-out loss is due
+        if state.global_step == state.max_steps or (self.eval_steps and state.global_step % self.eval_steps == 0):
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
@@ -110,9 +341,11 @@ class Metrics(TrainerCallback):
             file.write(json.dumps({"step": state.global_step} | logs) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        left = (time.perf_counter() - self.started) / state.global_step * (state.max_steps - state.global_step)
+        done = state.global_step - self.first
+        left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
+        held_out = f"held out {logs['held_out_loss'][-1]:.4f}  " if "held_out_loss" in logs else ""
         print(
-            f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  {held_out}"
             f"token accuracy {logs['mean_token_accuracy']:.3f}  lr {logs['learning_rate']:.2e}  "
             f"grad norm {logs.get('grad_norm', float('nan')):.3f}  {logs['tokens_per_second']:,.0f} tok/s  "
             f"left {timedelta(seconds=round(left))}",
@@ -141,8 +374,9 @@ def check_device(settings: Settings) -> str | int:
     return LOCAL_RANK
 
 
-def claim(folder: Path, run: Resolved, overwrite: bool) -> bool:
-    """Makes `folder` this run's; False if the same run is complete there already.
+def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
+    """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
+    continue from.
 
     Raises:
         UserError: the folder holds something else: a run with other settings, which is neither continued nor counted
@@ -160,14 +394,43 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> bool:
                 f"{folder} holds a run with other settings:{differences}\n"
                 "use another --output_dir or experiment, or --overwrite to delete that run"
             )
-        if (folder / "completed").exists() and not overwrite:
-            return False
+        if not overwrite:
+            if (folder / "completed").exists():
+                return "complete"
+            for checkpoint in checkpoints(folder):
+                if is_good(checkpoint):
+                    return checkpoint
+                if RANK == 0:
+                    print(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
         if RANK == 0:
             print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
             shutil.rmtree(folder)
     if RANK == 0:
         write_atomic(config, run.as_yaml())
-    return True
+    return "new"
+
+
+def continue_from(checkpoint: Path) -> None:
+    """Takes back what the run recorded after its checkpoint, and records that it was continued."""
+    folder, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    print(f"continuing from {checkpoint}")
+    if progress["processes"] != WORLD_SIZE:
+        print(
+            f"  with {WORLD_SIZE} processes after {progress['processes']}: the same rows in each step, but other "
+            "dropout masks and another order of sums, so not the same bytes"
+        )
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomic(metrics, "".join(f"{line}\n" for line in kept))
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    record.setdefault("continued", []).append({"step": step, "processes": WORLD_SIZE, "at": now()})
+    write_json(folder / "manifest.json", record)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def manifest(run: Resolved, model: PreTrainedModel, report: dict) -> dict:
@@ -197,7 +460,7 @@ def manifest(run: Resolved, model: PreTrainedModel, report: dict) -> dict:
         "data": report["source"],
         "data_revision": report["data_revision"],
         "seed": run.settings.seed,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": now(),
     }
 
 
@@ -263,18 +526,39 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
             remove_unused_columns=False,  # the rows are documents, not columns
             report_to=s.report_to,
             run_name=run.run,
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=s.save_steps,
+            logging_dir=str(folder / "tensorboard"),
             ddp_find_unused_parameters=False,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
+def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
+    """The rows that the held-out loss is measured on: `eval_rows` of them, evenly spaced; None if there are none."""
+    if not s.eval_steps:
+        return None
+    try:
+        rows, _ = prepare(s, tokenizer, "held_out", builder=LOCAL_RANK == 0, quiet=RANK > 0)
+    except NoSplit as error:
+        rows, why = (), str(error)
+    else:
+        why = "its held-out part has no rows"
+    if not len(rows):
+        if RANK == 0:
+            print(f"no held-out loss: {why}")
+        return None
+    count = min(s.eval_rows, len(rows))
+    return Subset(rows, [i * len(rows) // count for i in range(count)])
+
+
 def train(run: Resolved) -> Path:
-    """Runs the experiment and gives its folder.
+    """Runs the experiment, or the rest of it, and gives its folder.
 
     Raises:
         UserError: anything in the settings, the data, the machine or the folder that would waste the run.
+        Stopped: a signal or the time limit ended it after a checkpoint.
     """
     s, folder = run.settings, Path(run.settings.output_dir) / run.run
     if s.gradient_accumulation_steps % WORLD_SIZE:
@@ -290,9 +574,10 @@ def train(run: Resolved) -> Path:
             print(f"  {name:<28} {str(value):<32} {run.origins[name]}")
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0)
+    held_out = held_out_rows(s, tokenizer)
     with PartialState().main_process_first():  # the other ranks see what the first one left
-        fresh = claim(folder, run, run.options.overwrite and RANK == 0)
-    if not fresh:
+        state = claim(folder, run, run.options.overwrite and RANK == 0)
+    if state == "complete":
         if RANK == 0:
             print(f"{folder} is complete already; --overwrite trains it again")
         return folder
@@ -313,11 +598,17 @@ def train(run: Resolved) -> Path:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
     if RANK == 0:
-        write_json(folder / "manifest.json", manifest(run, model, report))
+        if state == "new":
+            write_json(folder / "manifest.json", manifest(run, model, report))
+        else:
+            continue_from(state)
     set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
+    stopper = Stopper(run.options.time_limit)
     trainer = LoopTrainer(
         model=model,
         objective=s.loss,
+        settings=s,
+        held_out=held_out,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
@@ -329,34 +620,55 @@ def train(run: Resolved) -> Path:
             target_modules=PROJECTIONS,  # by name: "all-linear" would adapt the exit gate
             task_type="CAUSAL_LM",
         ),
-        callbacks=[Metrics(folder / "metrics.jsonl")],
+        callbacks=[Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0), stopper],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if RANK == 0:
         trained, total = trainer.model.get_nb_trainable_parameters()
         print(f"model: {s.model_name_or_path}, {s.total_ut_steps} loops, {trained:,} trained of {total:,} parameters")
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if state == "new" else str(state))
+    if stopper.why and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")
 
     if trainer.is_world_process_zero():
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         unfinished = folder / ".final_adapter"
+        shutil.rmtree(unfinished, ignore_errors=True)
         trainer.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_atomic(unfinished / "README.md", model_card(run, report, s.model_name_or_path, log))
+        seal(unfinished)
+        shutil.rmtree(folder / "final_adapter", ignore_errors=True)  # of a run killed between here and `completed`
         os.replace(unfinished, folder / "final_adapter")
         write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
+        for checkpoint in checkpoints(folder):  # the adapter is what remains
+            shutil.rmtree(checkpoint)
         print(f"adapter: {folder / 'final_adapter'}")
     return folder
 
 
+def seconds(text: str) -> float:
+    """The time limit: seconds, or HH:MM:SS as Slurm writes it."""
+    if not re.fullmatch(r"\d+(:\d{2}){0,2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither seconds nor HH:MM:SS")
+    return sum(int(part) * 60**i for i, part in enumerate(reversed(text.split(":"))))
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
+    parser.add_argument(
+        "--time_limit", type=seconds, help="stop, saved, after this time: seconds or HH:MM:SS (exit code 75)"
+    )
 
 
 def main() -> None:
     try:
         train(resolve(__doc__, add_options=options))
+    except Stopped as stopped:
+        if RANK == 0:
+            print(f"{stopped}; the same command continues (exit code {STOPPED})", flush=True)
+        sys.exit(STOPPED)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
