@@ -31,7 +31,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-from settings import Resolved, Settings, UserError, call, resolve, write_atomic, write_json
+from settings import Resolved, Settings, UserError, call, resolve, sync_folder, write_atomic, write_json
 
 import torch
 import yaml
@@ -68,6 +68,7 @@ class LoopTrainer(SFTTrainer):
         self._step_loss = torch.zeros((), dtype=torch.float64)
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
+        self._noted_step = 0
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
         self._rates: list[float] = []
         super().__init__(*args, **kwargs)
@@ -98,6 +99,9 @@ class LoopTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         """Called by transformers after each step: the numbers are looked at before anything is saved."""
         step, last = self.state.global_step, self.state.global_step == self.state.max_steps
+        if step == self._noted_step:  # transformers calls this once more at the end of each epoch
+            return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self._noted_step = step
         loss = self.accelerator.reduce(self._step_loss, "mean") if WORLD_SIZE > 1 else self._step_loss
         self._check_pending()
         self._unchecked = (step, loss, grad_norm)
@@ -229,7 +233,7 @@ class LoopTrainer(SFTTrainer):
                 shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one, else it had been read
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
                 staging.rmdir()
-                sync(folder)
+                sync_folder(folder)
                 for old in checkpoints(folder)[self.settings.save_total_limit :]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -255,14 +259,6 @@ class LoopTrainer(SFTTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
 
-def sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def seal(folder: Path) -> None:
     """Writes all of a folder to the disk, and the SHA-256 of every file in it beside them."""
     lines = []
@@ -270,15 +266,16 @@ def seal(folder: Path) -> None:
         with open(file, "rb") as opened:
             lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n")
             os.fsync(opened.fileno())
-    write_atomic(folder / SUMS, "".join(lines))
-    sync(folder)
+    write_atomic(folder / SUMS, "".join(lines))  # which syncs the folder too
 
 
 def is_good(folder: Path) -> bool:
     """Whether every file of a checkpoint is there and is what was written."""
     try:
-        for line in (folder / SUMS).read_text().splitlines():
-            digest, name = line.split("  ", 1)
+        sums = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
+        if sums.keys() != {file.name for file in folder.iterdir()} - {SUMS}:
+            return False
+        for name, digest in sums.items():
             with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return False
@@ -312,10 +309,12 @@ class Stopper(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline is not None and time.time() > self.deadline:
             self.why = self.why or "the time limit"
-        stop = torch.tensor(float(self.why is not None), device=args.device)
-        if WORLD_SIZE > 1:
-            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
-        if (WORLD_SIZE > 1 and stop.item()) or self.why:
+        stop = self.why is not None
+        if WORLD_SIZE > 1:  # what all agree on, also where a signal comes in just now
+            flag = torch.tensor(float(stop), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag)
+        if stop:
             self.why = self.why or "a signal to another process"
             control.should_save = control.should_training_stop = True
 
@@ -365,6 +364,7 @@ def check_device(settings: Settings) -> str | int:
                 "no CUDA GPU found, and the settings ask for bf16; on a CPU use --config configs/smoke.yaml "
                 "(on a GPU machine: does `nvidia-smi` work, and does the driver fit CUDA 12.6?)"
             )
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # accelerate's own cpu:1 is one that torch.load does not know
         return "cpu"
     if torch.cuda.device_count() <= LOCAL_RANK:
         raise UserError(f"process {LOCAL_RANK} of this node has no GPU: only {torch.cuda.device_count()} found")
@@ -383,7 +383,7 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
             as this one, or files that are no run.
     """
     config = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir()):
         if not config.exists():
             raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
         recorded, asked = (yaml.safe_load(text) for text in (config.read_text(encoding="utf-8"), run.as_yaml()))
@@ -396,6 +396,9 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
             )
         if not overwrite:
             if (folder / "completed").exists():
+                if RANK == 0:
+                    for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
+                        shutil.rmtree(checkpoint)
                 return "complete"
             for checkpoint in checkpoints(folder):
                 if is_good(checkpoint):
@@ -404,15 +407,27 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
                     print(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
         if RANK == 0:
             print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
-            shutil.rmtree(folder)
+            # `completed` first and config.yaml last: a kill in between leaves an unfinished run
+            for path in sorted(folder.iterdir(), key=lambda path: (path == config) - (path.name == "completed")):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if RANK == 0:
         write_atomic(config, run.as_yaml())
     return "new"
 
 
-def continue_from(checkpoint: Path) -> None:
-    """Takes back what the run recorded after its checkpoint, and records that it was continued."""
+def continue_from(checkpoint: Path, report: dict) -> None:
+    """Takes back what the run recorded after its checkpoint, and records that it was continued.
+
+    Raises:
+        UserError: the training data or the tokenizer are not those that the run began with.
+    """
     folder, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("data_revision", "tokenizer_sha256"):
+        if record[name] != report[name]:
+            raise UserError(
+                f"{folder} began with {name} {record[name]}, and this is {report[name]}: bring it back, or --overwrite"
+            )
     progress = json.loads((checkpoint / "progress.json").read_text())
     print(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
@@ -424,7 +439,6 @@ def continue_from(checkpoint: Path) -> None:
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(metrics, "".join(f"{line}\n" for line in kept))
-    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     record.setdefault("continued", []).append({"step": step, "processes": WORLD_SIZE, "at": now()})
     write_json(folder / "manifest.json", record)
 
@@ -583,6 +597,8 @@ def train(run: Resolved) -> Path:
         return folder
     if RANK == 0:
         print_report(report, rows=1)
+        if state != "new":
+            continue_from(state, report)
         save_report(folder / "data_report.json", report)
 
     try:
@@ -597,11 +613,8 @@ def train(run: Resolved) -> Path:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
-    if RANK == 0:
-        if state == "new":
-            write_json(folder / "manifest.json", manifest(run, model, report))
-        else:
-            continue_from(state)
+    if RANK == 0 and state == "new":
+        write_json(folder / "manifest.json", manifest(run, model, report))
     set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
     stopper = Stopper(run.options.time_limit)
     trainer = LoopTrainer(
@@ -628,7 +641,7 @@ def train(run: Resolved) -> Path:
         trained, total = trainer.model.get_nb_trainable_parameters()
         print(f"model: {s.model_name_or_path}, {s.total_ut_steps} loops, {trained:,} trained of {total:,} parameters")
     trainer.train(resume_from_checkpoint=None if state == "new" else str(state))
-    if stopper.why and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")
 
     if trainer.is_world_process_zero():
@@ -668,6 +681,8 @@ def main() -> None:
     except Stopped as stopped:
         if RANK == 0:
             print(f"{stopped}; the same command continues (exit code {STOPPED})", flush=True)
+        if WORLD_SIZE > 1:  # the end of the interpreter joins gloo's threads, which can wait for a process that is gone
+            os._exit(STOPPED)
         sys.exit(STOPPED)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

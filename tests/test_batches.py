@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from settings import Settings, resolve
@@ -20,6 +21,7 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_ouro import MEDIUM, SIZES, assert_close, assert_same_gradients, gradients, tiny, without
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoTokenizer
@@ -182,6 +184,24 @@ def test_packs_of_one_document_need_no_positions():
     assert "position_ids" not in collate([[document(5, 6, 7)], [document(8, 9)]])
 
 
+def test_an_empty_item_is_padding_alone():
+    batch = collate([[document(5, 6, 7)], []])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE] * 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 0]] and "position_ids" not in batch
+    packed = collate([[], [document(5, 6), document(7)]])
+    assert packed["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_batch_of_nothing_but_empty_items_is_valid(count):
+    batch = collate([[]] * count)
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert all(value.dtype == torch.int64 and value.shape == (count, 1) for value in batch.values())
+    assert (batch["labels"] == IGNORE).all() and not batch["attention_mask"].any()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # packed rows train as unpacked ones do
 
@@ -245,6 +265,37 @@ def test_batches_of_packs_add_up_to_the_unpacked_step(tokenizer, sample, nine_ro
     assert_same_gradients(gradients(model), expected_gradients)
 
 
+@objectives
+def test_a_batch_of_empty_items_has_no_loss_and_no_gradient(tokenizer, objective):
+    model = model_for(tokenizer)
+    for inputs in (collate([[], []]), without(collate([[]]), "attention_mask")):
+        for count in (None, 7):
+            out = model(**inputs, objective=objective, num_items_in_batch=count)
+            assert (out.loss, out.trained_tokens, out.correct_tokens) == (0, 0, 0)
+            out.loss.backward()
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            assert found and all((g == 0).all() for g in found)
+            model.zero_grad()
+
+
+@objectives
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+def test_a_step_with_empty_items_has_the_loss_and_the_gradients_of_its_rows(tokenizer, sample, objective, batch):
+    model = model_for(tokenizer)
+    order = EpochOrder(sample.sizes[:21], 8, seed=0, grouped=True)
+    step = list(order)[-8:]
+    assert step[5:] == [-1] * 3 and min(step[:5]) >= 0
+    expected, expected_gradients = alone(model, [sample.row(i) for i in step[:5]], objective)
+    trained, total = sum(int((sample.row(i)[1] != IGNORE).sum()) for i in step[:5]), 0
+    for at in range(0, 8, batch):
+        inputs = without(collate([sample[i] for i in step[at : at + batch]]), "attention_mask")
+        loss = model(**inputs, objective=objective, num_items_in_batch=trained).loss
+        loss.backward()
+        total += loss.detach()
+    assert_close(total, expected)
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
 def test_a_documents_logits_do_not_change_with_its_neighbours(tokenizer, sample, nine_rows):
     model = model_for(tokenizer)
     a, b, c, d, e = (sample.row(i) for i in nine_rows[:5])
@@ -276,12 +327,21 @@ grouping = pytest.mark.parametrize("grouped", [False, True], ids=["packs", "rows
 
 
 @grouping
-@pytest.mark.parametrize("rows", [1, 7, 70, 1000])
-def test_each_epoch_is_a_permutation_and_another_one(rows, grouped):
+@pytest.mark.parametrize("rows", [1, 7, 70, 96, 1000])
+def test_each_epoch_has_every_row_once_then_fillers_to_a_whole_step_and_is_another_one(rows, grouped):
     order = EpochOrder(skewed(rows), 32, seed=1, grouped=grouped)
     epochs = [in_epoch(order, epoch) for epoch in range(4)]
-    assert len(order) == rows and all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    fillers = -rows % 32
+    assert len(order) == rows + fillers and len(order) % 32 == 0
+    for epoch in epochs:
+        assert sorted(epoch[:rows]) == list(range(rows)) and epoch[rows:] == [-1] * fillers
     assert len(set(map(tuple, epochs))) == (4 if rows > 1 else 1)
+
+
+def test_an_epoch_of_no_rows_has_no_steps():
+    for grouped in (False, True):
+        order = EpochOrder(np.zeros(0, int), 32, seed=1, grouped=grouped)
+        assert len(order) == 0 and list(order) == []
 
 
 @grouping
@@ -299,7 +359,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(grouped):
 def test_the_order_is_the_same_in_every_version():
     """A run that is repeated a year later must see its rows in the same order."""
     sizes = np.array([5, 3, 9, 1, 7, 2, 8, 4, 6])
-    assert in_epoch(EpochOrder(sizes, 2, seed=42, grouped=False), 1) == [0, 7, 4, 3, 1, 2, 8, 6, 5]
+    assert in_epoch(EpochOrder(sizes, 2, seed=42, grouped=False), 1) == [0, 7, 4, 3, 1, 2, 8, 6, 5, -1]
 
 
 def test_a_step_holds_rows_of_like_length():
@@ -322,7 +382,7 @@ def test_the_first_step_has_the_longest_row(rows):
 
 
 @grouping
-@pytest.mark.parametrize("rows", [192, 203])
+@pytest.mark.parametrize("rows", [192, 193, 203, 5])
 def test_the_steps_hold_the_same_rows_on_one_two_and_four_processes(rows, grouped):
     batch, passes = 4, 8  # 32 rows a step
     sizes = skewed(rows)
@@ -334,31 +394,27 @@ def test_the_steps_hold_the_same_rows_on_one_two_and_four_processes(rows, groupe
             order.set_epoch(1)
             batches = BatchSampler(order, batch, drop_last=False)
             shares.append(list(BatchSamplerShard(batches, processes, index) if processes > 1 else batches))
+        assert {len(share) for share in shares} == {len(order) // batch // processes}
+        assert {len(forward) for share in shares for forward in share} == {batch}
         each = passes // processes
         return [
             sorted(row for share in shares for forward in share[at : at + each] for row in forward)
             for at in range(0, len(shares[0]), each)
         ]
 
-    one, whole = steps(1), rows // 32
-    assert sum(map(len, one)) == rows and all(len(step) == 32 for step in one[:whole])
-    for processes in (2, 4):
-        many = steps(processes)
-        assert many[:whole] == one[:whole]
-        # accelerate fills an epoch's last round up with rows of its first step, so that no process goes without.
-        for last, same in zip(many[whole:], one[whole:], strict=True):
-            extra = Counter(last) - Counter(same)
-            assert not Counter(same) - Counter(last)
-            assert extra.keys() <= set(one[0]) and extra.total() < processes * batch
+    one = steps(1)
+    assert len(one) == -(-rows // 32) and all(len(step) == 32 for step in one)
+    assert sorted(sum(one, [])) == [-1] * (-rows % 32) + list(range(rows))
+    assert steps(2) == steps(4) == one
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_accelerates_dataloader_tells_the_order_its_epoch(processes):
-    rows = list(range(64))
-    orders = [EpochOrder(np.ones(64, int), 8, seed=7, grouped=False) for _ in range(processes)]
+    places = [f"row {i}" for i in range(60)] + ["filler"]  # what the dataset gives for -1
+    orders = [EpochOrder(np.ones(60, int), 16, seed=7, grouped=False) for _ in range(processes)]
     loaders = [
         prepare_data_loader(
-            DataLoader(rows, batch_size=4, sampler=order, collate_fn=list),
+            DataLoader(places, batch_size=4, sampler=order, collate_fn=list),
             num_processes=processes,
             process_index=index,
             put_on_device=False,
@@ -369,19 +425,25 @@ def test_accelerates_dataloader_tells_the_order_its_epoch(processes):
     for epoch in range(3):
         for loader in loaders:
             loader.set_epoch(epoch)
-        dealt = [row for forward in zip(*loaders, strict=True) for batch in forward for row in batch]
-        assert dealt == in_epoch(EpochOrder(np.ones(64, int), 8, seed=7, grouped=False), epoch)
-        seen.add(tuple(dealt))
+        dealt = [list(loader) for loader in loaders]
+        assert {len(share) for share in dealt} == {16 // processes}
+        rows = [row for forward in zip(*dealt, strict=True) for batch in forward for row in batch]
+        assert rows == [places[i] for i in in_epoch(EpochOrder(np.ones(60, int), 16, seed=7, grouped=False), epoch)]
+        assert sorted(rows) == sorted(places[:-1] + ["filler"] * 4)
+        seen.add(tuple(rows))
     assert len(seen) == 3
 
 
 @property_test
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 5))
 def test_padding_is_what_counting_gives(sizes, batch, seed):
-    order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
-    batches = [[sizes[i] for i in order[at : at + batch]] for at in range(0, len(order), batch)]
-    cells = sum(max(part) * len(part) for part in batches)
-    assert padding(np.array(sizes), order, batch) == pytest.approx((cells - sum(sizes)) / cells)
+    rows = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    for order in (rows, rows + [-1] * (seed * batch // 2)):
+        items = [[(np.zeros(sizes[i], int), np.zeros(sizes[i], int))] if i >= 0 else [] for i in order]
+        batches = [collate(items[at : at + batch])["attention_mask"] for at in range(0, len(order), batch)]
+        cells = sum(mask.numel() for mask in batches)
+        assert sum(int(mask.sum()) for mask in batches) == sum(sizes)
+        assert padding(np.array(sizes), order, batch) == pytest.approx((cells - sum(sizes)) / cells)
 
 
 def test_batches_of_like_length_have_far_less_padding_than_batches_of_chance():
@@ -395,11 +457,15 @@ def test_batches_of_like_length_have_far_less_padding_than_batches_of_chance():
 
 
 def write_rows(path: Path, batches: list[list[tuple[list[int], list[int]]]], ids_type=None) -> Path:
-    schema = pa.schema({"input_ids": pa.list_(ids_type or pa.uint16()), "trained": pa.list_(pa.int32())})
+    """As data_config.py writes them; row i is from line i + 1 of data.jsonl."""
+    types = {"input_ids": pa.list_(ids_type or pa.uint16()), "trained": pa.list_(pa.int32()), "place": pa.string()}
+    schema, line = pa.schema(types), 0
     with pa.ipc.new_file(str(path), schema) as writer:
         for rows in batches:
-            columns = zip([row[0] for row in rows], [row[1] for row in rows], strict=True)
-            arrays = [pa.array(c, t) for c, t in zip(map(list, zip(*columns, strict=True)), schema.types, strict=True)]
+            places = [f"data.jsonl, line {line + i + 1}" for i in range(len(rows))]
+            line += len(rows)
+            columns = [row[0] for row in rows], [row[1] for row in rows], places
+            arrays = [pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
     return path
 
@@ -414,30 +480,60 @@ def test_a_row_is_what_was_written_in_whatever_batch(tmp_path):
     rows = Rows(write_rows(tmp_path / "rows.arrow", batches))
     assert len(rows) == 600 and rows.lengths.tolist() == rows.sizes.tolist() == [len(ids) for ids, _ in written]
     for index, (ids, (start, stop)) in enumerate(written):
+        assert rows.places(index) == [f"data.jsonl, line {index + 1}"]
         ((got_ids, labels),) = rows[index]
         assert got_ids.dtype == labels.dtype == np.int64
         assert got_ids.tolist() == ids
         assert labels.tolist() == [x if start <= i < stop else IGNORE for i, x in enumerate(ids)]
 
 
-def test_rows_count_from_the_end_and_refuse_what_is_not_there(tmp_path):
+def test_row_minus_one_is_empty_and_what_is_not_there_is_refused(tmp_path):
     rows = Rows(write_rows(tmp_path / "rows.arrow", [[([1, 2], [1, 2])], [([3], [0, 1]), ([4, 5, 6], [0, 1, 2, 3])]]))
-    assert [rows[i][0][0].tolist() for i in (-1, -2, -3)] == [[4, 5, 6], [3], [1, 2]]
-    assert rows[-1][0][1].tolist() == [4, IGNORE, 6]
-    for index in (3, -4):
-        with pytest.raises(IndexError):
-            rows[index]
+    assert [rows[i][0][0].tolist() for i in range(3)] == [[1, 2], [3], [4, 5, 6]]
+    assert rows[2][0][1].tolist() == [4, IGNORE, 6]
+    assert rows[-1] == rows.places(-1) == [] and len(rows) == 3
+    for index in (3, 4, -2, -3, -4):
+        for read in (rows.__getitem__, rows.places):
+            with pytest.raises(IndexError):
+                read(index)
     rows.packs = [[2, 0], [1]]
     assert len(rows) == 2 and rows.sizes.tolist() == [5, 1]
-    assert [ids.tolist() for ids, _ in rows[0]] == [[4, 5, 6], [1, 2]] and rows[-1][0][0].tolist() == [3]
-    for index in (2, -3):
-        with pytest.raises(IndexError):
-            rows[index]
+    assert [ids.tolist() for ids, _ in rows[0]] == [[4, 5, 6], [1, 2]] and rows[1][0][0].tolist() == [3]
+    assert rows.places(0) == ["data.jsonl, line 3", "data.jsonl, line 1"] and rows.places(1) == ["data.jsonl, line 2"]
+    assert rows[-1] == rows.places(-1) == []
+    for index in (2, -2, -3):
+        for read in (rows.__getitem__, rows.places):
+            with pytest.raises(IndexError):
+                read(index)
 
 
 def test_no_rows_are_no_error(tmp_path):
     rows = Rows(write_rows(tmp_path / "rows.arrow", []))
     assert len(rows) == 0 and rows.lengths.tolist() == rows.sizes.tolist() == []
+    assert rows[-1] == rows.places(-1) == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_place_of_a_prepared_row_is_its_file_and_line(tokenizer, tmp_path, packing):
+    """Also behind a row that was dropped, and for the pieces of a long one."""
+    lines = [f"ถาม {i}" for i in range(3 * CHUNK // 2)]
+    data = [(line, "ยาว" * 200 if i == 7 else f"ตอบ {i}") for i, line in enumerate(lines)]
+    data[5] = ("", "ไม่มีคำถาม")
+    s = replace(pairs(tmp_path / "data.jsonl", data), packing=packing, max_length=128, length_policy="split")
+    rows, report = prepare(s, tokenizer, quiet=True)
+    assert report["rows_dropped"].keys() == {"empty (prompt)", "held out"}
+    seen = Counter()
+    for i in range(len(rows)):
+        documents, places = rows[i], rows.places(i)
+        assert len(documents) == len(places)
+        for (ids, _), place in zip(documents, places, strict=True):
+            number = int(place.removeprefix("data.jsonl, line "))
+            seen[number] += 1
+            if number != 8:
+                assert ids.tolist() == chat_ids(tokenizer, *data[number - 1])
+    assert seen.pop(8) > 1 and set(seen.values()) == {1} and 6 not in seen
+    assert len(seen) + 1 == report["rows_kept"]
+    assert not packing or max(len(rows[i]) for i in range(len(rows))) > 1
 
 
 def pairs(path: Path, rows: list[tuple[str, str]]) -> Settings:
@@ -494,26 +590,68 @@ def test_token_ids_above_65535_are_kept(tmp_path):
 # training
 
 
-def test_the_trainer_takes_the_rows_of_each_epoch_in_its_order(tmp_path, monkeypatch):
+def short_run(folder: Path, s: Settings, *argv: str) -> Path:
+    """Trains on the few rows of `s` in fp32; the run's folder."""
+    data = ["--dataset", "pairs", "--dataset_path", s.dataset_path, "--overlap", "none", "--cache_dir", s.cache_dir]
+    data += ["--use_qlora", "false", "--optim", "adamw_torch", "--eval_steps", "0", "--output_dir", str(folder)]
+    return train_qlora.train(resolve("", [*SMOKE, *data, *argv], train_qlora.options))
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_the_trainer_takes_every_row_of_each_epoch_once_in_its_order(tmp_path, monkeypatch, packing):
+    """The epoch is no multiple of the step; the tokens that are counted are those of its rows."""
     seen: list[list[int]] = []
+    items_seen = 0
 
     def recording(items):
+        nonlocal items_seen
         batch = collate(items)
+        items_seen += len(items)
         seen.extend(ids.tolist() for item in items for ids, _ in item)
         return batch
 
-    answers = [(f"คำถามที่ {i}", "ตอบ" * (i % 7 + 1)) for i in range(14)]
-    s = pairs(tmp_path / "data.jsonl", answers)
+    s = pairs(tmp_path / "data.jsonl", [(f"คำถามที่ {i}", "ตอบ" * (i % 7 + 1)) for i in range(14)])
+    s = replace(s, packing=packing == "true", max_length=150)
     monkeypatch.setattr(train_qlora, "collate", recording)
-    argv = ["--dataset", "pairs", "--dataset_path", s.dataset_path, "--overlap", "none", "--cache_dir", s.cache_dir]
-    argv += ["--use_qlora", "false", "--optim", "adamw_torch", "--num_train_epochs", "2"]
-    argv += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    train_qlora.train(resolve("", [*SMOKE, *argv, "--output_dir", str(tmp_path / "out")], train_qlora.options))
-    rows, _ = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)
-    order = EpochOrder(rows.lengths, 4, seed=42, grouped=True)
-    expected = [rows.row(i)[0].tolist() for epoch in (0, 1) for i in in_epoch(order, epoch)]
-    assert len(rows) >= 12 and seen == expected
-    assert seen[: len(rows)] != seen[len(rows) :]
+    argv = ["--packing", packing, "--max_length", "150", "--num_train_epochs", "2"]
+    run = short_run(tmp_path, s, *argv, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    rows, report = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)
+    order = EpochOrder(rows.sizes, 4, seed=42, grouped=packing == "false")
+    epochs = [in_epoch(order, epoch) for epoch in (0, 1)]
+    assert len(rows) % 4 and -1 in epochs[0] and (len(rows) == 13) == (packing == "false")
+    assert seen == [ids.tolist() for epoch in epochs for i in epoch for ids, _ in rows[i]]
+    assert items_seen == 2 * len(order) and epochs[0] != epochs[1]
+    lines, per_epoch = metrics(run), len(order) // 4
+    assert len(lines) == 2 * per_epoch
+    assert [lines[k * per_epoch - 1]["num_tokens"] for k in (1, 2)] == [report["tokens"], 2 * report["tokens"]]
+    assert [lines[k * per_epoch - 1]["epoch"] for k in (1, 2)] == [1, 2]
+
+
+def test_eight_batches_of_one_row_train_as_one_batch_of_eight(tmp_path):
+    """11 rows: the second step of each epoch has three of them and five fillers."""
+    s = pairs(tmp_path / "data.jsonl", [(f"คำถามที่ {i}", "ตอบ" * (i * i % 11 + 1)) for i in range(12)])
+    runs = [
+        short_run(
+            tmp_path / f"{rows} x {passes}", s, "--num_train_epochs", "3", "--lora_dropout", "0",
+            "--per_device_train_batch_size", rows, "--gradient_accumulation_steps", passes,
+        )
+        for rows, passes in (("1", "8"), ("8", "1"))
+    ]  # fmt: skip
+    split, whole = map(metrics, runs)
+    assert len(split) == len(whole) == 6 and split[0]["loss"] - split[-1]["loss"] > 0.5
+    for a, b in zip(split, whole, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        for name in ("step", "epoch", "num_tokens", "mean_token_accuracy", "learning_rate"):
+            assert a[name] == b[name]
+    a, b = (load_file(run / "final_adapter/adapter_model.safetensors") for run in runs)
+    assert a.keys() == b.keys() and len(a) == 2 * 7 * 4
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

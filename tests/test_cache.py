@@ -277,6 +277,17 @@ def test_the_report_on_a_copy_names_rows_of_the_copy(world):
     assert str(copy) in str(error.value) and str(world.folder / "data") not in str(error.value)
 
 
+def test_the_places_in_a_cache_are_of_no_particular_copy(world):
+    """A message that names rows must not send its reader to the folder of whoever filled the cache."""
+    copy = shutil.copytree(world.folder / "data", world.folder / "copy")
+    prepared(world)
+    for changes in ({}, {"dataset_path": str(copy)}):
+        rows, report = prepare(replace(world.s, **changes), world.tokenizer, quiet=True)
+        assert report["from_cache"]
+        places = [rows.places(i) for i in range(len(rows))]
+        assert places == [[f"train.jsonl, line {line}"] for line in (1, 2, 3, 4, 6, 8)]
+
+
 def test_a_second_run_reads_the_cache_and_tokenises_nothing(world, monkeypatch):
     rows, report = prepared(world)
 

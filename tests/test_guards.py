@@ -1,0 +1,472 @@
+"""The guards of a run: what stops it, what it names, what stays on the disk; held-out loss and log, recounted."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from statistics import median
+
+from settings import Settings, UserError, resolve
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import train_qlora
+from batches import EpochOrder, Rows
+from data_config import load_tokenizer, prepare
+from modeling_ouro import IGNORE, load_ouro
+from train_qlora import LoopTrainer
+
+ROOT = Path(train_qlora.__file__).parent
+MODEL = "sample/ouro-tiny"
+SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none"]
+PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--gradient_checkpointing", "false"]
+TWO_BY_TWO = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+RARE = "๛"  # a sign that is in one row only
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
+            patch.delenv(name, raising=False)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the models are so small that threads wait for each other most of the time
+        yield
+        torch.set_num_threads(threads)
+
+
+def pairs(path: Path, rows: list[tuple[str, str]]) -> list[str]:
+    """The arguments that train on these questions and answers."""
+    lines = [json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) for prompt, answer in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ["--dataset", "pairs", "--dataset_path", str(path), "--cache_dir", str(path.parent / "cache")]
+
+
+def resolved(*argv: str):
+    return resolve("", [*SMOKE, *argv], add_options=train_qlora.options)
+
+
+def trained(folder: Path, *argv: str) -> Path:
+    """Trains in this process; the run's folder."""
+    return train_qlora.train(resolved("--output_dir", str(folder), *argv))
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def prepared(*argv: str) -> Rows:
+    return prepare(resolved(*argv).settings, load_tokenizer(MODEL), quiet=True)[0]
+
+
+def items_of(rows: Rows, step: int, per_step: int) -> list[int]:
+    """The items of a step, counted from 1, in an order made anew."""
+    order = EpochOrder(rows.sizes, per_step, seed=42, grouped=rows.packs is None)
+    per_epoch = math.ceil(len(rows) / per_step)
+    order.set_epoch((step - 1) // per_epoch)
+    return list(order)[(step - 1) % per_epoch * per_step :][:per_step]
+
+
+def places_of(rows: Rows, step: int, per_step: int) -> set[str]:
+    return {place for i in items_of(rows, step, per_step) for place in rows.places(i)}
+
+
+def named_rows(error: UserError) -> set[str]:
+    (line,) = (line for line in str(error).splitlines() if line.startswith("its rows: "))
+    places = re.findall(r"data\.jsonl, line \d+", line)
+    assert line == f"its rows: {', '.join(places)}" and len(places) == len(set(places))
+    return set(places)
+
+
+def checkpoints(run: Path) -> list[str]:
+    """By step; also unfinished ones, whatever their names."""
+    return sorted((path.name for path in run.rglob("*checkpoint*")), key=lambda name: (len(name), name))
+
+
+def tensors_in(state, name: str = ""):
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from tensors_in(value, f"{name}{key} ")
+        elif torch.is_tensor(value):
+            yield f"{name}{key}", value
+
+
+def assert_finite(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    states = dict(tensors_in(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]))
+    assert len(weights) == 2 * 7 * 4 and len(states) >= 2 * len(weights)
+    for name, tensor in (weights | states).items():
+        assert tensor.isfinite().all(), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a loss or a gradient that is no number
+
+
+def broken_model(folder: Path, value: float) -> Path:
+    """The tiny model with `value` in the embedding of the rare sign's first token: rows without it do not meet it."""
+    model = load_ouro(MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rare_token()] = value
+    model.save_pretrained(folder)
+    load_tokenizer(MODEL).save_pretrained(folder)
+    return folder
+
+
+def rare_token() -> int:
+    """A token of the rare sign that no other text here has."""
+    tokenizer = load_tokenizer(MODEL)
+    usual = set(tokenizer("".join(f"{q} {a}" for q, a in QUESTIONS), add_special_tokens=False).input_ids)
+    usual |= set(tokenizer.apply_chat_template([{"role": "user", "content": "x"}]))
+    return next(i for i in tokenizer(RARE, add_special_tokens=False).input_ids if i not in usual)
+
+
+QUESTIONS = [(f"คำถามที่ {i}", "ตอบ" * (i * i % 7 + 1)) for i in range(18)]
+
+
+@pytest.fixture(scope="module")
+def with_a_bad_row(tmp_path_factory):
+    """Data of which one row, in the third step of four rows, makes a broken model's loss not a number."""
+    folder = tmp_path_factory.mktemp("bad row")
+    for bad in range(len(QUESTIONS)):
+        rows = list(QUESTIONS)
+        rows[bad] = (rows[bad][0], rows[bad][1][:-1] + RARE)  # as long as it was
+        data = pairs(folder / "data.jsonl", rows)
+        place = f"data.jsonl, line {bad + 1}"
+        if place in places_of(prepared(*data, "--model_name_or_path", MODEL), 3, 4):
+            return data, place, prepared(*data)
+    raise AssertionError("no row is in the third step")
+
+
+@pytest.mark.parametrize(("value", "saving"), [(math.nan, 1), (math.nan, 2), (math.inf, 2), (math.nan, 3)])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, with_a_bad_row, value, saving):
+    """Saving is due in that step itself (1, 3) or in the next (2): the numbers are looked at before."""
+    data, place, rows = with_a_bad_row
+    model = ["--model_name_or_path", str(broken_model(tmp_path / "model", value))]
+    argv = [*data, *model, *PLAIN, *TWO_BY_TWO, "--max_steps", "8", "--eval_steps", "0", "--save_steps", str(saving)]
+    with pytest.raises(UserError, match=r"^step 3: the loss is nan, the gradient's norm nan; lower learning_rate") as e:
+        trained(tmp_path / "out", *argv, "--logging_steps", "10")
+    assert named_rows(e.value) == places_of(rows, 3, 4) and place in named_rows(e.value)
+    assert "the newest good checkpoint stays" in str(e.value)
+    run = tmp_path / "out/smoke"
+    assert checkpoints(run) == [f"checkpoint-{step}" for step in (1, 2) if step % saving == 0]
+    for name in checkpoints(run):
+        assert_finite(run / name)
+    assert not (run / "final_adapter").exists() and not (run / "completed").exists()
+    assert [line["step"] for line in metrics(run)] == [1]
+
+
+def test_a_run_stopped_by_its_numbers_is_exit_2_with_one_message_and_goes_on_to_the_same(tmp_path, with_a_bad_row):
+    data, place, rows = with_a_bad_row
+    model = ["--model_name_or_path", str(broken_model(tmp_path / "model", math.nan))]
+    argv = [*data, *model, *PLAIN, *TWO_BY_TWO, "--max_steps", "8", "--save_steps", "1", "--eval_steps", "0"]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "train_qlora.py", *SMOKE, *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"^error: step 3: the loss is nan", done.stderr, re.MULTILINE) and place in done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("error: step 3") and done.stderr.count("\n") == 3, done.stderr
+    run = tmp_path / "out/smoke"
+    assert checkpoints(run) == ["checkpoint-1", "checkpoint-2"] and not (run / "completed").exists()
+    for name in checkpoints(run):
+        assert_finite(run / name)
+    with pytest.raises(UserError, match="^step 3: the loss is nan") as error:
+        trained(tmp_path / "out", *argv)
+    assert named_rows(error.value) == places_of(rows, 3, 4)
+    assert checkpoints(run) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.parametrize("saving", ["1", "4"])
+def test_an_absurd_learning_rate_stops_within_two_steps(tmp_path, with_a_bad_row, saving, packing):
+    """With the 8-bit optimiser of the study; packs are named by their rows."""
+    data, *_ = with_a_bad_row
+    data = [*data, "--packing", packing, "--max_length", "110"]
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--max_steps", "12", "--save_steps", saving, "--eval_steps", "0"]
+    argv += ["--optim", "paged_adamw_8bit", "--learning_rate", "1e30", "--warmup_ratio", "0", "--logging_steps", "10"]
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*lower learning_rate") as error:
+        trained(tmp_path, *argv)
+    step, rows = int(re.match(r"step (\d+)", str(error.value))[1]), prepared(*data)
+    assert step <= 3, "the first update is that of step 1"
+    assert named_rows(error.value) == places_of(rows, step, 4)
+    assert (packing == "true") == (rows.packs is not None) == (len(named_rows(error.value)) > 4)
+    assert checkpoints(tmp_path / "smoke") == [f"checkpoint-{k}" for k in range(1, step) if saving == "1"]
+    for name in checkpoints(tmp_path / "smoke"):
+        assert_finite(tmp_path / "smoke" / name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# thresholds
+
+
+def bare_trainer(recent=(), rates=(), **settings) -> LoopTrainer:
+    """What the guards look at, without a model."""
+    trainer = LoopTrainer.__new__(LoopTrainer)
+    trainer.settings = Settings(**settings)
+    trainer._recent, trainer._rates = deque(recent, maxlen=50), list(rates)
+    trainer._rows_of = lambda step: [f"rows of {step}"]
+    return trainer
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_lost_in_the_loss_or_in_the_gradient(bad):
+    trainer = bare_trainer()
+    assert trainer._lost(2.0, 1.0) is None
+    assert f"the loss is {bad:g}, the gradient's norm 1" in trainer._lost(bad, 1.0)
+    assert f"the loss is 2, the gradient's norm {bad:g}" in trainer._lost(2.0, bad)
+
+
+def test_a_spike_is_more_than_the_setting_times_the_median_of_fifty_steps():
+    losses = [2.0] * 25 + [4.0] * 24 + [100.0]  # median 3, mean 4.9
+    for factor in (1.0, 2.5, 3.0):
+        trainer = bare_trainer(losses, max_loss_spike=factor)
+        assert trainer._lost(3 * factor, 1.0) is None, "at the value"
+        message = trainer._lost(math.nextafter(3 * factor, 1e9), 1.0)
+        assert f"max_loss_spike = {factor:g} times the median 3.0000 of the 50 steps before" in message
+        assert trainer._lost(0.0, 1.0) is None
+    assert bare_trainer(losses[:49])._lost(1e9, 1.0) is None, "49 steps are too few"
+
+
+def test_a_real_spike_stops_the_run_at_the_step_and_with_the_median_that_a_recount_gives(tmp_path):
+    """At learning rate 0 the losses are those of the rows; the epochs, of 7 steps, end within the 50 steps."""
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS[:8])
+    argv = [*data, *PLAIN, "--learning_rate", "0", "--lora_dropout", "0", "--eval_steps", "0", "--logging_steps", "1"]
+    argv += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "70"]
+    with pytest.raises(UserError, match="max_loss_spike") as error:
+        trained(tmp_path, *argv, "--max_loss_spike", "1.01")
+    losses = [line["loss"] for line in metrics(tmp_path / "smoke")]  # up to the step before, or with the step
+    step, loss, usual = re.match(
+        r"step (\d+): the loss is ([\d.]+), more than max_loss_spike = 1.01 times the median ([\d.]+) of the 50 steps",
+        str(error.value),
+    ).groups()
+    step = int(step)
+    before = losses[: step - 1]
+    assert step > 50 and len(before) == step - 1
+    assert float(usual) == pytest.approx(median(before[-50:]), abs=1e-4)
+    assert float(loss) > 1.01 * median(before[-50:])
+    assert not any(before[k] > 1.01 * median(before[k - 50 : k]) for k in range(50, len(before)))
+    rows = prepared(*data)
+    assert named_rows(error.value) == places_of(rows, step, 1) and len(named_rows(error.value)) == 1
+
+
+@pytest.mark.parametrize("count", [3, 18])
+def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, monkeypatch, count):
+    """Also where an epoch is one step."""
+    kept = []
+    made = LoopTrainer.__init__
+
+    def keep(self, *args, **kwargs):
+        kept.append(self)
+        made(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoopTrainer, "__init__", keep)
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS[:count])
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--num_train_epochs", "3", "--eval_steps", "0"]
+    lines, rows = metrics(trained(tmp_path, *argv)), prepared(*data)
+    assert len(lines) == 3 * math.ceil(len(rows) / 4)
+    for step in range(1, len(lines) + 1):
+        assert sorted(kept[0]._rows_of(step)) == sorted(places_of(rows, step, 4))
+    assert list(kept[0]._recent) == pytest.approx([line["loss"] for line in lines], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "accuracy", "trips"),
+    [
+        (100, 0.02, 0.995, False),
+        (100, math.nextafter(0.02, 0), 0.5, True),
+        (100, 2.0, math.nextafter(0.995, 1), True),
+        (1, 0.0, 0.0, True),
+        (101, 0.0, 1.0, False),
+    ],
+)
+def test_a_collapse_is_beyond_a_threshold_and_not_after_collapse_steps(step, loss, accuracy, trips):
+    trainer = bare_trainer()
+    if not trips:
+        return trainer._watch(step, loss, accuracy, 1.0)
+    with pytest.raises(UserError, match=f"^step {step}: collapsed, there is nothing to learn") as error:
+        trainer._watch(step, loss, accuracy, 1.0)
+    for name in ("min_loss = 0.02", "max_token_accuracy = 0.995", "step 100", "data_report.json", f"rows of {step}"):
+        assert name in str(error.value)
+
+
+def test_rows_with_nothing_to_learn_stop_the_run_early_and_not_after_collapse_steps(tmp_path):
+    data = pairs(tmp_path / "data.jsonl", [(question, "ก") for question, _ in QUESTIONS])
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--learning_rate", "2e-3", "--eval_steps", "0", "--save_steps", "1"]
+    argv += ["--max_steps", "30", "--logging_steps", "1", "--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
+    with pytest.raises(UserError, match=r"step \d+: collapsed, there is nothing to learn: loss [\d.]+ \(min_loss") as e:
+        trained(tmp_path / "a", *argv, "--min_loss", "0.5")
+    step = int(re.match(r"step (\d+)", str(e.value))[1])
+    assert named_rows(e.value) == places_of(prepared(*data), step, 4)
+    assert "(min_loss = 0.5)" in str(e.value) and "(max_token_accuracy = 0.995)" in str(e.value)
+    assert "data_report.json" in str(e.value) and (tmp_path / "a/smoke/data_report.json").exists()
+    lines = metrics(tmp_path / "a/smoke")
+    assert len(lines) == step - 1
+    assert all(line["loss"] >= 0.5 and line["mean_token_accuracy"] <= 0.995 for line in lines)
+    assert checkpoints(tmp_path / "a/smoke") == [f"checkpoint-{k}" for k in (step - 2, step - 1)]
+    argv[argv.index("--max_steps") + 1] = str(step)
+    run = trained(tmp_path / "b", *argv, "--min_loss", "0.5", "--collapse_steps", str(step - 1))
+    last = metrics(run)[-1]
+    assert last["step"] == step and (last["loss"] < 0.5 or last["mean_token_accuracy"] > 0.995)
+
+
+def test_a_machine_that_became_slow_is_warned_of_below_half_the_median_of_the_first_fifty_steps(capsys):
+    trainer = bare_trainer()
+    for step, rate in enumerate((100.0, 1.0, 900.0, 100.0, 100.0), 46):
+        trainer._watch(step, 2.0, 0.5, rate)  # step 47 is slow, but not more than a step of the first fifty
+    trainer._watch(51, 2.0, 0.5, 50.0)
+    assert capsys.readouterr().out == ""
+    trainer._watch(52, 2.0, 0.5, math.nextafter(50, 0))
+    warned = capsys.readouterr().out
+    assert warned.startswith("warning: step 52: 50 tokens/s, less than half of the 100 of the first 50 steps")
+    assert warned.count("\n") == 1 and "nvidia-smi" in warned
+    trainer._watch(53, 2.0, 0.5, 1000.0)
+    assert capsys.readouterr().out == ""
+    bare_trainer()._watch(51, 2.0, 0.5, 1e-9)  # as after a resume without rates
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_loss_spike", "0.99", "max_loss_spike must be at least 1, got 0.99"),
+        ("max_loss_spike", "nan", "max_loss_spike must be at least 1, got nan"),
+        ("min_loss", "-0.1", "min_loss must be at least 0"),
+        ("max_token_accuracy", "-1", "max_token_accuracy must be at least 0"),
+        ("collapse_steps", "-1", "collapse_steps must be at least 0"),
+        ("collapse_steps", "1.5", "collapse_steps must be a whole number"),
+        ("eval_steps", "-1", "eval_steps must be at least 0"),
+        ("eval_rows", "0", "eval_rows must be at least 1"),
+        ("save_steps", "0", "save_steps must be at least 1"),
+        ("save_total_limit", "0", "save_total_limit must be at least 1"),
+    ],
+)
+def test_a_guard_set_to_nonsense_is_refused(name, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolved(f"--{name}", value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the held-out loss
+
+
+def cross_entropy(adapter: Path | None, loops: int, documents) -> tuple[float, int, int]:
+    """Of the rows by torch, each alone: the sum, the predictions that were right, and the trained tokens."""
+    model = load_ouro(MODEL, total_ut_steps=loops, dtype=torch.float32)
+    model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+    total, correct, count = 0.0, 0, 0
+    for ids, labels in documents:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids)[None]).logits[0, :-1].double()
+        targets = torch.from_numpy(labels)[1:]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
+        correct += int((logits.argmax(-1) == targets).sum())
+        count += int((targets != IGNORE).sum())
+    return total, correct, count
+
+
+def test_the_held_out_loss_is_the_cross_entropy_of_the_held_out_rows_after_each_loop(tmp_path):
+    argv = [*PLAIN, "--total_ut_steps", "2", "--cache_dir", str(tmp_path), "--dataset", "sample"]
+    steps = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+    run = trained(tmp_path, *argv, *steps, "--eval_rows", "5", "--eval_steps", "1", "--warmup_ratio", "0")
+    s, tokenizer = resolved(*argv).settings, load_tokenizer(MODEL)
+    held_out, _ = prepare(s, tokenizer, "held_out", quiet=True)
+    training = prepared(*argv)
+    known = {tuple(training.row(i)[0]) for i in range(len(training))}
+    rows = [held_out.row(i * 12 // 5) for i in range(5)]
+    assert len(held_out) == 12 and len(known) == 72 and not any(tuple(ids) in known for ids, _ in rows)
+    lines = metrics(run)
+    assert [len(line["held_out_loss"]) for line in lines] == [2, 2]
+    for loops in (1, 2):
+        total, _, count = cross_entropy(run / "final_adapter", loops, rows)
+        assert lines[-1]["held_out_loss"][loops - 1] == pytest.approx(total / count, abs=1e-4)
+    assert lines[0]["held_out_loss"] != lines[1]["held_out_loss"]
+    # other rows would give another number, so the equality above says which were taken
+    total, _, count = cross_entropy(run / "final_adapter", 2, [held_out.row(i) for i in range(5)])
+    assert abs(lines[-1]["held_out_loss"][1] - total / count) > 1e-3
+
+
+def test_measuring_the_held_out_loss_does_not_disturb_training(tmp_path, capsys):
+    """The dropout masks and the NF4 weights of the steps after it are what they would have been."""
+    argv = ["--max_steps", "4", *TWO_BY_TWO, "--lora_dropout", "0.3", "--cache_dir", str(tmp_path / "cache")]
+    argv += ["--dataset", "sample", "--eval_rows", "2", "--logging_steps", "1", "--warmup_ratio", "0"]
+    without, measured = (trained(tmp_path / steps, *argv, "--eval_steps", steps) for steps in ("0", "2"))
+    a, b = metrics(without), metrics(measured)
+    for name in ("step", "loss", "grad_norm", "mean_token_accuracy", "num_tokens"):
+        assert [line[name] for line in a] == [line[name] for line in b]
+    assert ["held_out_loss" in line for line in a] == [False] * 4, "eval_steps 0: none"
+    assert ["held_out_loss" in line for line in b] == [False, True, False, True]
+    weights = [(run / "final_adapter/adapter_model.safetensors").read_bytes() for run in (without, measured)]
+    assert weights[0] == weights[1]
+    assert capsys.readouterr().out.count("held out ") == 2
+
+
+def test_a_measurement_is_logged_when_it_is_due_whatever_logging_steps_says(tmp_path):
+    data = pairs(tmp_path / "data.jsonl", [(f"ถาม {i}", f"ตอบ {i}") for i in range(60)])
+    argv = [*data, *PLAIN, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    run = trained(tmp_path, *argv, "--max_steps", "7", "--logging_steps", "5", "--eval_steps", "3")
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 3, 5, 6, 7]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [3, 6, 7]
+
+
+@pytest.mark.parametrize("why", ["no split", "no rows"])
+def test_without_a_held_out_part_one_line_says_so_and_training_goes_on(tmp_path, capsys, why):
+    if why == "no split":
+        shutil.copy(ROOT / "sample/wangchan/train.jsonl", tmp_path / "data.jsonl")
+        data = ["--dataset", "sample", "--dataset_path", str(tmp_path / "data.jsonl"), "--cache_dir", str(tmp_path)]
+    else:
+        data = pairs(tmp_path / "data.jsonl", QUESTIONS[:3])
+    argv = [*data, *PLAIN, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    run = trained(tmp_path, *argv, "--max_steps", "1", "--eval_steps", "1")
+    assert (run / "completed").exists() and "held_out_loss" not in metrics(run)[0]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no held-out loss: ")]
+    reason = "has no split 'test'" if why == "no split" else "its held-out part has no rows"
+    assert len(said) == 1 and reason in said[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the log
+
+
+def test_each_line_of_the_log_is_the_mean_over_its_steps_and_a_recount_of_their_rows(tmp_path):
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--lora_dropout", "0", "--lr_scheduler_type", "constant", "--eval_steps", "0"]
+    argv += ["--warmup_ratio", "0", "--learning_rate", "1e-2"]
+    each = metrics(trained(tmp_path / "each", *argv, "--max_steps", "10", "--logging_steps", "1"))
+    third = metrics(trained(tmp_path / "third", *argv, "--max_steps", "10", "--logging_steps", "3"))
+    before = trained(tmp_path / "before", *argv, "--max_steps", "6") / "final_adapter"  # the weights of step 7
+    assert [line["step"] for line in each] == list(range(1, 11))
+    assert [line["step"] for line in third] == [1, 3, 6, 9, 10]
+    rows = prepared(*data)
+    assert any(-1 in items_of(rows, step, 4) for step in (4, 5, 6)), "a step with fillers is among them"
+    tokens, correct, trained_tokens = [], [], []
+    for line in each:
+        documents = [doc for i in items_of(rows, line["step"], 4) for doc in rows[i]]
+        tokens.append(sum(len(ids) for ids, _ in documents))
+        trained_tokens.append(sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents))
+        correct.append(line["mean_token_accuracy"] * trained_tokens[-1])
+        assert line["num_tokens"] == sum(tokens)
+        assert correct[-1] == pytest.approx(round(correct[-1]), abs=0.01), "a whole number of right predictions"
+    start = 0
+    for line in third:
+        span, start = slice(start, line["step"]), line["step"]
+        losses = [other["loss"] for other in each[span]]
+        assert line["loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-6)
+        accuracy = sum(map(round, correct[span])) / sum(trained_tokens[span])
+        assert line["mean_token_accuracy"] == pytest.approx(accuracy, abs=6e-5)
+        assert line["num_tokens"] == sum(tokens[: line["step"]])
+    seventh = [doc for i in items_of(rows, 7, 4) for doc in rows[i]]
+    total, right, count = cross_entropy(before, 1, seventh)
+    assert each[6]["mean_token_accuracy"] == round(right / count, 4) > 0
+    assert each[6]["loss"] == pytest.approx(total / count, abs=1e-4)
