@@ -649,6 +649,9 @@ def train(run: Resolved) -> Path:
         unfinished = folder / ".final_adapter"
         shutil.rmtree(unfinished, ignore_errors=True)
         trainer.model.save_pretrained(unfinished)
+        config = json.loads((unfinished / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"].sort()  # PEFT writes a set, in another order in each process
+        write_json(unfinished / "adapter_config.json", config)
         tokenizer.save_pretrained(unfinished)
         write_atomic(unfinished / "README.md", model_card(run, report, s.model_name_or_path, log))
         seal(unfinished)
@@ -658,6 +661,7 @@ def train(run: Resolved) -> Path:
         for checkpoint in checkpoints(folder):  # the adapter is what remains
             shutil.rmtree(checkpoint)
         print(f"adapter: {folder / 'final_adapter'}")
+    PartialState().wait_for_everyone()  # no process leaves while another may still need it
     return folder
 
 

@@ -40,7 +40,7 @@ ROOT = Path(data_config.__file__).parent
 TINY = ROOT / "sample/ouro-tiny"
 END = "<|im_end|>"
 ENTRIES = read_yaml(sources.DATASETS)
-SHARED = next((place for place in (ROOT.parent / "shared/data", Path("/work/shared/data")) if place.is_dir()), None)
+SHARED = next((place for place in (ROOT.parent / "shared/data",) if place.is_dir()), None)
 ROW = {"ID": "1", "Domain": "Legal", "Instruction": "ถามว่าอะไร", "Input": "", "Output": "ตอบว่าอย่างนี้", "Tags": "",
        "Task_type": "open_qa", "License": "Apache-2.0"}  # fmt: skip
 THOUGHT = {"problem": "โจทย์", "solution": "เฉลย", "reannotated_assistant_content": "<think>\nคิด\n</think>\n\nตอบ",

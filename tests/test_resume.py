@@ -414,10 +414,29 @@ def port() -> str:
         return str(opened.getsockname()[1])
 
 
-def both(folder: Path, argv: list[str]) -> list[Script]:
+class Started(Script):
+    """The same in a process that was not forked: where several wait for each other, threads must not be missing."""
+
+    def __init__(self, folder: Path, argv: list[str], **environment: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = folder / f"output-{time.monotonic_ns()}.txt"
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "train_qlora.py", *argv], stdout=output, stderr=output, env=os.environ | environment
+            )
+
+    def code(self, seconds: float = 60) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.printed}") from None
+
+
+def both(folder: Path, argv: list[str]) -> list[Started]:
     """What torchrun starts."""
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [Script(folder / str(rank), argv, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in (0, 1)]
+    return [Started(folder / str(rank), argv, RANK=str(rank), LOCAL_RANK=str(rank), **places) for rank in (0, 1)]
 
 
 def workers(launcher: int) -> list[int]:
