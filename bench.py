@@ -1,9 +1,12 @@
 """Speed and memory, measured, as tables that name what they were measured on.
 
 python bench.py data --config configs/smoke.yaml [--rows 4000]      # tokenise, cache, pack, batch; beside TRL
+python bench.py train --config configs/a100.yaml [--only nf4]       # steps of training, on this GPU; beside stock PEFT
 """
 
 import argparse
+import dataclasses
+import gc
 import json
 import os
 import platform
@@ -16,15 +19,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from settings import Resolved, call, resolve
+from settings import Resolved, Settings, call, resolve
 
+import bitsandbytes.optim
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from trl.trainer.utils import DataCollatorForChatML
 
 from batches import EpochOrder, collate, pack
 from data_config import load_tokenizer, prepare
+from lora import refresh
+from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, load_ouro
+from plan import matrix_rate, training_flops
 from sources import ROOT, read_file
+from train_qlora import build
 
 CHARACTERS = 3000  # of a row of WangchanThaiInstruct, about
 
@@ -99,14 +108,124 @@ def bench_data(run: Resolved) -> None:
     print(f"  padding {json.dumps(report['padding'])}")
 
 
+def build_random(s: Settings, folder: Path) -> None:
+    """A checkpoint of random weights, of the sizes of the settings' model if that is a folder, else of Ouro-2.6B's."""
+    path = Path(s.model_name_or_path)
+    config = OuroConfig.from_pretrained(path) if path.is_dir() else OuroConfig()
+    config.architectures, config.init_seed = ["OuroForCausalLM"], None
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.set_default_dtype(torch.bfloat16 if s.bf16 else torch.float32)
+        model = OuroForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(str(ROOT / "sample/ouro-tiny"), None).save_pretrained(folder)
+
+
+def stock(s: Settings) -> torch.nn.Module:
+    """The usual recipe: PEFT's layers, each recomputed, nothing compiled, the published loss."""
+    model = load_ouro(s.model_name_or_path, dtype=torch.bfloat16, nf4=s.use_qlora, device="cuda")
+    model.gradient_checkpointing_enable()
+    config = LoraConfig(r=s.r, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, target_modules=PROJECTIONS)
+    return get_peft_model(model, config)
+
+
+NF4 = {
+    "use_qlora": True,
+    "optim": "paged_adamw_8bit",
+    "activation_checkpointing": "full",
+    "per_device_train_batch_size": 1,
+}
+TRAIN = {  # row: settings that differ from those given
+    "stock bf16": {"use_qlora": False, "loss": "mixture", "per_device_train_batch_size": 8},
+    "bf16": {"use_qlora": False, "activation_checkpointing": "none"},
+    "bf16 recomputed": {"use_qlora": False, "activation_checkpointing": "full", "per_device_train_batch_size": 8},
+    "fp8": {"use_qlora": False, "frozen_weights": "fp8", "activation_checkpointing": "none"},
+    "stock nf4": NF4 | {"loss": "mixture"},
+    "nf4": NF4,
+    "nf4, batch 3": NF4 | {"per_device_train_batch_size": 3},
+}
+
+
+def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, float]:
+    """Tokens/s, peak GiB and seconds of the first two steps of the bare loop: `s` on sequences of max_length."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    torch.cuda.reset_peak_memory_stats()
+    model = stock(s) if usual else build(s, 0)
+    model.train()
+    names = {"adamw_torch_fused": torch.optim.AdamW, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    fused = {"fused": True} if s.optim == "adamw_torch_fused" else {}
+    optimizer = names[s.optim]([p for p in model.parameters() if p.requires_grad], lr=1e-5, **fused)
+    ids = torch.randint(3, model.config.vocab_size, (s.per_device_train_batch_size, s.max_length), device="cuda")
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, objective=s.loss, total_ut_steps=s.total_ut_steps).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            refresh(model)
+        torch.cuda.synchronize()
+
+    first = seconds(lambda: steps(2))
+    speed = 4 * ids.numel() / seconds(lambda: steps(4))
+    if profiled:
+        profile(lambda: steps(1))
+    return speed, torch.cuda.max_memory_allocated() / 2**30, first
+
+
+def bench_train(run: Resolved) -> None:
+    s, wanted = run.settings, (run.options.only or ",".join(TRAIN)).split(",")
+    seq, rate = s.max_length, matrix_rate("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, products of bf16: {rate / 1e12:.0f} TFLOP/s")
+    print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}, dropout {s.lora_dropout:g}")
+    print(f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'first steps':>13}")
+    usual = {}
+    with tempfile.TemporaryDirectory() as folder:
+        build_random(s, Path(folder))
+        for name, loops in ((name, loops) for name in TRAIN if name in wanted for loops in run.options.loops):
+            row = dataclasses.replace(s, **{"model_name_or_path": folder, "total_ut_steps": loops} | TRAIN[name])
+            batch, is_usual = row.per_device_train_batch_size, name.startswith("stock")
+            try:
+                speed, peak, first = measure(row, is_usual, run.options.profile)
+            except torch.OutOfMemoryError:
+                print(f"  {name:<18}{loops:>5}{batch:>6}  out of memory", flush=True)
+                continue
+            if is_usual:
+                usual[row.use_qlora, loops] = speed
+            times = f"{speed / usual[row.use_qlora, loops]:.2f}" if (row.use_qlora, loops) in usual else ""
+            use = speed * training_flops(OuroConfig(), loops, s.r, seq, seq * (seq + 1) / 2, seq) / seq / rate
+            print(
+                f"  {name:<18}{loops:>5}{batch:>6}{speed:>9,.0f}{times:>9}{use:>10.1%}{peak:>7.1f}{first:>11.1f} s",
+                flush=True,
+            )
+
+
+def profile(step: Callable[[], None]) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in recorded.key_averages()), reverse=True)
+    total = sum(spent for spent, _, _ in rows)
+    print(f"    {total / 1e3:.1f} ms of kernels")
+    for spent, count, name in rows[:30]:
+        print(f"    {spent / total:6.1%}{spent / 1e3:>9.2f} ms{count:>7}  {name[:100]}")
+
+
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("data",), help="what to measure")
+    parser.add_argument("what", choices=("data", "train"), help="what to measure")
+    parser.add_argument("--only", help="train: these rows of the table")
+    parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train: rows at these loop counts")
+    parser.add_argument("--profile", action="store_true", help="train: the kernels of a step")
     parser.add_argument("--rows", type=int, default=4000, help="rows of the data measured (default: 4000)")
 
 
 def main() -> None:
     run = resolve(__doc__, add_options=options)
-    bench_data(run)
+    {"data": bench_data, "train": bench_train}[run.options.what](run)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,12 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True) for p in pieces], dim=1).transpose(0, 1)
 
 
+def project(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+    """Several projections of one input; together where lora.py has made a group of them."""
+    group = getattr(projections[0], "group", None)
+    return tuple(projection(x) for projection in projections) if group is None else group(x)
+
+
 class OuroAttention(nn.Module):
     def __init__(self, config: OuroConfig):
         super().__init__()
@@ -218,12 +224,12 @@ class OuroAttention(nn.Module):
 
     def forward(self, x, cos, sin, mask, causal, documents, past_key_values, slot):
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(heads).transpose(1, 2) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (batch, heads, seq, head_dim)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, slot)
         y = attend(q, k, v, mask, causal, documents)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return project(y.transpose(1, 2).flatten(2), self.o_proj)[0]
 
 
 class OuroMLP(nn.Module):
@@ -234,7 +240,8 @@ class OuroMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return project(F.silu(gate) * up, self.down_proj)[0]
 
 
 class OuroDecoderLayer(GradientCheckpointingLayer):
@@ -425,34 +432,52 @@ def document_starts(position_ids: Tensor, token: Tensor | None = None) -> Tensor
     return token & (before >= 0) & (position_ids != position_ids.gather(1, before.clamp(min=0)) + 1)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, a chunk of positions at a time.
+def _cross_entropy(logits: Tensor, target: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss and right predictions of logits (positions, vocab), and with `train` the gradient, softmax - one-hot,
+    in the logits' dtype. A position whose target is IGNORE counts nothing."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = target != IGNORE
+    log_z = wide.logsumexp(-1)
+    loss = torch.where(counted, log_z - wide.gather(1, target.clamp(min=0)[:, None])[:, 0], 0).sum()
+    correct = (counted & (wide.argmax(-1) == target)).sum()
+    if not train:
+        return loss, correct, None
+    hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    grad = wide.sub_(log_z[:, None]).exp_().add_(hit, alpha=-1).mul_(counted[:, None])
+    return loss, correct, grad.to(logits.dtype)
 
-    The gradient is formed together with the loss, while a chunk's logits exist: nothing is computed twice, and of the
-    (positions, vocab) matrix only one chunk is ever in memory.
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden[kept] @ weight.T`, a chunk of positions at a time.
+
+    hidden: (positions, hidden). kept, targets: (trained,), which positions are trained and on what; after them may come
+    pairs of (positions, IGNORE), which count nothing. The gradient is formed together with the loss, while a chunk's
+    logits exist: nothing is computed twice, and of the (positions, vocab) matrix only one chunk is ever in memory.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, train: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, kept: Tensor, targets: Tensor, chunk: int, train: bool, cross_entropy
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if train and ctx.needs_input_grad[0] else None
+        train = train and any(ctx.needs_input_grad[:2])
+        positions = len(hidden)
+        grad_hidden = hidden.new_zeros(positions + 1, hidden.shape[1]) if train and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if train and ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk):
-            h, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = F.linear(h, weight).to(wide)  # (chunk, vocab), rounded to the model's dtype first, as published
-            correct += (logits.argmax(-1, keepdim=True) == target).sum()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += (log_z - logits.gather(1, target)).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = logits.sub_(log_z).exp_()  # softmax - one_hot: d loss / d logits
-            grad = grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide)).to(weight.dtype)
+            here, target = kept[start : start + chunk], targets[start : start + chunk]
+            h = hidden[here.clamp(max=positions - 1)]
+            logits = F.linear(h, weight)  # (chunk, vocab), rounded to the model's dtype, as published
+            part, right, grad = cross_entropy(logits, target, train)
+            loss += part
+            correct += right
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad @ weight
+                grad_hidden[here] = (grad @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad.T @ h
+        grad_hidden = None if grad_hidden is None else grad_hidden[:positions]
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -460,7 +485,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _):
         grads = [None if g is None else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def exit_distribution(gate_logits: Tensor) -> Tensor:
@@ -480,7 +505,24 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = OuroModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy = _cross_entropy
         self.post_init()
+
+    def recompute_layers(self, count: int) -> None:
+        """Recompute the first `count` layers, in every loop, in the backward pass instead of keeping their insides."""
+        self.gradient_checkpointing_enable()
+        for layer in self.model.layers[count:]:
+            layer.gradient_checkpointing = False
+
+    def compile_layers(self, dynamic: bool) -> None:
+        """Translates the layers and the loss into fused kernels, at their first call: once for all layers and loops,
+        and with `dynamic` for all lengths of batches; else each length anew, into slightly faster kernels."""
+        # By default torch goes back, silently, to code that is not compiled after eight translations.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = 64
+        for layer in self.model.layers:
+            layer.compile(dynamic=dynamic)
+        self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):
         """transformers asks the main branch for code that replaces `generate`, and runs that of a folder unasked."""
@@ -611,11 +653,20 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         elif objective == "last":
             states = states[-1:]
         train = torch.is_grad_enabled()
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        kept = F.pad(trained, (0, 1)).flatten().nonzero()[:, 0]
+        if self.cross_entropy is not _cross_entropy:  # compiled for whole chunks
+            padding = -len(targets) % CHUNK
+            targets = F.pad(targets, (0, padding), value=IGNORE)
+            kept = F.pad(kept, (0, padding), value=labels.numel())
         parts = [
-            _ChunkedCrossEntropy.apply(h[:, :-1][trained], self.lm_head.weight, targets, CHUNK, train) for h in states
+            _ChunkedCrossEntropy.apply(
+                h.flatten(0, 1), self.lm_head.weight, kept, targets, CHUNK, train, self.cross_entropy
+            )
+            for h in states
         ]
         # Without any trained token the loss is zero, not 0/0; the data checks refuse such rows before training.
-        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        count = torch.as_tensor(count).clamp(min=1)
         losses = torch.stack([loss for loss, _ in parts]) / count.to(labels.device)
         return {
             "loss": losses.mean(),

@@ -59,12 +59,20 @@ class Settings:
         "last", "which loops' logits are trained, see modeling_ouro.py", one_of=("last", "mixture", "all")
     )
     use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
+    frozen_weights: str = setting(
+        "auto", "auto: as use_qlora says; fp8: faster than bf16, on Hopper and later", one_of=("auto", "fp8")
+    )
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
     bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")
     # adapter
     r: int = setting(16, "rank of LoRA on the seven projections", at_least=1)
     lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
     lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0)
+    use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
+    use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
+    loraplus_lr_ratio: float = setting(
+        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0
+    )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
     dataset_path: str | None = setting(None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id")
@@ -115,7 +123,12 @@ class Settings:
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, "gradient clipping", at_least=0)
     optim: str = setting("paged_adamw_8bit", "as in transformers")
-    gradient_checkpointing: bool = setting(True, "recompute each layer in the backward pass: less memory, more time")
+    activation_checkpointing: str = setting(
+        "auto",
+        "layers recomputed in the backward pass, for less memory and more time: none, full, a number of layers, or "
+        "auto: as few as the GPU's free memory allows by plan.py's estimate",
+    )
+    torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
     seed: int = setting(42, "seed of everything", at_least=0)
     # while it runs
     save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)

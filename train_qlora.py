@@ -45,7 +45,9 @@ from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
+from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, load_ouro
+from plan import layers_to_recompute
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -73,10 +75,10 @@ class LoopTrainer(SFTTrainer):
         self._rates: list[float] = []
         super().__init__(*args, **kwargs)
 
-    def _prepare_peft_model(self, model: PreTrainedModel, peft_config: LoraConfig, args: SFTConfig) -> PeftModel:
+    def _prepare_peft_model(self, model: PeftModel, peft_config: None, args: SFTConfig) -> PeftModel:
         # TRL's own version casts embeddings, norms and head of a 4-bit model to fp32 (0.4 GB for 2.6B), and only on a
-        # GPU: a CPU test would run another model. What is needed, frozen weights and fp32 adapters, PEFT does itself.
-        return get_peft_model(model, peft_config)
+        # GPU: a CPU test would run another model. What is needed, frozen weights and fp32 adapters, is there already.
+        return model
 
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> EpochOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -352,6 +354,16 @@ class Metrics(TrainerCallback):
         )
 
 
+class Refresh(TrainerCallback):
+    """Brings the groups' copies of the adapters up to date: after a checkpoint was read, and after each step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        refresh(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        refresh(model)
+
+
 def check_device(settings: Settings) -> str | int:
     """The device of this process; a machine that cannot run these settings is refused here, not an hour later.
 
@@ -528,8 +540,7 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
             optim=s.optim,
-            gradient_checkpointing=s.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            gradient_checkpointing=False,  # `build` has seen to it, layer by layer
             bf16=s.bf16,
             use_cpu=use_cpu,
             seed=s.seed,
@@ -544,9 +555,60 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
             save_steps=s.save_steps,
             logging_dir=str(folder / "tensorboard"),
             ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,  # they are the frozen weights
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def build(s: Settings, device: str | int) -> PeftModel:
+    """The model to train: frozen weights, new adapters, layers that compute together, are recomputed, are compiled.
+
+    Raises:
+        UserError: no such model, or one that this machine cannot train as the settings say.
+    """
+    kind = "fp8" if s.frozen_weights == "fp8" else "nf4" if s.use_qlora else "bf16"
+    if kind == "fp8":
+        if s.use_qlora or s.use_dora or not s.bf16:
+            raise UserError("frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora, use_dora false and bf16 true")
+        if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
+            raise UserError("frozen_weights: fp8 needs a Hopper GPU (H100, H200) or a later one; set it to auto")
+    compiled = s.torch_compile and device != "cpu"
+    if compiled and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError(
+            "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
+        )
+    try:
+        model = load_ouro(
+            s.model_name_or_path,
+            s.model_revision,
+            total_ut_steps=s.total_ut_steps,
+            dtype=torch.bfloat16 if s.bf16 else torch.float32,
+            nf4=kind == "nf4",
+            double_quant=s.bnb_4bit_use_double_quant,
+            device=device,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
+    set_seed(s.seed)  # the trainer does so only after the adapter's first weights were drawn
+    config = LoraConfig(
+        r=s.r,
+        lora_alpha=s.lora_alpha,
+        lora_dropout=s.lora_dropout,
+        use_rslora=s.use_rslora,
+        use_dora=s.use_dora,
+        target_modules=PROJECTIONS,  # by name: "all-linear" would adapt the exit gate
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
+    if not s.use_dora:
+        fuse(adapted, kind)
+    model.recompute_layers(layers_to_recompute(s, model.config, kind, device))
+    if compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
+        model.compile_layers(dynamic=not s.packing)
+    return adapted
 
 
 def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
@@ -601,21 +663,9 @@ def train(run: Resolved) -> Path:
             continue_from(state, report)
         save_report(folder / "data_report.json", report)
 
-    try:
-        model = load_ouro(
-            s.model_name_or_path,
-            s.model_revision,
-            total_ut_steps=s.total_ut_steps,
-            dtype=torch.bfloat16 if s.bf16 else torch.float32,
-            nf4=s.use_qlora,
-            double_quant=s.bnb_4bit_use_double_quant,
-            device=device,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
+    model = build(s, device)
     if RANK == 0 and state == "new":
         write_json(folder / "manifest.json", manifest(run, model, report))
-    set_seed(s.seed)  # the trainer does so only after it has drawn the adapter's first weights
     stopper = Stopper(run.options.time_limit)
     trainer = LoopTrainer(
         model=model,
@@ -626,14 +676,7 @@ def train(run: Resolved) -> Path:
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=s.r,
-            lora_alpha=s.lora_alpha,
-            lora_dropout=s.lora_dropout,
-            target_modules=PROJECTIONS,  # by name: "all-linear" would adapt the exit gate
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0), stopper],
+        callbacks=[Refresh(), Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0), stopper],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

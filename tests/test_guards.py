@@ -27,7 +27,7 @@ from train_qlora import LoopTrainer
 ROOT = Path(train_qlora.__file__).parent
 MODEL = "sample/ouro-tiny"
 SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none"]
-PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--gradient_checkpointing", "false"]
+PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--activation_checkpointing", "none"]
 TWO_BY_TWO = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 RARE = "๛"  # a sign that is in one row only
 

@@ -1,0 +1,68 @@
+"""What training costs, counted: floating-point operations of a step, bytes of memory; and which layers to recompute."""
+
+import statistics
+
+from settings import Settings, UserError
+
+import torch
+
+from modeling_ouro import OuroConfig
+
+
+def product_sizes(config: OuroConfig) -> list[tuple[int, int]]:
+    """(in, out) of the seven projections of a layer."""
+    hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+    return (
+        [(hidden, inner)] * 3
+        + [(inner, hidden)]
+        + [(hidden, config.intermediate_size)] * 2
+        + [(config.intermediate_size, hidden)]
+    )
+
+
+def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pairs: float, trained: float) -> float:
+    """Floating-point operations of forward and backward pass, recomputation not counted.
+
+    tokens: run through the layers; pairs: of a token and one it attends to, n (n + 1) / 2 for a document of n tokens;
+    trained: tokens whose logits are formed. Frozen weights have no gradient, so each of their products costs 2
+    operations a weight forward and 2 backward; LoRA's 2 and 4; attention 4 a pair and inner size forward and, its
+    scores computed again, 10 backward (Dao 2023, FlashAttention-2, section 4.1, which counts 2.5 times the forward).
+    """
+    sizes = product_sizes(config)
+    layer = 4 * sum(i * o for i, o in sizes) + 6 * rank * sum(i + o for i, o in sizes)
+    attention = 3.5 * 4 * config.num_attention_heads * config.head_dim
+    head = 4 * config.hidden_size * config.vocab_size
+    return loops * config.num_hidden_layers * (tokens * layer + pairs * attention) + trained * head
+
+
+def matrix_rate(device: str | int) -> float:
+    """FLOP/s of bf16 products of 8192 x 8192 on this GPU: the rate that model-FLOP use is a share of."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    spent = []
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.mm(a, b, out=out)
+        end.record()
+        end.synchronize()
+        spent.append(start.elapsed_time(end) / 1e3)
+    return 2 * 8192**3 / statistics.median(spent[2:])
+
+
+def layers_to_recompute(s: Settings, config: OuroConfig, kind: str, device: str | int) -> int:
+    """How many layers the setting activation_checkpointing means, here and now.
+
+    Raises:
+        UserError: a value that means none, or, for `auto`, too little free memory with all layers recomputed.
+    """
+    layers, asked = config.num_hidden_layers, s.activation_checkpointing
+    if asked in ("none", "full"):
+        return {"none": 0, "full": layers}[asked]
+    if asked != "auto":
+        if not asked.isdecimal() or int(asked) > layers:
+            raise UserError(
+                f"activation_checkpointing must be auto, none, full or a number of layers up to {layers}, got {asked!r}"
+            )
+        return int(asked)
+    return layers
