@@ -31,7 +31,7 @@ from batches import EpochOrder, collate, pack
 from data_config import load_tokenizer, prepare
 from lora import refresh
 from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, load_ouro
-from plan import matrix_rate, training_flops
+from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
 from sources import ROOT, read_file
 from train_qlora import build
 
@@ -130,21 +130,23 @@ def stock(s: Settings) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-NF4 = {
-    "use_qlora": True,
-    "optim": "paged_adamw_8bit",
-    "activation_checkpointing": "full",
-    "per_device_train_batch_size": 1,
-}
-TRAIN = {  # row: settings that differ from those given
-    "stock bf16": {"use_qlora": False, "loss": "mixture", "per_device_train_batch_size": 8},
-    "bf16": {"use_qlora": False, "activation_checkpointing": "none"},
-    "bf16 recomputed": {"use_qlora": False, "activation_checkpointing": "full", "per_device_train_batch_size": 8},
-    "fp8": {"use_qlora": False, "frozen_weights": "fp8", "activation_checkpointing": "none"},
-    "stock nf4": NF4 | {"loss": "mixture"},
-    "nf4": NF4,
-    "nf4, batch 3": NF4 | {"per_device_train_batch_size": 3},
-}
+LORA = {"use_qlora": False, "optim": "adamw_torch_fused"}
+NF4 = {"use_qlora": True, "optim": "paged_adamw_8bit"}
+KEPT, RECOMPUTED = {"activation_checkpointing": "none"}, {"activation_checkpointing": "full"}
+TRAIN = (  # row, loops, batch, settings
+    ("stock bf16", 4, 8, LORA | {"loss": "mixture"}),
+    ("stock bf16", 1, 8, LORA | {"loss": "mixture"}),
+    ("bf16", 4, 4, LORA | KEPT),
+    ("bf16", 1, 8, LORA | KEPT),
+    ("bf16 recomputed", 4, 8, LORA | RECOMPUTED),
+    ("bf16 recomputed", 1, 8, LORA | RECOMPUTED),
+    ("fp8", 4, 4, LORA | KEPT | {"frozen_weights": "fp8"}),
+    ("fp8", 1, 8, LORA | KEPT | {"frozen_weights": "fp8"}),
+    ("stock nf4", 4, 1, NF4 | {"loss": "mixture"}),
+    ("nf4", 4, 1, NF4 | RECOMPUTED),
+    ("nf4", 4, 3, NF4 | RECOMPUTED),
+    ("nf4", 1, 3, NF4 | RECOMPUTED),
+)
 
 
 def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, float]:
@@ -178,17 +180,22 @@ def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, flo
 
 
 def bench_train(run: Resolved) -> None:
-    s, wanted = run.settings, (run.options.only or ",".join(TRAIN)).split(",")
+    s, only, depths = run.settings, run.options.only, run.options.loops
     seq, rate = s.max_length, matrix_rate("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, products of bf16: {rate / 1e12:.0f} TFLOP/s")
     print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}, dropout {s.lora_dropout:g}")
-    print(f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'first steps':>13}")
+    print(
+        f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'estimate':>10}{'first steps':>13}"
+    )
     usual = {}
     with tempfile.TemporaryDirectory() as folder:
         build_random(s, Path(folder))
-        for name, loops in ((name, loops) for name in TRAIN if name in wanted for loops in run.options.loops):
-            row = dataclasses.replace(s, **{"model_name_or_path": folder, "total_ut_steps": loops} | TRAIN[name])
-            batch, is_usual = row.per_device_train_batch_size, name.startswith("stock")
+        for name, loops, batch, changes in TRAIN:
+            if loops not in depths or (only and name not in only):
+                continue
+            is_usual, batch = name.startswith("stock"), run.options.batch or batch
+            changes = changes | {"total_ut_steps": loops, "per_device_train_batch_size": batch}
+            row = dataclasses.replace(s, **changes | {"model_name_or_path": folder})
             try:
                 speed, peak, first = measure(row, is_usual, run.options.profile)
             except torch.OutOfMemoryError:
@@ -198,8 +205,11 @@ def bench_train(run: Resolved) -> None:
                 usual[row.use_qlora, loops] = speed
             times = f"{speed / usual[row.use_qlora, loops]:.2f}" if (row.use_qlora, loops) in usual else ""
             use = speed * training_flops(OuroConfig(), loops, s.r, seq, seq * (seq + 1) / 2, seq) / seq / rate
+            recomputed = layers_to_recompute(row, OuroConfig(), None)
+            estimate = "" if is_usual else f"{training_memory(row, OuroConfig(), recomputed) / 2**30:.1f}"
             print(
-                f"  {name:<18}{loops:>5}{batch:>6}{speed:>9,.0f}{times:>9}{use:>10.1%}{peak:>7.1f}{first:>11.1f} s",
+                f"  {name:<18}{loops:>5}{batch:>6}{speed:>9,.0f}{times:>9}{use:>10.1%}{peak:>7.1f}{estimate:>10}"
+                f"{first:>11.1f} s",
                 flush=True,
             )
 
@@ -217,7 +227,8 @@ def profile(step: Callable[[], None]) -> None:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("data", "train"), help="what to measure")
-    parser.add_argument("--only", help="train: these rows of the table")
+    parser.add_argument("--only", nargs="+", help="train: these rows of the table")
+    parser.add_argument("--batch", type=int, help="train: another batch size for all of them")
     parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train: rows at these loop counts")
     parser.add_argument("--profile", action="store_true", help="train: the kernels of a step")
     parser.add_argument("--rows", type=int, default=4000, help="rows of the data measured (default: 4000)")

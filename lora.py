@@ -5,16 +5,17 @@
     loss.backward(); optimizer.step(); refresh(model)           # after every change of the adapters
 
 PEFT computes y = W x + s B A x for each projection by itself: two thin products and an addition beside each large one.
-Here the projections of one input (q, k, v; o; gate, up; down) are one group, and
+Here the projections of one input (q, k, v; o; gate, up; down) are one group, written as if they were one, and
 
 * bf16 (and fp32): the frozen W and the adapters A and B lie in one matrix [[W, B], [A, 0]]. The forward pass is
   [x, s A x] times its rows [W, B], the backward pass [dy, s B' dy] times its columns [W; A]: LoRA costs 1 to 3 % more
   inner dimension of the large products.
+* nf4: the same, and the matrix is made from bitsandbytes' 4-bit numbers for one product, and dropped.
 * fp8: W is kept twice in e4m3 for Hopper's tensor cores, scaled by row for W x and by column for W' dy; x and dy are
   scaled by row as they come. LoRA stays in bf16.
-* nf4: bitsandbytes' 4-bit weights become bf16 one projection at a time, for one product, and are dropped.
 
-The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection.
+The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection,
+and is not kept for the backward pass: it is a function of a seed.
 """
 
 import torch
@@ -40,91 +41,139 @@ def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch._scaled_mm(x8, weight.t(), x_scale, scale.t(), out_dtype=x.dtype, use_fast_accum=True)
 
 
-# An operation of its own: the compiler would see that the forward and the backward pass decode the same weights, and
-# keep them decoded in between, all 5 GB.
-@torch.library.custom_op("ouro::nf4_product", mutates_args=())
-def nf4_product(x: Tensor, state: list[Tensor], out_features: int, transposed: bool) -> Tensor:
-    """x (rows, in) W', or with `transposed` x (rows, out) W, for W (out, in) in bitsandbytes' NF4.
+def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """W (out, width) from bitsandbytes' NF4, rounded as theirs.
 
-    state: the packed numbers and their scales, one for 64; or, doubly quantised, the numbers, the scales in 8 bits,
-    those scales' scales, one for 256, their code and their mean.
+    code: the 16 numbers. state: indices into it, two a byte, the first in the higher half; a scale for each 64; or,
+    doubly quantised, an index for each 64 into the scales' own code, that, its scales, one for 256, and its mean.
     """
     packed, absmax, *nested = state
     if nested:
-        scales, code, mean = nested
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, code, 256, torch.float32) + mean
-    shape = [out_features, 2 * packed.numel() // out_features]
-    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", shape, x.dtype)
-    return x @ (weight if transposed else weight.t())
+        scales_code, scales, mean = nested
+        each = torch.arange(absmax.numel(), device=absmax.device) // 256
+        absmax = scales_code[absmax.flatten().int()] * scales[each] + mean
+    halves = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), 1).view(-1, 64)
+    return (code[halves.int()] * absmax.view(-1, 1)).to(dtype).view(-1, width)
 
 
-@nf4_product.register_fake
-def _(x, state, out_features, transposed):
-    return x.new_empty(x.shape[0], 2 * state[0].numel() // out_features if transposed else out_features)
+def dropout(x: Tensor, seed: Tensor, p: Tensor | float) -> Tensor:
+    """x (rows, columns) with a share p of its elements zero and the others larger by 1 / (1 - p); which, `seed` says.
+
+    Two rounds of lowbias32 (Wellons 2018) mix an element's number with the halves of the seed, int64: the same bits on
+    every device, and cheaper to compute again than to keep.
+    """
+    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    for half in (seed.int(), (seed >> 32).int()):
+        bits = bits ^ half
+        bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
+        bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+        bits = bits ^ ((bits >> 16) & 0xFFFF)
+    return torch.where((bits & 0x7FFFFFFF).float() * 2.0**-31 < p, 0, x / (1 - p)).to(x.dtype)
 
 
-def _frozen_forward(x: Tensor, kind: str, outs: tuple[int, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if kind == "fp8":
-        return fp8_product(x, *weights[:2]).split(outs, 1)
-    each = len(weights) // len(outs)
-    return tuple(nf4_product(x, weights[k * each : (k + 1) * each], o, False) for k, o in enumerate(outs))
+def with_room(parts: tuple[Tensor, ...], columns: int) -> Tensor:
+    """The parts (rows, …) side by side, and as many columns of zeros."""
+    return torch.cat((*parts, parts[0].new_zeros(len(parts[0]), columns)), 1)
 
 
-def _frozen_backward(dys: tuple[Tensor, ...], kind: str, outs: tuple[int, ...], weights: tuple[Tensor, ...]) -> Tensor:
-    if kind == "fp8":
-        return fp8_product(torch.cat(dys, 1), *weights[2:])
-    each = len(weights) // len(outs)
-    return sum(
-        nf4_product(dy, weights[k * each : (k + 1) * each], o, True)
-        for k, (dy, o) in enumerate(zip(dys, outs, strict=True))
-    )
+def fill(whole: Tensor, part: Tensor) -> Tensor:
+    """`whole` with `part` as its last columns: compiled, a write in place, where plain indexing would copy it all."""
+    return torch.as_strided_scatter(whole, part, part.shape, whole.stride(), whole.shape[1] - part.shape[1])
 
 
 class _Products(torch.autograd.Function):
-    """y_k = W_k x + s B_k A_k dropped, for the projections k of a group; x and dropped (rows, in), y_k (rows, outs[k]).
+    """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
-    dropped: x after dropout, or None where there is none. tensors: A, all of them, (projections x rank, in); B_k; the
-    frozen weights; and the parameters that A and B_k are copies of, here only to be given their gradients.
+    seed: of the dropout, or None where there is none. tensors: the group's, copies of A and B among them; and the
+    parameters that those are copies of, here only to be given their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, kind, outs, scale, *tensors):
-        n = len(outs)
-        a, bs, weights = tensors[0], tensors[1 : n + 1], tensors[n + 1 : -2 * n]
-        source = x if dropped is None else dropped
-        low = (source @ a.t()) * scale  # (rows, projections x rank)
-        rank = low.shape[1] // n
-        if kind == "bf16":
-            both = torch.cat((x, low), 1)
-            ys = tuple(both @ rows.t() for rows in weights[0][: sum(outs)].split(outs))
-            # what is kept for the backward pass are parts of `both`: x needs no second copy
-            low = both[:, x.shape[1] :]
-            source = both[:, : x.shape[1]] if dropped is None else dropped
+    def forward(ctx, x, seed, p, kind, outs, scale, *tensors):
+        n, width = len(outs), x.shape[1]
+        frozen = tensors[: -2 * n]
+        a, bs = _factors(kind, frozen, outs, width)
+        if kind != "fp8":
+            both = with_room((x,), len(a))
+            x = both[:, :width]  # so that it is not written twice, here and for the product with A
+        low = ((x if seed is None else dropout(x, seed, p)) @ a.t()) * scale  # (rows, projections x rank)
+        if kind == "fp8":
+            y = fp8_product(x, *frozen[2:4])
+            lows = zip(y.split(outs, 1), low.split(len(a) // n, 1), bs, strict=True)
+            ys = tuple(_sum(y, z @ b.t()) for y, z, b in lows)
         else:
-            ys = _frozen_forward(x, kind, outs, weights)
-            ys = tuple(torch.addmm(y, z, b.t()) for y, z, b in zip(ys, low.split(rank, 1), bs, strict=True))
-        ctx.save_for_backward(source, low, a, *bs, *weights)
-        ctx.constants = kind, outs, scale, rank, dropped is not None
+            both = fill(both, low)
+            x, low = both[:, :width], both[:, width:]
+            ys = tuple(both @ rows.t() for rows in _rows(kind, frozen, bs, width))
+        ctx.save_for_backward(x, low, seed, *frozen)  # no parts of them: torch 2.7 compiles wrong gradients from those
+        ctx.constants = p, kind, outs, scale
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
-        kind, outs, scale, rank, dropout = ctx.constants
-        n = len(outs)
-        source, low, a, *rest = ctx.saved_tensors
-        bs, weights = rest[:n], tuple(rest[n:])
-        parts = [(dy @ b) * scale for dy, b in zip(dys, bs, strict=True)]  # (rows, rank) each
-        part = torch.cat(parts, 1)
-        das = (part.t() @ source).split(rank)
-        dbs = [dy.t() @ z for dy, z in zip(dys, low.split(rank, 1), strict=True)]
-        if kind == "bf16":
-            columns = weights[0][:, : source.shape[1]]
-            dx = torch.cat(dys, 1) @ columns[: sum(outs)] if dropout else torch.cat((*dys, part), 1) @ columns
+        p, kind, outs, scale = ctx.constants
+        n, total = len(outs), sum(outs)
+        x, low, seed, *frozen = ctx.saved_tensors
+        a, bs = _factors(kind, frozen, outs, x.shape[1])
+        dy = with_room(dys, len(a))
+        # The compiler sees that what is computed here was computed in the forward pass already, and would keep it till
+        # now: the decoded weights, 5 GB, and the masks. With a zero that is only known now, it does not.
+        zero = dy[0, 0].float() * 0
+        dys = dy[:, :total].split(outs, 1)
+        part = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1) * scale  # (rows, projections x rank)
+        dropped = x if seed is None else dropout(x, seed, p + zero)
+        das = [da.float() for da in (part.t() @ dropped).split(len(a) // n)]
+        dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(len(a) // n, 1), strict=True)]
+        if kind == "fp8":
+            dx = fp8_product(dy[:, :total], *frozen[4:])
+        elif seed is None:
+            dx = fill(dy, part) @ _columns(kind, frozen, a, n, zero)
         else:
-            dx = _frozen_backward(dys, kind, outs, weights)
-            dx = dx if dropout else torch.addmm(dx, part, a)
-        nothing = [None] * (3 + 1 + n + len(weights))
-        return dx, part @ a if dropout else None, *nothing, *das, *dbs
+            dx = dy[:, :total] @ _columns(kind, frozen, a, n, zero)[:total]
+        if seed is not None:
+            dx = _sum(dx, dropout(part @ a, seed, p + zero))
+        elif kind == "fp8":
+            dx = _sum(dx, part @ a)
+        return dx, *[None] * (5 + len(frozen)), *das, *dbs
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    """x + y. In fp32, so that it is added where it is used: of a plain sum the compiler makes a copy of x and a product
+    that adds to it."""
+    return (x.float() + y.float()).to(x.dtype) if x.dtype == torch.bfloat16 else x + y
+
+
+def _factors(kind: str, frozen, outs: tuple[int, ...], width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The copies of A, all of them below each other (projections x rank, in), and of each B (out, rank)."""
+    total = sum(outs)
+    if kind != "bf16":
+        return frozen[0], frozen[1].split(outs)
+    rank = (len(frozen[0]) - total) // len(outs)
+    rows = frozen[0][:total, width:].split(outs)
+    return frozen[0][total:, :width], tuple(r[:, k * rank : (k + 1) * rank] for k, r in enumerate(rows))
+
+
+def _decoded(frozen, n: int, width: int, dtype: torch.dtype, zero: Tensor | float = 0.0) -> list[Tensor]:
+    _, _, code, *states = frozen
+    each = len(states) // n
+    return [nf4_weight(states[k * each : (k + 1) * each], code + zero, width, dtype) for k in range(n)]
+
+
+def _rows(kind: str, frozen, bs, width: int) -> list[Tensor]:
+    """[W, B] of a group's matrix [[W, B], [A, 0]], for each projection; B_k stands in the columns of its rank."""
+    if kind == "bf16":
+        return frozen[0][: sum(len(b) for b in bs)].split([len(b) for b in bs])
+    weights, (n, rank) = _decoded(frozen, len(bs), width, bs[0].dtype), (len(bs), bs[0].shape[1])
+    return [
+        torch.cat((w, F.pad(b, (k * rank, (n - 1 - k) * rank))), 1)
+        for k, (w, b) in enumerate(zip(weights, bs, strict=True))
+    ]
+
+
+def _columns(kind: str, frozen, a: Tensor, n: int, zero: Tensor) -> Tensor:
+    """[W; A] of a group's matrix [[W, B], [A, 0]]."""
+    width = a.shape[1]
+    return frozen[0][:, :width] if kind == "bf16" else torch.cat((*_decoded(frozen, n, width, a.dtype, zero), a))
 
 
 class Group(nn.Module):
@@ -151,27 +200,25 @@ class Group(nn.Module):
                 rows[:, : self.width] = base.weight.detach()
                 base.weight.data = rows[:, : self.width]
         else:
-            self.register_buffer("a", torch.zeros(ranks, self.width, **new), persistent=False)
-            self.register_buffer("b", torch.zeros(total, self.rank, **new), persistent=False)
+            frozen = [torch.zeros(ranks, self.width, **new), torch.zeros(total, self.rank, **new)]
             if kind == "nf4":
-                frozen = [tensor for weight in weights for tensor in nf4_state(weight)]
+                frozen += [weights[0].quant_state.code, *(tensor for w in weights for tensor in nf4_state(w))]
             else:
                 whole = torch.cat(weights).detach()
-                frozen = [*by_row(whole), *by_row(whole.t().contiguous())]
+                frozen += [*by_row(whole), *by_row(whole.t().contiguous())]
                 for base in bases:
                     base.weight.data = base.weight.new_empty(0)
         self.count = len(frozen)
         for number, tensor in enumerate(frozen):
             self.register_buffer(f"frozen{number}", tensor, persistent=False)
 
-    def factors(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The copies of A, all of them below each other (projections x rank, in), and of each B (out, rank)."""
-        if self.kind != "bf16":
-            return self.a, self.b.split(self.outs)
-        total = sum(self.outs)
-        rows = self.frozen0[:total, self.width :].split(self.outs)
-        bs = tuple(r[:, k * self.rank : (k + 1) * self.rank] for k, r in enumerate(rows))
-        return self.frozen0[total:, : self.width], bs
+    def frozen(self) -> list[Tensor]:
+        return [getattr(self, f"frozen{number}") for number in range(self.count)]
+
+    def copies(self) -> list[Tensor]:
+        """What is kept of each A (rank, in), then of each B (out, rank)."""
+        a, bs = _factors(self.kind, self.frozen(), self.outs, self.width)
+        return [*a.split(self.rank), *bs]
 
     def parameters_of(self) -> list[nn.Parameter]:
         """PEFT's parameters: each A (rank, in), then each B (out, rank)."""
@@ -179,17 +226,18 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, self.width)
-        dropped = F.dropout(rows, self.dropout) if self.training and self.dropout else None
-        a, bs = self.factors()
-        frozen = [getattr(self, f"frozen{number}") for number in range(self.count)]
-        ys = _Products.apply(rows, dropped, self.kind, self.outs, self.scale, a, *bs, *frozen, *self.parameters_of())
+        seed = None
+        if self.training and self.dropout:
+            seed = torch.randint(2**62, (), device=x.device)
+        constants = self.dropout, self.kind, self.outs, self.scale
+        ys = _Products.apply(rows, seed, *constants, *self.frozen(), *self.parameters_of())
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
 def nf4_state(weight: Tensor) -> list[Tensor]:
-    """What `nf4_product` reads, of a bitsandbytes Params4bit."""
+    """What `nf4_weight` reads, of a bitsandbytes Params4bit."""
     state = weight.quant_state
-    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     if state.quant_type != "nf4" or state.blocksize != 64 or (nested and state.state2.blocksize != 256):
         raise ValueError(f"NF4 in blocks of 64 (and 256) is supported, this is {state.quant_type}, {state.blocksize}")
     return [weight.detach().as_subclass(Tensor), state.absmax, *nested]
@@ -215,5 +263,4 @@ def fuse(model: PeftModel, kind: str) -> None:
 def refresh(model: PeftModel) -> None:
     """Copies the adapters into the groups; to be called after they changed."""
     groups = [module for module in model.modules() if isinstance(module, Group)]
-    copies = [tensor for g in groups for a, bs in [g.factors()] for tensor in (*a.split(g.rank), *bs)]
-    torch._foreach_copy_(copies, [p for g in groups for p in g.parameters_of()])
+    torch._foreach_copy_([t for g in groups for t in g.copies()], [p for g in groups for p in g.parameters_of()])

@@ -174,9 +174,8 @@ class OuroRMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (batch, heads, seq, head_dim) in the half-rotation layout."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary embedding of x (batch, heads, seq, head_dim) in the half-rotation layout; `sin` as `_rotary` gives it."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, documents: Tensor | None) -> Tensor:
@@ -365,7 +364,8 @@ class OuroModel(OuroPreTrainedModel):
         return OuroModelOutput(x, past_key_values, tuple(states))
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (batch or 1, 1, seq, head_dim); angles in fp32 (float64 in a float64 model), whatever the dtype.
+        """cos and sin, (batch or 1, 1, seq, head_dim), sin with the sign of the rotation; angles, whatever the dtype,
+        are in fp32 (float64 in a float64 model).
 
         Computed here, once for all loops and layers, instead of from a buffer: `model.to(bf16)` would round a buffer.
         """
@@ -373,8 +373,8 @@ class OuroModel(OuroPreTrainedModel):
         dim = self.config.head_dim
         exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=positions.device).to(wide) / dim
         angles = positions[:, None, :, None].to(wide) * (1.0 / self.config.rope_theta**exponent)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _attention_form(self, attention_mask, position_ids, past_key_values, batch, seq, past):
         """The cheapest exact form of attention, as (mask, causal, documents) of `attend`."""
@@ -521,7 +521,8 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
-            layer.compile(dynamic=dynamic)
+            # Without the option, what is computed for several columns of one matrix is computed for all of them anew.
+            layer.compile(dynamic=dynamic, options={"max_pointwise_cat_inputs": 0})
         self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):

@@ -6,7 +6,7 @@ from settings import Settings, UserError
 
 import torch
 
-from modeling_ouro import OuroConfig
+from modeling_ouro import CHUNK, OuroConfig
 
 
 def product_sizes(config: OuroConfig) -> list[tuple[int, int]]:
@@ -50,13 +50,37 @@ def matrix_rate(device: str | int) -> float:
     return 2 * 8192**3 / statistics.median(spent[2:])
 
 
-def layers_to_recompute(s: Settings, config: OuroConfig, kind: str, device: str | int) -> int:
-    """How many layers the setting activation_checkpointing means, here and now.
+def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
+    """Bytes allocated on the GPU at the peak of training: the longest batch, layers compiled, `recomputed` of them.
+
+    Counted: weights, adapters with gradients and optimizer, what the layers keep for the backward pass, and the larger
+    of one recomputed layer's and the loss's own. Compared with measured peaks in `bench.py train`.
+    """
+    sizes, hidden, layers = product_sizes(config), config.hidden_size, config.num_hidden_layers
+    number = 2 if s.bf16 else 4
+    tokens = s.per_device_train_batch_size * s.max_length
+    weight = 0.5 + ((1 + 4 / 256) if s.bnb_4bit_use_double_quant else 4) / 64 if s.use_qlora else number
+    weights = layers * weight * sum(i * o for i, o in sizes) + 2 * number * config.vocab_size * hidden
+    # of each adapter parameter: itself, its gradient, its copy, and the optimizer's two numbers
+    adapters = layers * s.r * sum(i + o for i, o in sizes) * (4 + 4 + number + (2 if "8bit" in s.optim else 8))
+    inner = config.num_attention_heads * config.head_dim
+    # input and output of both norms around either sub-layer, q, k, v, attention's output and its copy; gate, up, product
+    inside = (5 * hidden + 5 * inner + 3 * config.intermediate_size) * number * tokens
+    state = hidden * number * tokens
+    kept = s.total_ut_steps * ((layers - recomputed) * inside + recomputed * state)
+    loss = 2 * CHUNK * config.vocab_size * number + 2 * state
+    return weights + adapters + kept + max(inside if recomputed else 0, loss)
+
+
+def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None) -> int:
+    """How many layers the setting activation_checkpointing means, with so many bytes of GPU memory free (None: no GPU).
 
     Raises:
-        UserError: a value that means none, or, for `auto`, too little free memory with all layers recomputed.
+        UserError: a value that means none, or, for `auto`, too little memory even with all layers recomputed.
     """
     layers, asked = config.num_hidden_layers, s.activation_checkpointing
+    if asked == "auto" and (free is None or not s.torch_compile):
+        asked = "none" if free is None else "full"  # the estimate is of compiled layers
     if asked in ("none", "full"):
         return {"none": 0, "full": layers}[asked]
     if asked != "auto":
@@ -65,4 +89,12 @@ def layers_to_recompute(s: Settings, config: OuroConfig, kind: str, device: str 
                 f"activation_checkpointing must be auto, none, full or a number of layers up to {layers}, got {asked!r}"
             )
         return int(asked)
-    return layers
+    usable = 0.92 * free  # the rest is what the allocator loses, and the libraries' own
+    for count in range(layers + 1):
+        if training_memory(s, config, count) <= usable:
+            return count
+    need = training_memory(s, config, layers) / 2**30
+    raise UserError(
+        f"about {need:.1f} GiB of GPU memory are needed, {usable / 2**30:.1f} GiB can be used; lower max_length "
+        f"({s.max_length}) or per_device_train_batch_size ({s.per_device_train_batch_size}), or set use_qlora"
+    )

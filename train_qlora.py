@@ -578,6 +578,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
         raise UserError(
             "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
         )
+    free = None if device == "cpu" else torch.cuda.mem_get_info()[0]
     try:
         model = load_ouro(
             s.model_name_or_path,
@@ -590,6 +591,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
+    recomputed = layers_to_recompute(s, model.config, free)
     set_seed(s.seed)  # the trainer does so only after the adapter's first weights were drawn
     config = LoraConfig(
         r=s.r,
@@ -604,7 +606,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
     adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
     if not s.use_dora:
         fuse(adapted, kind)
-    model.recompute_layers(layers_to_recompute(s, model.config, kind, device))
+    model.recompute_layers(recomputed)
     if compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
         model.compile_layers(dynamic=not s.packing)
