@@ -136,17 +136,21 @@ KEPT, RECOMPUTED = {"activation_checkpointing": "none"}, {"activation_checkpoint
 TRAIN = (  # row, loops, batch, settings
     ("stock bf16", 4, 8, LORA | {"loss": "mixture"}),
     ("stock bf16", 1, 8, LORA | {"loss": "mixture"}),
-    ("bf16", 4, 4, LORA | KEPT),
-    ("bf16", 1, 8, LORA | KEPT),
+    ("bf16", 4, 4, LORA | KEPT | {"lora_dropout": 0}),
+    ("bf16", 1, 8, LORA | KEPT | {"lora_dropout": 0}),
+    ("bf16, dropout", 4, 3, LORA | KEPT),
+    ("bf16, dropout", 1, 8, LORA | KEPT),
     ("bf16 recomputed", 4, 8, LORA | RECOMPUTED),
     ("bf16 recomputed", 1, 8, LORA | RECOMPUTED),
-    ("fp8", 4, 4, LORA | KEPT | {"frozen_weights": "fp8"}),
-    ("fp8", 1, 8, LORA | KEPT | {"frozen_weights": "fp8"}),
+    ("fp8", 4, 4, LORA | KEPT | {"lora_dropout": 0, "frozen_weights": "fp8"}),
+    ("fp8", 1, 8, LORA | KEPT | {"lora_dropout": 0, "frozen_weights": "fp8"}),
     ("stock nf4", 4, 1, NF4 | {"loss": "mixture"}),
+    ("stock nf4", 4, 2, NF4 | {"loss": "mixture"}),
     ("nf4", 4, 1, NF4 | RECOMPUTED),
     ("nf4", 4, 3, NF4 | RECOMPUTED),
-    ("nf4", 1, 3, NF4 | RECOMPUTED),
+    ("nf4", 4, 4, NF4 | RECOMPUTED),
 )
+SMALL_CARD = 9.3 * 2**30  # what a 10 GB card leaves a process; the rows with NF4 may use no more
 
 
 def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, float]:
@@ -155,6 +159,8 @@ def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, flo
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1, SMALL_CARD / whole) if s.use_qlora else 1.0)
     model = stock(s) if usual else build(s, 0)
     model.train()
     names = {"adamw_torch_fused": torch.optim.AdamW, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
@@ -183,9 +189,10 @@ def bench_train(run: Resolved) -> None:
     s, only, depths = run.settings, run.options.only, run.options.loops
     seq, rate = s.max_length, matrix_rate("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, products of bf16: {rate / 1e12:.0f} TFLOP/s")
-    print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}, dropout {s.lora_dropout:g}")
+    print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}")
     print(
-        f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'estimate':>10}{'first steps':>13}"
+        f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'estimate':>10}"
+        f"{'first steps':>13}"
     )
     usual = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +204,7 @@ def bench_train(run: Resolved) -> None:
             changes = changes | {"total_ut_steps": loops, "per_device_train_batch_size": batch}
             row = dataclasses.replace(s, **changes | {"model_name_or_path": folder})
             try:
-                speed, peak, first = measure(row, is_usual, run.options.profile)
+                speed, peak, first = measure(row, is_usual, name in run.options.profile and loops == 1)
             except torch.OutOfMemoryError:
                 print(f"  {name:<18}{loops:>5}{batch:>6}  out of memory", flush=True)
                 continue
@@ -230,7 +237,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", help="train: these rows of the table")
     parser.add_argument("--batch", type=int, help="train: another batch size for all of them")
     parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train: rows at these loop counts")
-    parser.add_argument("--profile", action="store_true", help="train: the kernels of a step")
+    parser.add_argument("--profile", nargs="+", default=(), help="train: also the kernels of a step of these rows")
     parser.add_argument("--rows", type=int, default=4000, help="rows of the data measured (default: 4000)")
 
 

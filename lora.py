@@ -14,8 +14,7 @@ Here the projections of one input (q, k, v; o; gate, up; down) are one group, wr
 * fp8: W is kept twice in e4m3 for Hopper's tensor cores, scaled by row for W x and by column for W' dy; x and dy are
   scaled by row as they come. LoRA stays in bf16.
 
-The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection,
-and is not kept for the backward pass: it is a function of a seed.
+The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection.
 """
 
 import torch
@@ -56,19 +55,9 @@ def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch
     return (code[halves.int()] * absmax.view(-1, 1)).to(dtype).view(-1, width)
 
 
-def dropout(x: Tensor, seed: Tensor, p: Tensor | float) -> Tensor:
-    """x (rows, columns) with a share p of its elements zero and the others larger by 1 / (1 - p); which, `seed` says.
-
-    Two rounds of lowbias32 (Wellons 2018) mix an element's number with the halves of the seed, int64: the same bits on
-    every device, and cheaper to compute again than to keep.
-    """
-    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    for half in (seed.int(), (seed >> 32).int()):
-        bits = bits ^ half
-        bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
-        bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-        bits = bits ^ ((bits >> 16) & 0xFFFF)
-    return torch.where((bits & 0x7FFFFFFF).float() * 2.0**-31 < p, 0, x / (1 - p)).to(x.dtype)
+def dropout(x: Tensor, kept: Tensor, p: Tensor | float) -> Tensor:
+    """x (rows, columns) where `kept`, larger by 1 / (1 - p), and zero elsewhere."""
+    return torch.where(kept, x / (1 - p), 0).to(x.dtype)
 
 
 def with_room(parts: tuple[Tensor, ...], columns: int) -> Tensor:
@@ -84,19 +73,19 @@ def fill(whole: Tensor, part: Tensor) -> Tensor:
 class _Products(torch.autograd.Function):
     """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
-    seed: of the dropout, or None where there is none. tensors: the group's, copies of A and B among them; and the
-    parameters that those are copies of, here only to be given their gradients.
+    kept: bool (rows, in), what dropout leaves, or None where there is none. tensors: the group's, copies of A and B
+    among them; and the parameters that those are copies of, here only to be given their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, seed, p, kind, outs, scale, *tensors):
+    def forward(ctx, x, kept, p, kind, outs, scale, *tensors):
         n, width = len(outs), x.shape[1]
         frozen = tensors[: -2 * n]
         a, bs = _factors(kind, frozen, outs, width)
         if kind != "fp8":
             both = with_room((x,), len(a))
             x = both[:, :width]  # so that it is not written twice, here and for the product with A
-        low = ((x if seed is None else dropout(x, seed, p)) @ a.t()) * scale  # (rows, projections x rank)
+        low = ((x if kept is None else dropout(x, kept, p)) @ a.t()) * scale  # (rows, projections x rank)
         if kind == "fp8":
             y = fp8_product(x, *frozen[2:4])
             lows = zip(y.split(outs, 1), low.split(len(a) // n, 1), bs, strict=True)
@@ -105,7 +94,7 @@ class _Products(torch.autograd.Function):
             both = fill(both, low)
             x, low = both[:, :width], both[:, width:]
             ys = tuple(both @ rows.t() for rows in _rows(kind, frozen, bs, width))
-        ctx.save_for_backward(x, low, seed, *frozen)  # no parts of them: torch 2.7 compiles wrong gradients from those
+        ctx.save_for_backward(x, low, kept, *frozen)  # no parts of them: torch 2.7 compiles wrong gradients from those
         ctx.constants = p, kind, outs, scale
         return ys
 
@@ -113,25 +102,25 @@ class _Products(torch.autograd.Function):
     def backward(ctx, *dys):
         p, kind, outs, scale = ctx.constants
         n, total = len(outs), sum(outs)
-        x, low, seed, *frozen = ctx.saved_tensors
+        x, low, kept, *frozen = ctx.saved_tensors
         a, bs = _factors(kind, frozen, outs, x.shape[1])
         dy = with_room(dys, len(a))
         # The compiler sees that what is computed here was computed in the forward pass already, and would keep it till
-        # now: the decoded weights, 5 GB, and the masks. With a zero that is only known now, it does not.
+        # now: the decoded weights, 5 GB, and x after dropout. With a zero that is only known now, it does not.
         zero = dy[0, 0].float() * 0
         dys = dy[:, :total].split(outs, 1)
         part = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1) * scale  # (rows, projections x rank)
-        dropped = x if seed is None else dropout(x, seed, p + zero)
+        dropped = x if kept is None else dropout(x, kept, p + zero)
         das = [da.float() for da in (part.t() @ dropped).split(len(a) // n)]
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(len(a) // n, 1), strict=True)]
         if kind == "fp8":
             dx = fp8_product(dy[:, :total], *frozen[4:])
-        elif seed is None:
+        elif kept is None:
             dx = fill(dy, part) @ _columns(kind, frozen, a, n, zero)
         else:
             dx = dy[:, :total] @ _columns(kind, frozen, a, n, zero)[:total]
-        if seed is not None:
-            dx = _sum(dx, dropout(part @ a, seed, p + zero))
+        if kept is not None:
+            dx = _sum(dx, dropout(part @ a, kept, p))
         elif kind == "fp8":
             dx = _sum(dx, part @ a)
         return dx, *[None] * (5 + len(frozen)), *das, *dbs
@@ -226,11 +215,11 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, self.width)
-        seed = None
+        kept = None
         if self.training and self.dropout:
-            seed = torch.randint(2**62, (), device=x.device)
+            kept = torch.rand(rows.shape, device=x.device) >= self.dropout
         constants = self.dropout, self.kind, self.outs, self.scale
-        ys = _Products.apply(rows, seed, *constants, *self.frozen(), *self.parameters_of())
+        ys = _Products.apply(rows, kept, *constants, *self.frozen(), *self.parameters_of())
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 

@@ -174,7 +174,7 @@ class OuroRMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (batch, heads, seq, head_dim) in the half-rotation layout; `sin` as `_rotary` gives it."""
+    """Rotary embedding of x (batch, seq, heads, head_dim) in the half-rotation layout; `sin` as `_rotary` gives it."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -223,8 +223,9 @@ class OuroAttention(nn.Module):
 
     def forward(self, x, cos, sin, mask, causal, documents, past_key_values, slot):
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (y.view(heads).transpose(1, 2) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (batch, heads, seq, head_dim)
+        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        # Rotated before they are transposed: their gradients then lie in memory as the projections want them.
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, slot)
         y = attend(q, k, v, mask, causal, documents)
@@ -364,7 +365,7 @@ class OuroModel(OuroPreTrainedModel):
         return OuroModelOutput(x, past_key_values, tuple(states))
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (batch or 1, 1, seq, head_dim), sin with the sign of the rotation; angles, whatever the dtype,
+        """cos and sin, (batch or 1, seq, 1, head_dim), sin with the sign of the rotation; angles, whatever the dtype,
         are in fp32 (float64 in a float64 model).
 
         Computed here, once for all loops and layers, instead of from a buffer: `model.to(bf16)` would round a buffer.
@@ -372,7 +373,7 @@ class OuroModel(OuroPreTrainedModel):
         wide = torch.promote_types(dtype, torch.float32)
         dim = self.config.head_dim
         exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=positions.device).to(wide) / dim
-        angles = positions[:, None, :, None].to(wide) * (1.0 / self.config.rope_theta**exponent)
+        angles = positions[:, :, None, None].to(wide) * (1.0 / self.config.rope_theta**exponent)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

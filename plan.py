@@ -64,8 +64,10 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     # of each adapter parameter: itself, its gradient, its copy, and the optimizer's two numbers
     adapters = layers * s.r * sum(i + o for i, o in sizes) * (4 + 4 + number + (2 if "8bit" in s.optim else 8))
     inner = config.num_attention_heads * config.head_dim
-    # input and output of both norms around either sub-layer, q, k, v, attention's output and its copy; gate, up, product
+    # input and output of the norms around either sub-layer; q, k, v, attention's output and its copy; gate, up, product
     inside = (5 * hidden + 5 * inner + 3 * config.intermediate_size) * number * tokens
+    if s.lora_dropout:  # a byte of mask for each input of LoRA
+        inside += (2 * hidden + inner + config.intermediate_size) * tokens
     state = hidden * number * tokens
     kept = s.total_ut_steps * ((layers - recomputed) * inside + recomputed * state)
     loss = 2 * CHUNK * config.vocab_size * number + 2 * state

@@ -38,6 +38,7 @@ import yaml
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch._inductor.async_compile import AsyncCompile
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -578,6 +579,9 @@ def build(s: Settings, device: str | int) -> PeftModel:
         raise UserError(
             "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
         )
+    if compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
+        AsyncCompile.warm_pool()  # the compiler's processes take ten seconds to start: while the model is loaded
     free = None if device == "cpu" else torch.cuda.mem_get_info()[0]
     try:
         model = load_ouro(
@@ -608,7 +612,6 @@ def build(s: Settings, device: str | int) -> PeftModel:
         fuse(adapted, kind)
     model.recompute_layers(recomputed)
     if compiled:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
         model.compile_layers(dynamic=not s.packing)
     return adapted
 
