@@ -252,4 +252,5 @@ def fuse(model: PeftModel, kind: str) -> None:
 def refresh(model: PeftModel) -> None:
     """Copies the adapters into the groups; to be called after they changed."""
     groups = [module for module in model.modules() if isinstance(module, Group)]
-    torch._foreach_copy_([t for g in groups for t in g.copies()], [p for g in groups for p in g.parameters_of()])
+    if groups:  # none where the layers are PEFT's
+        torch._foreach_copy_([t for g in groups for t in g.copies()], [p for g in groups for p in g.parameters_of()])
