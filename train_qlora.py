@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 from torch._inductor.async_compile import AsyncCompile
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import is_wandb_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -58,6 +59,7 @@ STARTED = time.time()
 
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
 SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
+LOOP = "held_out_loss/loop"  # and its number: what TensorBoard and W&B call it
 
 
 class LoopTrainer(SFTTrainer):
@@ -170,7 +172,8 @@ class LoopTrainer(SFTTrainer):
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
         self._watch(step, loss, accuracy, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
-            logs |= self.held_out_loss()
+            losses = self.held_out_loss()["held_out_loss"]
+            logs |= {f"{LOOP}{i}": loss for i, loss in enumerate(losses, 1)}  # charts want a name for each number
         self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
@@ -339,13 +342,16 @@ class Metrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
+        line = {"step": state.global_step} | {name: x for name, x in logs.items() if not name.startswith(LOOP)}
+        if losses := [x for name, x in logs.items() if name.startswith(LOOP)]:
+            line["held_out_loss"] = losses
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         done = state.global_step - self.first
         left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
-        held_out = f"held out {logs['held_out_loss'][-1]:.4f}  " if "held_out_loss" in logs else ""
+        held_out = f"held out {losses[-1]:.4f}  " if losses else ""
         print(
             f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  {held_out}"
             f"token accuracy {logs['mean_token_accuracy']:.3f}  lr {logs['learning_rate']:.2e}  "
@@ -385,6 +391,62 @@ def check_device(settings: Settings) -> str | int:
     if settings.bf16 and torch.cuda.get_device_capability()[0] < 8:
         raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16 (Ampere and later have): set --bf16 false")
     return LOCAL_RANK
+
+
+def check_logger(settings: Settings) -> None:
+    """Whether the W&B server takes a run of this user; nothing is asked on the terminal.
+
+    Raises:
+        UserError: no API key, one that the server refuses, no server, or a WANDB_… variable that W&B does not know.
+    """
+    if settings.report_to != "wandb" or RANK > 0:
+        return
+    import wandb
+    from pydantic import ValidationError
+
+    if not is_wandb_available():
+        raise UserError("report_to = wandb, and WANDB_DISABLED is set: unset it, or --report_to none")
+    try:
+        # silent: never asks for a key; one retry: with more it times out before it says what is wrong
+        wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1))
+        wandb.login(verify=True)  # asks no server with WANDB_MODE=offline or disabled
+        return
+    except ValidationError as error:  # whose own text shows the value
+        reason = "; ".join(f"WANDB_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+    except wandb.Error as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
+    finally:
+        wandb.teardown()
+    raise UserError(
+        f"report_to = wandb, and no run can be logged: {reason}\n"
+        "set WANDB_API_KEY or run `wandb login` (WANDB_BASE_URL names a server of your own); or WANDB_MODE=offline and "
+        "`wandb sync` later; or --report_to none"
+    )
+
+
+def start_logger(run: Resolved, folder: Path) -> None:
+    """Starts the W&B run, or the rest of it, that transformers' callback then writes to; its files are in `folder`.
+
+    Raises:
+        UserError: the server refuses it, as for an entity that is not the user's.
+    """
+    if run.settings.report_to != "wandb" or RANK > 0:
+        return
+    import wandb
+
+    stored = folder / "wandb" / "run_id"  # goes with the folder's contents when the run starts anew
+    try:
+        started = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ouro-thai"),
+            name=run.run,
+            dir=str(folder),
+            id=stored.read_text(encoding="utf-8") if stored.exists() else None,
+            resume="allow",
+            config={"settings": vars(run.settings)},
+        )
+    except wandb.Error as error:
+        raise UserError(f"W&B does not start the run: {' '.join(str(error).split())[:300]}") from None
+    write_atomic(stored, started.id)
 
 
 def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
@@ -649,6 +711,7 @@ def train(run: Resolved) -> Path:
         )
     device = check_device(s)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
+    check_logger(s)
     if RANK == 0:
         print(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
         for name, value in vars(s).items():
@@ -668,6 +731,7 @@ def train(run: Resolved) -> Path:
             continue_from(state, report)
         save_report(folder / "data_report.json", report)
 
+    start_logger(run, folder)
     model = build(s, device)
     if RANK == 0 and state == "new":
         write_json(folder / "manifest.json", manifest(run, model, report))
@@ -734,6 +798,8 @@ def main() -> None:
         if RANK == 0:
             print(f"{stopped}; the same command continues (exit code {STOPPED})", flush=True)
         if WORLD_SIZE > 1:  # the end of the interpreter joins gloo's threads, which can wait for a process that is gone
+            if "wandb" in sys.modules:
+                sys.modules["wandb"].finish(STOPPED)
             os._exit(STOPPED)
         sys.exit(STOPPED)
     finally:

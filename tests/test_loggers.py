@@ -1,0 +1,211 @@
+"""TensorBoard and W&B get the numbers of metrics.jsonl; a W&B run that could not be logged is refused at the start."""
+
+import base64
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from settings import Settings, UserError, resolve
+
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.internal.datastore import DataStore
+
+import train_qlora
+
+ROOT = Path(train_qlora.__file__).parent
+KEY, OTHER_KEY = "0123456789abcdef" * 3, "fedcba9876543210" * 3
+SMALL = ["--config", "configs/smoke.yaml", "--total_ut_steps", "2", "--overlap", "none", "--eval_rows", "4",
+         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "3",
+         "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch, tmp_path):
+    """Without this user's login, WANDB_… and settings."""
+    monkeypatch.chdir(ROOT)
+    for name in os.environ:
+        if name.startswith("WANDB_") or name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
+            monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    wandb.teardown()
+
+
+class Viewer(BaseHTTPRequestHandler):
+    """What W&B's server answers when it is asked whose key this is."""
+
+    def do_POST(self):
+        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["query"]
+        key = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode().removeprefix("api:")
+        self.server.asked.append("viewer" in query and key)
+        user = {"id": "VXNlcjox", "username": "tester", "entity": "tester", "flags": "{}", "teams": {"edges": []}}
+        answer = json.dumps({"data": {"viewer": user if key == KEY else None}}).encode()
+        self.send_response(200 if key == KEY else self.server.refusal)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Viewer)
+    server.asked, server.refusal = [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+WANDB = Settings(report_to="wandb")
+
+
+def test_a_key_that_the_server_accepts_is_enough_from_the_environment_or_a_stored_login(server, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    train_qlora.check_logger(WANDB)
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = Path(os.environ["NETRC"])
+    netrc.parent.mkdir(exist_ok=True)
+    netrc.write_text(f"machine 127.0.0.1:{server.server_port}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    train_qlora.check_logger(WANDB)
+    assert server.asked and set(server.asked) == {KEY} and KEY not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("refusal", [200, 401])
+def test_a_key_that_the_server_refuses_is_refused_and_not_shown(server, monkeypatch, capfd, refusal):
+    server.refusal = refusal
+    monkeypatch.setenv("WANDB_API_KEY", OTHER_KEY)
+    with pytest.raises(UserError, match="no run can be logged: .*API key") as error:
+        train_qlora.check_logger(WANDB)
+    assert "set WANDB_API_KEY or run `wandb login`" in str(error.value)
+    assert set(server.asked) == {OTHER_KEY} and OTHER_KEY not in str(error.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "No API key configured"),
+        ({"WANDB_API_KEY": "short-secret"}, r"API key must have 40\+ characters"),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "127.0.0.1:9.* connection refused"),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "nonsense"}, "WANDB_BASE_URL: Input should be a valid URL"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "of"}, "WANDB_MODE: Input should be 'online', 'offline'"),
+        ({"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, "WANDB_DISABLED is set: unset it"),
+    ],
+)
+def test_what_else_would_lose_a_run_is_named(server, monkeypatch, environment, reason):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=reason) as error:
+        train_qlora.check_logger(WANDB)
+    assert not server.asked and KEY not in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_without_a_server_no_key_is_needed(server, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    train_qlora.check_logger(WANDB)
+    train_qlora.check_logger(Settings(report_to="tensorboard"))
+    assert not server.asked
+
+
+def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path):
+    terminal, end = pty.openpty()
+    argv = [*SMALL, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    try:
+        assert process.wait(40) == 2
+    finally:
+        process.kill()
+    printed = os.read(terminal, 10**6).decode()
+    os.close(terminal)
+    assert printed.startswith("error: report_to = wandb, and no run can be logged: No API key configured.")
+    assert printed.count("\n") == 2 and not (tmp_path / "out").exists()
+
+
+def trained(folder: Path, *argv: str) -> Path:
+    try:
+        argv = [*SMALL, "--output_dir", str(folder), "--cache_dir", str(folder / "cache"), *argv]
+        return train_qlora.train(resolve("", argv, add_options=train_qlora.options))
+    finally:
+        wandb.finish()  # as the end of a process does
+        wandb.teardown()  # waits until its files are written
+
+
+def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The numbers of metrics.jsonl by the names that they have in a logger."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        step, losses = line.pop("step"), line.pop("held_out_loss", [])
+        line |= {f"held_out_loss/loop{i}": loss for i, loss in enumerate(losses, 1)}
+        for name, value in line.items():
+            series.setdefault(f"train/{name}", []).append((step, pytest.approx(value, rel=1e-6)))
+    assert [step for step, _ in series["train/loss"]] == [1, 2, 3]
+    assert [step for step, _ in series["train/held_out_loss/loop2"]] == [2, 3] and "step" not in series
+    return series
+
+
+def test_tensorboard_gets_every_number_of_metrics_jsonl(tmp_path, caplog):
+    run = trained(tmp_path, "--report_to", "tensorboard")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    series = expected(run)
+    assert series.keys() <= set(events.Tags()["scalars"])
+    for name, points in series.items():
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged[: len(points)] == points, name  # the epoch once more at the end
+    assert "dropped this attribute" not in caplog.text
+
+
+def history(file: Path) -> list[dict]:
+    """The logged lines in a .wandb file."""
+    store, lines = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            lines.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return lines
+
+
+def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_holds_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    before = set(ROOT.iterdir())
+    with pytest.raises(train_qlora.Stopped):
+        trained(tmp_path, "--report_to", "wandb", "--time_limit", "0")
+    run = trained(tmp_path, "--report_to", "wandb")
+    assert set(ROOT.iterdir()) == before, "nothing in the working directory"
+
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and {file.stem for file in files} == {f"run-{(run / 'wandb/run_id').read_text()}"}
+    lines = [line for file in files for line in history(file)]
+    for name, points in expected(run).items():
+        logged = [(line["train/global_step"], line[name]) for line in lines if name in line and "train/loss" in line]
+        assert logged == points, name
+    for path in run.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+    first = (run / "wandb/run_id").read_text()
+    trained(tmp_path, "--report_to", "wandb", "--overwrite")
+    assert (run / "wandb/run_id").read_text() != first, "a run from the start is another one"
