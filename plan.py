@@ -74,14 +74,14 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     return weights + adapters + kept + max(inside if recomputed else 0, loss)
 
 
-def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None) -> int:
+def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None, compiled: bool = True) -> int:
     """How many layers the setting activation_checkpointing means, with so many bytes of GPU memory free (None: no GPU).
 
     Raises:
         UserError: a value that means none, or, for `auto`, too little memory even with all layers recomputed.
     """
     layers, asked = config.num_hidden_layers, s.activation_checkpointing
-    if asked == "auto" and (free is None or not s.torch_compile):
+    if asked == "auto" and (free is None or not compiled):
         asked = "none" if free is None else "full"  # the estimate is of compiled layers
     if asked in ("none", "full"):
         return {"none": 0, "full": layers}[asked]

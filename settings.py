@@ -129,6 +129,7 @@ class Settings:
         "auto: as few as the GPU's free memory allows by plan.py's estimate",
     )
     torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
+    fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
     seed: int = setting(42, "seed of everything", at_least=0)
     # while it runs
     save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)

@@ -36,9 +36,14 @@ from settings import Resolved, Settings, UserError, call, resolve, sync_folder, 
 import torch
 import yaml
 from accelerate import PartialState
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch._inductor.async_compile import AsyncCompile
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_wandb_available
@@ -201,14 +206,17 @@ class LoopTrainer(SFTTrainer):
         """Cross-entropy per trained token of the held-out rows, in nats, after each loop."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        batch, rows = self.args.per_device_train_batch_size, range(RANK, len(self.held_out), WORLD_SIZE)
+        batch, count = self.args.per_device_train_batch_size, len(self.held_out)
         sums = torch.zeros(self.settings.total_ut_steps + 1, dtype=torch.float64, device=self.args.device)
-        for at in range(0, len(rows), batch):
-            inputs = self._prepare_inputs(collate([self.held_out[i] for i in rows[at : at + batch]]))
+        for at in range(0, count, batch * WORLD_SIZE):
+            rows = range(count)[at : at + batch * WORLD_SIZE][RANK::WORLD_SIZE]
+            # with fsdp all processes make each pass together, so one that has no rows left makes it for nothing
+            inputs = self._prepare_inputs(collate([self.held_out[i] for i in rows or (0,)]))
             inputs.pop("attention_mask")
             with self.compute_loss_context_manager():
                 out = model(**inputs, objective="all", num_items_in_batch=1)
-            sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
+            if rows:
+                sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
         model.train()
         *losses, tokens = self.accelerator.reduce(sums).tolist()
         return {"held_out_loss": [round(loss / max(tokens, 1), 6) for loss in losses]}
@@ -449,6 +457,27 @@ def start_logger(run: Resolved, folder: Path) -> None:
     write_atomic(stored, started.id)
 
 
+def shard_frozen_weights(model: PeftModel) -> None:
+    """Leaves each process its share of the layers' frozen projections; a layer is whole only while it runs (FSDP2).
+
+    The adapter is left to DDP, and so are optimizer, checkpoints and exact resume. The numbers stay the same bits,
+    except that with a loss of several loops FSDP2's hooks change the order in which a loop's gradients are summed.
+    """
+    decoder = model.get_base_model().model
+    mesh = init_device_mesh(model.device.type, (WORLD_SIZE,))
+    for module in decoder.modules():
+        if isinstance(module, Linear4bit):  # FSDP2 takes floating-point parameters only: the same bytes, called fp32
+            module.weight.data = module.weight.data.flatten().view(torch.float32)[:, None]
+            module.weight.quant_storage = module.quant_storage = torch.float32
+    for layer in decoder.layers:
+        whole = {p for p in layer.parameters() if p.requires_grad or p.dim() < 2}  # adapter and norms
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    # a root without weights of its own: FSDP2 never frees a root's after the forward pass
+    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
+    shares = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shares)
+
+
 def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
     """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
     continue from.
@@ -631,12 +660,15 @@ def build(s: Settings, device: str | int) -> PeftModel:
         UserError: no such model, or one that this machine cannot train as the settings say.
     """
     kind = "fp8" if s.frozen_weights == "fp8" else "nf4" if s.use_qlora else "bf16"
+    sharded = s.fsdp and WORLD_SIZE > 1
     if kind == "fp8":
-        if s.use_qlora or s.use_dora or not s.bf16:
-            raise UserError("frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora, use_dora false and bf16 true")
+        if s.use_qlora or s.use_dora or sharded or not s.bf16:
+            raise UserError(
+                "frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora, use_dora, fsdp false and bf16 true"
+            )
         if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
             raise UserError("frozen_weights: fp8 needs a Hopper GPU (H100, H200) or a later one; set it to auto")
-    compiled = s.torch_compile and device != "cpu"
+    compiled = s.torch_compile and device != "cpu" and not sharded  # FSDP2's hooks would break the layers' graph
     if compiled and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
         raise UserError(
             "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
@@ -657,7 +689,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
-    recomputed = layers_to_recompute(s, model.config, free)
+    recomputed = layers_to_recompute(s, model.config, free, compiled)
     set_seed(s.seed)  # the trainer does so only after the adapter's first weights were drawn
     config = LoraConfig(
         r=s.r,
@@ -670,7 +702,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
     )
     adapted = get_peft_model(model, config)
     adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
-    if not s.use_dora:
+    if not (s.use_dora or sharded):  # those two need PEFT's own layers
         fuse(adapted, kind)
     model.recompute_layers(recomputed)
     if compiled:
@@ -752,6 +784,8 @@ def train(run: Resolved) -> Path:
     if RANK == 0:
         trained, total = trainer.model.get_nb_trainable_parameters()
         print(f"model: {s.model_name_or_path}, {s.total_ut_steps} loops, {trained:,} trained of {total:,} parameters")
+    if s.fsdp and WORLD_SIZE > 1:
+        shard_frozen_weights(trainer.model)
     trainer.train(resume_from_checkpoint=None if state == "new" else str(state))
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")

@@ -1,0 +1,106 @@
+"""With `fsdp` each of two processes holds half of the frozen weights, and every number is that of plain DDP.
+
+python tests/test_fsdp.py FOLDER     # one of the two processes; the test starts them
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from settings import resolve
+
+import pytest
+from test_resume import assert_same, port
+from torch.distributed.tensor import DTensor
+
+import train_qlora
+
+ROOT = Path(train_qlora.__file__).parent
+# One row of five is left for the last pass of the held-out loss: one process has none.
+SMALL = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
+         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "2",
+         "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2", "--eval_rows", "5"]  # fmt: skip
+KINDS = {
+    "nf4": [],  # with gradient checkpointing
+    "fp32": ["--use_qlora", "false", "--gradient_checkpointing", "false", "--packing", "true", "--max_length", "512"],
+}
+
+
+def frozen_bytes(model) -> int:
+    """What this process holds of the layers' frozen projections."""
+    total = 0
+    for name, p in model.named_parameters():
+        if ".layers." in name and not p.requires_grad and p.dim() > 1:
+            p = p.to_local() if isinstance(p, DTensor) else p
+            total += p.untyped_storage().nbytes()
+    return total
+
+
+def process(folder: Path) -> None:
+    """Trains each kind plainly, with fsdp, and with fsdp stopped after its first step; writes down what it held."""
+    held, measure = {}, train_qlora.LoopTrainer.held_out_loss
+
+    def measured(self):
+        """In the middle of training: after a step, and after a forward pass without gradients."""
+        before, losses = frozen_bytes(self.model), measure(self)
+        held.setdefault(name, []).extend((before, frozen_bytes(self.model)))
+        return losses
+
+    train_qlora.LoopTrainer.held_out_loss = measured
+    for kind, argv in KINDS.items():
+        for way in ("ddp", "fsdp", "stopped"):
+            name = f"{kind} {way}"
+            options = [*SMALL, *argv, "--fsdp", str(way != "ddp"), "--cache_dir", str(folder / "cache")]
+            options += ["--output_dir", str(folder / kind / way)]
+            if way == "stopped":
+                with pytest.raises(train_qlora.Stopped):
+                    train_qlora.train(resolve("", [*options, "--time_limit", "0"], add_options=train_qlora.options))
+            train_qlora.train(resolve("", options, add_options=train_qlora.options))
+    (folder / f"held-{train_qlora.RANK}.json").write_text(json.dumps(held))
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of all runs, and the bytes that each process held in them."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("CONFIG", "OUTPUT_DIR", "REPORT_TO")} | places
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    processes = []
+    for rank in "01":
+        with open(folder / f"output-{rank}.txt", "w") as output:
+            environment |= {"RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, __file__, str(folder)]
+            processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT))
+    try:
+        codes = [process.wait(240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((folder / f"output-{rank}.txt").read_text()[-3000:] for rank in "01")
+    return folder, [json.loads((folder / f"held-{rank}.json").read_text()) for rank in "01"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_fsdp_a_run_ends_in_the_bytes_of_plain_ddp_also_when_stopped_and_continued(trained, kind):
+    folder, _ = trained
+    assert_same(folder / kind / "fsdp/smoke", folder / kind / "ddp/smoke")
+    assert_same(folder / kind / "stopped/smoke", folder / kind / "ddp/smoke")
+    continued = json.loads((folder / kind / "stopped/smoke/manifest.json").read_text())["continued"]
+    assert [c["step"] for c in continued] == [1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_process_holds_half_of_the_frozen_weights_after_a_step_and_after_the_held_out_loss(trained, kind):
+    for held in trained[1]:
+        (whole,), (half,) = set(held[f"{kind} ddp"]), set(held[f"{kind} fsdp"])
+        assert half * 2 == whole > 0
+
+
+if __name__ == "__main__":
+    process(Path(sys.argv[1]))
