@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env smoke train eval data-report fetch bench test lint lock clean
+.PHONY: help env smoke train eval data-report fetch preflight cluster-sweep status logs cancel bench test lint lock clean
 
 CONFIG ?= configs/default.yaml
 PYTHON ?= python3
@@ -14,14 +14,19 @@ export TOKENIZERS_PARALLELISM ?= false
 ifneq ($(and $(shell command -v pixi),$(wildcard pixi.toml)),)
 ENV := pixi install --quiet
 RUN := pixi run --frozen python
+PYTHON_BIN := .pixi/envs/default/bin/python
 else
 ENV := ./env.sh $(PYTHON)
 RUN := .venv/bin/python
+PYTHON_BIN := .venv/bin/python
 endif
+export PYTHON_BIN
+CLUSTER := $(if $(filter file,$(origin CONFIG)),configs/a100.yaml,$(CONFIG))
+SITE := . slurm/site.sh && { [ -n "$$IMAGE" ] || $(ENV); }
 need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to repeat
 	@$(ENV)
@@ -39,8 +44,25 @@ eval: env  ## score a trained experiment and its base at depths 1 to 4: make eva
 data-report: env  ## check a training set, show what would be trained: make data-report DATASET=wangchan [DATASET_PATH=… CONFIG=…]
 	@$(RUN) data_config.py --config $(CONFIG) --dataset $(or $(DATASET),wangchan) $(if $(DATASET_PATH),--dataset_path $(DATASET_PATH))
 
-fetch: env  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
-	@$(RUN) sources.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
+fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
+	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" sources.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
+
+preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1]
+	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" preflight.py --config $(CONFIG) $(if $(EXP),--exp $(EXP)) $(if $(GPU),--gpu)
+
+cluster-sweep:  ## submit the study to Slurm; harmless to repeat [EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
+	@$(SITE) && CONFIG=$(CLUSTER) slurm/run_experiments.sh
+
+status:  ## how far each submitted experiment is, and why one failed
+	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" status.py <<<"$$queue"
+
+logs:  ## the end of an experiment's newest log: make logs EXP=exp2-wangchan-ut1
+	@$(need-exp)newest=$$(ls -t slurm/logs/*_$(EXP)*.out | head -n 1) && tail -v -n 40 "$$newest" "$${newest%.out}.err"
+
+cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
+	@. slurm/site.sh && queue=$$(live_jobs) && \
+	jobs=$$(awk -F '\t' -v here="$$PWD" '$$5 == here && $$4 ~ "$(if $(EXP),/$(EXP)$$)" {print $$1}' <<<"$$queue") && \
+	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
 bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]
 	@$(RUN) bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# Sourced in the repository by everything that runs on a cluster: the settings (the environment's, else site.env's, else
+# the example's), modules, proxy; `train` and `score`, the options of sbatch; `python`, the command that runs our scripts.
+fail() { echo "error: $*" >&2; exit 2; }
+
+set -a
+# shellcheck source=/dev/null
+if [ -e slurm/site.env ]; then . slurm/site.env; fi
+# shellcheck source=slurm/site.env.example
+. slurm/site.env.example
+set +a
+
+# shellcheck disable=SC2034  # used by those who source this
+{
+  train=(--partition="$PARTITION" --nodes="$NODES" --ntasks-per-node="$GPUS" --gres="gpu:$GPUS" --cpus-per-task="$CPUS"
+    --mem="$MEM" --time="$TIME" --signal="USR1@$GRACE")
+  score=(--partition="$PARTITION" --nodes=1 --ntasks=1 --gres=gpu:1 --cpus-per-task="$CPUS" --mem="$EVAL_MEM"
+    --time="$EVAL_TIME")
+}
+
+if [ -n "$MODULES" ]; then
+  set +u # what modules run does not care for it
+  for file in /etc/profile.d/{modules,lmod}.sh; do
+    # shellcheck source=/dev/null
+    if ! command -v module >/dev/null && [ -e "$file" ]; then . "$file"; fi
+  done
+  command -v module >/dev/null || fail "MODULES = $MODULES, and there is no command module here: empty it in slurm/site.env"
+  # shellcheck disable=SC2086  # one word a module
+  module load $MODULES || fail "module load $MODULES failed: correct MODULES in slurm/site.env (module avail lists them)"
+  set -u
+fi
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then # the login node's proxy seldom works in a job
+  unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
+  if [ -n "$PROXY" ]; then export http_proxy=$PROXY https_proxy=$PROXY; fi
+fi
+
+python=("${PYTHON_BIN:-.venv/bin/python}")
+if [ -n "$IMAGE" ]; then
+  runner=$(command -v apptainer || command -v singularity) ||
+    fail "IMAGE is set, and neither apptainer nor singularity is found on $(uname -n): name the module that brings it as MODULES in slurm/site.env"
+  [ -e "$IMAGE" ] || fail "no image $IMAGE on $(uname -n): build it with make sif, or correct IMAGE in slurm/site.env"
+  mkdir -p "$HF_HOME"
+  # --contain leaves a /tmp and a /dev/shm of 64 MB, which compiled kernels and NCCL outgrow.
+  python=("$runner" exec --nv --contain --writable-tmpfs --env "HF_HOME=$HF_HOME" --pwd "$PWD" --bind "$PWD"
+    --bind "$HF_HOME" --bind "${TMPDIR:-/tmp}:/tmp" --bind /dev/shm)
+  for place in /dev/infiniband $BINDS; do
+    if [ -e "$place" ]; then python+=(--bind "$place"); fi
+  done
+  python+=("$IMAGE" python)
+fi
+
+# Our jobs that wait or run: job, state, reason, what it works on (as run_experiments.sh put it), folder of the clone.
+live_jobs() { if command -v squeue >/dev/null; then squeue --me -h -o $'%i\t%T\t%r\t%k\t%Z'; fi; }
+
+# Whether Slurm would take a training job, for preflight.py, which may run where there is no sbatch.
+slurm_says() {
+  if command -v sbatch >/dev/null; then
+    sbatch --test-only "${train[@]}" --wrap true 2>&1 || true
+    scontrol show partition "$PARTITION" -o 2>&1 || true
+  fi
+}
