@@ -1,7 +1,7 @@
 """What a job needs, checked before it is queued for hours: one line a check, and what to do where one fails.
 
-    python preflight.py --config configs/a100.yaml --exp exp1-wangchan-ut4        # make preflight; the first of each job
-    python preflight.py --config configs/default.yaml --gpu                       # and one real step, and one exam item
+    python preflight.py --config configs/a100.yaml --exp exp1-wangchan-ut4       # make preflight; each job begins so
+    python preflight.py --config configs/default.yaml --gpu                      # and one real step, and one exam item
 
 Any setting can follow, as for train_qlora.py. Exit code 0, or 2 when a check failed. Downloads nothing but the model's
 tokenizer: `make fetch` does.
@@ -84,7 +84,7 @@ def check_gpu(run: Resolved) -> str:
         return f"none; {run.config} computes on the CPU"
     count, wanted = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
     if count < wanted:
-        raise UserError(f"{count} of the job's {wanted} GPUs are seen on {platform.node()}: is one broken (nvidia-smi)?")
+        raise UserError(f"{count} of the job's {wanted} GPUs seen on {platform.node()}: is one broken (nvidia-smi)?")
     major, minor = torch.cuda.get_device_capability()
     built = [int(arch.removeprefix("sm_")) // 10 for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
     if major not in built:
@@ -280,11 +280,12 @@ def check_slurm(run: Resolved) -> str:
     if not says:
         raise Skip("no sbatch here")
     if "to start at" not in says:
-        raise UserError(f"a training job would be refused: {' '.join(says.partition('PartitionName')[0].split())}; correct slurm/site.env")
+        reason = " ".join(says.partition("PartitionName")[0].split())
+        raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
     wanted, grace = os.environ["TIME"], int(os.environ["GRACE"])
     most = re.search(r"MaxTime=(\S+)", says)
     if most and seconds(most[1]) < seconds(wanted):
-        raise UserError(f"TIME = {wanted} is more than the partition's {most[1]}: such a job would wait for ever; set TIME")
+        raise UserError(f"TIME = {wanted} is more than the partition's {most[1]}: such a job waits for ever; set TIME")
     if seconds(wanted) <= grace:
         raise UserError(f"TIME = {wanted} leaves nothing after the GRACE = {grace} s for saving: raise TIME")
     return f"partition {os.environ['PARTITION']} takes {wanted} on {os.environ['NODES']} x {os.environ['GPUS']} GPUs"
@@ -297,8 +298,8 @@ def check_step(run: Resolved) -> str:
         for command in (["train_qlora.py", *argv, "--max_steps", "1"], ["evaluate.py", *argv, "--limit", "1"]):
             done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE)
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "rror" in line] or [f"exit code {done.returncode}"]
-                raise UserError(f"{command[0]}: {lines[-1]}")
+                lines = [line for line in done.stderr.splitlines() if "rror" in line]
+                raise UserError(f"{command[0]}: {[f'exit code {done.returncode}', *lines][-1]}")
         log = json.loads((Path(folder) / run.run / "metrics.jsonl").read_text().splitlines()[0])
     return f"loss {log['loss']:.4f}, {log['tokens_per_second']:,.0f} tokens/s, {log['memory_gib']} GiB; one item scored"
 

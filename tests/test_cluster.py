@@ -1,6 +1,5 @@
 """The cluster scripts on a real Slurm with one node, and preflight before the causes that jobs are known to fail of."""
 
-import importlib.metadata
 import json
 import os
 import re
@@ -91,12 +90,16 @@ class Cluster:
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
+def need(packages: str, *programs: str) -> None:
+    """CI has installed them; a laptop need not."""
+    if missing := [name for name in programs if not shutil.which(name, path=SLURM_PATH)]:
+        reason = f"no {', '.join(missing)} here: apt-get install {packages}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    missing = [tool for tool in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(tool, path=SLURM_PATH)]
-    if missing:
-        reason = f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    need("slurm-wlm munge", "slurmctld", "slurmd", "munged", "sbatch")
     state = tmp_path_factory.mktemp("slurm")
     script = [ROOT / "tests/slurm.sh"]
     done = subprocess.run([*script, "up", state], capture_output=True, text=True)
@@ -120,11 +123,18 @@ def metrics(run: Path) -> list[dict]:
 
 def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     small = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
-    sweep = ["cluster-sweep", "GPUS=1", f"ARGS={small} --max_steps 30 --save_steps 4"]
+    sweep = ["cluster-sweep", "GPUS=1", f"ARGS={small} --max_steps 24 --save_steps 4"]
 
     planned = table(cluster.make(*sweep, "DRY=1"))
     assert list(planned) == [f"{exp}{what}" for exp in STUDY for what in ("", " evaluation")]
     assert not (cluster.folder / "slurm/logs").exists() and cluster.run("squeue", "-h") == ""
+
+    # Two processes, until Slurm's signal comes 20 to 50 s before a limit of two minutes.
+    limited = cluster.make(
+        "cluster-sweep", "EXPS=exp5a-r1-ut1", "GPUS=2", "TIME=2", "GRACE=20", f"ARGS={small} --max_steps 5000"
+    )
+    limited_job = table(limited)["exp5a-r1-ut1"][0]
+    cluster.wait(lambda: "\nstep " in cluster.log(limited_job))
 
     printed = cluster.make(*sweep)
     jobs = table(printed)
@@ -132,11 +142,6 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     for exp in STUDY:
         assert jobs[exp][1] == "- 1 24:00:00 new"
         assert jobs[f"{exp} evaluation"][1] == f"{jobs[exp][0]} 1 04:00:00 new"
-    # Two processes, until Slurm's signal comes 20 to 50 s before a limit of two minutes.
-    limited = cluster.make(
-        "cluster-sweep", "EXPS=exp5a-r1-ut1", "GPUS=2", "TIME=2", "GRACE=20", f"ARGS={small} --max_steps 5000"
-    )
-    limited_job = table(limited)["exp5a-r1-ut1"][0]
     assert all("left alone" in rest for _, rest in table(cluster.make(*sweep)).values()), "submitted once"
 
     requeued, killed = (cluster.output / exp for exp in STUDY[2:])
@@ -147,10 +152,10 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     assert len(pids) >= 3, "batch shell, srun, training"
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert not (killed / "completed").exists() and 6 <= cluster.steps(killed) < 30
+    assert not (killed / "completed").exists() and 6 <= cluster.steps(killed) < 24
     cluster.wait(lambda: re.search(rf"{STUDY[3]} +\d+ failed", cluster.make("status")))
     told = cluster.make("status")
-    assert re.search(rf"{STUDY[3]} +\d+ failed +\d+/30 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
+    assert re.search(rf"{STUDY[3]} +\d+ failed +\d+/24 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
     again = table(cluster.make(*sweep))
     assert re.fullmatch(r"- 1 24:00:00 resumes at step \d+", again[STUDY[3]][1])
     assert [exp for exp in STUDY if again[exp][1].endswith(("left alone", "skipped"))] == list(STUDY[:3])
@@ -161,7 +166,7 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     first = runs[0]
     for run, folder in zip(runs, scores, strict=True):
         assert (run / "completed").read_bytes() == (first / "completed").read_bytes()
-        assert metrics(run) == metrics(first) and len(metrics(run)) == 30
+        assert metrics(run) == metrics(first) and len(metrics(run)) == 24
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (run / "final_adapter" / name).read_bytes() == (first / "final_adapter" / name).read_bytes()
         for depth in (1, 2, 3, 4):
@@ -185,30 +190,15 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
 
 
 def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster):
-    assert "partition defq takes 24:00:00 on 1 x 4 GPUs" in cluster.make("preflight")
+    ask = '. slurm/site.sh; SLURM_SAYS=$(slurm_says) "${python[@]}" -c "import preflight as p; print(p.check_slurm(0))"'
     for change, told in (
+        ("", "partition defq takes 24:00:00 on 1 x 4 GPUs"),
         ("TIME=3-00:00:00", "TIME = 3-00:00:00 is more than the partition's 2-00:00:00"),
         ("GPUS=9", "a training job would be refused: allocation failure: Requested node configuration"),
         ("PARTITION=gpu", "a training job would be refused: sbatch: error: invalid partition specified: gpu"),
+        ("TIME=5", "TIME = 5 leaves nothing after the GRACE = 300 s for saving"),
     ):
-        cluster.environment |= dict([change.split("=")])
-        try:
-            done = subprocess.run(
-                ["bash", "-c", ". slurm/site.sh && slurm_says"], capture_output=True, text=True, cwd=cluster.folder,
-                env=cluster.environment,
-            )  # fmt: skip
-        finally:
-            del cluster.environment[change.split("=")[0]]
-        names = ("TIME", "GRACE", "PARTITION", "NODES", "GPUS")
-        site = {"TIME": "24:00:00", "GRACE": "300", "PARTITION": "defq", "NODES": "1", "GPUS": "4"}
-        site |= dict([change.split("=")]) | {"SLURM_SAYS": done.stdout}
-        assert set(names) < set(site)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("SLURM_JOB_ID", raising=False)
-            for name, value in site.items():
-                patch.setenv(name, value)
-            with pytest.raises(UserError, match=re.escape(told)):
-                preflight.check_slurm(resolved())
+        assert told in cluster.run("bash", "-c", f"export {change}\n{ask}", code=1 if change else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,3 +221,321 @@ def script(*argv: str, **environment: str) -> tuple[int, str]:
         [sys.executable, "preflight.py", *argv], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def refused(check, *argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        check(resolved(*argv))
+    return str(error.value)
+
+
+def rows_of(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_preflight_of_the_embedded_default_is_green_and_ends_with_a_real_step(in_the_repository):
+    code, printed = script("--config", "configs/smoke.yaml", "--total_ut_steps", "1", "--gpu")
+    assert code == 0, printed
+    names = [line.split()[1] for line in printed.splitlines()]
+    assert names == ["settings", *preflight.CHECKS, "step"]
+    assert re.search(r"^ok +step +loss \d\.\d+, .* tokens/s, .*; one item scored$", printed, re.MULTILINE)
+    assert "FAIL" not in printed
+
+
+def test_a_job_script_that_runs_in_slurms_spool_folder_says_so(tmp_path):
+    for name in ("train.sbatch", "eval.sbatch"):
+        shutil.copy(ROOT / "slurm" / name, tmp_path / "slurm_script")
+        done = subprocess.run(["bash", "slurm_script"], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (
+            2, f"error: {tmp_path} is not the repository: submit with make cluster-sweep\n"
+        )  # fmt: skip
+
+
+def test_code_that_is_not_all_there_is_refused(in_the_repository, monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "HERE", tmp_path)
+    assert f"no train_qlora.py in {tmp_path}: this is a copy, as in Slurm's spool folder" in refused(
+        preflight.check_code
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--config", "/configs/a100.yaml"], "cannot read /configs/a100.yaml: No such file or directory"),
+        (["--exp", "exp1"], "unknown experiment 'exp1'"),
+        (["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'?"),
+    ],
+)
+def test_a_config_or_experiment_that_is_not_there_is_refused(in_the_repository, argv, told):
+    code, printed = script(*argv)
+    assert code == 2 and re.match("FAIL +settings ", printed) and printed.count(told) == 2, printed
+
+
+@pytest.mark.parametrize("at_fault", ["proxy", "offline"])
+def test_a_hub_that_cannot_be_reached_is_named_with_its_proxy(in_the_repository, monkeypatch, tmp_path, at_fault):
+    from sources import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", at_fault == "offline")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
+    huggingface_hub.configure_http_backend()
+    try:
+        real = replace_settings(resolved(), model_name_or_path="ByteDance/Ouro-2.6B", paths={})
+        for check, name in (
+            (preflight.check_model, "ByteDance/Ouro-2.6B"),
+            (preflight.check_data, "airesearch/WangchanThaiInstruct"),
+            (preflight.check_benchmarks, "scb10x/thai_exam"),
+        ):
+            with pytest.raises(UserError) as error:
+                check(real)
+            assert str(error.value).startswith(f"{name} is not in {tmp_path}, and ")
+            assert "make fetch" in str(error.value) and "secret" not in str(error.value)
+            if at_fault == "proxy":
+                assert "through the proxy http://…@127.0.0.1:9 (ProxyError)" in str(error.value)
+    finally:
+        monkeypatch.undo()
+        huggingface_hub.configure_http_backend()
+
+
+def replace_settings(run, **values):
+    for name, value in values.items():
+        setattr(run.settings, name, value)
+    return run
+
+
+def test_columns_of_other_names_are_refused(in_the_repository, tmp_path):
+    """The rows of lower-case columns would be empty."""
+    data = rows_of(tmp_path / "train.jsonl", {"instruction": "ก", "input": "", "output": "ข", "License": "MIT"})
+    told = refused(preflight.check_data, "--dataset_path", data)
+    assert "no column 'Instruction'; did you mean 'instruction'?; columns found: instruction, input, output" in told
+
+
+def test_rows_that_are_empty_are_refused(in_the_repository, tmp_path):
+    rows = [{"prompt": f"ก {n}", "completion": "ข" if n % 2 else ""} for n in range(20)]
+    told = refused(preflight.check_data, "--dataset", "pairs", "--dataset_path", rows_of(tmp_path / "x.jsonl", *rows))
+    assert "10 of the first 20 rows cannot be trained on, the first: " in told and "empty (completion)" in told
+
+
+def test_rows_without_messages_are_refused(in_the_repository, tmp_path):
+    data = rows_of(tmp_path / "x.jsonl", {"conversations": []})
+    assert "no column 'messages'" in refused(preflight.check_data, "--dataset", "chat", "--dataset_path", data)
+
+
+def test_an_unknown_training_set_and_a_missing_benchmark_are_refused(in_the_repository, tmp_path):
+    assert "'wangchn'; did you mean 'wangchan'?" in refused(preflight.check_data, "--dataset", "wangchn")
+    assert "overlap: unknown benchmark 'thai_exm'; did you mean 'thai_exam'?" in refused(
+        preflight.check_benchmarks, "--overlap", "thai_exm"
+    )
+    assert "no onet/onet_test.jsonl in it" in refused(preflight.check_benchmarks, "--paths", f"thai_exam={tmp_path}")
+
+
+def test_an_exam_item_whose_answer_is_no_option_is_refused(in_the_repository, tmp_path):
+    shutil.copytree(ROOT / "sample/thai_exam", tmp_path / "exam")
+    file = next((tmp_path / "exam").rglob("onet_test.jsonl"))
+    first, *others = [json.loads(line) for line in file.read_text().splitlines()]
+    rows_of(file, first | {"answer": "E"}, *others)
+    told = refused(preflight.check_benchmarks, "--paths", f"thai_exam={tmp_path / 'exam'}")
+    assert "item 1: answer 'E' is not among the options a, b, c, d" in told
+
+
+def test_packages_that_are_not_the_locked_ones_are_refused(in_the_repository, monkeypatch, tmp_path):
+    other = tmp_path / "transformers-4.50.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.50.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "transformers 4.50.0, locked 4.54.1 (1 of " in refused(preflight.check_versions)
+
+
+def test_a_library_that_cannot_be_imported_is_refused(in_the_repository, tmp_path):
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl/__init__.py").write_text("from transformers import TopHLogitsWarper\n")
+    code, printed = script("--config", "configs/smoke.yaml", PYTHONPATH=str(tmp_path))
+    assert code == 2 and re.search("^FAIL +imports +cannot import name 'TopHLogitsWarper'", printed, re.MULTILINE)
+
+
+def test_a_trainer_that_fails_in_the_first_step_is_caught_by_that_step(in_the_repository, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'train_qlora.py' in sys.orig_argv:\n"
+        "    from transformers import Trainer\n"
+        "    def get_train_dataloader(self):\n"
+        "        raise ValueError('No columns in the dataset match the model\\'s forward method signature')\n"
+        "    Trainer.get_train_dataloader = get_train_dataloader\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    argv = ["--config", "configs/smoke.yaml", "--total_ut_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--gpu", *argv])
+    told = "train_qlora.py: ValueError: No columns in the dataset match the model's forward method signature"
+    assert refused(preflight.check_step) == told
+
+
+def test_wandb_without_a_key_is_refused(in_the_repository, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    argv = ("--report_to", "wandb")
+    assert "there is no key: set WANDB_API_KEY, or WANDB_MODE=offline" in refused(preflight.check_logger, *argv)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert preflight.check_logger(resolved(*argv)) == "wandb"
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert preflight.check_logger(resolved(*argv)) == "wandb"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(in_the_repository):
+    assert re.search(
+        "output_dir = /proc/x: .* in /proc: choose", refused(preflight.check_disk, "--output_dir", "/proc/x")
+    )
+
+
+def test_too_little_disk_or_memory_is_refused(in_the_repository, monkeypatch):
+    monkeypatch.setattr(preflight, "DISK", 1e18)
+    assert re.search(r"output_dir = .*: \d+\.\d GB free, 1000000000 GB are needed", refused(preflight.check_disk))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "3000")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert refused(preflight.check_memory) == "3.1 GB for 4 processes, 8 GB are needed: raise MEM"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings of the cluster, containers
+
+
+def site(folder: Path, command: str, path: str = SLURM_PATH, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["/bin/bash", "-euo", "pipefail", "-c", f". slurm/site.sh; {command}"], capture_output=True, text=True,
+        cwd=folder, env={"PATH": path, "HOME": str(folder)} | environment,
+    )  # fmt: skip
+
+
+def test_the_command_line_wins_over_site_env_and_that_over_the_defaults(tmp_path):
+    copy_of_the_repository(tmp_path)
+    (tmp_path / "slurm/site.env").write_text(': "${PARTITION:=gpu}"\n: "${TIME:=2:00:00}"\nSBATCH_ACCOUNT=thai\n')
+    done = site(tmp_path, 'echo "${train[*]}"; env', TIME="1:00:00")
+    assert done.stdout.startswith(
+        "--partition=gpu --nodes=1 --ntasks-per-node=4 --gres=gpu:4 --cpus-per-task=8 --mem=128G --time=1:00:00 "
+        "--signal=USR1@300\n"
+    )
+    assert "SBATCH_ACCOUNT=thai\n" in done.stdout, "for sbatch"
+
+
+def test_a_job_has_the_proxy_of_the_settings_or_none(tmp_path):
+    copy_of_the_repository(tmp_path)
+    own = {"http_proxy": "http://login:1", "HTTPS_PROXY": "http://login:1"}
+    assert "login" not in site(tmp_path, "env", SLURM_JOB_ID="1", **own).stdout
+    assert "https_proxy=http://web:2\n" in site(tmp_path, "env", SLURM_JOB_ID="1", PROXY="http://web:2", **own).stdout
+    assert "HTTPS_PROXY=http://login:1\n" in site(tmp_path, "env", **own).stdout, "not in a job"
+
+
+def test_without_a_container_tool_an_image_is_refused(tmp_path):
+    copy_of_the_repository(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uname").symlink_to(shutil.which("uname"))
+    done = site(tmp_path, "true", path=str(tmp_path / "bin"), IMAGE="ouro.sif")
+    assert done.returncode == 2 and "neither apptainer nor singularity is found on" in done.stderr
+    assert "as MODULES in slurm/site.env" in done.stderr
+    done = site(tmp_path, "true", MODULES="apptainer")
+    assert done.returncode == 2 and "there is no command module here" in done.stderr
+
+
+def test_in_an_image_everything_that_a_run_reads_and_writes_is_bound(tmp_path):
+    copy_of_the_repository(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/apptainer").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/apptainer").chmod(0o755)
+    path, other = f"{tmp_path / 'bin'}:{SLURM_PATH}", tmp_path / "elsewhere"
+    done = site(tmp_path, "true", path=path, IMAGE="ouro.sif")
+    assert done.returncode == 2 and "no image ouro.sif on" in done.stderr
+    (tmp_path / "ouro.sif").touch()
+    other.mkdir()
+    hub = tmp_path / "hub"
+    done = site(tmp_path, 'echo "${python[*]}"', path=path, IMAGE="ouro.sif", HF_HOME=str(hub), BINDS=str(other))
+    command = done.stdout
+    assert command.startswith(f"{tmp_path}/bin/apptainer exec --nv --contain --writable-tmpfs --env HF_HOME={hub} ")
+    assert command.endswith(" ouro.sif python\n") and f"--pwd {tmp_path} " in command
+    for place in (tmp_path, hub, "/tmp:/tmp", "/dev/shm", other):
+        assert f"--bind {place} " in command
+
+
+def planned(folder: Path, code: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        ["make", "cluster-sweep", "DRY=1", *(f"{name}={value}" for name, value in environment.items())],
+        capture_output=True, text=True, cwd=folder, env={"PATH": os.environ["PATH"], "HOME": str(folder)},
+    )  # fmt: skip
+    assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_plan_shows_what_would_be_submitted_without_slurm(tmp_path):
+    copy_of_the_repository(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    printed = planned(tmp_path, SEEDS="0 1", EXPS="exp2-wangchan-ut1 exp1-wangchan-ut4", TIME="12:00:00")
+    names = [f"{exp}-seed{seed}" for exp in ("exp2-wangchan-ut1", "exp1-wangchan-ut4") for seed in (0, 1)]
+    assert list(table(printed)) == [f"{name}{what}" for name in names for what in ("", " evaluation")]
+    assert table(printed)[names[0]] == ("new", "- 4 12:00:00 new")
+    assert ("new report" in " ".join(printed.split())) is (tmp_path / "report.py").exists()
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"EXPS": "exp2-wangchan-ut1 exp9"}, "unknown experiment 'exp9'"),
+        ({"CONFIG": "configs/a10.yaml"}, "cannot read configs/a10.yaml"),
+        ({"NODES": "2"}, "gradient_accumulation_steps = 4 cannot be shared by 8 processes (NODES x GPUS)"),
+        ({"ARGS": "--optm adamw_torch"}, "unknown argument '--optm'; did you mean 'optim'?"),
+        ({"SEEDS": "0 x"}, "seed must be a whole number, got 'x'"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(tmp_path, change, told):
+    copy_of_the_repository(tmp_path)
+    printed = planned(tmp_path, code=2, **change)
+    assert told in printed and not table(printed)
+
+
+def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", str(ROOT / "configs/smoke.yaml"), "--output_dir", "runs"]
+    exps, seeds = ["exp2-wangchan-ut1"], ["1", "2", "3", "4"]
+    rows = status.plan(exps, seeds, 1, argv)
+    assert [row[3] for row in rows] == [f"runs/seed{seed}" for seed in seeds]
+    assert {row[7] for row in rows} == {"new"} and {row[8] for row in rows} == {"no"}
+    for seed in seeds:
+        run = resolve("", [*argv, "--exp", exps[0], "--seed", seed, "--output_dir", f"runs/seed{seed}",
+                           "--results_dir", f"results/smoke/seed{seed}"])  # fmt: skip
+        settings.write_atomic(f"runs/seed{seed}/{exps[0]}/config.yaml", run.as_yaml())
+    for seed, name in (("1", "completed"), ("2", "checkpoint-9/x"), ("2", "checkpoint-100/x")):
+        settings.write_atomic(f"runs/seed{seed}/{exps[0]}/{name}", "")
+    settings.write_atomic(f"results/smoke/seed1/{exps[0]}/evaluated", "")
+    other = Path(f"runs/seed4/{exps[0]}/config.yaml")
+    other.write_text(other.read_text().replace("learning_rate: 0.002", "learning_rate: 0.1"))
+    rows = status.plan(exps, seeds, 1, argv)
+    assert [row[7] for row in rows[:3]] == ["complete", "resumes at step 100", "new"]
+    assert rows[3][7].startswith("refused: ") and "a run with other learning_rate;" in rows[3][7]
+    assert [row[8] for row in rows] == ["yes", "no", "no", "no"]
+    os.utime(f"runs/seed1/{exps[0]}/completed", (time.time() + 9, time.time() + 9))  # trained again
+    assert status.plan(exps, ["1"], 1, argv)[0][8] == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200), ("2-00:00:00", 172800)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(text, seconds):
+    assert preflight.seconds(text) == seconds
+
+
+def test_the_shell_scripts_are_clean():
+    need("shellcheck", "shellcheck")
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("slurm/*.s*"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"]
+    names = [str(path.relative_to(ROOT)) for path in scripts if path.name != "site.env"]
+    done = subprocess.run(["shellcheck", "-x", *names], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_make_can_plan_every_target():
+    targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 15
+    for target in targets:
+        done = subprocess.run(["make", "-n", target, "EXP=e"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout, done.stderr
