@@ -16,7 +16,6 @@ exps=${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangch
 [ -n "$dry" ] || command -v sbatch >/dev/null ||
   fail "no sbatch here: run this on the cluster's login node; DRY=1 shows the plan anywhere"
 
-
 read -r -a more <<<"${ARGS:-}"
 plan=$("${python[@]}" status.py --plan --exps "$exps" --seeds "${SEEDS:-}" --processes $((NODES * GPUS)) \
   --config "$config" "${more[@]}")
@@ -28,7 +27,7 @@ submit() { # KIND NAME FOLDER RESULTS SBATCH_ARGUMENT...
   shift 4
   if [ -n "$dry" ]; then id=new; return; fi
   mkdir -p slurm/logs
-  id=$(sbatch --parsable --chdir="$PWD" --comment="$kind $folder" --job-name="$name" --output="slurm/logs/%j_$name.out" \
+  id=$(sbatch --parsable --export=ALL --chdir="$PWD" --comment="$kind $folder" --job-name="$name" --output="slurm/logs/%j_$name.out" \
     --error="slurm/logs/%j_$name.err" "$@")
   id=${id%%;*} # a federation adds the cluster's name
   printf '%s\t%s\t%s\t%s\t%s\n' "$id" "$kind" "$name" "$folder" "$results" >>slurm/logs/jobs.tsv
@@ -37,7 +36,7 @@ submit() { # KIND NAME FOLDER RESULTS SBATCH_ARGUMENT...
 refused=0 all=()
 row job experiment 'depends on' GPUs 'time limit' state
 while IFS=$'\t' read -r name exp seed output results folder scores state evaluated; do
-  arguments=(--config "$config" --exp "$exp" --output_dir "$output" --results_dir "$results" "${more[@]}")
+  arguments=(--config "$config" --exp "$exp" "${more[@]}" --output_dir "$output" --results_dir "$results")
   [ "$seed" = - ] || arguments+=(--seed "$seed")
 
   depends=() after=- id=-
@@ -63,8 +62,8 @@ while IFS=$'\t' read -r name exp seed output results folder scores state evaluat
   elif [ "$state" = complete ] && [ "$evaluated" = yes ]; then
     row - "$name evaluation" - - - 'complete, skipped'
   else
-    submit eval "$name-eval" "$folder" "$scores" "${score[@]}" "${depends[@]}" \
-      --export="ALL,EVALUATED=$scores/evaluated" slurm/eval.sbatch "${arguments[@]}"
+    EVALUATED=$scores/evaluated submit eval "$name-eval" "$folder" "$scores" "${score[@]}" "${depends[@]}" \
+      slurm/eval.sbatch "${arguments[@]}"
     row "$id" "$name evaluation" "$after" 1 "$EVAL_TIME" new
     all+=("$id")
   fi

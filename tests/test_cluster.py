@@ -21,6 +21,7 @@ import status
 
 ROOT = Path(settings.__file__).parent
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
+SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
 SLURM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -122,19 +123,11 @@ def metrics(run: Path) -> list[dict]:
 
 
 def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
-    small = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
-    sweep = ["cluster-sweep", "GPUS=1", f"ARGS={small} --max_steps 24 --save_steps 4"]
+    sweep = ["cluster-sweep", "GPUS=1", f"ARGS={SMALL} --max_steps 16 --save_steps 4"]
 
     planned = table(cluster.make(*sweep, "DRY=1"))
     assert list(planned) == [f"{exp}{what}" for exp in STUDY for what in ("", " evaluation")]
     assert not (cluster.folder / "slurm/logs").exists() and cluster.run("squeue", "-h") == ""
-
-    # Two processes, until Slurm's signal comes 20 to 50 s before a limit of two minutes.
-    limited = cluster.make(
-        "cluster-sweep", "EXPS=exp5a-r1-ut1", "GPUS=2", "TIME=2", "GRACE=20", f"ARGS={small} --max_steps 5000"
-    )
-    limited_job = table(limited)["exp5a-r1-ut1"][0]
-    cluster.wait(lambda: "\nstep " in cluster.log(limited_job))
 
     printed = cluster.make(*sweep)
     jobs = table(printed)
@@ -144,18 +137,25 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
         assert jobs[f"{exp} evaluation"][1] == f"{jobs[exp][0]} 1 04:00:00 new"
     assert all("left alone" in rest for _, rest in table(cluster.make(*sweep)).values()), "submitted once"
 
+    def kill() -> None:
+        pids = cluster.processes(jobs[STUDY[3]][0])
+        assert len(pids) >= 3, "batch shell, srun, training"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
     requeued, killed = (cluster.output / exp for exp in STUDY[2:])
-    cluster.wait(lambda: cluster.steps(requeued) >= 6)
-    cluster.run("scontrol", "requeue", jobs[STUDY[2]][0])
-    cluster.wait(lambda: cluster.steps(killed) >= 6)
-    pids = cluster.processes(jobs[STUDY[3]][0])
-    assert len(pids) >= 3, "batch shell, srun, training"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    assert not (killed / "completed").exists() and 6 <= cluster.steps(killed) < 24
+    todo = {requeued: lambda: cluster.run("scontrol", "requeue", jobs[STUDY[2]][0]), killed: kill}
+
+    def disturbed() -> bool:
+        for run in [run for run in todo if cluster.steps(run) >= 5]:
+            todo.pop(run)()
+        return not todo
+
+    cluster.wait(disturbed)
+    assert not (killed / "completed").exists() and 5 <= cluster.steps(killed) < 16
     cluster.wait(lambda: re.search(rf"{STUDY[3]} +\d+ failed", cluster.make("status")))
     told = cluster.make("status")
-    assert re.search(rf"{STUDY[3]} +\d+ failed +\d+/24 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
+    assert re.search(rf"{STUDY[3]} +\d+ failed +\d+/16 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
     again = table(cluster.make(*sweep))
     assert re.fullmatch(r"- 1 24:00:00 resumes at step \d+", again[STUDY[3]][1])
     assert [exp for exp in STUDY if again[exp][1].endswith(("left alone", "skipped"))] == list(STUDY[:3])
@@ -166,7 +166,7 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     first = runs[0]
     for run, folder in zip(runs, scores, strict=True):
         assert (run / "completed").read_bytes() == (first / "completed").read_bytes()
-        assert metrics(run) == metrics(first) and len(metrics(run)) == 24
+        assert metrics(run) == metrics(first) and len(metrics(run)) == 16
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (run / "final_adapter" / name).read_bytes() == (first / "final_adapter" / name).read_bytes()
         for depth in (1, 2, 3, 4):
@@ -176,17 +176,34 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     assert continued[3][0]["step"] % 4 == 0, "from the last checkpoint before the SIGKILL"
     assert all(rest.endswith("complete, skipped") for _, rest in table(cluster.make(*sweep)).values())
 
-    cluster.wait(lambda: "continuing from" in cluster.log(limited_job))
-    before, _, after = cluster.log(limited_job).partition("requeued before the time limit")
-    assert "2 processes" in before and "SIGUSR1: stopped after step" in before
-    cluster.wait(lambda: "\nstep " in cluster.log(limited_job).partition("continuing from")[2])
-    assert "not the same bytes" not in cluster.log(limited_job)
-    assert re.search(r"exp5a-r1-ut1 +\d+ RUNNING +\d+/5000 .*job \d+ PENDING \(Dependency\)", cluster.make("status"))
-    assert "step " in cluster.make("logs", "EXP=exp5a-r1-ut1")
-    assert limited_job in cluster.make("cancel", "EXP=exp5a-r1-ut1")
+
+def test_a_job_at_its_time_limit_saves_requeues_itself_and_continues(cluster):
+    exp = "exp5a-r1-ut1"
+    # Two processes. The signal comes 20 to 50 s before the limit of two minutes; one minute is the least that there is.
+    sweep = ["cluster-sweep", f"EXPS={exp}", "GPUS=2", "TIME=2", "GRACE=20", f"ARGS={SMALL} --max_steps 5000"]
+    job = table(cluster.make(*sweep))[exp][0]
+    cluster.wait(lambda: "\nstep " in cluster.log(job).partition("continuing from")[2])
+    before, _, after = cluster.log(job).partition("requeued before the time limit")
+    step = re.search(r"SIGUSR1: stopped after step (\d+), which is saved", before)[1]
+    assert ", 2 processes\n" in before and f"/checkpoint-{step}\n" in after and "not the same bytes" not in after
+    assert re.search(rf"{exp} +{job} RUNNING +\d+/5000 .*job \d+ PENDING \(Dependency\)", cluster.make("status"))
+    assert "\nstep " in cluster.make("logs", f"EXP={exp}")
+    assert job in cluster.make("cancel", f"EXP={exp}")
     cluster.wait(lambda: cluster.run("squeue", "-h") == "")
-    assert re.search(r"exp5a-r1-ut1 +\d+ failed .*\n    job \d+: .*CANCELLED", cluster.make("status"))
+    assert re.search(rf"{exp} +{job} failed .*\n    job {job}: .*CANCELLED", cluster.make("status")), "not requeued"
     assert "nothing to cancel" in cluster.make("cancel")
+
+
+def test_an_experiment_that_fails_says_why_and_takes_only_its_own_evaluation_with_it(cluster):
+    wrong = ["cluster-sweep", "GPUS=1", "EXPS=exp4-synthetic-ut4", "ARGS=--dataset_path nowhere.jsonl"]
+    job, after = (job for job, _ in table(cluster.make(*wrong)).values())
+    cluster.wait(lambda: cluster.run("squeue", "-h", "-j", f"{job},{after}", "-t", "all", "-o", "%T").split()
+                 == ["FAILED", "CANCELLED"])  # fmt: skip
+    told = cluster.make("status")
+    reason = "dataset synthetic: no such file or folder: nowhere.jsonl"
+    assert re.search(rf"exp4-synthetic-ut4 +{job} failed .*\n    job {job}: error: preflight: .*: {reason}\n", told)
+    assert cluster.log(after) == "", "never started"
+    assert not (cluster.output / "exp4-synthetic-ut4").exists()
 
 
 def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster):
