@@ -197,13 +197,22 @@ def test_a_job_at_its_time_limit_saves_requeues_itself_and_continues(cluster):
 def test_an_experiment_that_fails_says_why_and_takes_only_its_own_evaluation_with_it(cluster):
     wrong = ["cluster-sweep", "GPUS=1", "EXPS=exp4-synthetic-ut4", "ARGS=--dataset_path nowhere.jsonl"]
     job, after = (job for job, _ in table(cluster.make(*wrong)).values())
-    cluster.wait(lambda: cluster.run("squeue", "-h", "-j", f"{job},{after}", "-t", "all", "-o", "%T").split()
-                 == ["FAILED", "CANCELLED"])  # fmt: skip
+    queue = ["squeue", "-h", "-j", f"{job},{after}", "-t", "all", "-o", "%A %T"]
+    cluster.wait(lambda: {f"{job} FAILED", f"{after} CANCELLED"} == set(cluster.run(*queue).splitlines()))
     told = cluster.make("status")
     reason = "dataset synthetic: no such file or folder: nowhere.jsonl"
     assert re.search(rf"exp4-synthetic-ut4 +{job} failed .*\n    job {job}: error: preflight: .*: {reason}\n", told)
     assert cluster.log(after) == "", "never started"
     assert not (cluster.output / "exp4-synthetic-ut4").exists()
+
+
+def test_a_time_limit_that_comes_before_the_first_step_fails_instead_of_requeueing_for_ever(cluster):
+    job = table(cluster.make("cluster-sweep", "GPUS=1", "EXPS=exp5b-r1-ut4", "TIME=7"))["exp5b-r1-ut4"][0]
+    cluster.wait(lambda: "ok    settings" in cluster.log(job))
+    cluster.run("scancel", "--signal=USR1", job)  # as Slurm does it
+    cluster.wait(lambda: "FAILED" in cluster.run("squeue", "-h", "-j", job, "-t", "all", "-o", "%T"))
+    told = "error: the time limit came before the first step: raise TIME (7, of which the last 300 s are for saving)"
+    assert told in cluster.make("status") and told in cluster.log(job, "err")
 
 
 def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster):
