@@ -44,9 +44,8 @@ if [ -n "$IMAGE" ]; then
   # --contain leaves a /tmp and a /dev/shm of 64 MB, which compiled kernels and NCCL outgrow.
   python=("$runner" exec --nv --contain --writable-tmpfs --env "HF_HOME=$HF_HOME" --pwd "$PWD" --bind "$PWD"
     --bind "$HF_HOME" --bind "${TMPDIR:-/tmp}:/tmp" --bind /dev/shm)
-  for place in /dev/infiniband $BINDS; do
-    if [ -e "$place" ]; then python+=(--bind "$place"); fi
-  done
+  if [ -e /dev/infiniband ]; then python+=(--bind /dev/infiniband); fi
+  for place in $BINDS; do python+=(--bind "$place"); done
   python+=("$IMAGE" python)
 fi
 
