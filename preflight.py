@@ -10,7 +10,6 @@ tokenizer: `make fetch` does.
 import argparse
 import importlib.metadata
 import json
-import netrc
 import os
 import platform
 import re
@@ -237,24 +236,12 @@ def check_benchmarks(run: Resolved) -> str:
 
 
 def check_logger(run: Resolved) -> str:
-    name = run.settings.report_to
-    if name == "none":
-        return "metrics.jsonl"
-    from importlib.util import find_spec
+    from train_qlora import check_logger
 
-    if find_spec(name) is None:
-        raise UserError(f"report_to = {name} needs the package {name}: it is not installed")
-    if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        try:
-            known = any("wandb" in host for host in netrc.netrc().hosts)
-        except (OSError, netrc.NetrcParseError):
-            known = False
-        if not known and not os.environ.get("WANDB_API_KEY"):
-            raise UserError(
-                "report_to = wandb, and there is no key: set WANDB_API_KEY, or WANDB_MODE=offline where jobs have no "
-                "network, or REPORT_TO=none"
-            )
-    return name
+    if run.settings.report_to == "none":
+        return "metrics.jsonl"
+    check_logger(run.settings)
+    return f"metrics.jsonl and {run.settings.report_to}"
 
 
 def check_container(run: Resolved) -> str:
