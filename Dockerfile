@@ -5,7 +5,6 @@
 #
 # `base` and not `runtime` or `devel`: torch's wheels bring their own CUDA libraries (12.6).
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
-SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
 # A C++ compiler and Python's headers, because torch.compile and Triton build launchers at run time. Versions are
 # Ubuntu's of the day: its archive drops the older ones, so that pins would break the build, not repeat it.

@@ -60,7 +60,6 @@ lint: env  ## ruff alone
 
 lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
 	@./env.sh $(PYTHON)
-	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes --custom-compile-command "make lock" requirements.in -o requirements.txt
 	@.venv/bin/python lock.py
 
 pixi.lock: pixi.lock.in lock.py $(if $(INDEX)$(FILES),FORCE)  ## render pixi.lock.in, for a mirror too [FILES=https://… INDEX=https://…]

@@ -1,6 +1,6 @@
-"""requirements.txt -> pixi.lock.in, the versions in pixi.toml; pixi.lock.in -> pixi.lock.
+"""requirements.in -> requirements.txt, pixi.lock.in and the versions in pixi.toml; pixi.lock.in -> pixi.lock.
 
-    make lock                                             # requirements.in -> requirements.txt, pixi.lock.in, pixi.toml
+    make lock                                             # all three, or none of them
     make pixi.lock                                        # pixi.lock.in -> pixi.lock, for PyPI
     make pixi.lock FILES=https://mirror.example/files     # the wheels from a mirror; their hashes stay what they are
     make pixi.lock FILES=… INDEX=…                        # an index of its own needs the same index-url in pixi.toml
@@ -11,6 +11,7 @@ as they stand there: one solve of conda-forge, taken from a public lock file. Re
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -47,10 +48,13 @@ STAND_INS = {"@PYPI_INDEX@": "https://index.invalid", "@PYPI_FILES@": "https://f
 def render(text: str, index: str | None = None, files: str | None = None) -> str:
     """pixi.lock from pixi.lock.in; the addresses not given are PyPI's, as pip knows them. Raises ValueError."""
     if not (index and files):
+        bundled = importlib.util.find_spec("ensurepip")  # pip's own copy of itself, for a Python without pip
+        if bundled:
+            sys.path += map(str, Path(bundled.origin).parent.glob("_bundled/pip-*.whl"))
         try:
             from pip._internal.models.index import PyPI
         except ImportError:
-            raise ValueError(f"{sys.executable} has no pip to ask for PyPI's addresses; give INDEX=… and FILES=…") from None
+            raise ValueError(f"{sys.executable} has no pip to ask for PyPI's addresses: FILES=… INDEX=…") from None
         index, files = index or PyPI.simple_url, files or f"https://{PyPI.file_storage_domain}"
     for placeholder, url in (("@PYPI_INDEX@", index), ("@PYPI_FILES@", files)):
         if not re.fullmatch(r"(https?|file)://[^\s@#'\"]+", url):
@@ -59,12 +63,26 @@ def render(text: str, index: str | None = None, files: str | None = None) -> str
     return text
 
 
-def read_pins() -> dict[str, str]:
+def resolve() -> str:
+    """requirements.txt for Python 3.11 to 3.13; a version that is in it and still fits stays."""
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        raise ValueError(f"no uv beside {sys.executable}; run `make lock` with Python 3.11, 3.12 or 3.13")
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work, PINS.name)
+        out.write_text(PINS.read_text())
+        command = [uv, "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--no-annotate"]
+        command += ["--generate-hashes", "--custom-compile-command", "make lock", "requirements.in", "-o", out]
+        subprocess.run(command, check=True, cwd=HERE, stdout=subprocess.DEVNULL)
+        return out.read_text()
+
+
+def read_pins(text: str) -> dict[str, str]:
     """Name -> version of everything in requirements.txt that Python 3.12 on Linux installs."""
     from packaging.requirements import Requirement
 
     pins = {}
-    for line in re.findall(r"^[a-z0-9].*?(?= \\?$)", PINS.read_text(), re.MULTILINE):
+    for line in re.findall(r"^[a-z0-9].*?(?= \\?$)", text, re.MULTILINE):
         requirement = Requirement(line)
         if not requirement.marker or requirement.marker.evaluate({"python_version": PYTHON}):
             pins[requirement.name] = str(requirement.specifier).removeprefix("==")
@@ -73,6 +91,8 @@ def read_pins() -> dict[str, str]:
 
 def pip_report(pins: dict[str, str]) -> dict[str, dict]:
     """What pip would install for exactly these pins, from PyPI alone (nothing is installed, little is downloaded)."""
+    from packaging.utils import canonicalize_name
+
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     with tempfile.TemporaryDirectory() as work:
@@ -85,7 +105,7 @@ def pip_report(pins: dict[str, str]) -> dict[str, dict]:
         skip = ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX")
         env = {k: v for k, v in os.environ.items() if k not in skip} | {"PIP_CONFIG_FILE": os.devnull}
         subprocess.run(command, check=True, env=env)
-        return {item["metadata"]["name"].lower().replace("_", "-"): item for item in json.loads(report.read_text())["install"]}
+        return {canonicalize_name(item["metadata"]["name"]): item for item in json.loads(report.read_text())["install"]}
 
 
 def wheel(name: str, item: dict, pins: dict[str, str], build: str | None) -> dict:
@@ -126,8 +146,8 @@ def wheel(name: str, item: dict, pins: dict[str, str], build: str | None) -> dic
     return entry
 
 
-def refresh() -> tuple[str, str]:
-    """pixi.lock.in and pixi.toml, as requirements.txt and requirements.in ask for."""
+def refresh() -> tuple[str, str, str]:
+    """requirements.txt, pixi.lock.in and pixi.toml, as requirements.in asks for."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -145,23 +165,23 @@ def refresh() -> tuple[str, str]:
         text = text.replace(placeholder, stand_in)
     conda = [entry for entry in yaml.safe_load(text)["packages"] if "conda" in entry]
 
-    pins = read_pins()
+    requirements = resolve()
+    pins = read_pins(requirements)
     if pins["torch"] != TORCH:
-        raise ValueError(f"torch {pins['torch']}: lock.py knows the cu128 and cpu builds of {TORCH} alone; see BUILDS there")
+        raise ValueError(
+            f"torch {pins['torch']}: lock.py knows the cu128 and cpu builds of {TORCH} alone; see BUILDS there"
+        )
     environments = {"default": pins}
     for build, (_, cuda) in BUILDS.items():
         own = {f"nvidia-{name}-cu12": version for name, version in (pair.split() for pair in cuda.split(", ") if pair)}
         bare = {n: v for n, v in pins.items() if not n.startswith("nvidia-") and (own or n != "triton")}
         environments[build] = bare | own
-    reports = {env: {} for env in environments}
     base = pip_report(pins)
-    for env, wanted in environments.items():
-        other = {n: v for n, v in wanted.items() if pins.get(n) != v}
-        reports[env] = base | (pip_report(other) if other else {})
-
     packages, listed = {}, {}
     for env, wanted in sorted(environments.items()):
-        entries = [wheel(n, reports[env][n], wanted, env if env in BUILDS else None) for n in sorted(wanted)]
+        other = {n: v for n, v in wanted.items() if pins[n] != v}
+        report = base | (pip_report(other) if other else {})
+        entries = [wheel(n, report[n], wanted, env if env in BUILDS else None) for n in sorted(wanted)]
         packages |= {entry["pypi"]: entry for entry in entries}
         rows = [{"conda": entry["conda"]} for entry in conda] + [{"pypi": entry["pypi"]} for entry in entries]
         listed[env] = {
@@ -180,8 +200,9 @@ def refresh() -> tuple[str, str]:
     manifest += "".join(f'{name} = "=={version}"\n' for name, version in asked if name != "torch")
     manifest += f'\n[feature.cu126.pypi-dependencies]\ntorch = "=={TORCH}"\n'
     for build in BUILDS:
-        manifest += f'\n[feature.{build}.pypi-dependencies]\ntorch = {{ version = "=={TORCH}", index = "{TORCH_INDEX}{build}" }}\n'
-    return text, manifest
+        torch = f'{{ version = "=={TORCH}", index = "{TORCH_INDEX}{build}" }}'
+        manifest += f"\n[feature.{build}.pypi-dependencies]\ntorch = {torch}\n"
+    return requirements, text, manifest
 
 
 def main() -> None:
@@ -194,11 +215,11 @@ def main() -> None:
         if args.render:
             files = {args.render: render(LOCK.read_text(), args.index, args.files)}
         else:
-            files = dict(zip((LOCK, MANIFEST), refresh(), strict=True))
+            files = dict(zip((PINS, LOCK, MANIFEST), refresh(), strict=True))
     except ValueError as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: pip could not look the packages up (see above; it needs PyPI): exit code {error.returncode}")
+        sys.exit(f"error: {Path(error.cmd[0]).name} failed, see above (it needs PyPI): exit code {error.returncode}")
     for path, text in files.items():  # not settings.write_atomic: rendering has to run before there are any packages
         part = path.with_name(f".{path.name}.tmp")
         part.write_text(text)
