@@ -62,8 +62,8 @@ lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the ve
 	@./env.sh $(PYTHON)
 	@.venv/bin/python lock.py
 
-pixi.lock: pixi.lock.in lock.py $(if $(INDEX)$(FILES),FORCE)  ## render pixi.lock.in, for a mirror too [FILES=https://… INDEX=https://…]
-	@$(PYTHON) lock.py --render $@ $(if $(INDEX),--index $(INDEX)) $(if $(FILES),--files $(FILES))
+pixi.lock: pixi.lock.in lock.py $(if $(PYPI_INDEX)$(PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
+	@$(PYTHON) lock.py --render $@ $(if $(PYPI_INDEX),--index $(PYPI_INDEX)) $(if $(PYPI_FILES),--files $(PYPI_FILES))
 
 build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build

@@ -2,8 +2,8 @@
 
     make lock                                             # all three, or none of them
     make pixi.lock                                        # pixi.lock.in -> pixi.lock, for PyPI
-    make pixi.lock FILES=https://mirror.example/files     # the wheels from a mirror; their hashes stay what they are
-    make pixi.lock FILES=… INDEX=…                        # an index of its own needs the same index-url in pixi.toml
+    make pixi.lock PYPI_FILES=https://mirror.example/f    # the wheels from a mirror; their hashes stay what they are
+    make pixi.lock PYPI_FILES=… PYPI_INDEX=…              # a mirror's index needs the same index-url in pixi.toml
 
 pixi.lock.in is a complete pixi.lock (format 6, which every pixi since 0.39 reads) in which the index's two addresses
 are placeholders. Its wheels are those of requirements.txt; its conda packages (Python 3.12 and what it needs) are kept
@@ -54,7 +54,9 @@ def render(text: str, index: str | None = None, files: str | None = None) -> str
         try:
             from pip._internal.models.index import PyPI
         except ImportError:
-            raise ValueError(f"{sys.executable} has no pip to ask for PyPI's addresses: FILES=… INDEX=…") from None
+            raise ValueError(
+                f"{sys.executable} has no pip to ask for PyPI's addresses: PYPI_FILES=… PYPI_INDEX=…"
+            ) from None
         index, files = index or PyPI.simple_url, files or f"https://{PyPI.file_storage_domain}"
     for placeholder, url in (("@PYPI_INDEX@", index), ("@PYPI_FILES@", files)):
         if not re.fullmatch(r"(https?|file)://[^\s@#'\"]+", url):
@@ -217,9 +219,11 @@ def main() -> None:
         else:
             files = dict(zip((PINS, LOCK, MANIFEST), refresh(), strict=True))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: {Path(error.cmd[0]).name} failed, see above (it needs PyPI): exit code {error.returncode}")
+        parser.exit(
+            2, f"error: {Path(error.cmd[0]).name} failed, see above (it needs PyPI): exit code {error.returncode}\n"
+        )
     for path, text in files.items():  # not settings.write_atomic: rendering has to run before there are any packages
         part = path.with_name(f".{path.name}.tmp")
         part.write_text(text)

@@ -211,7 +211,7 @@ def test_the_addresses_are_pip_s_unless_given(tmp_path):
 
 def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path):
     done = render(tmp_path, "--files", "mirror.example/files")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: not an address to fetch packages from: mirror.example/files\n"
     assert list(tmp_path.iterdir()) == []
 
