@@ -188,6 +188,35 @@ def test_the_manifest_asks_for_what_requirements_in_asks_for(manifest):
         assert found == wanted
 
 
+def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
+    """With pip's answers replayed from the lock, and uv's from requirements.txt: neither can be asked offline."""
+    import lock as tool
+
+    entries = {
+        (e["name"], e["version"]): e for e in yaml.load(lock, Loader=yaml.CSafeLoader)["packages"] if "pypi" in e
+    }
+
+    def replay(pins: dict[str, str]) -> dict[str, dict]:
+        return {
+            name: {
+                "metadata": entries[name, version],
+                "download_info": {
+                    "url": entries[name, version]["pypi"],
+                    "archive_info": {"hashes": {"sha256": entries[name, version]["sha256"]}},
+                },
+            }
+            for name, version in pins.items()
+        }
+
+    monkeypatch.setattr(tool, "pip_report", replay)
+    monkeypatch.setattr(tool, "resolve", tool.PINS.read_text)
+    assert tool.refresh() == (tool.PINS.read_text(), tool.LOCK.read_text(), tool.MANIFEST.read_text())
+
+    monkeypatch.setattr(tool, "resolve", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
+    with pytest.raises(ValueError, match=r"torch 2\.8\.0: .* of 2\.7\.1 alone"):
+        tool.refresh()
+
+
 def test_the_committed_lock_names_no_host_of_the_index():
     text = (ROOT / "pixi.lock.in").read_text()
     assert set(re.findall(r"https?://([^/\s]+)", text)) == {"conda.anaconda.org", "download.pytorch.org"}
