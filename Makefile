@@ -76,7 +76,7 @@ upload:  ## copy code, history and ouro-thai.sif to a cluster; goes on where it 
 	@rsync -az --filter=':- .gitignore' ./ $(HOST):$(or $(DIR),ouro-thai)/
 	@if [ -e ouro-thai.sif ]; then rsync -av --partial-dir=.rsync-partial --info=progress2 ouro-thai.sif $(HOST):$(or $(DIR),ouro-thai)/; fi
 
-test-images:  ## build and run the images for real, on a Debian base (root; half an hour on two cores, 30 GB)
+test-images:  ## build and run the images for real, on a Debian base (root; 20 to 30 minutes on two cores, 30 GB)
 	@tests/images/run
 
 clean:  ## delete the environment, the cache of tokenised rows and what smoke wrote; runs and results stay
