@@ -1,20 +1,26 @@
 # `make` alone prints every target.  The first target that needs packages builds .venv from requirements.txt (env.sh);
-# where pixi and a pixi.toml are found, pixi's environment is used instead.
+# where pixi is found, its environment is used instead (another one: make … PIXI_ENV=cu128).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env smoke train eval data-report fetch preflight cluster-sweep status logs cancel bench test lint lock clean
+.PHONY: help env smoke train eval data-report fetch preflight cluster-sweep status logs cancel bench test lint lock \
+  build-image sif upload test-images clean FORCE
 
 CONFIG ?= configs/default.yaml
 PYTHON ?= python3
 SMOKE := $(if $(filter file,$(origin CONFIG)),configs/smoke.yaml,$(CONFIG))
 export TOKENIZERS_PARALLELISM ?= false
 
-ifneq ($(and $(shell command -v pixi),$(wildcard pixi.toml)),)
-ENV := pixi install --quiet
-RUN := pixi run --frozen python
-PYTHON_BIN := .pixi/envs/default/bin/python
+ifdef PIXI_ENVIRONMENT_NAME  # inside `pixi run`
+ENV := :
+RUN := python
+PYTHON_BIN := python
+else ifneq ($(shell command -v pixi),)
+PIXI_ENV ?= default
+ENV := $(MAKE) --no-print-directory pixi.lock && pixi install --quiet --locked --environment $(PIXI_ENV)
+RUN := pixi run --frozen --environment $(PIXI_ENV) python
+PYTHON_BIN := .pixi/envs/$(PIXI_ENV)/bin/python
 else
 ENV := ./env.sh $(PYTHON)
 RUN := .venv/bin/python
@@ -23,10 +29,12 @@ endif
 export PYTHON_BIN
 CLUSTER := $(if $(filter file,$(origin CONFIG)),configs/a100.yaml,$(CONFIG))
 SITE := . slurm/site.sh && { [ -n "$$IMAGE" ] || $(ENV); }
+COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
+APPTAINER = $(or $(shell command -v apptainer || command -v singularity),$(error neither apptainer nor singularity is here; build the image elsewhere and make upload HOST=…))
 need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to repeat
 	@$(ENV)
@@ -74,8 +82,26 @@ test: env  ## run all tests
 lint: env  ## ruff alone
 	@$(RUN) -m ruff check .
 
-lock: env  ## resolve requirements.in into requirements.txt again
-	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes --custom-compile-command "make lock" requirements.in -o requirements.txt
+lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
+	@./env.sh $(PYTHON)
+	@.venv/bin/python lock.py
+
+pixi.lock: pixi.lock.in lock.py $(if $(PYPI_INDEX)$(PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
+	@$(PYTHON) lock.py --render $@ $(if $(PYPI_INDEX),--index $(PYPI_INDEX)) $(if $(PYPI_FILES),--files $(PYPI_FILES))
+
+build-image:  ## build the Docker image ouro-thai (run.sh runs it)
+	@./run.sh build
+
+sif:  ## build ouro-thai.sif from singularity.def, for clusters
+	@$(APPTAINER) build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
+
+upload:  ## copy code, history and ouro-thai.sif to a cluster; goes on where it stopped: make upload HOST=me@cluster [DIR=ouro-thai]
+	@$(if $(HOST),,$(error name the machine: make upload HOST=me@cluster [DIR=ouro-thai]))
+	@rsync -az --filter=':- .gitignore' ./ $(HOST):$(or $(DIR),ouro-thai)/
+	@if [ -e ouro-thai.sif ]; then rsync -av --partial-dir=.rsync-partial --info=progress2 ouro-thai.sif $(HOST):$(or $(DIR),ouro-thai)/; fi
+
+test-images:  ## build and run the images for real, on a Debian base (root; 20 to 30 minutes on two cores, 30 GB)
+	@tests/images/run
 
 clean:  ## delete the environment, the cache of tokenised rows and what smoke wrote; runs and results stay
 	@rm -rf .venv cache output/smoke results/smoke

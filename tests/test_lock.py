@@ -1,0 +1,287 @@
+"""pixi.lock is what pixi.toml asks for and what requirements.txt pins; the images install the same.
+
+pixi itself is not on PyPI; the rules here are those of `pixi install --locked`, with pixi's own parser and matching of
+conda packages (py-rattler), and packaging for the wheels.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+ROOT = Path(__file__).parents[1]
+MIRROR = ["--index", "https://mirror.example/simple", "--files", "https://mirror.example/files"]
+INDEX = "https://index.example/simple"
+VIRTUAL = {"__unix", "__linux", "__glibc", "__archspec"}  # what a Linux machine has, by pixi's reckoning
+CUDA = ("nvidia-", "triton")
+
+
+def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "lock.py", "--render", folder / "pixi.lock", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def lock(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("lock")
+    done = render(folder, "--index", INDEX, "--files", "https://files.example")
+    assert done.returncode == 0, done.stderr
+    return (folder / "pixi.lock").read_text()
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict:
+    return tomllib.loads((ROOT / "pixi.toml").read_text())
+
+
+def asked(manifest: dict, env: str) -> dict[str, str | dict]:
+    """An environment's PyPI requirements: name -> what the manifest says."""
+    features = [manifest["feature"][name] for name in manifest["environments"][env]["features"]]
+    return {name: spec for part in [manifest, *features] for name, spec in part["pypi-dependencies"].items()}
+
+
+def faults(manifest: dict, text: str, folder: Path) -> list[str]:
+    """Why pixi would not install this lock for this manifest."""
+    from rattler import LockFile, MatchSpec
+
+    path = folder / "checked.lock"
+    path.write_text(text)
+    environments = dict(LockFile.from_path(path).environments())
+    raw = yaml.load(text, Loader=yaml.CSafeLoader)
+    purls = {entry["conda"]: entry.get("purls") for entry in raw["packages"] if "conda" in entry}
+    bad = [f"environment {name}" for name in environments.keys() ^ manifest["environments"].keys()]
+    for env in environments.keys() & manifest["environments"].keys():
+        environment = environments[env]
+        if [str(platform.name) for platform in environment.platforms()] != manifest["workspace"]["platforms"]:
+            bad.append(f"{env}: platforms")
+        if [str(c) for c in environment.channels()] != ["https://conda.anaconda.org/conda-forge/"]:
+            bad.append(f"{env}: channels")
+        if raw["environments"][env]["indexes"] != [INDEX]:
+            bad.append(f"{env}: indexes")
+        packages = environment.packages(environment.platforms()[0])
+
+        conda = {p.name: p for p in packages if "/conda-forge/" in p.location}
+        todo, seen = [f"{name} {version}" for name, version in manifest["dependencies"].items()], set()
+        while todo:
+            name = (spec := todo.pop()).split()[0]
+            if name in conda:
+                if not conda[name].satisfies(MatchSpec(spec)):
+                    bad.append(f"{env}: {spec}, locked is {conda[name].version}")
+                if name not in seen:
+                    seen.add(name)
+                    todo += conda[name].package_record.depends
+            elif name not in VIRTUAL:
+                bad.append(f"{env}: {spec} is not locked")
+        bad += [f"{env}: nothing wants {name}" for name in conda.keys() - seen]
+        # Without `purls` pixi takes conda's tzdata for PyPI's.
+        bad += [f"{env}: {name} has no purls" for name, p in conda.items() if purls.get(p.location) is None]
+        if "python" not in conda:
+            continue
+
+        wheels = {p.name: p for p in packages if p.name not in conda or "/conda-forge/" not in p.location}
+        python = str(conda["python"].version)
+        glibc = [f"manylinux{version}_x86_64" for version in ("2014", "2010", "1", *(f"_2_{n}" for n in range(29)))]
+        tags = {*cpython_tags((3, 12), ["cp312"], glibc), *compatible_tags((3, 12), "cp312", glibc)}
+        for name, found in wheels.items():
+            fits = parse_wheel_filename(found.location.rsplit("/", 1)[1].replace("%2B", "+"))
+            if fits[:2] != (name, type(fits[1])(found.version)) or not fits[3] & tags:
+                bad.append(f"{env}: {found.location} is not {name} {found.version} for Python 3.12")
+            if found.requires_python and not Requirement(f"x{found.requires_python}").specifier.contains(python):
+                bad.append(f"{env}: {name} wants Python {found.requires_python}")
+        for name, spec in asked(manifest, env).items():
+            index = spec.get("index") if isinstance(spec, dict) else "https://files.example/packages"
+            if name in wheels and not wheels[name].location.startswith(f"{index}/"):
+                bad.append(f"{env}: {name} is not from {index}")
+        todo = [
+            (Requirement(name + (spec if isinstance(spec, str) else spec["version"])), "")
+            for name, spec in asked(manifest, env).items()
+        ]
+        marked = default_environment() | {"python_version": "3.12", "python_full_version": python}
+        seen = set()
+        while todo:
+            requirement, extra = todo.pop()
+            if requirement.marker and not requirement.marker.evaluate(marked | {"extra": extra}):
+                continue
+            name = canonicalize_name(requirement.name)
+            if name not in wheels or not wheels[name].satisfies(f"{name}{requirement.specifier}"):
+                bad.append(f"{env}: {requirement} is not locked")
+                continue
+            for key in {(name, extra) for extra in ("", *requirement.extras)} - seen:
+                seen.add(key)
+                todo += [(Requirement(text), key[1]) for text in wheels[name].requires_dist]
+        bad += [f"{env}: nothing wants {name}" for name in wheels.keys() - {name for name, _ in seen}]
+    return sorted(bad)
+
+
+def test_the_lock_is_what_the_manifest_asks_for(manifest, lock, tmp_path):
+    assert faults(manifest, lock, tmp_path) == []
+
+
+def without(name: str, kind: str = "pypi"):
+    """The lock without one package in its first environment."""
+    return lambda text: re.sub(rf"^      - {kind}: \S+/{name}-[0-9]\S+\n", "", text, count=1, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda text: re.sub(r"(name: transformers\n  version: 4.54.)1", r"\g<1>0", text), "transformers"),
+        (without("certifi"), "cpu: certifi.* is not locked"),
+        (without("openssl", "conda"), "cpu: openssl.* is not locked"),
+        (lambda text: text.replace("\n  - pyyaml>=5.1\n", "\n  - pyyaml>=5.1,<6\n"), "pyyaml"),
+        (lambda text: text.replace("numpy-2.4.6-cp312-cp312", "numpy-2.4.6-cp313-cp313"), "numpy 2.4.6 for Python"),
+        (lambda text: text.replace("/whl/cu128/torch", "/whl/cu126/torch"), "cu128: torch is not from"),
+        (lambda text: text.replace(INDEX, "https://other.example/simple", 1), "cpu: indexes"),
+        (lambda text: text.replace("  cu128:\n", "  cu129:\n"), "environment cu128"),
+        (lambda text: re.sub(r"(tzdata-2025(?s:.*?))  purls: \[\]\n", r"\1", text, count=4), "tzdata has no purls"),
+    ],
+)
+def test_a_damaged_lock_is_found(manifest, lock, tmp_path, damage, fault):
+    damaged = damage(lock)
+    assert damaged != lock
+    assert re.search(fault, "\n".join(faults(manifest, damaged, tmp_path)))
+
+
+def test_a_lock_with_more_than_the_manifest_asks_for_is_found(manifest, lock, tmp_path):
+    less = manifest | {"pypi-dependencies": {k: v for k, v in manifest["pypi-dependencies"].items() if k != "wandb"}}
+    assert "cpu: nothing wants wandb" in faults(less, lock, tmp_path)
+
+
+@pytest.mark.parametrize("env", ["default", "cu128", "cpu"])
+def test_every_environment_has_the_versions_and_hashes_of_requirements_txt(lock, env):
+    pins = {
+        name: (version, set(re.findall(r"sha256:(\w+)", hashes)))
+        for name, version, hashes in re.findall(
+            r"^([a-z0-9-]+)==(\S+)(.*(?:\n    .*)*)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
+        )
+    }
+    raw = yaml.load(lock, Loader=yaml.CSafeLoader)
+    entries = {entry["pypi"]: entry for entry in raw["packages"] if "pypi" in entry}
+    rows = raw["environments"][env]["packages"]["linux-64"]
+    wheels = {entry["name"]: entry for entry in (entries[row["pypi"]] for row in rows if "pypi" in row)}
+    assert wheels["torch"]["version"] == {"default": "2.7.1"}.get(env, f"2.7.1+{env}")
+    assert wheels["transformers"]["version"] == "4.54.1"
+    assert wheels.keys() == {name for name in pins if env != "cpu" or not name.startswith(CUDA)}
+    # torch is another build of the same version, and has CUDA packages of its own
+    built = {"default": (), "cu128": ("torch", "nvidia-"), "cpu": ("torch",)}[env]
+    for name, entry in wheels.items():
+        if not name.startswith(built):
+            assert (entry["version"], entry["sha256"] in pins[name][1]) == (pins[name][0], True), name
+    assert wheels["torch"]["version"].split("+")[0] == pins["torch"][0]
+
+
+def test_the_manifest_asks_for_what_requirements_in_asks_for(manifest):
+    lines = (ROOT / "requirements.in").read_text().splitlines()
+    wanted = dict(re.match(r"([\w.-]+)(==[\w.]+)", line).groups() for line in lines if line and line[0] != "#")
+    for env in manifest["environments"]:
+        found = {n: spec if isinstance(spec, str) else spec["version"] for n, spec in asked(manifest, env).items()}
+        assert found == wanted
+
+
+def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
+    """With pip's answers replayed from the lock, and uv's from requirements.txt: neither can be asked offline."""
+    import lock as tool
+
+    entries = {
+        (e["name"], e["version"]): e for e in yaml.load(lock, Loader=yaml.CSafeLoader)["packages"] if "pypi" in e
+    }
+
+    def replay(pins: dict[str, str]) -> dict[str, dict]:
+        return {
+            name: {
+                "metadata": entries[name, version],
+                "download_info": {
+                    "url": entries[name, version]["pypi"],
+                    "archive_info": {"hashes": {"sha256": entries[name, version]["sha256"]}},
+                },
+            }
+            for name, version in pins.items()
+        }
+
+    monkeypatch.setattr(tool, "pip_report", replay)
+    monkeypatch.setattr(tool, "resolve", tool.PINS.read_text)
+    assert tool.refresh() == (tool.PINS.read_text(), tool.LOCK.read_text(), tool.MANIFEST.read_text())
+
+    monkeypatch.setattr(tool, "resolve", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
+    with pytest.raises(ValueError, match=r"torch 2\.8\.0: .* of 2\.7\.1 alone"):
+        tool.refresh()
+
+
+def test_the_committed_lock_names_no_host_of_the_index():
+    text = (ROOT / "pixi.lock.in").read_text()
+    assert set(re.findall(r"https?://([^/\s]+)", text)) == {"conda.anaconda.org", "download.pytorch.org"}
+
+
+def test_a_mirror_has_every_wheel_but_torch_s_own_builds(tmp_path):
+    assert render(tmp_path, *MIRROR).returncode == 0
+    text = (tmp_path / "pixi.lock").read_text()
+    wheels = re.findall(r"^- pypi: (\S+)", text, re.MULTILINE)
+    elsewhere = [url for url in wheels if not url.startswith("https://mirror.example/files/packages/")]
+    assert len(elsewhere) == 2 and all("download.pytorch.org/whl/" in url for url in elsewhere)
+    assert text.count("    - https://mirror.example/simple\n") == 3
+
+
+def test_the_addresses_are_pip_s_unless_given(tmp_path):
+    assert render(tmp_path).returncode == 0
+    text = (tmp_path / "pixi.lock").read_text()
+    assert not re.search(r"@[A-Z_]+@", text)
+    assert len(set(re.findall(r"https?://([^/\s]+)", text))) == 4  # conda's, torch's, the index, its files
+
+
+def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path):
+    done = render(tmp_path, "--files", "mirror.example/files")
+    assert done.returncode == 2
+    assert done.stderr == "error: not an address to fetch packages from: mirror.example/files\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_pixi_has_a_task_for_every_verb(manifest):
+    assert manifest["tasks"] == {verb: f"make {verb}" for verb in targets() - {"help", "env"}}
+
+
+def test_make_takes_pixi_where_it_is_found(tmp_path):
+    """With a stand-in for pixi that prints its arguments; inside `pixi run` the environment's own Python is taken."""
+    for name in ("Makefile", "pixi.lock.in", "lock.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pixi").write_text('#!/bin/sh\necho pixi "$@"\n')
+    (tmp_path / "pixi").chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIXI", "MAKE", "MFLAGS"))}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    command = ["make", "--no-print-directory", "lint", f"PYTHON={sys.executable}", "PIXI_ENV=cu128"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == [
+        "pixi install --quiet --locked --environment cu128",
+        "pixi run --frozen --environment cu128 python -m ruff check .",
+    ], done.stderr
+    assert (tmp_path / "pixi.lock").is_file()
+    inside = subprocess.run(
+        [*command, "-n"], cwd=tmp_path, env=env | {"PIXI_ENVIRONMENT_NAME": "cu128"}, capture_output=True
+    )
+    assert inside.stdout.decode().splitlines() == [":", "python -m ruff check ."]
+
+
+def test_both_images_have_the_same_base_packages_and_settings():
+    docker, singularity = (ROOT / "Dockerfile").read_text(), (ROOT / "singularity.def").read_text()
+    for pattern in (
+        r"nvidia/cuda:\S+",
+        r"apt-get install [^&\n]*",
+        r"HF_HOME=/\S+",
+        "NVIDIA_DISABLE_REQUIRE=1",
+        "PYTHAINLP_READ_ONLY=1",
+    ):
+        one, other = (re.search(pattern, text)[0].strip() for text in (docker, singularity))
+        assert one == other
