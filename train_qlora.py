@@ -38,6 +38,7 @@ import yaml
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from torch._inductor.async_compile import AsyncCompile
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +46,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_wandb_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -54,7 +55,7 @@ from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, load_ouro
-from plan import layers_to_recompute
+from plan import layers_to_recompute, matrix_rate, training_flops
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -63,6 +64,7 @@ STARTED = time.time()
 
 
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
+SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
 SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
 LOOP = "held_out_loss/loop"  # and its number: what TensorBoard and W&B call it
 
@@ -71,10 +73,10 @@ class LoopTrainer(SFTTrainer):
     """TRL's trainer around a looped model: our objective, no fp32 copies of frozen weights, exact token metrics, an
     exact resume, and a stop with a reason when the numbers say that going on is a waste."""
 
-    def __init__(self, *args, objective: str, settings: Settings, held_out: Rows | None, **kwargs):
-        self.objective, self.settings, self.held_out = objective, settings, held_out
-        # loss, correct, trained and all tokens of this process since the last log; float64 counts exactly to 2**53
-        self._sums = torch.zeros(4, dtype=torch.float64)
+    def __init__(self, *args, settings: Settings, held_out: Rows | None, flops: float | None, **kwargs):
+        self.settings, self.held_out, self.flops = settings, held_out, flops  # of a GPU, per second
+        # of this process since the last log; float64 counts exactly to 2**53
+        self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
         self._step_loss = torch.zeros((), dtype=torch.float64)
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
@@ -96,12 +98,16 @@ class LoopTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
         # position_ids tell the documents apart.
-        real = inputs.pop("attention_mask").sum()
-        inputs["objective"] = self.objective
+        mask = inputs.pop("attention_mask")
+        # pairs of a token and one it attends to: as many as its position in its document, counted from 1
+        positions = inputs["position_ids"] + 1 if "position_ids" in inputs else mask.cumsum(1)
+        batch = (mask.sum(), (positions * mask).sum(), torch.tensor(mask.numel(), device=mask.device))
+        inputs["objective"] = self.settings.loss
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        sums = torch.stack([x.detach().double() for x in (loss, outputs.correct_tokens, outputs.trained_tokens, real)])
+        batch = (loss, outputs.correct_tokens, outputs.trained_tokens, *batch)
+        sums = torch.stack([x.detach().double() for x in batch])
         self._sums = self._sums.to(sums.device) + sums
         self._step_loss = self._step_loss.to(sums.device) + sums[0]
         return (loss, outputs) if return_outputs else loss
@@ -164,16 +170,23 @@ class LoopTrainer(SFTTrainer):
         step, now = self.state.global_step, time.perf_counter()
         total = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
         loss = total[0] / WORLD_SIZE / (step - self._logged_step)  # transformers scales each process's by their number
-        correct, trained, seen = (int(x) for x in total[1:])
+        correct, trained, seen, pairs, padded = (int(x) for x in total[1:])
         self._tokens += seen
-        accuracy, rate = correct / max(trained, 1), seen / (now - self._logged_at)
+        accuracy, spent = correct / max(trained, 1), now - self._logged_at
+        rate = seen / spent
         logs |= {
             "loss": round(loss, 6),
             "mean_token_accuracy": round(accuracy, 4),
             "num_tokens": self._tokens,
+            "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
             "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
         }
+        if self.flops:
+            s, config = self.settings, self.accelerator.unwrap_model(self.model).config
+            heads = s.total_ut_steps if s.loss == "all" else 1
+            done = training_flops(config, s.total_ut_steps, s.r, seen, pairs, heads * trained)
+            logs["model_flop_use"] = round(done / spent / (self.flops * WORLD_SIZE), 4)
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
         self._watch(step, loss, accuracy, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
@@ -221,6 +234,13 @@ class LoopTrainer(SFTTrainer):
         *losses, tokens = self.accelerator.reduce(sums).tolist()
         return {"held_out_loss": [round(loss / max(tokens, 1), 6) for loss in losses]}
 
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.settings.loraplus_lr_ratio != 1:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            ratio = self.settings.loraplus_lr_ratio
+            self.optimizer = create_loraplus_optimizer(self.model, kind, loraplus_lr_ratio=ratio, **arguments)
+        return super().create_optimizer()
+
     def _get_output_dir(self, trial) -> str:
         return str(Path(self.args.output_dir) / ".saving")
 
@@ -265,7 +285,8 @@ class LoopTrainer(SFTTrainer):
                 self._sums = torch.tensor(progress["sums"][RANK], dtype=torch.float64)
             elif RANK == 0:
                 self._sums = torch.tensor(progress["sums"], dtype=torch.float64).sum(0) * WORLD_SIZE
-                self._sums /= torch.tensor([progress["processes"], WORLD_SIZE, WORLD_SIZE, WORLD_SIZE])
+                self._sums[0] /= progress["processes"]  # a mean over processes
+                self._sums[1:] /= WORLD_SIZE
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
             self._rates = progress["rates"]
@@ -551,7 +572,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def manifest(run: Resolved, model: PreTrainedModel, report: dict) -> dict:
+def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None) -> dict:
     """What is needed to repeat the run: code, versions, machine, revisions, seed."""
 
     def git(*args: str) -> str | None:
@@ -571,6 +592,7 @@ def manifest(run: Resolved, model: PreTrainedModel, report: dict) -> dict:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_tflops": flops and round(flops / 1e12, 1),  # of bf16 products, measured: model_flop_use is a share of it
         "processes": WORLD_SIZE,
         "model": run.settings.model_name_or_path,
         "model_commit": getattr(model.config, "_commit_hash", None),
@@ -765,14 +787,15 @@ def train(run: Resolved) -> Path:
 
     start_logger(run, folder)
     model = build(s, device)
+    flops = matrix_rate(device) if s.bf16 and device != "cpu" else None
     if RANK == 0 and state == "new":
-        write_json(folder / "manifest.json", manifest(run, model, report))
+        write_json(folder / "manifest.json", manifest(run, model, report, flops))
     stopper = Stopper(run.options.time_limit)
     trainer = LoopTrainer(
         model=model,
-        objective=s.loss,
         settings=s,
         held_out=held_out,
+        flops=flops,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
