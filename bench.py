@@ -2,12 +2,14 @@
 
 python bench.py data --config configs/smoke.yaml [--rows 4000]      # tokenise, cache, pack, batch; beside TRL
 python bench.py train --config configs/a100.yaml [--only nf4]       # steps of training, on this GPU; beside stock PEFT
+python bench.py plan --config configs/a100.yaml --gpu H100 --count 4          # hours and memory of every experiment
 """
 
 import argparse
 import dataclasses
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from settings import Resolved, Settings, call, resolve
+from settings import EXPERIMENTS, Resolved, Settings, UserError, call, read_yaml, resolve
 
 import bitsandbytes.optim
 import torch
@@ -32,7 +34,7 @@ from data_config import load_tokenizer, prepare
 from lora import refresh
 from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, load_ouro
 from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
-from sources import ROOT, read_file
+from sources import DATASETS, ROOT, read_file
 from train_qlora import build
 
 CHARACTERS = 3000  # of a row of WangchanThaiInstruct, about
@@ -108,10 +110,15 @@ def bench_data(run: Resolved) -> None:
     print(f"  padding {json.dumps(report['padding'])}")
 
 
+def sizes(s: Settings) -> OuroConfig:
+    """Of the settings' model if that is a folder, else of Ouro-2.6B."""
+    folder = Path(s.model_name_or_path)
+    return OuroConfig.from_pretrained(folder) if folder.is_dir() else OuroConfig()
+
+
 def build_random(s: Settings, folder: Path) -> None:
-    """A checkpoint of random weights, of the sizes of the settings' model if that is a folder, else of Ouro-2.6B's."""
-    path = Path(s.model_name_or_path)
-    config = OuroConfig.from_pretrained(path) if path.is_dir() else OuroConfig()
+    """A checkpoint of random weights."""
+    config = sizes(s)
     config.architectures, config.init_seed = ["OuroForCausalLM"], None
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -187,7 +194,9 @@ def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, flo
 
 def bench_train(run: Resolved) -> None:
     s, only, depths = run.settings, run.options.only, run.options.loops
-    seq, rate = s.max_length, matrix_rate("cuda")
+    if not torch.cuda.is_available():
+        raise UserError("bench.py train measures a GPU, and there is none here")
+    seq, rate, config = s.max_length, matrix_rate("cuda"), sizes(s)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, products of bf16: {rate / 1e12:.0f} TFLOP/s")
     print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}")
     print(
@@ -211,14 +220,69 @@ def bench_train(run: Resolved) -> None:
             if is_usual:
                 usual[row.use_qlora, loops] = speed
             times = f"{speed / usual[row.use_qlora, loops]:.2f}" if (row.use_qlora, loops) in usual else ""
-            use = speed * training_flops(OuroConfig(), loops, s.r, seq, seq * (seq + 1) / 2, seq) / seq / rate
-            recomputed = layers_to_recompute(row, OuroConfig(), None)
-            estimate = "" if is_usual else f"{training_memory(row, OuroConfig(), recomputed) / 2**30:.1f}"
+            use = speed * training_flops(config, loops, s.r, seq, seq * (seq + 1) / 2, seq) / seq / rate
+            recomputed = layers_to_recompute(row, config, None)
+            estimate = "" if is_usual else f"{training_memory(row, config, recomputed) / 2**30:.1f}"
             print(
                 f"  {name:<18}{loops:>5}{batch:>6}{speed:>9,.0f}{times:>9}{use:>10.1%}{peak:>7.1f}{estimate:>10}"
                 f"{first:>11.1f} s",
                 flush=True,
             )
+
+
+# Dense bf16 TFLOP/s with fp32 accumulation and GiB, by the makers' data sheets.
+GPUS = {
+    "RTX3080": (59.5, 10),
+    "RTX3090": (71, 24),
+    "RTX4090": (165, 24),
+    "A100": (312, 80),
+    "H100": (989, 80),
+    "H200": (989, 141),
+}
+# Of those TFLOP/s, what training reached on an H200 with everything it computes counted, recomputed layers too:
+# `bench.py train`, rows "bf16" (419 of 989) and "nf4" (batch 3: 319 of 989).
+REACHED = {"bf16": 0.42, "nf4": 0.32}
+
+
+def bench_plan(run: Resolved) -> None:
+    gpu, count = run.options.gpu, run.options.count
+    peak, memory = GPUS[gpu]
+    config = sizes(run.settings)
+    print(f"{count} x {gpu}, {run.config or 'the defaults'}: predicted, from counted operations")
+    print(
+        f"  {'':<22}{'loops':>5}{'recomputed':>12}{'GiB':>7}{'tokens/epoch':>15}{'steps':>8}{'hours':>8}"
+        f"{'GPU-hours':>11}"
+    )
+    for name, changes in read_yaml(EXPERIMENTS).items():
+        s = dataclasses.replace(run.settings, **changes)
+        recomputed = layers_to_recompute(s, config, memory * 2**30)
+        rows, tokens, pairs, trained, said = epoch_of(s)
+        steps = s.max_steps
+        if steps < 0:
+            steps = math.ceil(
+                s.num_train_epochs * -(-rows // (s.per_device_train_batch_size * s.gradient_accumulation_steps))
+            )
+        flops = training_flops(config, s.total_ut_steps, s.r, tokens, pairs, trained) * s.num_train_epochs
+        flops *= 1 + 0.5 * recomputed / config.num_hidden_layers  # the forward pass once more, of two and as much back
+        hours = flops / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
+        gib = training_memory(s, config, recomputed) / 2**30
+        print(
+            f"  {name:<22}{s.total_ut_steps:>5}{recomputed:>12}{gib:>7.1f}{tokens:>15,.0f}{steps:>8,}{hours:>8.1f}"
+            f"{hours * count:>11.1f}{said}"
+        )
+
+
+def epoch_of(s: Settings) -> tuple[int, float, float, float, str]:
+    """Batch rows, tokens, pairs of tokens and trained tokens of an epoch, and what to say of them."""
+    try:
+        tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
+        rows, report = prepare(s, tokenizer, quiet=True)
+    except UserError:
+        rows = read_yaml(DATASETS)[s.dataset]["rows"]["train"]
+        tokens = rows * s.max_length
+        return rows, tokens, tokens * s.max_length / 2, tokens, f"  at most: {s.dataset} is not here (make fetch)"
+    pairs = float((rows.lengths * (rows.lengths + 1) / 2).sum())
+    return len(rows), report["tokens"], pairs, report["trained_tokens"], ""
 
 
 def profile(step: Callable[[], None]) -> None:
@@ -233,17 +297,22 @@ def profile(step: Callable[[], None]) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("data", "train"), help="what to measure")
-    parser.add_argument("--only", nargs="+", help="train: these rows of the table")
+    parser.add_argument("what", choices=("data", "train", "plan"), help="what to measure, or predict")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="plan: the GPU")
+    parser.add_argument("--count", type=int, default=1, help="plan: how many of them")
+    rows = sorted({row[0] for row in TRAIN})
+    parser.add_argument("--only", nargs="+", choices=rows, help="train: these rows of the table")
     parser.add_argument("--batch", type=int, help="train: another batch size for all of them")
     parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train: rows at these loop counts")
-    parser.add_argument("--profile", nargs="+", default=(), help="train: also the kernels of a step of these rows")
+    parser.add_argument(
+        "--profile", nargs="+", choices=rows, default=(), help="train: also the kernels of a step of these rows"
+    )
     parser.add_argument("--rows", type=int, default=4000, help="rows of the data measured (default: 4000)")
 
 
 def main() -> None:
     run = resolve(__doc__, add_options=options)
-    {"data": bench_data, "train": bench_train}[run.options.what](run)
+    {"data": bench_data, "train": bench_train, "plan": bench_plan}[run.options.what](run)
 
 
 if __name__ == "__main__":

@@ -515,15 +515,15 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         for layer in self.model.layers[count:]:
             layer.gradient_checkpointing = False
 
-    def compile_layers(self, dynamic: bool) -> None:
-        """Translates the layers and the loss into fused kernels, at their first call: once for all layers and loops,
-        and with `dynamic` for all lengths of batches; else each length anew, into slightly faster kernels."""
+    def compile_layers(self) -> None:
+        """Translates the layers and the loss into fused kernels, at their first call: once for all layers and loops and
+        all sizes of batches."""
         # By default torch goes back, silently, to code that is not compiled after eight translations.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             # Without the option, what is computed for several columns of one matrix is computed for all of them anew.
-            layer.compile(dynamic=dynamic, options={"max_pointwise_cat_inputs": 0})
+            layer.compile(dynamic=True, options={"max_pointwise_cat_inputs": 0})
         self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):

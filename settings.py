@@ -60,7 +60,9 @@ class Settings:
     )
     use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
     frozen_weights: str = setting(
-        "auto", "auto: as use_qlora says; fp8: faster than bf16, on Hopper and later", one_of=("auto", "fp8")
+        "auto",
+        "auto: as use_qlora says; fp8: bf16 LoRA beside weights in e4m3, Hopper and later",
+        one_of=("auto", "fp8"),
     )
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
     bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")

@@ -728,7 +728,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
         fuse(adapted, kind)
     model.recompute_layers(recomputed)
     if compiled:
-        model.compile_layers(dynamic=not s.packing)
+        model.compile_layers()
     return adapted
 
 
