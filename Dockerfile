@@ -27,9 +27,8 @@ RUN --mount=type=cache,target=/root/.cache UV_LINK_MODE=copy ./env.sh python3
 
 COPY . .
 ENV PATH=/app/.venv/bin:$PATH HF_HOME=/scratch/huggingface PYTHONUNBUFFERED=1
-# PyThaiNLP makes a folder in the home folder when it is imported, which may be read-only; PyTorch asks for the name of
-# the user, and a --user that the image does not know has none.
-ENV PYTHAINLP_READ_ONLY=1 USER=ouro
+# PyTorch asks for the name of the user, and a --user that the image does not know has none.
+ENV USER=ouro
 ARG COMMIT=unknown
 LABEL org.opencontainers.image.title="ouro-thai" \
       org.opencontainers.image.licenses="Apache-2.0" \

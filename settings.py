@@ -29,6 +29,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # bitsandbytes calls torch.compile while it is imported, which starts a pool of compiler processes, as many as cores.
 # Without this they start when something is compiled.
 os.environ.setdefault("TORCH_WARM_POOL", "0")
+# PyThaiNLP makes a folder in the home folder when it is imported, which may be read-only.
+os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
