@@ -1,0 +1,147 @@
+"""Operations and bytes counted by hand and by torch, and the layers that are recomputed to save memory."""
+
+import dataclasses
+
+from settings import EXPERIMENTS, Settings, UserError, resolve
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_ouro import SIZES, tiny, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_ouro import PROJECTIONS, OuroConfig
+from plan import layers_to_recompute, product_sizes, training_flops, training_memory
+
+GIB = 2**30
+SEQ = 2048
+OURO = OuroConfig()
+LORA = Settings(use_qlora=False, max_length=SEQ, per_device_train_batch_size=4, optim="adamw_torch_fused")
+
+
+def flops_a_token(loops: int) -> float:
+    return training_flops(OURO, loops, 16, SEQ, SEQ * (SEQ + 1) / 2, SEQ) / SEQ
+
+
+def test_flops_are_those_counted_by_hand():
+    weights = 4 * 2048 * 2048 + 3 * 2048 * 5632  # of a layer's projections
+    adapters = 16 * (4 * (2048 + 2048) + 3 * (2048 + 5632))
+    layer = 4 * weights + 6 * adapters + 14 * 2048 * (SEQ + 1) / 2
+    head = 4 * 2048 * 49152
+    for loops, about in ((4, 46.2e9), (1, 11.86e9)):
+        assert flops_a_token(loops) == pytest.approx(48 * loops * layer + head, rel=1e-12)
+        assert flops_a_token(loops) == pytest.approx(about, rel=2e-3)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
+def test_flops_are_those_that_torch_counts(size):
+    rank, (batch, seq) = 3, (2, 13)
+    model = tiny(size).float()
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS))
+    model.enable_input_require_grads()
+    ids = tokens(batch, seq)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+    # Plain attention: all pairs, though half are masked, and the scores are kept: 4 + 8 a pair, not 4 + 10.
+    pairs = batch * seq**2 * 12 / 14
+    config = model.config
+    assert counter.get_total_flops() == training_flops(
+        config, config.total_ut_steps, rank, batch * seq, pairs, batch * (seq - 1)
+    )
+
+
+def test_product_sizes_are_those_of_the_layers():
+    model = tiny(SIZES[2])  # its heads together are narrower than its states
+    parts = dict(model.model.layers[0].named_modules())
+    linear = [m for m in parts.values() if isinstance(m, torch.nn.Linear)]
+    assert sorted(product_sizes(model.config)) == sorted((m.in_features, m.out_features) for m in linear)
+
+
+def memory(recomputed: int = 0, **changes) -> float:
+    return training_memory(dataclasses.replace(LORA, **changes), OURO, recomputed)
+
+
+def test_memory_grows_with_tokens_loops_and_dropout_and_falls_with_recomputed_layers():
+    plain = memory()
+    assert memory(max_length=2 * SEQ) > plain and memory(per_device_train_batch_size=5) > plain
+    assert memory(max_length=2 * SEQ) == memory(per_device_train_batch_size=8)  # tokens are what counts
+    assert memory(total_ut_steps=1) < memory(total_ut_steps=2) < plain
+    assert memory(lora_dropout=0.0) < plain < memory(r=64)
+    assert memory(use_qlora=True) < plain < memory(bf16=False)
+    by_layers = [memory(recomputed) for recomputed in range(1, 49)]
+    assert by_layers == sorted(by_layers, reverse=True) and by_layers[0] > 2 * by_layers[-1]
+    assert len(set(by_layers)) == 48
+
+
+def test_memory_is_at_least_the_weights_and_the_states_that_must_be_kept():
+    """Counted anew: frozen weights, adapters with Adam's two numbers in fp32, and each layer's input in each loop."""
+    parameters = 48 * (4 * 2048**2 + 3 * 2048 * 5632)
+    ends = 2 * 49152 * 2048
+    adapters = 48 * 16 * (4 * (2048 + 2048) + 3 * (2048 + 5632))
+    states = 4 * 48 * 4 * SEQ * 2048 * 2
+    least = 2 * (parameters + ends) + 16 * adapters + states
+    assert least < memory(48) < least + 3 * GIB
+    saved = memory(48) - memory(48, use_qlora=True)
+    assert saved == pytest.approx(parameters * (2 - 0.5 - (1 + 4 / 256) / 64), rel=1e-9)
+    double = memory(48, use_qlora=True, bnb_4bit_use_double_quant=False) - memory(48, use_qlora=True)
+    assert double / parameters * 8 == pytest.approx(0.373, abs=1e-3)  # bits a weight, QLoRA's own figure
+
+
+def layers(asked: str, free: float | None, compiled: bool = True) -> int:
+    return layers_to_recompute(dataclasses.replace(LORA, activation_checkpointing=asked), OURO, free, compiled)
+
+
+@pytest.mark.parametrize("free", [None, 80 * GIB])
+@pytest.mark.parametrize(("asked", "count"), [("none", 0), ("full", 48), ("0", 0), ("7", 7), ("48", 48)])
+def test_a_named_number_of_layers_is_taken(asked, count, free):
+    assert layers(asked, free) == count
+
+
+@pytest.mark.parametrize("asked", ["49", "-1", "half", "3.0", "", "true"])
+@pytest.mark.parametrize("free", [None, 80 * GIB])
+def test_anything_else_is_refused(asked, free):
+    with pytest.raises(UserError) as error:
+        layers(asked, free)
+    assert str(error.value) == (
+        f"activation_checkpointing must be auto, none, full or a number of layers up to 48, got {asked!r}"
+    )
+
+
+def test_auto_recomputes_as_few_layers_as_fit():
+    assert layers("auto", 10_000 * GIB) == 0
+    seen = []
+    for free in (24, 32, 48, 64, 80, 120):
+        count = layers("auto", free * GIB)
+        seen.append(count)
+        assert memory(count) <= 0.92 * free * GIB
+        assert count == 0 or memory(count - 1) > 0.92 * free * GIB
+    assert seen == sorted(seen, reverse=True) and len(set(seen)) >= 4
+    exact = memory(20) / 0.92
+    assert layers("auto", exact * 1.0001) == 20 and layers("auto", exact * 0.9999) == 21
+
+
+def test_auto_without_a_gpu_recomputes_nothing():
+    assert layers("auto", None) == layers("auto", None, compiled=False) == 0
+
+
+def test_auto_without_the_compiler_recomputes_everything():
+    """The estimate is of compiled layers."""
+    assert layers("auto", 10_000 * GIB, compiled=False) == 48
+
+
+def test_auto_refuses_what_does_not_fit_with_figures():
+    need = memory(48) / GIB
+    with pytest.raises(UserError) as error:
+        layers("auto", 10 * GIB)
+    assert str(error.value) == (
+        f"about {need:.1f} GiB of GPU memory are needed, 9.2 GiB can be used; lower max_length (2048) or "
+        "per_device_train_batch_size (4), or set use_qlora"
+    )
+    assert layers("auto", 24 * GIB) <= 48
+
+
+def test_the_default_configuration_fits_a_card_of_10_gb():
+    settings = resolve("", ["--config", str(EXPERIMENTS.parent / "default.yaml")]).settings
+    assert settings.activation_checkpointing == "auto"
+    assert 0 < layers_to_recompute(settings, OURO, 9.3 * GIB) <= 48  # at four loops, max_length 4,096
