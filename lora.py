@@ -94,7 +94,7 @@ class _Products(torch.autograd.Function):
             both = fill(both, low)
             x, low = both[:, :width], both[:, width:]
             ys = tuple(both @ rows.t() for rows in _rows(kind, frozen, bs, width))
-        ctx.save_for_backward(x, low, kept, *frozen)  # no parts of them: torch 2.7 compiles wrong gradients from those
+        ctx.save_for_backward(x, low, kept, *frozen)
         ctx.constants = p, kind, outs, scale
         return ys
 

@@ -78,7 +78,7 @@ def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None, com
     """How many layers the setting activation_checkpointing means, with so many bytes of GPU memory free (None: no GPU).
 
     Raises:
-        UserError: a value that means none, or, for `auto`, too little memory even with all layers recomputed.
+        UserError: more layers than there are, or, for `auto`, too little memory even with all layers recomputed.
     """
     layers, asked = config.num_hidden_layers, s.activation_checkpointing
     if asked == "auto" and (free is None or not compiled):
@@ -86,10 +86,8 @@ def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None, com
     if asked in ("none", "full"):
         return {"none": 0, "full": layers}[asked]
     if asked != "auto":
-        if not asked.isdecimal() or int(asked) > layers:
-            raise UserError(
-                f"activation_checkpointing must be auto, none, full or a number of layers up to {layers}, got {asked!r}"
-            )
+        if int(asked) > layers:
+            raise UserError(f"activation_checkpointing = {asked}, and the model has {layers} layers")
         return int(asked)
     usable = 0.92 * free  # the rest is what the allocator loses, and the libraries' own
     for count in range(layers + 1):

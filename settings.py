@@ -43,12 +43,11 @@ class UserError(Exception):
     """A mistake of the user's: shown as one message without a traceback, exit code 2."""
 
 
-def setting(default, text: str, at_least: float | None = None, one_of: tuple = ()):
+def setting(default, text: str, at_least: float | None = None, one_of: tuple = (), or_number: bool = False):
+    metadata = {"help": text, "at_least": at_least, "one_of": one_of, "or_number": or_number}
     if isinstance(default, dict):
-        return dataclasses.field(
-            default_factory=lambda: dict(default), metadata={"help": text, "at_least": None, "one_of": ()}
-        )
-    return dataclasses.field(default=default, metadata={"help": text, "at_least": at_least, "one_of": one_of})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -129,8 +128,10 @@ class Settings:
     optim: str = setting("paged_adamw_8bit", "as in transformers")
     activation_checkpointing: str = setting(
         "auto",
-        "layers recomputed in the backward pass, for less memory and more time: none, full, a number of layers, or "
-        "auto: as few as the GPU's free memory allows by plan.py's estimate",
+        "layers recomputed in the backward pass, for less memory and more time: none, all, so many; auto: as few as "
+        "the GPU's free memory allows by plan.py's estimate",
+        one_of=("auto", "none", "full"),
+        or_number=True,
     )
     torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
     fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
@@ -215,8 +216,9 @@ def parse(name: str, value: object, origin: str) -> object:
             result = kind(value)  # YAML reads 2e-4 as a string; float() does not mind
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise wrong from None
-    if meta["one_of"] and result not in meta["one_of"]:
-        raise UserError(f"{origin}: {name} must be one of {', '.join(meta['one_of'])}, got {result!r}")
+    if meta["one_of"] and result not in meta["one_of"] and not (meta["or_number"] and result.isdecimal()):
+        choices = ", ".join((*meta["one_of"], "a number") if meta["or_number"] else meta["one_of"])
+        raise UserError(f"{origin}: {name} must be one of {choices}, got {result!r}")
     if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
         raise UserError(f"{origin}: {name} must be at least {meta['at_least']:g}, got {result!r}")
     return result

@@ -404,7 +404,7 @@ def check_device(settings: Settings) -> str | int:
     """The device of this process; a machine that cannot run these settings is refused here, not an hour later.
 
     Raises:
-        UserError: bf16 without a GPU that computes in it, or more processes than GPUs.
+        UserError: bf16 without a GPU that computes in it, more processes than GPUs, or no C compiler.
     """
     if not torch.cuda.is_available():
         if settings.bf16:
@@ -419,6 +419,10 @@ def check_device(settings: Settings) -> str | int:
     torch.cuda.set_device(LOCAL_RANK)
     if settings.bf16 and torch.cuda.get_device_capability()[0] < 8:
         raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16 (Ampere and later have): set --bf16 false")
+    if settings.torch_compile and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise UserError(
+            "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
+        )
     return LOCAL_RANK
 
 
@@ -675,26 +679,30 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
         raise UserError(str(error)) from None
 
 
+def frozen_kind(s: Settings, device: str | int) -> str:
+    """How the frozen weights are kept, one of lora.FROZEN.
+
+    Raises:
+        UserError: fp8 with settings, or on a machine, that it is not for.
+    """
+    if s.frozen_weights == "auto":
+        return "nf4" if s.use_qlora else "bf16"
+    if s.use_qlora or s.use_dora or s.fsdp or not s.bf16:
+        raise UserError("frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora, use_dora, fsdp false and bf16 true")
+    if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
+        raise UserError("frozen_weights: fp8 needs a Hopper GPU (H100, H200) or a later one; set it to auto")
+    return "fp8"
+
+
 def build(s: Settings, device: str | int) -> PeftModel:
     """The model to train: frozen weights, new adapters, layers that compute together, are recomputed, are compiled.
 
     Raises:
         UserError: no such model, or one that this machine cannot train as the settings say.
     """
-    kind = "fp8" if s.frozen_weights == "fp8" else "nf4" if s.use_qlora else "bf16"
+    kind = frozen_kind(s, device)
     sharded = s.fsdp and WORLD_SIZE > 1
-    if kind == "fp8":
-        if s.use_qlora or s.use_dora or sharded or not s.bf16:
-            raise UserError(
-                "frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora, use_dora, fsdp false and bf16 true"
-            )
-        if device == "cpu" or torch.cuda.get_device_capability() < (9, 0):
-            raise UserError("frozen_weights: fp8 needs a Hopper GPU (H100, H200) or a later one; set it to auto")
     compiled = s.torch_compile and device != "cpu" and not sharded  # FSDP2's hooks would break the layers' graph
-    if compiled and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-        raise UserError(
-            "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
-        )
     if compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
         AsyncCompile.warm_pool()  # the compiler's processes take ten seconds to start: while the model is loaded
@@ -764,6 +772,7 @@ def train(run: Resolved) -> Path:
             f"{WORLD_SIZE} processes; use a multiple"
         )
     device = check_device(s)
+    frozen_kind(s, device)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
     check_logger(s)
     if RANK == 0:

@@ -378,7 +378,7 @@ def test_a_model_in_fp8_trains_close_to_exact_and_drops_the_other_weights(scaled
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_compiled_layers_give_the_same_gradients_from_one_translation(monkeypatch, tmp_path):
-    """torch 2.7.1 has compiled wrong gradients of k_proj and v_proj, with parts of a matrix saved for the backward."""
+    """While this was written, a form of the code had other gradients of k_proj and v_proj compiled than eager."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     size = SIZES[0] | {"hidden_size": 8, "head_dim": 4, "num_attention_heads": 2}
     config = {"size": size, "loops": 2, "lora_dropout": 0.3, "r": 2}
@@ -501,3 +501,11 @@ def test_fp8_on_a_cpu_is_refused_by_build():
     run = resolve("", [*SMALL, "--frozen_weights", "fp8", "--use_qlora", "false", "--bf16", "true"])
     with pytest.raises(UserError, match=r"fp8 needs a Hopper GPU \(H100, H200\) or a later one; set it to auto"):
         train_qlora.build(run.settings, "cpu")
+
+
+def test_as_many_layers_are_recomputed_as_asked():
+    model = train_qlora.build(
+        resolve("", ["--config", "configs/smoke.yaml", "--activation_checkpointing", "3"]).settings, "cpu"
+    )
+    recomputed = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
+    assert recomputed == [True] * 3 + [False] * (len(recomputed) - 3) and len(recomputed) > 3

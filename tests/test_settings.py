@@ -88,7 +88,7 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
     ("text", "argv", "expected"),
     [
         ("learning_rat: 1", [], "machine.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        ("zzz: 1", [], "machine.yaml: unknown setting 'zzz'; known: bf16, "),
+        ("zzz: 1", [], "machine.yaml: unknown setting 'zzz'; known: activation_checkpointing, "),
         ("r: many", [], "machine.yaml: r must be a whole number, got 'many'"),
         ("r: 1.5", [], "r must be a whole number, got 1.5"),
         ("r: true", [], "r must be a whole number, got True"),

@@ -214,7 +214,11 @@ def test_bf16_without_a_gpu_is_refused_with_the_way_out(tmp_path):
     [
         (["--optim", "adamx"], "adamx is not a valid OptimizerNames, please select one of"),
         (["--lr_scheduler_type", "cosin"], "cosin is not a valid SchedulerType, please select one of"),
-        (["--report_to", "wandb"], "report_to = wandb needs the package wandb: it is not installed"),
+        (
+            ["--activation_checkpointing", "some"],
+            "activation_checkpointing must be one of auto, none, full, a number, got 'some'",
+        ),
+        (["--frozen_weights", "fp8"], "frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora"),
         (["--model_name_or_path", "sample/nope"], "no folder sample/nope"),
         (["--paths", "wangchan=sample/nope"], "dataset wangchan: no such file or folder: sample/nope"),
         (["--max_length", "100"], "72 of 72 rows of .* longer than max_length = 100 tokens and .*; raise --max_length"),
