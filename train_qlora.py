@@ -101,7 +101,7 @@ class LoopTrainer(SFTTrainer):
         mask = inputs.pop("attention_mask")
         # pairs of a token and one it attends to: as many as its position in its document, counted from 1
         positions = inputs["position_ids"] + 1 if "position_ids" in inputs else mask.cumsum(1)
-        batch = (mask.sum(), (positions * mask).sum(), torch.tensor(mask.numel(), device=mask.device))
+        batch = (mask.sum(), (positions * mask).sum(), mask.new_full((), mask.numel()))  # none waits for the GPU
         inputs["objective"] = self.settings.loss
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
