@@ -30,7 +30,6 @@ export PYTHON_BIN
 CLUSTER := $(if $(filter file,$(origin CONFIG)),configs/a100.yaml,$(CONFIG))
 SITE := . slurm/site.sh && { [ -n "$$IMAGE" ] || $(ENV); }
 COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
-APPTAINER = $(or $(shell command -v apptainer || command -v singularity),$(error neither apptainer nor singularity is here; build the image elsewhere and make upload HOST=…))
 need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
 
 help:  ## print this list
@@ -93,7 +92,9 @@ build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build
 
 sif:  ## build ouro-thai.sif from singularity.def, for clusters
-	@$(APPTAINER) build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
+	@builder=$$(command -v apptainer || command -v singularity) || { \
+	  echo "neither apptainer nor singularity is here; build the image elsewhere and make upload HOST=…" >&2; exit 2; }; \
+	$$builder build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
 
 upload:  ## copy code, history and ouro-thai.sif to a cluster; goes on where it stopped: make upload HOST=me@cluster [DIR=ouro-thai]
 	@$(if $(HOST),,$(error name the machine: make upload HOST=me@cluster [DIR=ouro-thai]))

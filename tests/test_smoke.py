@@ -300,23 +300,6 @@ def test_make_alone_prints_every_target_with_its_help():
         assert re.search(rf"^  make {rule} +\S", done.stdout, re.MULTILINE), rule
 
 
-def test_make_uses_pixi_where_there_is_one(tmp_path):
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/pixi").write_text("#!/bin/sh\n")
-    (tmp_path / "bin/pixi").chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-
-    def plan() -> str:
-        return subprocess.run(
-            ["make", "-n", "smoke"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path}
-        ).stdout
-
-    assert ".venv/bin/python train_qlora.py" in plan()  # no pixi.toml yet
-    (tmp_path / "pixi.toml").touch()
-    assert "pixi run --frozen python train_qlora.py" in plan() and ".venv" not in plan()
-
-
 @pytest.mark.parametrize(
     ("version", "message"),
     [("2.7", "Python 2.7 is too old or too new"), ("3.14", "Python 3.14 is too old or too new")],
