@@ -37,16 +37,7 @@ property_test = hypothesis_settings(derandomize=True, database=None, deadline=No
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_the_repository():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
-            patch.delenv(name, raising=False)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are so small that threads wait for each other most of the time
-        yield
-        torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
 
 
 @pytest.fixture(scope="module")

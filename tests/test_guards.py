@@ -32,16 +32,7 @@ TWO_BY_TWO = ["--per_device_train_batch_size", "2", "--gradient_accumulation_ste
 RARE = "๛"  # a sign that is in one row only
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_the_repository():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
-            patch.delenv(name, raising=False)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the models are so small that threads wait for each other most of the time
-        yield
-        torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
 
 
 def pairs(path: Path, rows: list[tuple[str, str]]) -> list[str]:
