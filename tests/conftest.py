@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def one_thread_in_the_repository():
-    """For modules that train tiny models in this process: so small that threads wait for each other most of the time."""
+    """For modules that train models in this process: so small that threads wait for each other most of the time."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
