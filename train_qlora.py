@@ -14,7 +14,6 @@ step, save and exit with code 75: run it again. Any other failure is 1 or, with 
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -190,8 +189,9 @@ class LoopTrainer(SFTTrainer):
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
         self._watch(step, loss, accuracy, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
-            losses = self.held_out_loss()["held_out_loss"]
-            logs |= {f"{LOOP}{i}": loss for i, loss in enumerate(losses, 1)}  # charts want a name for each number
+            logs |= {
+                f"{LOOP}{i}": loss for i, loss in enumerate(self.held_out_loss(), 1)
+            }  # charts want a name for each number
         self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
@@ -215,7 +215,7 @@ class LoopTrainer(SFTTrainer):
             )
 
     @torch.no_grad()
-    def held_out_loss(self) -> dict:
+    def held_out_loss(self) -> list[float]:
         """Cross-entropy per trained token of the held-out rows, in nats, after each loop."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -232,7 +232,7 @@ class LoopTrainer(SFTTrainer):
                 sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
         model.train()
         *losses, tokens = self.accelerator.reduce(sums).tolist()
-        return {"held_out_loss": [round(loss / max(tokens, 1), 6) for loss in losses]}
+        return [round(loss / max(tokens, 1), 6) for loss in losses]
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None and self.settings.loraplus_lr_ratio != 1:
@@ -638,11 +638,9 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
     """The settings as TRL's own.
 
     Raises:
-        UserError: a value that transformers does not know, or a logger that is not installed.
+        UserError: a value that transformers does not know.
     """
     s = run.settings
-    if s.report_to != "none" and importlib.util.find_spec(s.report_to) is None:
-        raise UserError(f"report_to = {s.report_to} needs the package {s.report_to}: it is not installed")
     try:
         return SFTConfig(
             output_dir=str(folder),
@@ -680,7 +678,7 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
 
 
 def frozen_kind(s: Settings, device: str | int) -> str:
-    """How the frozen weights are kept, one of lora.FROZEN.
+    """How the frozen weights are kept: bf16 (or fp32), fp8 or nf4.
 
     Raises:
         UserError: fp8 with settings, or on a machine, that it is not for.
