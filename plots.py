@@ -145,9 +145,11 @@ def levels(reader: Reader, found: dict, dataset: str) -> Figure | None:
     """Base and adapted against the depth read: marks where it was trained, thin lines for it elsewhere."""
     chosen = primary(found, dataset)
     by_depth: dict[int, list[list[float]]] = {}
+    before: list[float] = []  # of the base: the same in each run, as far as its loops go
     for run in reader.runs.values():
-        if len(run.held_out) > 1 and run.config.get("dataset") == dataset:
+        if run.held_out and run.config.get("dataset") == dataset:
             by_depth.setdefault(len(run.held_out), []).append(run.held_out)
+            before = max(before, run.base_held_out, key=len)
     held_out = {k: np.mean(losses, 0) for k, losses in by_depth.items()}
     if not chosen:
         return None
@@ -170,6 +172,7 @@ def levels(reader: Reader, found: dict, dataset: str) -> Figure | None:
         axis.set_xlabel("loops, read")
     if held_out:
         axis = axes[-1]
+        axis.plot(range(1, len(before) + 1), before, color=GREY, ls="--", marker="x")
         for k, losses in sorted(held_out.items()):
             axis.plot(range(1, len(losses) + 1), losses, **look(k))
         axis.set_title("held-out training rows")

@@ -52,7 +52,8 @@ class Run:
     manifest: dict
     data: dict
     log: dict[str, np.ndarray]
-    held_out: list[float]
+    held_out: list[float]  # losses by loop, last and before training
+    base_held_out: list[float]
     completed: bool
 
     @property
@@ -181,7 +182,12 @@ class Reader:
         if not np.isfinite(log["loss"]).all():
             self.left_out.append((str(folder / "metrics.jsonl"), "loss is not a number in some lines"))
         manifest, data = self.json(folder / "manifest.json"), self.json(folder / "data_report.json")
-        return Run(name, config, manifest, data, log, held_out, (folder / "completed").exists())
+        try:
+            before = [float(x) for x in manifest.get("base_held_out_loss", [])]
+        except (TypeError, ValueError) as error:
+            self.left_out.append((str(folder / "manifest.json"), f"base_held_out_loss are no numbers: {error}"))
+            before = []
+        return Run(name, config, manifest, data, log, held_out, before, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
         try:

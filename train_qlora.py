@@ -91,6 +91,7 @@ class LoopTrainer(SFTTrainer):
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
         self._noted_step = 0
+        self._unmeasured = False  # the base's held-out loss
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
         self._rates: list[float] = []
         super().__init__(*args, **kwargs)
@@ -104,6 +105,16 @@ class LoopTrainer(SFTTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
         return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
+
+    def training_step(self, *args, **kwargs):
+        if self._unmeasured:  # the adapters change nothing yet, so this is the base
+            with torch.compiler.set_stance("force_eager"):  # else the layers were compiled for these rows' sizes
+                losses = self.held_out_loss()
+            if RANK == 0:
+                path = Path(self.args.output_dir) / "manifest.json"
+                write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
+            self._unmeasured, self._logged_at = False, time.perf_counter()
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
@@ -222,7 +233,8 @@ class LoopTrainer(SFTTrainer):
             usual = statistics.median(self._rates)
             print(
                 f"warning: step {step}: {rate:,.0f} tokens/s, less than half of the {usual:,.0f} of the first 50 "
-                "steps; does another process use this GPU (nvidia-smi), or is it throttled?"
+                "steps; does another process use this GPU (nvidia-smi), is it throttled, are the last step's rows "
+                f"unusual: {', '.join(self._rows_of(step))}?"
             )
 
     @torch.no_grad()
@@ -301,6 +313,7 @@ class LoopTrainer(SFTTrainer):
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
             self._rates = progress["rates"]
+        self._unmeasured = self.held_out is not None and not resume_from_checkpoint
         self._logged_at = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
@@ -541,6 +554,8 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
                         shutil.rmtree(checkpoint)
                 return "complete"
             for checkpoint in checkpoints(folder):
+                if run.options.resume == "never":
+                    raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
                 if is_good(checkpoint):
                     return checkpoint
                 if RANK == 0:
@@ -851,6 +866,9 @@ def seconds(text: str) -> float:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="never: refuse a run that has checkpoints already"
+    )
     parser.add_argument(
         "--time_limit", type=seconds, help="stop, saved, after this time: seconds or HH:MM:SS (exit code 75)"
     )

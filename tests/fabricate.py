@@ -111,6 +111,7 @@ def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines
     (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
     record |= {"git_commit": "e" * 40, "git_dirty": False, "model": "ByteDance/Ouro-2.6B"}
+    record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}
     (folder / "manifest.json").write_text(json.dumps(record))
     report = {"dataset": dataset, "split": "train", "data_revision": "sha256:0", "rows_in": 1000, "rows_kept": 990}
     report |= {"rows_dropped": {"empty": 10}, "trained_tokens": 400_000, "tokens": 900_000, "trained_share": 0.44}

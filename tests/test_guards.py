@@ -26,7 +26,7 @@ from train_qlora import LoopTrainer
 
 ROOT = Path(train_qlora.__file__).parent
 MODEL = "sample/ouro-tiny"
-SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none"]
+SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none"]
 PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--activation_checkpointing", "none"]
 TWO_BY_TWO = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 RARE = "๛"  # a sign that is in one row only
@@ -382,6 +382,9 @@ def test_the_held_out_loss_is_the_cross_entropy_of_the_held_out_rows_after_each_
         total, _, count = cross_entropy(run / "final_adapter", loops, rows)
         assert lines[-1]["held_out_loss"][loops - 1] == pytest.approx(total / count, abs=1e-4)
     assert lines[0]["held_out_loss"] != lines[1]["held_out_loss"]
+    for loops, loss in enumerate(json.loads((run / "manifest.json").read_text())["base_held_out_loss"], 1):
+        total, _, count = cross_entropy(None, loops, rows)
+        assert loss == pytest.approx(total / count, abs=1e-4)
     # other rows would give another number, so the equality above says which were taken
     total, _, count = cross_entropy(run / "final_adapter", 2, [held_out.row(i) for i in range(5)])
     assert abs(lines[-1]["held_out_loss"][1] - total / count) > 1e-3

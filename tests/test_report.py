@@ -12,6 +12,7 @@ import fabricate
 import numpy as np
 import pytest
 
+import plots
 import report
 import stats
 import study
@@ -345,6 +346,16 @@ def test_the_table_of_gains_is_filled(written):
     for row in rows:
         empty = [name for name, cell in zip(head, row, strict=True) if cell == "–"]
         assert empty == (["gain minus gain at 1 loop", "Holm p", "smallest found"] if row[2] == "1" else [])
+
+
+def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
+    root, _ = written
+    reader = study.Reader(root / "output", root / "results")
+    axis = plots.draw(reader, study.panels(reader), "wangchan", lambda run, told: None)["levels"].axes[-1]
+    assert axis.get_title() == "held-out training rows"
+    base, *adapted = (list(line.get_ydata()) for line in axis.lines)
+    assert base == [1.5, 1.3, 1.25, 1.2] and [len(losses) for losses in adapted] == [1, 2, 3, 4]
+    np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])
 
 
 def test_latex_tables_escape_what_latex_reads(written):
