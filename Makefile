@@ -41,7 +41,7 @@ env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to
 
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones)
 	@$(RUN) train_qlora.py --config $(SMOKE) --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite
-	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/smoke --limit 8
+	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/smoke --limit 3
 
 demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that
 	@$(RUN) demo.py

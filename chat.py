@@ -192,7 +192,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    chat(resolve(__doc__, add_options=options))
+    chat(resolve(__doc__, add_options=options, several=True))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from sources import read_file
 FORMAT = 1  # of the result files
 VERSION = {"ours": 1, "labels": 1, "generate": 1, "text": 1}  # of each protocol's code: a new one scores anew
 PLAIN = "{{ bos_token or '' }}{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
+DENSE_BATCH = 8  # conversations that a baseline continues together
 BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
 
 
@@ -189,14 +190,21 @@ def chat_with(
     def dense(prompts: list[list[int]]) -> list[list[int]]:
         torch.manual_seed(s.seed)
         sampling = {"do_sample": s.temperature > 0} | ({"temperature": s.temperature} if s.temperature else {})
-        replies = []
-        for ids in prompts:
-            row = torch.tensor([ids], device=model.device)
+        ends = model.generation_config.eos_token_id
+        stop = set(ends if isinstance(ends, list) else [ends])
+        replies: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for at in range(0, len(order), DENSE_BATCH):
+            chosen = order[at : at + DENSE_BATCH]
+            width = max(len(prompts[i]) for i in chosen)
+            rows = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
             out = model.generate(
-                row, attention_mask=torch.ones_like(row), max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or 0, **sampling,
-            )  # fmt: skip
-            replies.append(out[0, len(ids) :].tolist())
+                rows, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=0, **sampling
+            )
+            for i, ids in zip(chosen, out[:, width:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if token in stop), len(ids))
+                replies[i] = ids[:end]  # what follows is padding
         return replies
 
     return judge.local_chat(tokenizer, looped if isinstance(model, OuroForCausalLM) else dense, s.system_prompt)
@@ -613,6 +621,7 @@ def evaluate(run: Resolved) -> None:
             keys = {d: key_of(task, known, d, run) for d in depths}
             stale = [d for d in depths if not is_current(result_file(results, subject, task, d), task, keys[d], grader)]
             if stale:
+                spare_the_fuller(results, subject, task, stale, run)
                 wanted.append((task, stale, keys))
         done = len(tasks) - len(wanted)
         if done:
@@ -652,6 +661,19 @@ def is_current(file: Path, task: Task, key: str, grader: judge.Server | None) ->
             return study.get("generation_key") == key
         key = judge.result_key(key, grader)
     return study.get("key") == key
+
+
+def spare_the_fuller(results: Path, subject: Subject, task: Task, depths: list[int], run: Resolved) -> None:
+    """Raises UserError where results of some items, asked for by --limit or --subsets, would replace those of more."""
+    if not (run.options.limit or run.options.subsets):
+        return
+    for file in (result_file(results, subject, task, depth) for depth in depths):
+        items = (read_result(file) or {}).get("items", 0)
+        if items > len(task.items):
+            raise UserError(
+                f"{file} holds {items} items, and {len(task.items)} of them would replace it: name another folder by "
+                "--results_dir, or move that one away"
+            )
 
 
 def attach(base: PreTrainedModel, subject: Subject, model: Model) -> PeftModel | None:

@@ -181,12 +181,12 @@ def merge(run: Resolved) -> Path:
         "total_ut_steps": loops,
     }
     if target.exists():
+        whole(target, f"rm -r {target}, and merge again")
         there = json.loads((target / MERGE).read_text(encoding="utf-8")) if (target / MERGE).exists() else {}
         if differs := [
             f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
         ]:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): rm -r {target}, and merge again")
-        whole(target, f"rm -r {target}, and merge again")
         print(f"{target} is there already")
         return target
 
@@ -369,7 +369,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    run = resolve(__doc__, add_options=options)
+    run = resolve(__doc__, add_options=options, several=True)
     ACTIONS[run.options.action](run)
 
 

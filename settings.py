@@ -45,8 +45,15 @@ class UserError(Exception):
     """A mistake of the user's: shown as one message without a traceback, exit code 2."""
 
 
-def setting(default, text: str, at_least: float | None = None, one_of: tuple = (), or_number: bool = False):
-    metadata = {"help": text, "at_least": at_least, "one_of": one_of, "or_number": or_number}
+def setting(
+    default,
+    text: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    one_of: tuple = (),
+    or_number: bool = False,
+):
+    metadata = {"help": text, "at_least": at_least, "at_most": at_most, "one_of": one_of, "or_number": or_number}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -72,7 +79,7 @@ class Settings:
     # adapter
     r: int = setting(16, "rank of LoRA on the seven projections", at_least=1)
     lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
-    lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0)
+    lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0, at_most=0.9)
     use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
     use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
     loraplus_lr_ratio: float = setting(
@@ -122,9 +129,9 @@ class Settings:
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1)
     per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1)
     gradient_accumulation_steps: int = setting(32, "forward passes per step, summed over all GPUs", at_least=1)
-    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0)
+    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1)
     lr_scheduler_type: str = setting("cosine", "as in transformers")
-    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0)
+    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, "gradient clipping", at_least=0)
     optim: str = setting("paged_adamw_8bit", "as in transformers")
@@ -231,6 +238,8 @@ def parse(name: str, value: object, origin: str) -> object:
         raise UserError(f"{origin}: {name} must be one of {choices}, got {result!r}")
     if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
         raise UserError(f"{origin}: {name} must be at least {meta['at_least']:g}, got {result!r}")
+    if meta["at_most"] is not None and result > meta["at_most"]:
+        raise UserError(f"{origin}: {name} must be at most {meta['at_most']:g}, got {result!r}")
     return result
 
 

@@ -32,7 +32,7 @@ from data_config import CHUNK, load_tokenizer, prepare
 from modeling_ouro import IGNORE
 
 ROOT = Path(train_qlora.__file__).parent
-SMOKE = ["--config", "configs/smoke.yaml", "--report_to", "none", "--logging_steps", "1", "--total_ut_steps", "1"]
+SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--logging_steps", "1", "--total_ut_steps", "1"]
 property_test = hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=200)
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
 

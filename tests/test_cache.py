@@ -462,7 +462,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_message_and_leaves_nothing_behind(small_disk, tmp_path):
     disk, resize = small_disk
     resize(24)
-    command = [sys.executable, "data_config.py", "--config", "configs/smoke.yaml", "--dataset", "sample", "--overlap",
+    command = [sys.executable, "data_config.py", "--config", "tests/smoke.yaml", "--dataset", "sample", "--overlap",
                "none", "--cache_dir", str(disk), "--output_dir", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2, done.stderr

@@ -244,7 +244,7 @@ def in_the_repository(monkeypatch):
 
 
 def resolved(*argv: str):
-    return resolve("", ["--config", str(ROOT / "configs/smoke.yaml"), *argv], add_options=preflight.options)
+    return resolve("", ["--config", str(ROOT / "tests/smoke.yaml"), *argv], add_options=preflight.options)
 
 
 def script(*argv: str, **environment: str) -> tuple[int, str]:
@@ -266,7 +266,7 @@ def rows_of(path: Path, *rows: dict) -> str:
 
 
 def test_preflight_of_the_embedded_default_is_green_and_ends_with_a_real_step(in_the_repository):
-    code, printed = script("--config", "configs/smoke.yaml", "--total_ut_steps", "1", "--gpu")
+    code, printed = script("--config", "tests/smoke.yaml", "--total_ut_steps", "1", "--gpu")
     assert code == 0, printed
     names = [line.split()[1] for line in printed.splitlines()]
     assert names == ["settings", *preflight.CHECKS, "step"]
@@ -381,7 +381,7 @@ def test_packages_that_are_not_the_locked_ones_are_refused(in_the_repository, mo
 def test_a_library_that_cannot_be_imported_is_refused(in_the_repository, tmp_path):
     (tmp_path / "trl").mkdir()
     (tmp_path / "trl/__init__.py").write_text("from transformers import TopHLogitsWarper\n")
-    code, printed = script("--config", "configs/smoke.yaml", PYTHONPATH=str(tmp_path))
+    code, printed = script("--config", "tests/smoke.yaml", PYTHONPATH=str(tmp_path))
     assert code == 2 and re.search("^FAIL +imports +cannot import name 'TopHLogitsWarper'", printed, re.MULTILINE)
 
 
@@ -395,7 +395,7 @@ def test_a_trainer_that_fails_in_the_first_step_is_caught_by_that_step(in_the_re
         "    Trainer.get_train_dataloader = get_train_dataloader\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    argv = ["--config", "configs/smoke.yaml", "--total_ut_steps", "1"]
+    argv = ["--config", "tests/smoke.yaml", "--total_ut_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["preflight.py", "--gpu", *argv])
     told = "train_qlora.py: ValueError: No columns in the dataset match the model's forward method signature"
     assert refused(preflight.check_step) == told
@@ -542,7 +542,7 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in (("GPU_TYPE", "H100"), ("TIME", "1:00:00"), ("GRACE", "300")):
         monkeypatch.setenv(name, value)
-    argv = ["--config", str(ROOT / "configs/smoke.yaml"), "--output_dir", "runs"]
+    argv = ["--config", str(ROOT / "tests/smoke.yaml"), "--output_dir", "runs"]
     argv += ["--paths", f"wangchan={ROOT / 'sample/wangchan'}", "--max_steps", "200"]
     exps, seeds = ["exp2-wangchan-ut1"], ["1", "2", "3", "4"]
     rows = status.plan(exps, seeds, 1, argv)

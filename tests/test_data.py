@@ -701,7 +701,7 @@ def test_rows_are_chosen_by_licence_however_it_is_spelled(prepared):
 def test_the_model_card_and_the_printed_report_name_the_licences(prepared, capsys):
     rows = [ROW | {"Instruction": q, "License": licence} for q, licence in zip(questions(8), LICENCES, strict=True)]
     _, report = prepared("wangchan", rows, licence="permissive")
-    run = resolve("", ["--config", str(ROOT / "configs/smoke.yaml")])
+    run = resolve("", ["--config", str(ROOT / "tests/smoke.yaml")])
     log = [{"step": 1, "loss": 3.0, "num_tokens": 9}]
     card = model_card(run, report, "sample/ouro-tiny", log)
     for name in ("CC-BY-SA-4.0", "cc_by_sa_4.0", "CC BY-SA 4.0"):
@@ -1007,7 +1007,7 @@ def test_the_command_says_in_one_message_what_is_wrong_and_leaves_nothing(tmp_pa
         folder = tmp_path / fault.replace(" ", "-")
         for name, rows in files.items():
             write(folder / "data" / name, rows)
-        command = [sys.executable, "data_config.py", "--config", "configs/smoke.yaml", "--dataset", dataset,
+        command = [sys.executable, "data_config.py", "--config", "tests/smoke.yaml", "--dataset", dataset,
                    "--dataset_path", str(folder / "data"), "--output_dir", str(folder / "output"),
                    "--cache_dir", str(folder / "cache")]  # fmt: skip
         running[fault] = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,

@@ -216,7 +216,7 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     for n, name in enumerate(("exp2-wangchan-ut1", "exp3a-wangchan-ut2", "seed7/exp2-wangchan-ut1")):
         exp = name.rpartition("/")[2]
-        argv = ["--config", str(ROOT / "configs/smoke.yaml"), "--exp", exp, "--r", "2", "--use_qlora", "false"]
+        argv = ["--config", str(ROOT / "tests/smoke.yaml"), "--exp", exp, "--r", "2", "--use_qlora", "false"]
         run = resolve("", [*argv, "--seed", "7" if "/" in name else "42", "--model_name_or_path", MODEL])
         folder = place / "output" / name
         base = load_ouro(MODEL, dtype=torch.float32)
@@ -238,7 +238,7 @@ EXPS = "exp2-wangchan-ut1,exp3a-wangchan-ut2,seed7/exp2-wangchan-ut1"
 
 
 def command(place: Path, *argv: str) -> list[str]:
-    return ["--config", str(ROOT / "configs/smoke.yaml"), "--output_dir", str(place / "output"), "--results_dir",
+    return ["--config", str(ROOT / "tests/smoke.yaml"), "--output_dir", str(place / "output"), "--results_dir",
             str(place / "results"), "--model_name_or_path", MODEL, "--use_qlora", "false", "--limit", "1",
             "--ut_steps", "1,2", "--paths", ",".join(f"{k}={v}" for k, v in PATHS.items()), *argv]  # fmt: skip
 
@@ -382,6 +382,32 @@ def test_an_adapter_after_others_scores_as_it_does_alone(study, tmp_path):
     among = json.loads((study / "results/seed7/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     first = json.loads((study / "results/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     assert alone["value"] == among["value"] != first["value"]
+
+
+def test_results_of_all_items_are_not_replaced_by_those_of_some(trained, tmp_path):
+    evaluated(tmp_path, "--base", "--tasks", "english_text", "--limit", "3")
+    before = contents(tmp_path / "results")
+    with pytest.raises(UserError, match=r"english_text-ut1.json holds 3 items, and 1 of them would replace it"):
+        evaluated(tmp_path, "--base", "--tasks", "english_text", "--limit", "1")
+    assert contents(tmp_path / "results") == before
+    evaluated(tmp_path, "--base", "--tasks", "english_text", "--limit", "4")
+    assert contents(tmp_path / "results") != before
+
+
+def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5, bos_token_id=0, eos_token_id=list(range(0, 1024, 9)),
+    )  # fmt: skip
+    dense, tokenizer = LlamaForCausalLM(config).eval(), load_tokenizer(MODEL)
+    conversations = [[{"role": "user", "content": "ถาม " * n}] for n in (3, 1, 9, 2, 2, 5, 7, 4, 6, 8, 1)]
+    replies = evaluate.chat_with(dense, tokenizer, 1, SETTINGS, 12)(conversations)
+    monkeypatch.setattr(evaluate, "DENSE_BATCH", 1)
+    assert replies == evaluate.chat_with(dense, tokenizer, 1, SETTINGS, 12)(conversations)
+    assert len({len(tokenizer(reply).input_ids) for reply in replies}) > 1, "some end before others"
 
 
 def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):

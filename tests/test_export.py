@@ -169,7 +169,7 @@ def another(trained: Path, folder: Path, **changes) -> None:
 
 
 def where(folder: Path, name: str) -> list:
-    return ["--config", "configs/smoke.yaml", "--exp", name, "--output_dir", folder / "output"]
+    return ["--config", "tests/smoke.yaml", "--exp", name, "--output_dir", folder / "output"]
 
 
 @pytest.fixture
@@ -294,9 +294,11 @@ def test_a_merged_folder_is_left_alone_or_refused(scripts, run, tmp_path):
     reseal(weights.parent)
     (merged / "model.safetensors").write_bytes(b"")
     assert "merged is damaged or was changed" in scripts.refusal(*command)
+    (merged / "merge.json").write_text("{")
+    assert "merged is damaged or was changed" in scripts.refusal(*command)
     shutil.rmtree(merged)
     merged.mkdir()
-    assert "holds another model (run None" in scripts.refusal(*command)
+    assert "merged is damaged or was changed" in scripts.refusal(*command)
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, run, tmp_path):
@@ -489,6 +491,10 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(scripts, run, tmp_path)
     assert "0.00586 MiB a token at depth 3, 0.00195 a loop; 0.0234 GiB for 4096 tokens" in printed
     deeper = scripts.output("export.py", "serve", *where(tmp_path, RSLORA), "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper, tmp_path)[0], "--hf-overrides")) == {"total_ut_steps": 4}
+    (tmp_path / "output/seed1").mkdir()
+    moved = folder.rename(tmp_path / "output/seed1" / RSLORA)  # as a sweep with SEEDS has it
+    (arguments,) = commands(scripts.output("export.py", "serve", *where(tmp_path, f"seed1/{RSLORA}")), tmp_path)
+    assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}={moved / 'final_adapter'}"
 
 
 def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):

@@ -255,10 +255,10 @@ def test_a_wrong_name_is_answered_with_the_nearest(fresh, name, message):
 
 def test_what_is_a_local_folder_is_not_fetched(fresh):
     hub, online, _, _ = fresh
-    out = online.output(FETCH, "--config", "configs/smoke.yaml")
+    out = online.output(FETCH, "--config", "tests/smoke.yaml")
     assert {request.repo for request in hub.requests} == {REPO["wikipedia"]}
     assert "sample" not in out
-    assert "nothing called 'model'" in online.refusal(FETCH, "--config", "configs/smoke.yaml", "--only", "model")
+    assert "nothing called 'model'" in online.refusal(FETCH, "--config", "tests/smoke.yaml", "--only", "model")
 
 
 def test_a_pinned_commit_is_fetched_in_place_of_main(fresh, tmp_path):

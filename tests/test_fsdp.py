@@ -21,7 +21,7 @@ import train_qlora
 
 ROOT = Path(train_qlora.__file__).parent
 # One row of five is left for the last pass of the held-out loss: one process has none.
-SMALL = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
+SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "2",
          "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2", "--eval_rows", "5"]  # fmt: skip
 KINDS = {

@@ -305,7 +305,7 @@ def test_broken_bytes_special_tokens_and_escape_sequences_are_left_out(tokenizer
 
 
 def talk(*arguments: str, said: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "chat.py", "--config", "configs/smoke.yaml", "--max_new_tokens", "30", *arguments]
+    command = [sys.executable, "chat.py", "--config", "tests/smoke.yaml", "--max_new_tokens", "30", *arguments]
     return subprocess.run(command, input=said.encode(), capture_output=True, cwd=ROOT, env=os.environ | environment)
 
 
@@ -313,7 +313,7 @@ def talk(*arguments: str, said: str, **environment: str) -> subprocess.Completed
 def run_folder(tmp_path_factory, tokenizer):
     """What training leaves behind, as far as chat reads it."""
     place = tmp_path_factory.mktemp("output")
-    run = resolve("", ["--config", str(ROOT / "configs/smoke.yaml"), "--exp", "exp2-wangchan-ut1"])
+    run = resolve("", ["--config", str(ROOT / "tests/smoke.yaml"), "--exp", "exp2-wangchan-ut1"])
     run.settings.model_name_or_path = TINY
     folder = place / "exp2-wangchan-ut1"
     folder.mkdir()

@@ -566,6 +566,32 @@ def test_a_served_model_answers_both_turns(server, questions, tmp_path, monkeypa
         find_endpoint(model.url)
 
 
+def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, tmp_path):
+    """evaluate.py --endpoint, a real process: what it replied is parsed as any model's replies are."""
+    model, offline = FakeServer(), os.environ | {"HF_HUB_OFFLINE": "1"}
+    asked = ["--tasks", "openthaieval,mt_bench_thai", "--limit", "2", "--judge", "none"]
+    model.answer = lambda messages: f"คำตอบคือ ({1 + len(messages[0]['content']) % 4})"
+    command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--endpoint", model.url, *asked]
+    command += ["--results_dir", str(tmp_path), "--max_new_tokens", "9"]
+    try:
+        for _ in range(2):
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=offline)
+            assert done.returncode == 0, done.stderr
+        posts = len(model.bodies)
+        assert "2 of 2 tasks are complete already" in done.stdout
+        assert posts == len({json.dumps(body) for body in model.bodies})
+        (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("baseline-"))
+        lines = [json.loads(x) for x in (folder / "openthaieval-ut1.items.jsonl").read_text().splitlines()]
+        study = json.loads((folder / "openthaieval-ut1.json").read_text())["study"]
+        assert study["kind"] == "baseline" and study["items"] == len(lines) > 1
+        assert all(line["resps"][0][0] == f"คำตอบคือ ({line['prediction']})" for line in lines)
+        assert study["value"] == sum(line["prediction"] == line["gold"] for line in lines) / len(lines)
+        refused = subprocess.run([*command, "--tasks", "thai_exam"], capture_output=True, text=True, cwd=ROOT)
+        assert refused.returncode == 2 and "gives no log-probabilities; thai_exam needs them" in refused.stderr
+    finally:
+        model.close()
+
+
 def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
     from transformers import AutoTokenizer
 

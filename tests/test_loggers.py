@@ -23,7 +23,7 @@ import train_qlora
 
 ROOT = Path(train_qlora.__file__).parent
 KEY, OTHER_KEY = "0123456789abcdef" * 3, "fedcba9876543210" * 3
-SMALL = ["--config", "configs/smoke.yaml", "--total_ut_steps", "2", "--overlap", "none", "--eval_rows", "4",
+SMALL = ["--config", "tests/smoke.yaml", "--total_ut_steps", "2", "--overlap", "none", "--eval_rows", "4",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "3",
          "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2"]  # fmt: skip
 

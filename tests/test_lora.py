@@ -414,7 +414,7 @@ def test_dora_is_refused_by_fuse():
         fuse(adapted(use_dora=True), "bf16")
 
 
-SMALL = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
+SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--eval_steps", "0",
          "--warmup_ratio", "0", "--activation_checkpointing", "2"]  # fmt: skip
 
@@ -505,7 +505,7 @@ def test_fp8_on_a_cpu_is_refused_by_build():
 
 def test_as_many_layers_are_recomputed_as_asked():
     model = train_qlora.build(
-        resolve("", ["--config", "configs/smoke.yaml", "--activation_checkpointing", "3"]).settings, "cpu"
+        resolve("", ["--config", "tests/smoke.yaml", "--activation_checkpointing", "3"]).settings, "cpu"
     )
     recomputed = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
     assert recomputed == [True] * 3 + [False] * (len(recomputed) - 3) and len(recomputed) > 3

@@ -154,7 +154,7 @@ def test_the_default_configuration_fits_a_card_of_10_gb():
 
 
 def sample(cache, *argv: str) -> Settings:
-    config = EXPERIMENTS.parent / "smoke.yaml"
+    config = EXPERIMENTS.parent.parent / "tests/smoke.yaml"
     return resolve("", ["--config", str(config), "--cache_dir", str(cache), *argv]).settings
 
 
@@ -171,7 +171,7 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
     assert made.steps == most.steps == 2 * -(-rows // 8)
 
     operations = training_flops(sizes(s), 4, s.r, rows * 1024, rows * 1024**2 / 2, rows * 1024)
-    recomputed = 1.5  # configs/smoke.yaml: all layers
+    recomputed = 1.5  # tests/smoke.yaml: all layers
     assert most.hours * 3600 * 989e12 * 0.32 == pytest.approx(2 * operations * recomputed, rel=1e-9)
 
 

@@ -24,7 +24,7 @@ import train_qlora
 from modeling_ouro import load_ouro
 
 ROOT = Path(train_qlora.__file__).parent
-SMALL = ["--config", "configs/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none",
+SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_rows", "4"]  # fmt: skip
 SIX = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--logging_steps", "2", "--eval_steps", "3"]
 LATER = ("tokens_per_second", "memory_gib")  # what may differ in metrics.jsonl
@@ -295,6 +295,14 @@ def test_a_started_run_with_other_settings_is_refused_untouched(stopped, cache, 
     before = contents(run)
     with pytest.raises(UserError, match=r"other settings:\n  max_steps: 6 there, 7 asked\n  seed: 42 there, 1 asked\n"):
         trained(tmp_path, cache, "--max_steps", "7", "--seed", "1")
+    assert contents(run) == before
+
+
+def test_a_run_with_checkpoints_is_not_continued_where_that_is_forbidden(stopped, cache, tmp_path):
+    run = copied(stopped, tmp_path)
+    before = contents(run)
+    with pytest.raises(UserError, match=r"checkpoint-\d+ is there: --resume auto continues from it, --overwrite"):
+        trained(tmp_path, cache, "--resume", "never")
     assert contents(run) == before
 
 

@@ -69,7 +69,7 @@ def test_every_experiment_resolves_on_every_machine(name, exp):
 
 
 def test_smoke_reads_and_writes_nothing_outside_its_folders():
-    s = resolve("", ["--config", "configs/smoke.yaml"]).settings
+    s = resolve("", ["--config", "tests/smoke.yaml"]).settings
     names = {row["dataset"] for row in read_yaml(settings.EXPERIMENTS).values()} | set(s.overlap.split(","))
     assert names <= s.paths.keys()
     for path in (s.model_name_or_path, *s.paths.values()):
@@ -78,7 +78,7 @@ def test_smoke_reads_and_writes_nothing_outside_its_folders():
 
 
 def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_path):
-    run = resolve("", ["--config", "configs/smoke.yaml", "--exp", "exp5b-r1-ut4", "--learning_rate", "1e-5"])
+    run = resolve("", ["--config", "tests/smoke.yaml", "--exp", "exp5b-r1-ut4", "--learning_rate", "1e-5"])
     again = resolve("", ["--config", config(tmp_path, run.as_yaml())])
     assert again.settings == run.settings
     assert "# experiment exp5b-r1-ut4" in run.as_yaml()
@@ -134,7 +134,7 @@ def test_every_default_is_legal_and_explained():
 
 
 def test_a_mistake_ends_a_script_with_one_message_and_no_traceback():
-    command = [sys.executable, "data_config.py", "--config", "configs/smoke.yaml", "--dataset", "wangchn"]
+    command = [sys.executable, "data_config.py", "--config", "tests/smoke.yaml", "--dataset", "wangchn"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CONFIG": ""})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == "error: unknown dataset 'wangchn'; did you mean 'wangchan'?"
