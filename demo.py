@@ -33,10 +33,10 @@ import train_qlora
 CONFIG = "configs/demo.yaml"
 STUDY = {"exp2-wangchan-ut1": 1, "exp3a-wangchan-ut2": 2, "exp3b-wangchan-ut3": 3, "exp1-wangchan-ut4": 4}
 SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a model, so few items will do
-    ("--tasks", "thai_text", "--limit", "24"),
+    ("--tasks", "thai_text", "--limit", "10"),
     ("--tasks", "english_text"),
-    ("--tasks", "thai_exam", "--limit", "2"),
-    ("--tasks", "mt_bench_thai", "--judge", "none"),
+    ("--tasks", "thai_exam", "--limit", "1"),
+    ("--tasks", "mt_bench_thai", "--limit", "2", "--judge", "none"),
 )
 Job = tuple[str, float, Callable[[], None], list[tuple[str, ...]]]  # name, share of the time, main, its command lines
 
@@ -109,7 +109,7 @@ def main() -> None:
     training: list[Job] = [("base", 4, evaluate.main, [(*command, "--base") for command in scored])]
     for name, exp, seed in runs:
         place = ("--exp", exp, "--seed", f"{seed}", "--output_dir", f"{s.output_dir}/seed{seed}")
-        training.append((f"train {name}", 1.5 + 1.5 * STUDY[exp], train_qlora.main, [(*arguments, *place)]))
+        training.append((f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [(*arguments, *place)]))
     scoring: list[Job] = [
         (f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored]) for name, _, _ in runs
     ]

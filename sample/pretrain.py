@@ -3,6 +3,7 @@
     apt-get install bible-kjv bible-kjv-text wordnet-base sword-text-web diatheke dict-jargon   # the text, on Debian 12
     python sample/pretrain.py text --text cache/nano.jsonl.gz                          # documents, 2 % of them held out
     python sample/pretrain.py train --text cache/nano.jsonl.gz --out sample/ouro-nano  # tokenizer and weights, on a GPU
+    python sample/pretrain.py widen --text cache/nano.jsonl.gz --out sample/ouro-nano  # other scripts' bytes, on a CPU
 
 Seeded, with deterministic kernels. The objective is that of the paper's first stage (arXiv 2510.25741): for every token
 the expected cross-entropy over the loops it may leave at, minus beta times the entropy of the exit distribution. Rows
@@ -15,7 +16,9 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
+import string
 import subprocess
 import sys
 import time
@@ -43,6 +46,9 @@ VOCABULARY = 8192
 ROW, ROWS = 512, 128  # tokens of a row, rows of a step
 STEPS, WARMUP, RATE = 1800, 200, 2e-3
 BETAS = 0.1, 0.05  # weight of the exit distribution's entropy in the first and the second half of the steps
+WIDEN_STEPS, WIDEN_RATE = 160, 5e-4  # second stage
+WIDEN_ROWS = 6, 2  # English, in other letters
+RESPELLED = 160  # characters of a passage in other letters: 480 bytes, as many tokens
 HELD_OUT = 50  # one in so many groups of documents
 PARTS = {"noun": "a noun", "verb": "a verb", "adj": "an adjective", "adv": "an adverb"}
 KJV = r"([1-3]?[A-Z][A-Za-z]*)(\d+):\d+ (.*)"  # as `bible` prints a verse: 1Sm3:4 And the LORD …
@@ -167,17 +173,27 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Tensor]:
     return [torch.tensor([0, *ids]) for ids in tokenizer(texts)["input_ids"]]
 
 
-def batches(documents: list[Tensor], seed: int) -> Iterator[Tensor]:
-    """(ROWS, ROW + 1) token ids, endlessly: each epoch in an order of its own; a row ends with the next one's first."""
+def batches(documents: list[Tensor], seed: int, rows: int = ROWS) -> Iterator[Tensor]:
+    """(rows, ROW + 1) token ids, endlessly: each epoch in an order of its own; a row ends with the next one's first."""
     generator = torch.Generator().manual_seed(seed)
     stream = torch.empty(0, dtype=torch.int64)
-    size = ROWS * ROW
+    size = rows * ROW
     while True:
         while len(stream) <= size:
             order = torch.randperm(len(documents), generator=generator).tolist()
             stream = torch.cat([stream, *(documents[i] for i in order)])
         yield stream[: size + 1].unfold(0, ROW + 1, ROW)
         stream = stream[size:]
+
+
+def respelled(text: str, seed: int) -> str:
+    """English in the letters of a random Unicode block that is not Thai's, most spaces left out, as in Thai: it has the
+    bytes that English lacks, and teaches no other language."""
+    draw = random.Random(seed)
+    start = draw.choice([block for block in range(0x800, 0xD780, 0x80) if block != 0x0E00])
+    letters = draw.sample([chr(code) for code in range(start, start + 0x80)], 26)
+    words = text.lower().translate(str.maketrans(string.ascii_lowercase, "".join(letters))).split()
+    return "".join(word + " " * (draw.random() < 0.15) for word in words)
 
 
 def objective(states: tuple[Tensor, ...], gates: Tensor, head: Tensor, targets: Tensor, beta: float):
@@ -222,12 +238,59 @@ def bits_per_character(folder: Path, rows: list[Row], device: str) -> dict[str, 
     return {source: (bits[source] / characters[source]).tolist() for source in sorted(bits)}
 
 
-def train(text: Path, out: Path) -> None:
+def read(text: Path) -> tuple[list[Row], list[Row]]:
+    """The documents to train on, and those held out."""
     try:
         rows = [json.loads(line) for line in gzip.decompress(text.read_bytes()).splitlines()]
     except OSError as error:
         raise UserError(f"cannot read {text}: {error.strerror or error}; `pretrain.py text` writes it") from None
-    held_out, rows = [row for row in rows if row["held_out"]], [row for row in rows if not row["held_out"]]
+    return [row for row in rows if not row["held_out"]], [row for row in rows if row["held_out"]]
+
+
+def fit(model: OuroForCausalLM, source: Iterator[Tensor], probe: Tensor, steps: int, warmup: int, peak: float) -> None:
+    """AdamW, the rate by cosine from `peak` to a twentieth; `probe`, a batch, is read every hundred steps."""
+    device, loss_of = model.device.type, objective
+    if device == "cuda":
+        model.compile_layers()
+        loss_of = torch.compile(objective, dynamic=False)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+    def forward(batch: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch = batch.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            states = model.model(batch[:, :-1]).loop_hidden_states
+            return loss_of(states, model.gate_logits(states), model.lm_head.weight, batch[:, 1:].flatten(), beta)
+
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        rate = peak * min(1, step / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        beta = torch.tensor(BETAS[2 * step > steps], device=device)
+        loss, losses, leave = forward(next(source), beta)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == 1:
+            with torch.no_grad():
+                unseen = forward(probe, beta)[1]
+            by_loop = [" ".join(f"{x:.3f}" for x in values.tolist()) for values in (losses, unseen, leave)]
+            print(
+                f"step {step} loss by loop {by_loop[0]} held out {by_loop[1]} exit {by_loop[2]} norm {norm:.2f} "
+                f"{step / (time.monotonic() - started):.2f} steps/s",
+                flush=True,
+            )
+
+
+def train(text: Path, out: Path) -> None:
+    rows, held_out = read(text)
     tokenizer = train_tokenizer((text for row in rows for text in strings(row)), VOCABULARY)
     tokenizer.save_pretrained(out, save_jinja_files=False)
     documents = encode(tokenizer, rows)
@@ -247,52 +310,40 @@ def train(text: Path, out: Path) -> None:
         torch_dtype="bfloat16",
     )
     model = OuroForCausalLM(config).to(device)
-    model.compile_layers()
-    loss_of = torch.compile(objective, dynamic=False)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-    def forward(batch: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch = batch.to(device)
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            states = model.model(batch[:, :-1]).loop_hidden_states
-            return loss_of(states, model.gate_logits(states), model.lm_head.weight, batch[:, 1:].flatten(), beta)
-
     tokens = sum(map(len, documents))
     print(
         f"{model.num_parameters():,} parameters, {tokens:,} tokens, {STEPS * ROWS * ROW / tokens:.1f} epochs",
         flush=True,
     )
-    source, started = batches(documents, 1), time.monotonic()
-    for step in range(1, STEPS + 1):
-        rate = RATE * min(1, step / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / STEPS)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        beta = torch.tensor(BETAS[2 * step > STEPS], device=device)
-        loss, losses, leave = forward(next(source), beta)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == 1:
-            with torch.no_grad():
-                unseen = forward(probe, beta)[1]
-            by_loop = [" ".join(f"{x:.3f}" for x in values.tolist()) for values in (losses, unseen, leave)]
-            print(
-                f"step {step} loss by loop {by_loop[0]} held out {by_loop[1]} exit {by_loop[2]} norm {norm:.2f} "
-                f"{step / (time.monotonic() - started):.2f} steps/s",
-                flush=True,
-            )
+    fit(model, batches(documents, 1), probe, STEPS, WARMUP, RATE)
     model.to("cpu", torch.bfloat16)
     draw_unseen(model, documents)
     model.save_pretrained(out)
     few = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out[::16] if "text" in row)
     write_atomic(out / "heldout.jsonl", few)
+    print_bits(out, held_out, device)
+
+
+def widen(text: Path, out: Path) -> None:
+    """Goes on with English, a quarter of it in other letters: to a base that has seen none of Thai's bytes, an adapter
+    would teach little else than that they exist."""
+    rows, held_out = read(text)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    torch.use_deterministic_algorithms(True)
+    model = load_ouro(str(out), dtype=torch.float32)
+    passages = [row["text"][:RESPELLED] for row in rows if "text" in row]
+    needed = WIDEN_STEPS * WIDEN_ROWS[1]  # a row each
+    foreign = encode(tokenizer, [{"text": respelled(passages[i * len(passages) // needed], i)} for i in range(needed)])
+    english = batches(encode(tokenizer, rows), 2, WIDEN_ROWS[0])
+    others = batches(foreign, 3, WIDEN_ROWS[1])
+    source = (torch.cat(pair) for pair in zip(english, others, strict=True))
+    probe = next(batches(encode(tokenizer, held_out), 0, sum(WIDEN_ROWS)))
+    fit(model, source, probe, WIDEN_STEPS, WIDEN_STEPS // 10, WIDEN_RATE)
+    model.to(torch.bfloat16).save_pretrained(out)
+    print_bits(out, held_out, "cpu")
+
+
+def print_bits(out: Path, held_out: list[Row], device: str) -> None:
     torch.use_deterministic_algorithms(False)
     for name, values in bits_per_character(out, held_out, device).items():
         print(f"bits per character, {name:8}", " ".join(f"{value:.4f}" for value in values), flush=True)
@@ -301,14 +352,15 @@ def train(text: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("text", "train"):
+    for name in ("text", "train", "widen"):
         commands.add_parser(name).add_argument("--text", type=Path, required=True, help="the documents, .jsonl.gz")
-    commands.choices["train"].add_argument("--out", type=Path, required=True, help="folder of the model")
+        if name != "text":
+            commands.choices[name].add_argument("--out", type=Path, required=True, help="folder of the model")
     options = parser.parse_args()
     if options.command == "text":
         write_text(options.text)
     else:
-        train(options.text, options.out)
+        {"train": train, "widen": widen}[options.command](options.text, options.out)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,28 @@ def test_an_epoch_shows_every_document_once_in_an_order_of_its_own(pretrain, mon
     assert sorted(epochs[0]) == sorted(epochs[1]) == every and epochs[0] != epochs[1]
 
 
+def test_english_in_other_letters_is_no_thai_and_of_thai_s_size(pretrain, tokenizer):
+    text = "And God said, Let there be light: and there was light."
+    found = [pretrain.respelled(text, seed) for seed in range(300)]
+    assert found == [pretrain.respelled(text, seed) for seed in range(300)] and len(set(found)) == 300
+    for other in found:
+        letters = [c for c in other if c not in " ,:."]
+        assert all(0x800 <= ord(c) < 0xD800 and not 0xE00 <= ord(c) < 0xE80 for c in letters)
+        plain = [c for c in text.lower() if c not in " ,:."]
+        assert len(letters) == len(plain) and len(set(zip(letters, plain, strict=True))) == len(set(plain))
+        assert len({ord(c) // 0x80 for c in letters}) == 1
+    assert 0.05 < sum(other.count(" ") for other in found) / (300 * text.count(" ")) < 0.25
+    tokens = [len(tokenizer.encode(other)) / len(other.encode()) for other in found]
+    assert min(tokens) > 0.9, "no merges: as many tokens as bytes, as in Thai"
+
+
+def test_the_base_reads_bytes_that_it_has_not_seen_as_bytes(pretrain):
+    """In Thai it is surer than of bytes at random (24 bits a character), but knows nothing of the language yet."""
+    rows = [json.loads(line) for line in (ROOT / "sample/texts/thai.jsonl").read_text(encoding="utf-8").splitlines()]
+    bits = pretrain.bits_per_character(NANO, [{"source": "thai", "text": row["text"]} for row in rows[:4]], "cpu")
+    assert all(10 < value < 24 for value in bits["thai"])
+
+
 def test_a_chapter_is_held_out_in_every_translation(pretrain):
     names = [f"Book {chr(65 + i // 26)}{chr(97 + i % 26)}" for i in range(68)]
     short = "\n".join(f"{name[5:]}1:{verse} And it came to pass." for name in names[:66] for verse in (1, 2))
