@@ -118,7 +118,7 @@ build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build
 
 sif:  ## build ouro-thai.sif from singularity.def, for clusters
-	@builder=$$(command -v apptainer || command -v singularity) || { \
+	@builder="$(or $(APPTAINER),$$(command -v apptainer || command -v singularity || :))"; [ -n "$$builder" ] || { \
 	  echo "neither apptainer nor singularity is here; build the image elsewhere and make upload HOST=…" >&2; exit 2; }; \
 	$$builder build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
 
