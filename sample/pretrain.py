@@ -173,7 +173,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Tensor]:
     return [torch.tensor([0, *ids]) for ids in tokenizer(texts)["input_ids"]]
 
 
-def batches(documents: list[Tensor], seed: int, rows: int = ROWS) -> Iterator[Tensor]:
+def batches(documents: list[Tensor], seed: int, rows: int) -> Iterator[Tensor]:
     """(rows, ROW + 1) token ids, endlessly: each epoch in an order of its own; a row ends with the next one's first."""
     generator = torch.Generator().manual_seed(seed)
     stream = torch.empty(0, dtype=torch.int64)
@@ -294,7 +294,7 @@ def train(text: Path, out: Path) -> None:
     tokenizer = train_tokenizer((text for row in rows for text in strings(row)), VOCABULARY)
     tokenizer.save_pretrained(out, save_jinja_files=False)
     documents = encode(tokenizer, rows)
-    probe = next(batches(encode(tokenizer, held_out), 0))
+    probe = next(batches(encode(tokenizer, held_out), 0, ROWS))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
@@ -315,7 +315,7 @@ def train(text: Path, out: Path) -> None:
         f"{model.num_parameters():,} parameters, {tokens:,} tokens, {STEPS * ROWS * ROW / tokens:.1f} epochs",
         flush=True,
     )
-    fit(model, batches(documents, 1), probe, STEPS, WARMUP, RATE)
+    fit(model, batches(documents, 1, ROWS), probe, STEPS, WARMUP, RATE)
     model.to("cpu", torch.bfloat16)
     draw_unseen(model, documents)
     model.save_pretrained(out)

@@ -88,9 +88,8 @@ def test_its_objective_is_the_expected_loss_less_the_entropy_of_leaving(pretrain
 
 def test_an_epoch_shows_every_document_once_in_an_order_of_its_own(pretrain, monkeypatch):
     monkeypatch.setattr(pretrain, "ROW", 3)
-    monkeypatch.setattr(pretrain, "ROWS", 2)
     documents = [torch.tensor([0, 10 * i, 10 * i + 1]) for i in range(1, 5)]  # an epoch is two batches
-    source = pretrain.batches(documents, 1)
+    source = pretrain.batches(documents, 1, 2)
     seen = [next(source) for _ in range(4)]
     for first, then in zip(seen, seen[1:], strict=False):
         assert first.shape == (2, 4)
@@ -100,7 +99,7 @@ def test_an_epoch_shows_every_document_once_in_an_order_of_its_own(pretrain, mon
     assert sorted(epochs[0]) == sorted(epochs[1]) == every and epochs[0] != epochs[1]
 
 
-def test_english_in_other_letters_is_no_thai_and_of_thai_s_size(pretrain, tokenizer):
+def test_english_in_other_letters_is_not_thai_and_has_hardly_a_merge(pretrain, tokenizer):
     text = "And God said, Let there be light: and there was light."
     found = [pretrain.respelled(text, seed) for seed in range(300)]
     assert found == [pretrain.respelled(text, seed) for seed in range(300)] and len(set(found)) == 300
@@ -112,7 +111,7 @@ def test_english_in_other_letters_is_no_thai_and_of_thai_s_size(pretrain, tokeni
         assert len({ord(c) // 0x80 for c in letters}) == 1
     assert 0.05 < sum(other.count(" ") for other in found) / (300 * text.count(" ")) < 0.25
     tokens = [len(tokenizer.encode(other)) / len(other.encode()) for other in found]
-    assert min(tokens) > 0.9, "no merges: as many tokens as bytes, as in Thai"
+    assert sum(tokens) / len(tokens) > 0.97, "as many tokens as bytes, as in Thai; but for blocks with English dashes"
 
 
 def test_the_base_reads_bytes_that_it_has_not_seen_as_bytes(pretrain):
