@@ -351,8 +351,8 @@ def test_the_table_of_gains_is_filled(written):
 def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
     root, _ = written
     reader = study.Reader(root / "output", root / "results")
-    axis = plots.draw(reader, study.panels(reader), "wangchan", lambda run, told: None)["levels"].axes[-1]
-    assert axis.get_title() == "held-out training rows"
+    figure = plots.draw(reader, study.panels(reader), "wangchan", lambda run, told: None)["levels"]
+    axis = next(axis for axis in figure.axes if axis.get_title() == "held-out training rows")
     base, *adapted = (list(line.get_ydata()) for line in axis.lines)
     assert base == [1.5, 1.3, 1.25, 1.2] and [len(losses) for losses in adapted] == [1, 2, 3, 4]
     np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])
