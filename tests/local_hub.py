@@ -253,6 +253,8 @@ def copy_project(folder: Path) -> Path:
         shutil.copy(file, folder)
     for name in ("configs", "sample"):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests/smoke.yaml", folder / "tests")
     return folder
 
 

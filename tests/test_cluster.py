@@ -266,7 +266,7 @@ def rows_of(path: Path, *rows: dict) -> str:
 
 
 def test_preflight_of_the_embedded_default_is_green_and_ends_with_a_real_step(in_the_repository):
-    code, printed = script("--config", "tests/smoke.yaml", "--total_ut_steps", "1", "--gpu")
+    code, printed = script("--config", "configs/smoke.yaml", "--total_ut_steps", "1", "--gpu")
     assert code == 0, printed
     names = [line.split()[1] for line in printed.splitlines()]
     assert names == ["settings", *preflight.CHECKS, "step"]
