@@ -23,6 +23,7 @@ import status
 ROOT = Path(settings.__file__).parent
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
 SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
+SMALL += " --model_name_or_path sample/ouro-tiny"  # 400 exam items are scored twice
 SLURM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
