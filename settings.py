@@ -129,7 +129,7 @@ class Settings:
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1)
     per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1)
     gradient_accumulation_steps: int = setting(32, "forward passes per step, summed over all GPUs", at_least=1)
-    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1)
+    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
     lr_scheduler_type: str = setting("cosine", "as in transformers")
     warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)

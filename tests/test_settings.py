@@ -96,6 +96,8 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
         ("r: [16]", [], "r must be a whole number, got [16]"),
         ("r: 0", [], "r must be at least 1, got 0"),
         ("learning_rate: .nan", [], "learning_rate must be at least 0, got nan"),
+        ("learning_rate: 1e39", [], "learning_rate must be at most 1e+30, got 1e+39"),
+        ("warmup_ratio: 5", [], "warmup_ratio must be at most 1, got 5.0"),
         ("total_ut_steps: 0", [], "total_ut_steps must be at least 1"),
         ("bf16: maybe", [], "bf16 must be true or false, got 'maybe'"),
         ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
