@@ -244,6 +244,7 @@ def fuse(model: PeftModel, kind: str) -> None:
             if any(p.lora_variant for p in projections):
                 raise ValueError("DoRA's products are not plain LoRA's: leave this model as PEFT made it")
             projections[0].group = Group(projections, kind)
+    model.train(model.training)  # new modules are in training mode, with dropout: a model to be scored is not
     refresh(model)
 
 

@@ -222,7 +222,8 @@ def trained(tmp_path_factory):
         base = load_ouro(MODEL, dtype=torch.float32)
         torch.manual_seed(n)
         adapter = get_peft_model(
-            base, LoraConfig(r=2, lora_alpha=32, target_modules=PROJECTIONS, init_lora_weights=False)
+            base,
+            LoraConfig(r=2, lora_alpha=32, lora_dropout=0.3, target_modules=PROJECTIONS, init_lora_weights=False),
         )
         adapter.save_pretrained(folder / "final_adapter")
         write_atomic(folder / "config.yaml", run.as_yaml())

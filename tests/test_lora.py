@@ -116,6 +116,9 @@ def test_scoring_is_pefts_too():
     batch = {name: x for name, x in rows([0], [1], [3], left=True).items() if name != "labels"}
     with torch.no_grad():
         assert_close(fused().eval()(**batch).logits, adapted().eval()(**batch).logits, 1e-5)
+        loaded = adapted(lora_dropout=0.4).eval()
+        fuse(loaded, KINDS["fp32"][1])  # as evaluate.py does: the groups are made after `eval`
+        assert_close(loaded(**batch).logits, adapted().eval()(**batch).logits, 1e-5)
 
 
 @kinds
