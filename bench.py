@@ -42,6 +42,7 @@ from plan import (
     GPUS,
     layers_to_recompute,
     matrix_rate,
+    peak_memory,
     predict,
     product_sizes,
     sizes,
@@ -204,7 +205,7 @@ def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, flo
     speed = 4 * ids.numel() / seconds(lambda: steps(4))
     if profiled:
         profile(lambda: steps(1))
-    return speed, torch.cuda.max_memory_allocated() / 2**30, first
+    return speed, peak_memory() / 2**30, first
 
 
 def bench_train(run: Resolved) -> None:

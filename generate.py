@@ -55,17 +55,22 @@ def begin(x: Tensor, weight: Tensor, qkv: Tensor, eps: float) -> Tensor:
     return F.linear(norm(x, weight, eps), qkv)
 
 
+def combine(y: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Attention's result (batch, inner) from its parts (see `attend`)."""
+    if weight is not None:
+        weight = weight[..., None].expand_as(y)  # so that one kernel does it all
+        weight = (weight - weight.amax(2, keepdim=True)).exp()
+        y = (y * weight).sum(2) / weight.sum(2)
+    return y.flatten(1).to(dtype)
+
+
 def middle(x: Tensor, y: Tensor, weight: Tensor | None, layer: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
     """From the parts of a layer's attention (see `attend`) to (state, what the MLP's last product multiplies).
 
     This ends here because the compiler would else compute the latter anew for each row of that product.
     """
     o, after, before, gate_up, _, _ = layer
-    if weight is not None:
-        weight = weight[..., None].expand_as(y)  # so that one kernel does it all
-        weight = (weight - weight.amax(2, keepdim=True)).exp()
-        y = (y * weight).sum(2) / weight.sum(2)
-    x = x + norm(F.linear(y.flatten(1).to(x.dtype), o), after, eps)
+    x = x + norm(F.linear(combine(y, weight, x.dtype), o), after, eps)
     gate, up = F.linear(norm(x, before, eps), gate_up).chunk(2, -1)
     return x, F.silu(gate) * up
 
@@ -166,6 +171,92 @@ if triton:
         cell = tl.program_id(0) * splits + part
         tl.store(out + cell * DIM + d, y / tl.maximum(whole, 1e-30))
         tl.store(weight + cell, (top + tl.log2(tl.maximum(whole, 1e-30))) * 0.6931471805599453)
+
+    @triton.jit
+    def _normed(x, weight, width, eps, place, inside):
+        """modeling_ouro.OuroRMSNorm of a row: x in fp32, and what is given back, rounded where the model rounds."""
+        dtype = weight.dtype.element_ty
+        y = (x * tl.rsqrt(tl.sum(x * x) / width + eps)).to(dtype).to(tl.float32)
+        return (y * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+
+    @triton.jit
+    def _multiply(x, y, after, last, before, matrix, out, state, size, width, eps,
+                  ADD: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr,
+                  BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+        """out (size,) = matrix (size, width) times a row: x, or with ADD x + norm(y), with LAST normed once more, which
+        is then the new state; with NORM normed for this product alone. Each program computes the row anew."""
+        place = tl.arange(0, BLOCK)
+        inside = place < width
+        n = tl.program_id(0) * ROWS * TILES + tl.arange(0, ROWS)
+        # The first rows of the matrix are asked for before the row that they wait for is computed.
+        w = tl.load(
+            matrix + n[:, None].to(tl.int64) * width + place[None], (n < size)[:, None] & inside[None], other=0.0
+        )
+        h = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            h += _normed(tl.load(y + place, mask=inside, other=0.0).to(tl.float32), after, width, eps, place, inside)
+            h = h.to(out.dtype.element_ty).to(tl.float32)
+            if LAST:
+                h = _normed(h, last, width, eps, place, inside)
+            if tl.program_id(0) == 0:
+                tl.store(state + place, h, mask=inside)
+        if NORM:
+            h = _normed(h, before, width, eps, place, inside)
+        tl.store(out + n, tl.sum(w.to(tl.float32) * h[None], 1), mask=n < size)
+        for _ in tl.static_range(TILES - 1):
+            n += ROWS
+            here = n[:, None].to(tl.int64) * width + place[None]
+            w = tl.load(matrix + here, mask=(n < size)[:, None] & inside[None], other=0.0)
+            tl.store(out + n, tl.sum(w.to(tl.float32) * h[None], 1), mask=n < size)
+
+    @triton.jit
+    def _multiply_gated(x, matrix, out, size, width,
+                        BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+        """out (size,) = matrix (size, width) times silu(gate) * up, which stand in x (2 x width) beside each other."""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        sums = tl.zeros([ROWS, BLOCK], tl.float32)
+        for first in tl.range(0, width, BLOCK, num_stages=STAGES):
+            place = first + tl.arange(0, BLOCK)
+            inside = place < width
+            here = n[:, None].to(tl.int64) * width + place[None]
+            w = tl.load(matrix + here, mask=(n < size)[:, None] & inside[None], other=0.0)
+            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(x + width + place, mask=inside, other=0.0).to(tl.float32)
+            inner = (gate / (1 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32) * up
+            sums += w.to(tl.float32) * inner.to(x.dtype.element_ty).to(tl.float32)[None]
+        tl.store(out + n, tl.sum(sums, 1), mask=n < size)
+
+
+def multiply(
+    x: Tensor, matrix: Tensor, eps: float, before: Tensor | None = None, y: Tensor | None = None,
+    after: Tensor | None = None, last: Tensor | None = None, rows: int = 4, tiles: int = 1, warps: int = 4
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(state, matrix times it) of one row in one kernel: a matrix is read at the GPU's full rate, where libraries made
+    for many rows reach three quarters of it, and what stands between two products takes no kernel of its own.
+
+    x, y: (1, width). state: x, or where y is given x + norm(y; after), then normed by `last` if that is given.
+    before: the weight of a norm for this product alone.
+    """
+    size, width = matrix.shape
+    out = x.new_empty(1, size)
+    state = x if y is None else torch.empty_like(x)  # programs that still read x must not find it changed
+    _multiply[(-(-size // (rows * tiles)),)](
+        x, y, after, last, before, matrix, out, state, size, width, eps, y is not None, last is not None,
+        before is not None, BLOCK=power_of_two(width, up=True), ROWS=rows, TILES=tiles, num_warps=warps,
+    )  # fmt: skip
+    return state, out
+
+
+def multiply_gated(
+    x: Tensor, matrix: Tensor, rows: int = 4, block: int = 512, stages: int = 4, warps: int = 4
+) -> Tensor:
+    """matrix (size, width) times silu(gate) * up, of one row x (1, 2 x width) of gate and up."""
+    size, width = matrix.shape
+    out = x.new_empty(1, size)
+    _multiply_gated[(-(-size // rows),)](
+        x, matrix, out, size, width, BLOCK=block, ROWS=rows, STAGES=stages, num_warps=warps
+    )
+    return out
 
 
 def attend_by_kernel(

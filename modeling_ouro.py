@@ -490,6 +490,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+def compiling(one_size: bool) -> dict:
+    """How a layer is compiled, as arguments of `nn.Module.compile`."""
+    # Without the option, what is computed for several columns of one matrix is computed for all of them anew.
+    return {"dynamic": None if one_size else True, "options": {"max_pointwise_cat_inputs": 0}}
+
+
 def exit_distribution(gate_logits: Tensor) -> Tensor:
     """Probability of leaving after each loop, (loops, ...) from gate logits of that shape (arXiv 2510.25741, 3.2).
 
@@ -523,8 +529,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
-            # Without the option, what is computed for several columns of one matrix is computed for all of them anew.
-            layer.compile(dynamic=None if one_size else True, options={"max_pointwise_cat_inputs": 0})
+            layer.compile(**compiling(one_size))
         self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):

@@ -63,9 +63,10 @@ from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
+from graphs import STEP, replay_layers
 from lora import fuse, refresh
-from modeling_ouro import PROJECTIONS, load_ouro
-from plan import layers_to_recompute, matrix_rate, training_flops
+from modeling_ouro import PROJECTIONS, compiling, load_ouro
+from plan import layers_to_recompute, matrix_rate, peak_memory, training_flops
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -201,7 +202,7 @@ class LoopTrainer(SFTTrainer):
             "num_tokens": self._tokens,
             "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
-            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else 0,
+            "memory_gib": round(peak_memory() / 2**30, 2) if torch.cuda.is_available() else 0,
         }
         if self.flops:
             s, config = self.settings, self.accelerator.unwrap_model(self.model).config
@@ -751,6 +752,9 @@ def build(s: Settings, device: str | int) -> PeftModel:
     model.recompute_layers(recomputed)
     if compiled:
         model.compile_layers(one_size=s.packing)
+        if kind == "nf4" and not s.use_dora:
+            length = -(-s.max_length // STEP) * STEP
+            replay_layers(adapted, s.per_device_train_batch_size * length, **compiling(s.packing))
     return adapted
 
 

@@ -1,0 +1,135 @@
+"""Recomputed layers that replay graphs give what recomputed layers give. On a CPU the same work runs without graphs."""
+
+import pytest
+import torch
+from test_lora import adapted, fused, loss_and_gradients, moved
+from tiny_ouro import assert_close, assert_same_gradients, gradients, rows, tokens
+
+import graphs
+from graphs import replay_layers
+from lora import fuse, refresh
+
+TOKENS = 4 * 128
+
+
+def pair(recomputed: int = 4, loops: int = 2, limit: int = TOKENS, **config):
+    """Two models of the same numbers with recomputed layers; the first one's replay."""
+    models = [fused("nf4, double", loops=loops, **config) for _ in range(2)]
+    for model in models:
+        moved(model)
+        refresh(model)
+        model.recompute_layers(recomputed)
+    replay_layers(models[0], limit)
+    return models
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How often a layer was replayed."""
+    calls = []
+    forward = graphs._Replayed.forward
+    monkeypatch.setattr(graphs._Replayed, "forward", staticmethod(lambda *a: calls.append(a[3].shape) or forward(*a)))
+    return calls
+
+
+def assert_same(models, batch: dict, **options) -> None:
+    results = []
+    for model in models:
+        model.zero_grad()
+        loss = model(**batch, **options).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    (loss, grads), (expected, expected_grads) = results
+    assert_close(loss, expected, 1e-6)
+    assert len(grads) == len(expected_grads) == 4 * 7 * 2
+    assert all(g.abs().max() > 1e-6 for g in expected_grads.values())
+    assert_same_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("recomputed", [4, 2])
+def test_loss_and_gradients_are_those_of_recomputed_layers(replays, recomputed):
+    models = pair(recomputed, loops=3)
+    for shape in ((2, 9), (1, 128), (3, 70), (2, 9)):  # shorter ones after longer ones, too
+        ids = tokens(*shape)
+        assert_same(models, {"input_ids": ids, "labels": ids}, objective="all")
+    assert len(replays) == 4 * 3 * recomputed
+
+
+def test_packed_rows_are_replayed_with_their_documents(replays):
+    models = pair()
+    for batch in (rows([0, 1], [3]), rows([4], [1, 2]), rows([0, 1], [3])):
+        assert_same(models, batch)
+    assert len(replays) == 3 * 2 * 4
+
+
+def test_what_the_graphs_have_no_room_for_is_recomputed_without_them(replays, monkeypatch):
+    models = pair(limit=128)
+    ids = tokens(2, 9)
+    assert_same(models, {"input_ids": ids, "labels": ids})  # two rows, each rounded up to 128
+    monkeypatch.setattr(graphs, "DOCUMENTS", 1)
+    assert_same(models, rows([0, 1, 3]))
+    assert_same(models, rows([0], [1, 2], [3], left=True))  # padding on the left takes a mask
+    assert not replays
+
+
+def test_a_step_of_the_optimizer_reaches_the_graphs():
+    models = pair()
+    before, _ = loss_and_gradients(models[0])
+    for model in models:
+        moved(model)
+        refresh(model)
+    ids = tokens(2, 9)
+    assert_same(models, {"input_ids": ids, "labels": ids})
+    models[0].zero_grad()
+    assert abs(loss_and_gradients(models[0])[0] - before) > 1e-3
+
+
+def test_gradients_are_added_up_over_passes():
+    models = pair()
+    for model in models:
+        loss_and_gradients(model)
+    (_, grads), (_, expected) = (loss_and_gradients(model) for model in models)
+    assert_same_gradients(grads, expected, 1e-5)
+
+
+def test_the_model_does_not_know_of_graphs(tmp_path):
+    model, plain = pair()[0], moved(adapted("nf4, double"))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in model.state_dict().items())
+    fuse(plain, "nf4")
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+
+
+def test_without_recomputed_layers_nothing_changes(replays):
+    models = pair(recomputed=0)
+    assert_same(models, rows([0, 1], [3]))
+    assert not replays
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_graphs_draw_the_same_dropout_and_give_the_same_gradients_on_this_gpu(replays, p, compiled):
+    models = [model.cuda() for model in (fused("nf4, double", loops=2, lora_dropout=p) for _ in range(2))]
+    compiling = {"options": {"max_pointwise_cat_inputs": 0}} if compiled else {}
+    for model in models:
+        model.recompute_layers(4)
+        if compiled:
+            model.compile_layers()
+    replay_layers(models[0], TOKENS, **compiling)
+    for shape in ((2, 128), (2, 128), (1, 77)):
+        ids, results = tokens(*shape).cuda(), []
+        for model in models:
+            torch.manual_seed(1)
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            results.append((loss.detach(), gradients(model), torch.cuda.default_generators[0].get_offset()))
+        if shape[1] == 128 or not p:  # a rounded length draws another mask
+            assert_close(results[0][0], results[1][0], 1e-5)
+            assert_same_gradients(results[0][1], results[1][1], 1e-4)
+        assert all(torch.isfinite(g).all() for g in results[0][1].values())
+    assert len(replays) == 3 * 2 * 4
