@@ -11,7 +11,8 @@ a kernel that takes longer to start than to run; the rounding is that of any mer
 
 On a GPU a step is one CUDA graph: what lies between two attentions is compiled, attention is one kernel
 (flash-decoding, arXiv 2311.01282) that rotates, writes the cache and reads of it only what a sequence has filled. Hence
-no mask, no padding and no length buckets, and a graph serves any lengths. On a CPU the same steps run as they stand.
+no mask, no padding and no length buckets, and a graph serves any lengths. A single row is multiplied by kernels of our
+own, which read each matrix at nearly the rate of a copy. On a CPU the same steps run as they stand.
 """
 
 import math
@@ -229,10 +230,10 @@ if triton:
 
 def multiply(
     x: Tensor, matrix: Tensor, eps: float, before: Tensor | None = None, y: Tensor | None = None,
-    after: Tensor | None = None, last: Tensor | None = None, rows: int = 4, tiles: int = 1, warps: int = 4
+    after: Tensor | None = None, last: Tensor | None = None, rows: int = 4
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(state, matrix times it) of one row in one kernel: a matrix is read at the GPU's full rate, where libraries made
-    for many rows reach three quarters of it, and what stands between two products takes no kernel of its own.
+    """(state, matrix times it) of one row in one kernel, which reads the matrix at nearly the rate of a copy, and what
+    stands between two products takes no kernel of its own.
 
     x, y: (1, width). state: x, or where y is given x + norm(y; after), then normed by `last` if that is given.
     before: the weight of a norm for this product alone.
@@ -240,6 +241,7 @@ def multiply(
     size, width = matrix.shape
     out = x.new_empty(1, size)
     state = x if y is None else torch.empty_like(x)  # programs that still read x must not find it changed
+    tiles, warps = (2, 4) if size >= 4096 else (1, 8)  # what ran fastest on an H100
     _multiply[(-(-size // (rows * tiles)),)](
         x, y, after, last, before, matrix, out, state, size, width, eps, y is not None, last is not None,
         before is not None, BLOCK=power_of_two(width, up=True), ROWS=rows, TILES=tiles, num_warps=warps,
@@ -248,7 +250,7 @@ def multiply(
 
 
 def multiply_gated(
-    x: Tensor, matrix: Tensor, rows: int = 4, block: int = 512, stages: int = 4, warps: int = 4
+    x: Tensor, matrix: Tensor, rows: int = 8, block: int = 1024, stages: int = 3, warps: int = 4
 ) -> Tensor:
     """matrix (size, width) times silu(gate) * up, of one row x (1, 2 x width) of gate and up."""
     size, width = matrix.shape
@@ -261,7 +263,7 @@ def multiply_gated(
 
 def attend_by_kernel(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int,
-    block: int = 16, warps: int = 4, stages: int = 3
+    block: int = 16, warps: int = 2, stages: int = 4
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`attend` in one kernel; with one part its result is final, and has no weight."""
     batch, heads, _, dim = keys.shape
@@ -424,10 +426,18 @@ class Decoder:
     def step(self) -> None:
         """One more token in every row."""
         depth, batch, capacity = self.key
-        eps, count, model = self.config.rms_norm_eps, len(self.layers), self.model.model
-        call = compiled if self.cuda else (lambda function: function)
+        model = self.model.model
         x = F.embedding(self.token, model.embed_tokens.weight)
         cos, sin = (t[0] for t in model._rotary(self.position[None], self.dtype))  # (batch, 1, head_dim)
+        logits = (self.one_row if self.cuda and batch == 1 else self.rows_together)(x, cos, sin)
+        self.token.copy_(pick(logits, self.noise(self.seed, self.position), self.temperature))
+        # Rows that have ended run on until the host looks: not beyond the cache.
+        self.position.copy_((self.position + self.active).clamp(max=capacity - 1))
+
+    def rows_together(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Logits (batch, vocab) after the tokens whose embeddings are x (batch, hidden)."""
+        eps, count, model = self.config.rms_norm_eps, len(self.layers), self.model.model
+        call = compiled if self.cuda else (lambda function: function)
         qkv = call(begin)(x, self.layers[0]["in"], self.layers[0]["qkv"], eps)
         for slot, (keys, values) in enumerate(self.slots):
             layer, following = self.layers[slot % count], self.layers[(slot + 1) % count]
@@ -435,12 +445,24 @@ class Decoder:
             y, weight = attend_by_kernel(*arguments, self.splits) if self.cuda else attend(*arguments)
             last = model.norm.weight if slot % count == count - 1 else None
             x, inner = call(middle)(x, y, weight, layer["rest"], eps)
-            if slot < depth * count - 1:
+            if slot < len(self.slots) - 1:
                 x, qkv = call(to_next)(x, inner, layer["rest"], last, (following["in"], following["qkv"]), eps)
-        logits = call(to_logits)(x, inner, layer["rest"], last, self.model.lm_head.weight, eps)
-        self.token.copy_(pick(logits, self.noise(self.seed, self.position), self.temperature))
-        # Rows that have ended run on until the host looks: not beyond the cache.
-        self.position.copy_((self.position + self.active).clamp(max=capacity - 1))
+        return call(to_logits)(x, inner, layer["rest"], last, self.model.lm_head.weight, eps)
+
+    def one_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The same for one row, in six kernels a layer."""
+        eps, count, model = self.config.rms_norm_eps, len(self.layers), self.model.model
+        y = end = last = None
+        for slot, (keys, values) in enumerate(self.slots):
+            layer = self.layers[slot % count]
+            o, after, before, gate_up, down, following = layer["rest"]
+            x, qkv = multiply(x, layer["qkv"], eps, layer["in"], y, end, last)
+            parts = attend_by_kernel(qkv, cos, sin, keys, values, self.position, self.splits)
+            _, y = multiply(compiled(combine)(*parts, self.dtype), o, eps)
+            x, inner = multiply(x, gate_up, eps, before, y, after)
+            y, end = multiply_gated(inner, down), following
+            last = model.norm.weight if slot % count == count - 1 else None
+        return multiply(x, self.model.lm_head.weight, eps, None, y, end, last)[1]
 
     @staticmethod
     def noise(seed: Tensor, position: Tensor) -> Tensor:
