@@ -2,6 +2,8 @@
 
 python bench.py data --config configs/smoke.yaml [--rows 4000]      # tokenise, cache, pack, batch; beside TRL
 python bench.py train --config configs/a100.yaml [--only nf4]       # steps of training, on this GPU; beside stock PEFT
+python bench.py trainer --config configs/a100.yaml [--count 2]      # train_qlora.py itself, on one GPU and on several
+python bench.py loss --config configs/a100.yaml --dataset_path sample/wangchan   # fp8's loss beside bf16's
 python bench.py plan --config configs/a100.yaml --gpu H100 --count 4          # hours and memory of every experiment
 python bench.py generate --config configs/a100.yaml [--profile generate]     # tokens/s of generate.py, random weights
 python bench.py score --config configs/a100.yaml                    # questions/s of evaluate.py, all depths, the same
@@ -151,33 +153,38 @@ def stock(s: Settings) -> torch.nn.Module:
 
 
 LORA = {"use_qlora": False, "optim": "adamw_torch_fused"}
+PLAIN, FP8 = LORA | {"lora_dropout": 0}, {"frozen_weights": "fp8"}
 NF4 = {"use_qlora": True, "optim": "paged_adamw_8bit"}
 KEPT, RECOMPUTED = {"activation_checkpointing": "none"}, {"activation_checkpointing": "full"}
 UNPACKED = {"packing": False}  # the layers compiled for all lengths of rows; for packs, which have one size, otherwise
 TRAIN = (  # row, loops, batch, settings
-    ("stock bf16", 4, 8, LORA | {"loss": "mixture"}),
-    ("stock bf16", 1, 8, LORA | {"loss": "mixture"}),
-    ("bf16", 4, 4, LORA | KEPT | {"lora_dropout": 0}),
-    ("bf16", 1, 8, LORA | KEPT | {"lora_dropout": 0}),
-    ("bf16 unpacked", 4, 4, LORA | KEPT | UNPACKED | {"lora_dropout": 0}),
-    ("bf16 unpacked", 1, 8, LORA | KEPT | UNPACKED | {"lora_dropout": 0}),
+    ("stock bf16", 4, 8, PLAIN | {"loss": "mixture"}),
+    ("stock bf16", 1, 8, PLAIN | {"loss": "mixture"}),
+    ("bf16", 4, 4, PLAIN | KEPT),
+    ("bf16", 1, 8, PLAIN | KEPT),
+    ("bf16 documents", 4, 4, PLAIN | KEPT),
+    ("bf16 documents", 1, 8, PLAIN | KEPT),
+    ("bf16 unpacked", 4, 4, PLAIN | KEPT | UNPACKED),
+    ("bf16 unpacked", 1, 8, PLAIN | KEPT | UNPACKED),
     ("bf16, dropout", 4, 3, LORA | KEPT),
     ("bf16, dropout", 1, 8, LORA | KEPT),
     ("bf16 recomputed", 4, 8, LORA | RECOMPUTED),
     ("bf16 recomputed", 1, 8, LORA | RECOMPUTED),
-    ("fp8", 4, 4, LORA | KEPT | {"lora_dropout": 0, "frozen_weights": "fp8"}),
-    ("fp8", 1, 8, LORA | KEPT | {"lora_dropout": 0, "frozen_weights": "fp8"}),
+    ("fp8", 4, 4, PLAIN | KEPT | FP8),
+    ("fp8", 1, 8, PLAIN | KEPT | FP8),
     ("stock nf4", 4, 1, NF4 | {"loss": "mixture"}),
     ("stock nf4", 4, 2, NF4 | {"loss": "mixture"}),
     ("nf4", 4, 1, NF4 | RECOMPUTED),
     ("nf4", 4, 3, NF4 | RECOMPUTED),
     ("nf4", 4, 4, NF4 | RECOMPUTED),
 )
+DOCUMENTS = 4  # of a row, where it has several
 SMALL_CARD = 9.3 * 2**30  # what a 10 GB card leaves a process; the rows with NF4 may use no more
 
 
-def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, float]:
-    """Tokens/s, peak GiB and seconds of the first two steps of the bare loop: `s` on sequences of max_length."""
+def measure(s: Settings, usual: bool = False, profiled: bool = False, documents: int = 1) -> tuple[float, float, float]:
+    """Tokens/s, peak GiB and seconds of the first two steps of the bare loop: `s` on sequences of max_length, each of
+    so many documents."""
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
@@ -190,11 +197,14 @@ def measure(s: Settings, usual: bool, profiled: bool) -> tuple[float, float, flo
     fused = {"fused": True} if s.optim == "adamw_torch_fused" else {}
     optimizer = names[s.optim]([p for p in model.parameters() if p.requires_grad], lr=1e-5, **fused)
     ids = torch.randint(3, model.config.vocab_size, (s.per_device_train_batch_size, s.max_length), device="cuda")
+    batch = {"input_ids": ids, "labels": ids, "objective": s.loss, "total_ut_steps": s.total_ut_steps}
+    if documents > 1:
+        batch["position_ids"] = (torch.arange(s.max_length, device="cuda") % (s.max_length // documents)).expand_as(ids)
 
     def steps(count: int) -> None:
         for _ in range(count):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids, objective=s.loss, total_ut_steps=s.total_ut_steps).loss
+                loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -219,24 +229,31 @@ def bench_train(run: Resolved) -> None:
         f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'estimate':>10}"
         f"{'first steps':>13}"
     )
-    usual = {}
+    wanted = [row for row in TRAIN if row[1] in depths and (not only or row[0] in only)]
+    if not wanted:
+        raise UserError(f"no such row has {' or '.join(map(str, depths))} loops: the table has 4 and 1, nf4 4 alone")
+    usual: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}  # NF4 or not -> (loops, batch) -> tokens/s
     with tempfile.TemporaryDirectory() as folder:
         build_random(s, Path(folder))
-        for name, loops, batch, changes in TRAIN:
-            if loops not in depths or (only and name not in only):
-                continue
+        for name, loops, batch, changes in wanted:
+            documents = DOCUMENTS if "documents" in name else 1
             is_usual, batch = name.startswith("stock"), run.options.batch or batch
             changes = {"packing": True} | changes | {"total_ut_steps": loops, "per_device_train_batch_size": batch}
             row = dataclasses.replace(s, **changes | {"model_name_or_path": folder})
             try:
-                speed, peak, first = measure(row, is_usual, name in run.options.profile and loops == 1)
+                speed, peak, first = measure(row, is_usual, name in run.options.profile, documents)
             except torch.OutOfMemoryError:
                 print(f"  {name:<18}{loops:>5}{batch:>6}  out of memory", flush=True)
                 continue
+            known = usual[row.use_qlora]
             if is_usual:
-                usual[row.use_qlora, loops] = speed
-            times = f"{speed / usual[row.use_qlora, loops]:.2f}" if (row.use_qlora, loops) in usual else ""
-            use = speed * training_flops(config, loops, s.r, seq, seq * (seq + 1) / 2, seq) / seq / rate
+                known[loops, batch] = speed
+            # beside stock at the same batch or, where that was not measured, at its best
+            best = max((other for (depth, _), other in known.items() if depth == loops), default=None)
+            compared = known.get((loops, batch), best)
+            times = f"{speed / compared:.2f}" if compared else ""
+            length = seq // documents
+            use = speed * training_flops(config, loops, s.r, seq, seq * (length + 1) / 2, seq) / seq / rate
             recomputed = layers_to_recompute(row, config, None)
             estimate = "" if is_usual else f"{training_memory(row, config, recomputed) / 2**30:.1f}"
             print(
@@ -244,6 +261,138 @@ def bench_train(run: Resolved) -> None:
                 f"{first:>11.1f} s",
                 flush=True,
             )
+
+
+def write_full_rows(path: Path, count: int, length: int, tokenizer) -> None:
+    """Rows of exactly `length` tokens, no two alike."""
+    chance = random.Random(0)
+    words = [word for word in (f" {chr(c)}" for c in range(97, 123)) if len(tokenizer(word).input_ids) == 1]
+
+    def row(number: int) -> dict:
+        chat = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "a"}]
+        more = length - len(tokenizer.apply_chat_template(chat))
+        return {"prompt": str(number), "completion": "a" + "".join(chance.choices(words, k=more))}
+
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            file.write(json.dumps(row(number)) + "\n")
+
+
+def train_beside(run: Resolved, folder: Path, name: str, processes: int, **changes) -> list[dict]:
+    """Runs train_qlora.py with these settings and gives its metrics, line by line; its output goes to `folder`.
+
+    Raises:
+        UserError: it failed.
+    """
+    values = {"model_name_or_path": folder / "model", "output_dir": folder / name, "report_to": "none"}
+    values |= {"overlap": "none", "eval_steps": 0, "save_steps": 10**6, "logging_steps": 1, "min_loss": 0} | changes
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    config = ["--config", run.config] if run.config else []
+    command = [
+        sys.executable,
+        *start,
+        "train_qlora.py",
+        *config,
+        *(f"--{key}={value}" for key, value in values.items()),
+    ]
+    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    if failed:
+        raise UserError(f"train_qlora.py failed:\n{(folder / f'{name}.log').read_text(encoding='utf-8')[-3000:]}")
+    (metrics,) = (folder / name).glob("*/metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def bench_trainer(run: Resolved) -> None:
+    """train_qlora.py's own tokens/s: rows of one length, 32 a step, without dropout; beside the bare loop."""
+    s, steps = run.settings, 6
+    if torch.cuda.device_count() < run.options.count:
+        raise UserError(f"--count {run.options.count}: this machine has {torch.cuda.device_count()} GPUs")
+    print(f"{run.options.count} x {torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {s.max_length:,}")
+    print(
+        f"  {'':<26}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x bare loop':>13}{'x one GPU':>11}{'FLOP use':>10}{'GiB':>7}"
+    )
+    for loops in run.options.loops:
+        batch = run.options.batch or {4: 4}.get(loops, 8)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            build_random(s, folder / "model")
+            write_full_rows(
+                folder / "rows.jsonl", 32 * steps, s.max_length, load_tokenizer(str(folder / "model"), None)
+            )
+            common = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "lora_dropout": 0, "packing": True}
+            common |= {"frozen_weights": run.options.frozen}
+            bare, peak, _ = measure(dataclasses.replace(s, **common, model_name_or_path=str(folder / "model")))
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(f"  {'bare loop':<26}{loops:>5}{batch:>6}{bare:>9,.0f}{'':>34}{peak:>7.1f}", flush=True)
+            alone = None
+            for count in sorted({1, run.options.count}):
+                data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
+                data |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
+                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # the first ones compile
+                done = lines[-1]["num_tokens"] - (lines[0]["num_tokens"] - s.max_length * 32)
+                speed = done / sum(s.max_length * 32 / line["tokens_per_second"] for line in lines)
+                alone = alone or speed
+                use, peak = lines[-1].get("model_flop_use", 0), max(line["memory_gib"] for line in lines)
+                name = f"train_qlora.py, {count} GPU{'s' * (count > 1)}"
+                print(
+                    f"  {name:<26}{loops:>5}{batch:>6}{speed:>9,.0f}{speed / bare / count:>13.3f}"
+                    f"{speed / alone:>11.3f}{use:>10.1%}{peak:>7.1f}",
+                    flush=True,
+                )
+
+
+def bench_loss(run: Resolved) -> None:
+    """The loss of a run with frozen weights in fp8 beside that of the same run in bf16, on the settings' data."""
+    s, steps = run.settings, run.options.steps
+    curves = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if Path(s.model_name_or_path).is_dir():
+            (folder / "model").symlink_to(Path(s.model_name_or_path).resolve())
+        else:
+            build_random(s, folder / "model")
+        same = {name: getattr(s, name) for name in ("dataset", "total_ut_steps", "per_device_train_batch_size")}
+        same |= {"dataset_path": s.dataset_path, "gradient_accumulation_steps": 1, "max_steps": steps}
+        same |= {"max_length": s.max_length, "learning_rate": s.learning_rate, "packing": s.packing, "bf16": True}
+        for kind in ("bf16", "fp8"):
+            frozen = {"use_qlora": False, "frozen_weights": kind if kind == "fp8" else "auto"}
+            lines = train_beside(run, folder, kind, 1, **same, **frozen, optim="adamw_torch_fused")
+            curves[kind] = [line["loss"] for line in lines]
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {s.model_name_or_path}, {s.total_ut_steps} loops"
+    )
+    print(f"{steps} steps of {s.per_device_train_batch_size} rows of {s.dataset_path or s.dataset}")
+    print(f"  {'steps':>9}{'bf16':>9}{'fp8':>9}{'difference':>12}{'largest of a step':>19}")
+    each = -(-steps // 10)
+    apart = [other / loss - 1 for loss, other in zip(curves["bf16"], curves["fp8"], strict=True)]
+    for at in range(0, steps, each):
+        part = slice(at, min(at + each, steps))
+        one, other = (sum(curves[kind][part]) / len(curves[kind][part]) for kind in ("bf16", "fp8"))
+        worst = max(apart[part], key=abs)
+        print(f"  {f'{at + 1}-{part.stop}':>9}{one:>9.4f}{other:>9.4f}{other / one - 1:>+12.2%}{worst:>+19.2%}")
+    print(f"  all: mean difference {sum(apart) / steps:+.3%}, largest of a step {max(apart, key=abs):+.2%}")
+    if run.options.plot:
+        plot_losses(curves, run.options.plot)
+
+
+def plot_losses(curves: dict[str, list[float]], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(
+        2, 1, sharex=True, figsize=(7, 4.5), height_ratios=(3, 1), layout="constrained"
+    )
+    steps = range(1, len(curves["bf16"]) + 1)
+    for kind, style in (("bf16", {"linewidth": 2.5, "alpha": 0.5}), ("fp8", {"linewidth": 1})):
+        upper.plot(steps, curves[kind], label=f"frozen weights in {kind}", **style)
+    apart = [100 * (other / loss - 1) for loss, other in zip(curves["bf16"], curves["fp8"], strict=True)]
+    lower.plot(steps, apart, color="C1", linewidth=1)
+    lower.axhspan(-0.5, 0.5, color="grey", alpha=0.2)
+    upper.set(ylabel="loss (nats a token)")
+    upper.legend(frameon=False)
+    lower.set(xlabel="step", ylabel="fp8 − bf16, %")
+    figure.savefig(path, dpi=120)
 
 
 def bench_plan(run: Resolved) -> None:
@@ -398,11 +547,12 @@ def profile(step: Callable[[], None]) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=("data", "train", "plan", "generate", "score"), help="what to measure, or predict"
-    )
+    parser.add_argument("what", choices=sorted(WHAT), help="what to measure, or predict")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="plan: the GPU")
-    parser.add_argument("--count", type=int, default=1, help="plan: how many of them")
+    parser.add_argument("--count", type=int, default=1, help="plan, trainer: how many of them")
+    parser.add_argument("--frozen", choices=("auto", "fp8"), default="auto", help="trainer: frozen_weights")
+    parser.add_argument("--steps", type=int, default=200, help="loss: steps of each run")
+    parser.add_argument("--plot", help="loss: a file for the curves")
     rows = sorted({row[0] for row in TRAIN})
     parser.add_argument("--only", nargs="+", choices=rows, help="train: these rows of the table")
     parser.add_argument("--batch", type=int, help="train: another batch size for all of them; generate: instead of 64")
@@ -419,11 +569,22 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=4000, help="rows of the data measured (default: 4000)")
 
 
+WHAT = {
+    "data": bench_data,
+    "train": bench_train,
+    "trainer": bench_trainer,
+    "loss": bench_loss,
+    "plan": bench_plan,
+    "generate": bench_generate,
+    "score": bench_score,
+}
+
+
 def main() -> None:
     run = resolve(__doc__, add_options=options)
-    {"data": bench_data, "train": bench_train, "plan": bench_plan, "generate": bench_generate, "score": bench_score}[
-        run.options.what
-    ](run)
+    if min(run.options.count, run.options.steps) < 1:
+        raise UserError("--count and --steps are at least 1")
+    WHAT[run.options.what](run)
 
 
 if __name__ == "__main__":

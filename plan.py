@@ -88,7 +88,8 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     """Bytes allocated on the GPU at the peak of training: the longest batch, layers compiled, `recomputed` of them.
 
     Counted: weights, adapters with gradients and optimizer, what the layers keep for the backward pass, and the larger
-    of one recomputed layer's and the loss's own. Compared with measured peaks in `bench.py train`.
+    of one recomputed layer's and the loss's own; both where layers replay graphs (graphs.py), which keep their memory.
+    Compared with measured peaks in `bench.py train`.
     """
     sizes, hidden, layers = product_sizes(config), config.hidden_size, config.num_hidden_layers
     number = 2 if s.bf16 else 4
@@ -105,6 +106,9 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     state = hidden * number * tokens
     kept = s.total_ut_steps * ((layers - recomputed) * inside + recomputed * state)
     loss = 2 * CHUNK * config.vocab_size * number + 2 * state
+    if s.use_qlora and s.torch_compile and recomputed:
+        decoded = 2 * hidden * config.intermediate_size * number  # gate and up
+        return weights + adapters + kept + loss + 2.4 * inside + 4 * decoded  # as measured
     return weights + adapters + kept + max(inside if recomputed else 0, loss)
 
 
