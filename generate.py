@@ -17,7 +17,7 @@ own, which read each matrix at nearly the rate of a copy. On a CPU the same step
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 from settings import UserError
@@ -500,14 +500,16 @@ def generate(
     max_new_tokens: int,
     stop: Collection[int],
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_end: Callable[[int, list[int]], None] | None = None,
     batch_size: int | None = None,
 ) -> list[list[int]]:
     """The new tokens after each prompt, up to `max_new_tokens` or the first of `stop`, which is left out.
 
     depth: loops; the last of them is read. temperature: 0 is greedy. seed: with a prompt's place in the list it decides
-    what is sampled, whatever else is in the batch. on_tokens(prompt, tokens): called as tokens come, a few at a time.
+    what is sampled, whatever else is in the batch; several: one for each prompt, and its place does not matter.
+    on_tokens(prompt, tokens): called as tokens come, a few at a time; on_end(prompt, reply): as each reply is whole.
     batch_size: sequences at once; by itself as many as memory allows. Longest prompts start first; one that ends makes
     room for the next.
 
@@ -540,6 +542,7 @@ def generate(
     decoder.clear(slice(None))
     decoder.temperature.fill_(temperature)
 
+    seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else seed
     replies: list[list[int]] = [[] for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     free, running = list(range(batch)), {}
@@ -554,6 +557,8 @@ def generate(
         if ends is not None or len(replies[index]) == max_new_tokens:
             free.append(row)
             del running[row]
+            if on_end:
+                on_end(index, replies[index])
 
     while waiting or running:
         # Not at every single end: reading a prompt holds up all rows.
@@ -563,7 +568,7 @@ def generate(
                 room = max(1, PREFILL // -(-len(prompts[waiting[0]]) // 64) // 64)
                 chosen = [waiting.popleft() for _ in range(min(room, len(free), len(waiting)))]
                 rows = [free.pop() for _ in chosen]
-                firsts = decoder.read([prompts[i] for i in chosen], rows, [seed * 1_000_003 + i for i in chosen])
+                firsts = decoder.read([prompts[i] for i in chosen], rows, [seeds[i] for i in chosen])
                 running.update(zip(rows, chosen, strict=True))
                 for row, token in zip(rows, firsts, strict=True):
                     accept(row, [token])
