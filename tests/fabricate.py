@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,14 @@ TASKS = {  # task: metric, aspect, base by depth, better is higher, spread betwe
     "thai_exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None),
     "mt_bench_thai": ("rating", "thai_conversation", (3.0, 3.2, 3.3, 3.4), True, 1.5),
     "english_text": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
+    "belebele_thai": ("accuracy", "thai_exams", (0.30, 0.32, 0.34, 0.36), True, None),
+    "belebele_english": ("accuracy", "english", (0.50, 0.60, 0.64, 0.66), True, None),
 }
 GAINS = {"thai_text": (0.5,) * 4, "thai_exam": (0.05,) * 4, "mt_bench_thai": (0.8,) * 4, "english_text": (-0.03,) * 4}
+PRIMARY = tuple(GAINS)
+GAINS |= {"belebele_thai": (0.10,) * 4, "belebele_english": (-0.05,) * 4}
+SUBSETS = {"belebele_thai": ["tha_Thai"], "belebele_english": ["eng_Latn"], "thai_exam": ["onet", "ic"]}
+CHANCES = {"onet": (0.2, 0.24), "ic": (0.25, 0.34), "tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}  # and majority
 NAMES = {1: "exp2-{}-ut1", 2: "exp3a-{}-ut2", 3: "exp3b-{}-ut3", 4: "exp1-{}-ut4"}
 
 
@@ -25,6 +32,15 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
     metric, aspect, _, higher, _ = TASKS[task]
     adapted = trained is not None
     letters = {"a": 60, "b": 50, "c": 45, "d": 45} if metric == "accuracy" else None
+    own, subsets = subsets_of(task, len(values)), {}
+    for name in dict.fromkeys(own) if letters else ():
+        mine = [value for value, subset in zip(values, own, strict=True) if subset == name]
+        chance, majority = CHANCES[name]
+        subsets[name] = {"value": float(np.mean(mine)), "items": len(mine), "chance": chance, "majority": majority}
+
+    def mean(key: str, by: list) -> float | None:
+        return float(np.mean([subsets[name][key] for name in by])) if subsets else None
+
     return {
         "format": 1,
         "run": run,
@@ -41,10 +57,10 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "adapter_sha256": digest(run) if adapted else None,
         "data_report_sha256": digest(dataset) if adapted else None,
         "task": task,
-        "benchmark": task,
+        "benchmark": task.partition("_")[0] if task.startswith("belebele") else task,
         "protocol": "ours",
         "aspect": aspect,
-        "primary": True,
+        "primary": task in PRIMARY,
         "metric": metric,
         "higher_is_better": higher,
         "benchmark_revision": "d" * 40,
@@ -56,10 +72,12 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "value": float(np.mean(values)),
         "ci95": [float(np.mean(values) - 0.02), float(np.mean(values) + 0.02)],
         "stderr": 0.01,
-        "chance": 0.213 if metric == "accuracy" else None,
-        "majority": 0.277 if metric == "accuracy" else None,
-        "macro": None,
-        "subsets": {},
+        "chance": mean("chance", own),
+        "majority": mean("majority", own),
+        "macro": mean("value", list(subsets)),
+        "macro_chance": mean("chance", list(subsets)),
+        "macro_majority": mean("majority", list(subsets)),
+        "subsets": subsets,
         "predicted": letters,
         "unparsed": 0,
         "exit_distribution": (np.arange(1, depth + 1) / np.arange(1, depth + 1).sum()).tolist(),
@@ -71,27 +89,35 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
     } | more
 
 
+def subsets_of(task: str, items: int) -> list[str]:
+    """Each item's: four of five in the first."""
+    names = SUBSETS.get(task, ["all"])
+    return [names[i * 5 >= items * 4] if len(names) > 1 else names[0] for i in range(items)]
+
+
 def write_result(results: Path, study: dict, values, characters=None, reply: str = "คำตอบ") -> None:
     folder = results / study["run"]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, value in enumerate(values):
+    lines, count = [], defaultdict(int)
+    for i, (value, subset) in enumerate(zip(values, subsets_of(study["task"], len(values)), strict=True)):
+        count[subset] += 1
         item = {
             "doc_id": i,
             "doc": {"question": f"ข้อที่ {i}"},
-            "target": "a",
+            "target": "abcd"[i % 4],
             "resps": [[reply]],
             "filtered_resps": [reply],
             "arguments": {},
-            "id": f"{study['benchmark']}-{i}",
-            "subset": "all",
+            "id": f"{study['benchmark'] if subset == 'all' else subset}-{count[subset]}",
+            "subset": subset,
             "prompt_sha256": digest(str(i)),
             "value": float(value),
         }
         if study["metric"] == "bits_per_character":
             item |= {"bits": float(value * characters[i]), "characters": int(characters[i])}
         elif study["metric"] == "accuracy":
-            item |= {"prediction": "a" if value else "b", "gold": "a", "scores": {"a": -1.0, "b": -1.5}}
+            gold, wrong = "abcd"[i % 4], "bcda"[i % 4]
+            item |= {"prediction": gold if value else wrong, "gold": gold, "scores": {gold: -1.0, wrong: -1.5}}
         else:
             turn = {"prompt": f"ถามข้อ {i}", "reply": reply, "rating": float(value), "judgement": None, "thai": True}
             item |= {"category": "writing", "turns": [turn]}
@@ -154,7 +180,7 @@ def study(
     items: int = 200,
     seed_sd: float = 0.005,
     dataset: str = "wangchan",
-    tasks=tuple(TASKS),
+    tasks=PRIMARY,
     lines: int = 40,
     run_seed: int = 0,
     reply: str = "คำตอบ",
@@ -175,6 +201,8 @@ def study(
         metric, _, _, higher, spread = TASKS[task]
         chars = rng.integers(100, 900, items) if metric == "bits_per_character" else None
         ease = rng.random(items) if spread is None else spread * rng.normal(size=items)
+        if task.startswith("belebele"):  # the same questions
+            ease = np.random.default_rng(run_seed).random(items)
         sign = 1 if higher else -1
 
         def values(level, noise, ease=ease, spread=spread, metric=metric):
