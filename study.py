@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from stats import Cell, Estimate
 FORMAT = 1
 MAX_METRICS, MAX_ITEMS = 64 << 20, 512 << 20  # bytes; a run of 3,000 log lines has one million
 SEEDS = 3  # fewer are named as missing
+LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 BASE = "base model"
 METRICS = {  # metric: unit, factor, decimals, name of an axis
     "bits_per_character": ("bits per character", 1, 3, "bits per character"),
@@ -89,13 +91,14 @@ class Run:
 
 @dataclasses.dataclass
 class Result:
-    """A result file; ids, numerators and denominators of its items in the file's order."""
+    """A result file; ids, numerators, denominators and right answers of its items in the file's order."""
 
     study: dict
     path: Path
     ids: list[str]
     numerators: np.ndarray
     denominators: np.ndarray
+    golds: list = dataclasses.field(default_factory=list)
 
 
 DEPTHS = ("total_ut_steps", "trained_ut_steps")
@@ -218,17 +221,31 @@ class Reader:
             if not np.isfinite(above).all() or not below.sum() > 0:
                 raise ValueError("an item's value is not a number")
             mean = above.sum() / below.sum()
-            if study.get("macro") is None and abs(mean - study["value"]) > 1e-3 * max(1, abs(study["value"])):
+            if abs(mean - study["value"]) > 1e-3 * max(1, abs(study["value"])):
                 raise ValueError(f"the items give {mean:.4f}, the file says {study['value']:.4f}")
             if not all(isinstance(study[key], int) for key in DEPTHS[: 1 + (study["kind"] == "adapter")]):
                 raise ValueError("a depth is not a whole number")
             for key in (*ALIKE, *MEASURED_ALIKE, "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better"):
                 study[key]  # a missing one is named by the KeyError
-            return Result(study, path, ids, above, below)
+            return Result(study, path, ids, above, below, [row.get("gold") for row in rows])
         except KeyError as error:
             self.left_out.append((str(path), f"has no {error}"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             self.left_out.append((str(path), f"cannot be used: {error}"))
+        return None
+
+
+def over_exams(study: dict, key: str) -> float | None:
+    """The chance or majority that belongs to `macro`; of older results from the subsets, by benchmarks.macro's rule
+    (which is not imported: torch comes with it)."""
+    if (told := study.get(f"macro_{key}")) is not None:
+        return told
+    groups = defaultdict(list)
+    try:
+        for subset, row in study["subsets"].items():
+            groups[subset[:7] if subset.startswith("onet_m") else subset].append(row[key])
+        return statistics.fmean(map(statistics.fmean, groups.values()))
+    except (AttributeError, KeyError, TypeError, ValueError):  # a subset does not say
         return None
 
 
@@ -279,6 +296,7 @@ class Panel:
     def __init__(self, results: list[Result], bases: list[Result], weights: np.ndarray):
         first = (results or bases)[0]
         self.study, self.items, self.ids = first.study, len(first.ids), first.ids
+        self.results, self.bases = results, bases
         self.sign = 1 if self.study["higher_is_better"] else -1
         self.unit, self.factor, self.decimals, self.axis = METRICS[self.study["metric"]]
         groups = defaultdict(list)
@@ -416,6 +434,45 @@ def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
 def same_items(results: list[Result], left_out: list) -> list[Result]:
     ids = [hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest() for result in results]
     return majority(results, [{"set of items": x} for x in ids], ("set of items",), left_out)
+
+
+def gaps(found: dict[tuple[str, str], Panel], left_out: list) -> dict[str, tuple[Panel, Panel, Panel]]:
+    """By training set: Belebele in Thai, in English, and English minus Thai question by question, of what has both."""
+    made = {}
+    for dataset in (dataset for task, dataset in found if task == LANGUAGES[0]):
+        thai, english = (found.get((task, dataset)) for task in LANGUAGES)
+        if english is None:
+            continue
+        adapted = in_both(thai.results, english.results, left_out)
+        bases = in_both(thai.bases, english.bases, left_out)
+        if adapted or bases:
+            weights = stats.resample(len((adapted or bases)[0][0].ids))
+            made[dataset] = tuple(Panel([r[i] for r in adapted], [r[i] for r in bases], weights) for i in range(3))
+    return made
+
+
+def in_both(thai: list[Result], english: list[Result], left_out: list) -> list[tuple[Result, Result, Result]]:
+    """(Thai, English, English minus Thai) of each model and depth, on the questions that both files have by number."""
+
+    def numbers(result: Result) -> dict[str, int]:
+        return {identity.rpartition("-")[2]: i for i, identity in enumerate(result.ids)}
+
+    made, others = [], {(r.study["run"], r.study["total_ut_steps"]): r for r in english}
+    for one in thai:
+        if (other := others.get((one.study["run"], one.study["total_ut_steps"]))) is None:
+            continue
+        here, there = numbers(one), numbers(other)
+        same = [number for number in here if number in there]
+        i, j = [here[number] for number in same], [there[number] for number in same]
+        # In another order a quarter of the golds would agree by chance: one that does not is no pair, nor are the rest.
+        agree = sum(one.golds[a] == other.golds[b] is not None for a, b in zip(i, j, strict=True))
+        if agree < len(same) or not same:
+            why = f"not compared: {agree} of {len(same)} questions of one number have the same right answer"
+            left_out.append((" and ".join(LANGUAGES), why))
+            continue
+        x, y, weight = one.numerators[i], other.numerators[j], np.ones(len(same))
+        made.append(tuple(Result(one.study, one.path, same, values, weight) for values in (x, y, y - x)))
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------ the verdict

@@ -12,6 +12,7 @@ import fabricate
 import numpy as np
 import pytest
 
+import benchmarks
 import plots
 import report
 import stats
@@ -281,6 +282,18 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     assert "things left out" in done.stdout
 
 
+@pytest.mark.parametrize("task", ["thai_text", "thai_exam", "mt_bench_thai"])
+def test_a_value_that_is_not_that_of_its_items_is_not_used(tmp_path, task):
+    output, results = fabricate.study(tmp_path, tasks=(task,), items=20, lines=2, seeds=(0,), depths=(1,))
+    odd = results / "base-bf16" / f"{task}-ut3.json"
+    content = json.loads(odd.read_text())
+    content["study"]["value"] += 0.05
+    odd.write_text(json.dumps(content))
+    assert [(path, "the items give" in why) for path, why in study.Reader(output, results).left_out] == [
+        (str(odd), True)
+    ]
+
+
 def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
     output, _ = fabricate.study(tmp_path, tasks=(), lines=5, seeds=(0,))
     (output / "exp2-wangchan-ut1" / "completed").unlink()
@@ -372,15 +385,134 @@ def test_the_terminal_ends_with_the_verdict_and_the_paths(written):
     assert set(labels) == set(study.ASPECTS)
 
 
-def test_baselines_stand_beside_their_published_score(tmp_path):
-    output, results = fabricate.study(tmp_path, tasks=("thai_exam",), items=30, lines=2, seeds=(0,))
-    published = {"value": 44.53, "protocol": "mean of five, shots not stated", "source": "model card"}
-    block = fabricate.study_block("baseline-typhoon", "thai_exam", 1, None, None, "x", [1.0, 0.0], published=published)
-    fabricate.write_result(results, block | {"kind": "baseline"}, [1.0, 0.0])
-    reader = study.Reader(output, results)
-    tables = {t.name: t for t in report.tables(reader, study.panels(reader))}
-    (row,) = tables["baselines"].texts()
-    assert row[0] == "baseline-typhoon" and "44.53" in row and "mean of five, shots not stated" in row
+def test_a_macro_mean_stands_beside_its_own_chance_and_commonest_answer(written):
+    root, _ = written
+    rows = list(csv.DictReader((root / "results" / "report" / "benchmarks.csv").read_text().splitlines()))
+    for row in rows:
+        told = [row[name] for name in ("chance", "always the commonest", "its chance", "its commonest")]
+        assert told == (["21.0", "26.0", "22.5", "29.0"] if row["benchmark"] == "thai_exam" else ["–"] * 4)
+    block = json.loads((root / "results" / "base-bf16" / "thai_exam-ut2.json").read_text())["study"]
+    row = next(
+        row for row in rows if (row["benchmark"], row["model"], row["read at"]) == ("thai_exam", "base model", "2")
+    )
+    assert row["macro"] == f"{block['macro']:.1%}"[:-1] != row["value"].split()[0] == f"{block['value']:.1%}"[:-1]
+
+
+def test_chance_of_an_older_macro_is_taken_from_the_subsets_as_the_macro_was():
+    by_exam = {"onet_m3_thai": 0.2, "onet_m3_math": 0.4, "onet_m6_thai": 0.5, "tgat": 0.25}
+    subsets = {name: {"value": 0.5, "items": 3, "chance": chance} for name, chance in by_exam.items()}
+    assert study.over_exams({"subsets": subsets}, "chance") == pytest.approx(benchmarks.macro(by_exam))
+    assert study.over_exams({"subsets": subsets, "macro_chance": 0.3}, "chance") == 0.3
+    for lacking in ({"subsets": subsets}, {"subsets": {}}, {"subsets": None}, {"subsets": ["onet"]}, {}):
+        assert study.over_exams(lacking, "majority") is None
+
+
+# -------------------------------------------------------------------------------- baselines, and what is published
+
+
+def baseline(task: str, published, /, **more) -> dict:
+    values = [4.0, 5.0] * 5 if task == "mt_bench_thai" else [1.0] * 4 + [0.0] * 4 + [1.0] * 2  # micro 0.6, macro 0.75
+    return fabricate.study_block("baseline-x", task, 1, None, None, "x", values, published=published) | {
+        "kind": "baseline", "values": values, **more,
+    }  # fmt: skip
+
+
+def baselines(root: Path, *blocks: dict) -> tuple[list[dict[str, str]], study.Reader]:
+    """The rows of the table."""
+    for block in blocks:
+        characters = np.full(10, 100) if block["metric"] == "bits_per_character" else None
+        fabricate.write_result(root / "results", block, block.pop("values"), characters)
+    reader = study.Reader(root / "output", root / "results")
+    table = next(t for t in report.tables(reader, study.panels(reader)) if t.name == "baselines")
+    return [dict(zip(table.columns, row, strict=True)) for row in table.texts()], reader
+
+
+def test_a_published_score_stands_beside_its_own_benchmark_alone(tmp_path):
+    score = {"benchmark": "thai_exam", "mean": "micro", "value": 0.5204, "protocol": "zero-shot", "source": "card"}
+    blocks = [baseline("thai_exam", [score]), baseline("thai_exam", [score], task="thai_exam-helm", protocol="helm")]
+    blocks += [baseline(task, [score]) for task in ("belebele_thai", "mt_bench_thai", "thai_text")]
+    rows, _ = baselines(tmp_path, *blocks)
+    shown = {row["benchmark"]: (row["published"], row["its protocol"], row["source"]) for row in rows}
+    score, none = ("52.04", "zero-shot", "card"), ("–", "–", "–")
+    assert shown == {"thai_exam": score, "thai_exam-helm": score} | dict.fromkeys(
+        ("belebele_thai", "mt_bench_thai", "thai_text"), none
+    )
+
+
+@pytest.mark.parametrize("told", [{"value": 44.53}, {"value": 0.4453}, None, "0.4", ["0.4", None], [{}]])
+def test_published_scores_that_do_not_say_of_what_are_not_shown(tmp_path, told):
+    (row,), reader = baselines(tmp_path, baseline("thai_exam", told))
+    assert (row["published"], row["measured here"].split()[0]) == ("–", "60.0")
+    whys = [why for path, why in reader.left_out if path == str(tmp_path / "results" / "baseline-x")]
+    assert ["older form" in why for why in whys] == [True] * isinstance(told, dict)
+
+
+# ---------------------------------------------------------------------------------------------- English minus Thai
+
+
+def gap(root: Path, **how) -> tuple[tuple[study.Panel, study.Panel, study.Panel] | None, study.Reader]:
+    reader = study.Reader(*fabricate.study(root, **{"tasks": study.LANGUAGES, "lines": 2} | how))
+    return study.gaps(study.panels(reader), reader.left_out).get("wangchan"), reader
+
+
+def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_path):
+    (thai, english, both), reader = gap(tmp_path, items=900)
+    assert reader.left_out == []
+    for k in fabricate.DEPTHS:
+        base, adapted, change = both.estimate(both.base[k]), both.estimate(both.adapted[k, k]), both.gain(k, k)
+        true = fabricate.TASKS["belebele_english"][2][k - 1] - fabricate.TASKS["belebele_thai"][2][k - 1]
+        for e, value in ((base, true), (adapted, true - 0.15), (change, -0.15)):  # Thai +0.10, English -0.05
+            assert abs(e.value - value) < 2 * (e.value - e.low)
+        assert base.value == pytest.approx(english.base[k].values[0] - thai.base[k].values[0])
+        apart = np.hypot(*(level.estimate(level.base[k]).stderr for level in (thai, english)))
+        assert base.stderr < 0.95 * apart  # paired
+    shown = report.gap_table(reader, study.panels(reader)).texts()
+    assert [row[:3] for row in shown[:5]] == [["base model", "–", d] for d in "1234"] + [["wangchan", "1", "1"]]
+    assert len(shown) == 20 and all((row[-1] == "–") == (row[0] == "base model") for row in shown)
+    assert {v.label for v in study.verdicts(study.panels(reader))} == {"no comparison"}  # it is a description
+
+
+def test_questions_are_paired_by_their_number_and_not_by_their_place(tmp_path):
+    (*_, before), _ = gap(tmp_path, items=60, seeds=(0,))
+    for path in (tmp_path / "results").rglob("belebele_english-*.items.jsonl"):
+        path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
+    reader = study.Reader(tmp_path / "output", tmp_path / "results")
+    *_, after = study.gaps(study.panels(reader), reader.left_out)["wangchan"]
+    for k in fabricate.DEPTHS:
+        assert before.gain(k, k) == after.gain(k, k)
+
+
+def test_only_questions_that_both_languages_have_are_compared(tmp_path):
+    gap(tmp_path, items=60, tasks=study.LANGUAGES[:1])
+    panels, reader = gap(tmp_path, items=40, tasks=study.LANGUAGES[1:], limit=40)
+    assert [panel.items for panel in panels] == [40] * 3 and reader.left_out == []
+
+
+def test_questions_whose_right_answers_differ_are_no_pairs_and_that_is_said(tmp_path):
+    gap(tmp_path, items=60, seeds=(0,))
+    files = sorted((tmp_path / "results").rglob("belebele_english-*.items.jsonl"))
+
+    def change(path: Path, gold: str | None) -> None:
+        first, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps(json.loads(first) | {"gold": gold}), *rest]) + "\n")
+
+    def found() -> tuple[study.Panel | None, set]:
+        reader = study.Reader(tmp_path / "output", tmp_path / "results")
+        *_, panel = study.gaps(study.panels(reader), reader.left_out).get("wangchan", (None,))
+        return panel, set(reader.left_out)
+
+    change(files[0], "d")
+    panel, left_out = found()
+    why = "not compared: 59 of 60 questions of one number have the same right answer"
+    assert list(panel.base) == [2, 3, 4] and len(panel.adapted) == 16
+    assert left_out == {("belebele_thai and belebele_english", why)}
+    for path in files:
+        change(path, None)
+    panel, left_out = found()
+    assert panel is None and left_out == {("belebele_thai and belebele_english", why)}
+    command(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert why in text and "From English to Thai" not in text
 
 
 def test_two_runs_are_compared_item_by_item(written):
