@@ -30,7 +30,7 @@ export PYTHON_BIN
 CLUSTER := $(if $(filter file,$(origin CONFIG)),configs/a100.yaml,$(CONFIG))
 SITE := . slurm/site.sh && { [ -n "$$IMAGE" ] || $(ENV); }
 COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
-EVAL = $(if $(UT),--ut_steps $(UT)) $(if $(BENCH),--tasks $(BENCH)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE))
+EVAL = $(if $(UT),--ut_steps $(UT)) $(if $(BENCH),--tasks $(BENCH)) $(if $(SUBSETS),--subsets $(SUBSETS)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE))
 need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
 
 help:  ## print this list
@@ -49,7 +49,7 @@ demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores,
 train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml]
 	@$(need-exp)$(RUN) train_qlora.py --config $(CONFIG) --exp $(EXP)
 
-eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… LIMIT=N CONFIG=…]
+eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… SUBSETS=onet,… LIMIT=N CONFIG=…]
 	@$(need-exp)$(RUN) evaluate.py --config $(CONFIG) --exp $(EXP) $(EVAL)
 
 eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL=typhoon2-3b BENCH=… LIMIT=N CONFIG=…]

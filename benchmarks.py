@@ -12,11 +12,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from settings import Settings, UserError, nearest, read_yaml
 
-from sources import EVALS, benchmark_files, benchmark_place, find_source, read_benchmark, read_file, split_files
+from sources import (
+    EVALS,
+    benchmark_commit,
+    benchmark_files,
+    benchmark_path,
+    benchmark_place,
+    count_rows,
+    find_source,
+    read_benchmark,
+    read_file,
+    split_files,
+)
 from thai import normalise
 
 LETTERS = "abcde"
@@ -59,6 +71,25 @@ def task_names(text: str, tasks: dict) -> list[str]:
     return names
 
 
+def row_of(task: str, spec: dict, settings: Settings) -> dict:
+    """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
+    are read at that one; None for a local copy.
+
+    Raises:
+        UserError: no network and no copy.
+    """
+    name = spec["benchmark"]
+    row = table()["benchmarks"][name] | {"name": name}
+    if "subsets" in spec:
+        row["subsets"] = spec["subsets"]
+    if {task, name} & settings.paths.keys():
+        return row | {"revision": None}
+    if "dataset" in row:
+        source = find_source(replace(settings, dataset=row["dataset"], dataset_path=None))
+        return row | {"source": source, "revision": source.commit}
+    return row | {"revision": benchmark_commit(name, row)}
+
+
 def load(
     task: str, spec: dict, settings: Settings | None = None, limit: int | None = None, subsets: Iterable[str] = ()
 ) -> list[dict]:
@@ -68,10 +99,14 @@ def load(
         UserError: no such file or folder, an item that is not one of this benchmark.
     """
     settings = settings or Settings()
-    name = spec["benchmark"]
-    benchmark = table()["benchmarks"][name]
-    if "subsets" in spec:
-        benchmark = benchmark | {"subsets": spec["subsets"]}
+    return read(task, row_of(task, spec, settings), settings, limit, subsets)[0]
+
+
+def read(
+    task: str, benchmark: dict, settings: Settings, limit: int | None = None, subsets: Iterable[str] = ()
+) -> tuple[list[dict], int]:
+    """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
+    name = benchmark["name"]
     local, normalised = settings.paths.get(name), settings.normalise_thai
     if "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
@@ -81,10 +116,19 @@ def load(
                 f"paths: {name}={local}: no {', '.join(s for s in chosen if s not in there)} in it; "
                 f"--subsets {','.join(there)} scores what is there, and the results say so"
             )
-        return load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised)
+        return load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised), 0
     if "exams" in benchmark:
-        return load_exams(name, benchmark, local, limit, normalised)
-    return load_texts(task, benchmark | {"name": name}, settings, limit)
+        return load_exams(name, benchmark, local, limit, normalised), 0
+    return load_texts(task, benchmark, settings, limit)
+
+
+def miscounted(items: list[dict], benchmark: dict) -> str:
+    """Where a whole benchmark has other numbers of items than evals.yaml says; empty if nowhere."""
+    found = Counter(item.get("subset", item.get("category")) for item in items)
+    wanted = {name: n for name, n in benchmark.get("items", {}).items() if name in benchmark.get("subsets", (name,))}
+    names = dict.fromkeys((*wanted, *found)) if wanted else ()
+    wrong = [name for name in names if found[name] != wanted.get(name, 0)]
+    return ", ".join(f"{name} {found[name]} items ({wanted.get(name, 0)} expected)" for name in wrong)
 
 
 def load_items(
@@ -92,37 +136,50 @@ def load_items(
 ) -> list[dict]:
     """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
 
-    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
+    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped. Where `item`
+    has an `order`, rows stand by these columns, so that files of the same questions have them at the same numbers.
 
     Raises:
-        UserError: a file is missing, or an item has no question, fewer than two options, or a gold letter that is not
-            among them.
+        UserError: a file is missing, or an item has no question, fewer than two options, something that is no text, or
+            a gold letter that is not among them; or a file lacks an option's column, but for the last.
     """
     spell, columns, items = normalise if normalise_thai else str, spec["item"], []
     for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
-        for number, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1):
-            where = f"{local or spec['hub_id']}, {file}, item {number}"
-            texts = {key: row.get(columns[key]) for key in ("passage", "question", "answer") if key in columns}
-            texts = {key: str(text) if isinstance(text, int) else text for key, text in texts.items()}
-            for key, text in texts.items():
-                if not isinstance(text, str) or not text.strip():
-                    raise UserError(f"{where}: no text in {columns[key]!r}; keys: {', '.join(row)}")
-            found = zip(LETTERS, (row.get(column) for column in columns["options"]), strict=False)
-            options = {letter: spell(text) for letter, text in found if isinstance(text, str) and text.strip()}
-            gold = texts["answer"]
+        place = f"{local or spec['hub_id']}, {file}"
+        rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
+        for column in columns["options"][:-1]:
+            if rows and not any(column in row for _, row in rows):
+                raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
+        rows.sort(key=lambda pair: [str(pair[1].get(column)) for column in columns.get("order", ())])
+        for number, (where, row) in enumerate(rows, 1):
+            used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
+            texts = {column: text_of(row.get(column), column, where) for column in (*used, *columns["options"])}
+            for column in used:
+                if not texts[column].strip():
+                    raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
+            found = zip(LETTERS, (texts[column] for column in columns["options"]), strict=False)
+            options = {letter: spell(text) for letter, text in found if text.strip()}
+            gold = texts[columns["answer"]]
             if gold.isdecimal():
                 gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
             if len(options) < 2 or gold not in options:
                 raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
             items.append(
-                {"id": f"{subset}-{number}", "subset": subset, "passage": spell(texts.get("passage", "")),
-                 "question": spell(texts["question"]), "options": options, "gold": gold}
+                {"id": f"{subset}-{number}", "subset": subset, "passage": spell(texts.get(columns.get("passage"), "")),
+                 "question": spell(texts[columns["question"]]), "options": options, "gold": gold}
             )  # fmt: skip
             if number == limit:
                 break
     if not items:
         raise UserError(f"{local or spec['hub_id']}: no items of {name}")
     return items
+
+
+def text_of(value: object, column: str, where: str) -> str:
+    """A text or number of a row; null is an empty text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+        raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
+    return "" if value is None else str(value)
 
 
 def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
@@ -154,7 +211,7 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
     return items
 
 
-def load_shots(spec: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
+def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
     """The examples before each item, by subset: the first `shots` items of the train split.
 
     Raises:
@@ -163,8 +220,8 @@ def load_shots(spec: dict, settings: Settings, subsets: Iterable[str]) -> dict[s
     if "shots" not in spec:
         return {}
     name = spec["benchmark"]
-    benchmark = table()["benchmarks"][name] | {"split": "train", "subsets": list(subsets)}
-    items = load_items(name, benchmark, settings.paths.get(name), spec["shots"], settings.normalise_thai)
+    train = benchmark | {"split": "train", "subsets": list(subsets)}
+    items = load_items(name, train, settings.paths.get(name), spec["shots"], settings.normalise_thai)
     shots = {subset: [item for item in items if item["subset"] == subset] for subset in subsets}
     if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
         raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")
@@ -187,38 +244,45 @@ def parse_choice(reply: str) -> str | None:
     return found and found[1]
 
 
-def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> list[dict]:
-    """Texts, each {id, subset, text}: a local file or folder that is named for the task (JSONL, JSON, Parquet), the
-    held-out part of a training set, or a file of the benchmark.
+def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
+    """Texts, each {id, subset, text}, and how many were empty and passed over: all of a local file or folder that is
+    named for the task (JSONL, JSON, Parquet), else `take` of the held-out part of a training set or of the benchmark's
+    file, evenly spaced: files are often sorted. The number in an id is the row's.
 
     Raises:
-        UserError: no such file, or a row without text.
+        UserError: no such file, a row without that column, or more empty ones than `max_empty_share`.
     """
     spell, local, key = normalise if settings.normalise_thai else str, settings.paths.get(task), spec["text"]
-    most = limit or math.inf
     if local is not None:
         if not Path(local).exists():
             raise UserError(f"paths: {task}={local}: no such file or folder")
-        rows = (row for file in split_files(Path(local), None, "train") for row in read_file(file))
+        files = split_files(Path(local), None, "train")
+    elif "source" in spec:
+        files = spec["source"].part("held_out")
     else:
-        most = min(most, spec["take"])
-        if "dataset" in spec:
-            source = find_source(replace(settings, dataset=spec["dataset"], dataset_path=None))
-            rows = (row for file in source.part("held_out") for row in read_file(file, [key]))
-        else:
-            (file,) = benchmark_files(spec)
-            rows = read_benchmark(spec["name"], spec, settings.paths.get(spec["name"]), file)
-    items = []
-    for number, (where, row) in enumerate(rows, 1):
+        (file,) = benchmark_files(spec)
+        files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
+    take, columns = (None, []) if local else (spec["take"], [key])
+    step = max(1, sum(map(count_rows, files)) / take) if take else 1
+    rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
+    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
+    items, empty = [], []
+    for number, where, row in islice(sample, limit):
         text = row.get("text", row.get(key))
-        if not isinstance(text, str) or not text.strip():
+        if not {"text", key} & row.keys() or not isinstance(text, str | None):
             raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
-        items.append({"id": f"{task}-{number}", "subset": task, "text": spell(text)})
-        if number == most:
-            break
+        if text and text.strip():
+            items.append({"id": f"{task}-{number}", "subset": task, "text": spell(text)})
+        else:
+            empty.append(where)
+    if len(empty) > settings.max_empty_share * (len(items) + len(empty)):
+        raise UserError(
+            f"{empty[0]}: no text in {key!r}, like {len(empty)} of {len(items) + len(empty)} rows; more than "
+            f"max_empty_share = {settings.max_empty_share:g}"
+        )
     if not items:
         raise UserError(f"{local or task}: no rows")
-    return items
+    return items, len(empty)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,19 +370,30 @@ def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> di
             "value": math.fsum(hits[i] for i in own) / len(own),
             "items": len(own),
             "chance": math.fsum(chance_of(items[i], spec) for i in own) / len(own),
+            "majority": majority([items[i] for i in own]),
         }
+    means = {
+        key: macro({subset: row[key] for subset, row in subsets.items()}) for key in ("value", "chance", "majority")
+    }
     return {
         "items": n,
         "value": value,
         "ci95": list(wilson(sum(hits), n)),
         "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
         "chance": math.fsum(chance_of(item, spec) for item in items) / n,
-        "majority": Counter(item["gold"] for item in items).most_common(1)[0][1] / n,
-        "macro": macro({subset: row["value"] for subset, row in subsets.items()}),
+        "majority": majority(items),
+        "macro": means["value"],
+        "macro_chance": means["chance"],
+        "macro_majority": means["majority"],
         "subsets": subsets,
         "predicted": dict(sorted(Counter(p for p in predictions if p is not None).items())),
         "unparsed": predictions.count(None),
     }
+
+
+def majority(items: list[dict]) -> float:
+    """What always answering the commonest letter reaches."""
+    return Counter(item["gold"] for item in items).most_common(1)[0][1] / len(items)
 
 
 def macro(by_subset: dict[str, float]) -> float:
@@ -329,6 +404,35 @@ def macro(by_subset: dict[str, float]) -> float:
     return math.fsum(math.fsum(group) / len(group) for group in groups.values()) / len(groups)
 
 
+def pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
+    """Whether each question that both have was answered rightly (in Thai, in English), from the lines of items.jsonl.
+    The number after the "-" of an id is the question's.
+
+    Raises:
+        ValueError: two of a number have different answers, so they are not the same question.
+    """
+    other, found = {line["id"].rpartition("-")[2]: line for line in english}, []
+    for line in thai:
+        twin = other.get(line["id"].rpartition("-")[2])
+        if twin and twin["gold"] != line["gold"]:
+            raise ValueError(f"{line['id']} and {twin['id']} have different answers: they are not the same question")
+        if twin:
+            found.append((line["value"] == 1, twin["value"] == 1))
+    return found
+
+
+def paired_gap(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
+    """English - Thai accuracy with its 95 % interval, of what `pairs` gives.
+
+    Bonett and Price (2012): Wald's interval after one more disagreement of either kind, which covers in small samples.
+    """
+    n, z = len(pairs), 1.959964
+    gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return (gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half)
+
+
 def bits_per_character(bits: list[float], characters: list[int]) -> dict:
     """The ratio of the sums, with the interval of a ratio estimator (Cochran 1977, 6.4) over texts."""
     n, total = len(bits), sum(characters)
@@ -337,7 +441,8 @@ def bits_per_character(bits: list[float], characters: list[int]) -> dict:
     stderr = math.sqrt(rest * n / (n - 1)) / total if n > 1 else None
     interval = [value - 1.959964 * stderr, value + 1.959964 * stderr] if n > 1 else [value, value]
     return {"items": n, "value": value, "ci95": interval, "stderr": stderr, "chance": None, "majority": None,
-            "macro": None, "subsets": {}, "predicted": None, "unparsed": 0}  # fmt: skip
+            "macro": None, "macro_chance": None, "macro_majority": None, "subsets": {}, "predicted": None,
+            "unparsed": 0}  # fmt: skip
 
 
 def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:

@@ -70,7 +70,8 @@ class Task:
     spec: dict
     items: list[dict]
     prompts: list[list[tuple[str, list[str]]]]  # of each item; none for texts
-    benchmark: dict
+    benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
+    skipped: int = 0  # empty texts
 
     @property
     def sha256(self) -> str:
@@ -84,18 +85,22 @@ def digest(value: object) -> str:
 
 
 def load_task(name: str, settings: Settings, limit: int | None, subsets: list[str]) -> Task:
-    table = benchmarks.table()
-    spec, prompts = table["tasks"][name], []
+    spec, prompts, skipped = benchmarks.table()["tasks"][name], [], 0
+    benchmark = benchmarks.row_of(name, spec, settings)
+    local = settings.paths.get(spec["benchmark"])
     if spec["protocol"] == "mt_bench":
-        benchmark, local = spec["benchmark"], settings.paths.get(spec["benchmark"])
-        found = table["benchmarks"][benchmark]
-        items = judge.load_questions(benchmark, found, local, limit, settings.normalise_thai)
-        return Task(name, spec, items, [], found)
-    items = benchmarks.load(name, spec, settings, limit, subsets)
+        items = judge.load_questions(spec["benchmark"], benchmark, local, limit, settings.normalise_thai)
+    else:
+        items, skipped = benchmarks.read(name, benchmark, settings, limit, subsets)
     if spec["protocol"] in ("ours", "labels", "generate"):
-        shots = benchmarks.load_shots(spec, settings, dict.fromkeys(item["subset"] for item in items))
+        shots = benchmarks.load_shots(spec, benchmark, settings, dict.fromkeys(item["subset"] for item in items))
         prompts = [benchmarks.render(item, spec, shots.get(item["subset"], ())) for item in items]
-    return Task(name, spec, items, prompts, table["benchmarks"][spec["benchmark"]])
+    if skipped:
+        print(f"  warning: {name}: {skipped} empty texts are left out")
+    wrong = None if limit or subsets or local else benchmarks.miscounted(items, benchmark)
+    if wrong:
+        print(f"  warning: {name}: {wrong}; has {benchmark['hub_id']} changed since configs/evals.yaml was written?")
+    return Task(name, spec, items, prompts, benchmark, skipped)
 
 
 @dataclass

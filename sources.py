@@ -269,9 +269,34 @@ def benchmark_files(spec: dict) -> list[str]:
 
 
 def benchmark_place(spec: dict, local: str) -> Path | None:
-    """The first of a benchmark's files in a local folder; None if that is not there."""
+    """The first of a benchmark's files in a local folder, or the archive that holds it; None if neither is there."""
     file = benchmark_files(spec)[0]
-    return next((path for path in (Path(local) / file, Path(local) / "data" / file) if path.is_file()), None)
+    places = [Path(local) / place for place in (file, f"data/{file}", spec.get("archive", file))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def benchmark_path(name: str, spec: dict, local: str | None, file: str) -> Path:
+    """One of a benchmark's files, or the archive that holds it: in `local`, else from the Hub.
+
+    Raises:
+        UserError: no network and no copy, or the file is missing.
+    """
+    if local is not None:
+        if found := benchmark_place(spec | {"file": file}, local):
+            return found
+        archive = f", nor {spec['archive']}" if "archive" in spec else ""
+        raise UserError(f"paths: {name}={local}: no {file} in it, nor data/{file}{archive}")
+    file = spec.get("archive", file)
+    try:
+        return Path(hf_hub_download(spec["hub_id"], file, revision=spec["revision"], repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise hub_error(name, spec["hub_id"], error) from None
+
+
+def benchmark_commit(name: str, spec: dict) -> str:
+    """What a benchmark's revision on the Hub is now: the snapshot that its first file is in. Errors as above."""
+    file = benchmark_files(spec)[0]
+    return Path(str(benchmark_path(name, spec, None, file)).removesuffix(spec.get("archive", file))).name
 
 
 def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Iterator[tuple[str, dict]]:
@@ -280,20 +305,9 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
     Raises:
         UserError: no network and no copy, the file is missing or damaged.
     """
-    if local is not None:
-        found = benchmark_place({"file": file}, local)
-        if found is None:
-            raise UserError(f"paths: {name}={local}: no {file} in it, nor data/{file}")
-        yield from read_file(found)
-        return
-    try:
-        path = hf_hub_download(
-            spec["hub_id"], spec.get("archive", file), revision=spec["revision"], repo_type="dataset"
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(name, spec["hub_id"], error) from None
-    if "archive" not in spec:
-        yield from read_file(Path(path))
+    path = benchmark_path(name, spec, local, file)
+    if path.name != spec.get("archive"):
+        yield from read_file(path)
         return
     try:
         with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 from settings import Settings, UserError
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -44,10 +46,23 @@ def test_every_task_names_what_there_is():
         assert sum(spec.get("primary", False) for spec in TASKS.values() if spec["aspect"] == aspect) == 1, aspect
     for name, row in TABLE["baselines"].items():
         assert {"hub_id", "revision", "licence", "dtype"} <= row.keys(), name
-    assert (
-        sum(TABLE["benchmarks"]["openthaieval"]["exams"].values())
-        and len(TABLE["benchmarks"]["openthaieval"]["exams"]) == 17
-    )
+        for score in row.get("published", ()):
+            assert score.keys() == {"benchmark", "mean", "value", "protocol", "source"}, name
+            assert score["benchmark"] in TABLE["benchmarks"] and score["mean"] in ("macro", "micro"), name
+            assert 1 <= score["value"] <= 10 if score["benchmark"] == "mt_bench_thai" else 0 < score["value"] < 1, name
+    exams = TABLE["benchmarks"]["openthaieval"]
+    assert len(exams["exams"]) == 17 and exams["items"].keys() == exams["exams"].keys()
+    totals = {name: sum(row["items"].values()) for name, row in TABLE["benchmarks"].items() if "items" in row}
+    assert totals == {"thai_exam": 565, "openthaieval": 1169, "mt_bench_thai": 91, "belebele": 2 * 900}
+
+
+def test_other_numbers_of_items_than_expected_are_named():
+    row = {"items": {"a": 2, "b": 1, "c": 5}, "subsets": ["a", "b"]}
+    items = [{"subset": "a"}, {"subset": "a"}, {"subset": "b"}]
+    assert benchmarks.miscounted(items, row) == benchmarks.miscounted(items, {}) == ""
+    assert benchmarks.miscounted(items[1:], row) == "a 1 items (2 expected)"
+    assert benchmarks.miscounted([*items, {"subset": "d"}], row) == "d 1 items (0 expected)"
+    assert benchmarks.miscounted([{"category": "c"}], {"items": {"c": 2}}) == "c 1 items (2 expected)"
 
 
 def test_options_keep_their_letters_and_no_item_is_dropped(items):
@@ -82,7 +97,7 @@ def test_the_order_of_a_rows_keys_changes_nothing(tmp_path, items):
 
 def test_examples_come_from_the_train_split_of_the_same_exam(items):
     task = TASKS["thai_exam-helm"]
-    shots = load_shots(task, Settings(paths={"thai_exam": SAMPLE}), ["onet", "ic"])
+    shots = load_shots(task, SPEC, Settings(paths={"thai_exam": SAMPLE}), ["onet", "ic"])
     prompt, continuations = render(items[0], task, shots["onet"])[0]
     parts = prompt.split("\n\n")
     assert parts[0] == "The following are multiple choice questions (with answers)." and len(parts) == 7
@@ -101,7 +116,7 @@ def test_too_few_examples_are_refused(tmp_path):
     file = tmp_path / "exam/data/ic/ic_train.jsonl"
     file.write_text(file.read_text().splitlines()[0])
     with pytest.raises(UserError, match="5 examples are asked for, the train split has fewer of ic"):
-        load_shots(TASKS["thai_exam-helm"], Settings(paths={"thai_exam": str(tmp_path / "exam")}), ["onet", "ic"])
+        load_shots(TASKS["thai_exam-helm"], SPEC, Settings(paths={"thai_exam": str(tmp_path / "exam")}), ["onet", "ic"])
 
 
 @pytest.mark.parametrize(
@@ -111,11 +126,50 @@ def test_too_few_examples_are_refused(tmp_path):
         ({"answer": "A"}, r"item 2: answer 'A' is not among"),
         ({"question": " "}, r"item 2: no text in 'question'"),
         ({"a": "", "b": " ", "c": "", "d": ""}, r"item 2: answer '\w' is not among the options e?"),
+        ({"b": ["x"]}, r"onet/onet_test.jsonl, item 2: 'b' must be a text, a number or null, found \['x'\]"),
+        ({"b": True}, r"item 2: 'b' must be a text, a number or null, found True"),
+        ({"b": float("nan")}, r"item 2: 'b' must be a text, a number or null, found nan"),
+        ({"question": {"th": "ก"}}, r"item 2: 'question' must be a text, a number or null"),
     ],
 )
 def test_a_bad_item_is_named_by_file_and_number(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load_items("thai_exam", SPEC, exam(tmp_path, **change))
+
+
+def test_options_that_are_numbers_are_text_and_null_ones_are_none(tmp_path):
+    found = load_items("thai_exam", SPEC, exam(tmp_path, a=10, b=2.5, c=None, d="สิบ", answer="a"))[1]
+    assert found["options"].items() >= {"a": "10", "b": "2.5", "d": "สิบ"}.items() and "c" not in found["options"]
+
+
+@pytest.mark.parametrize(("column", "refused"), [("e", False), ("c", True)])
+def test_a_column_that_no_row_has_is_refused_unless_it_is_the_last(tmp_path, items, column, refused):
+    folder = exam(tmp_path)
+    file = Path(folder) / "data/onet/onet_test.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != column} | {"answer": "a"} for row in rows]
+    file.write_text("\n".join(map(json.dumps, kept)))
+    if refused:
+        with pytest.raises(UserError, match=r"onet_test.jsonl: no column 'c'; columns found: .*question"):
+            load_items("thai_exam", SPEC, folder)
+    else:
+        found = load_items("thai_exam", SPEC, folder)
+        assert len(found) == len(items) and all(
+            set(i["options"]) <= set("abcd") for i in found if i["subset"] == "onet"
+        )
+
+
+@pytest.mark.parametrize("top", ["data", "thai_exam"])
+def test_the_archive_of_the_hub_is_read_from_a_local_folder_too(tmp_path, items, top):
+    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:
+        tar.add(f"{SAMPLE}/data", top)
+    settings = Settings(paths={"thai_exam": str(tmp_path)})
+    assert load("thai_exam", TASKS["thai_exam"], settings) == items
+    assert load("thai_exam", TASKS["thai_exam"], settings, subsets=["ic"]) == [i for i in items if i["subset"] == "ic"]
+    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:
+        tar.add(f"{SAMPLE}/data/onet", "data/onet")
+    with pytest.raises(UserError, match=r"thai_exam.tar.gz holds no ic/ic_test.jsonl"):
+        load("thai_exam", TASKS["thai_exam"], settings)
 
 
 def test_a_missing_subset_is_named_and_can_be_left_out_by_name(tmp_path, items):
@@ -149,6 +203,41 @@ def test_belebele_is_the_same_questions_in_two_languages(tmp_path):
     )
     with pytest.raises(UserError, match=r"tha_Thai.jsonl, item 1: answer 'e' is not among the options a, b, c, d"):
         load("belebele_thai", TASKS["belebele_thai"], settings)
+
+
+def test_belebele_has_the_same_question_at_the_same_number_whatever_the_order_of_the_files(tmp_path):
+    (tmp_path / "data").mkdir()
+    for code in ("tha_Thai", "eng_Latn"):
+        lines = (ROOT / f"sample/belebele/data/{code}.jsonl").read_text().splitlines()
+        (tmp_path / f"data/{code}.jsonl").write_text("\n".join(lines if code == "tha_Thai" else lines[::-1]))
+    settings = Settings(paths={"belebele": str(tmp_path)})
+    thai, english = (load(n, TASKS[n], settings, limit=10) for n in ("belebele_thai", "belebele_english"))
+    assert [item["gold"] for item in thai] == [item["gold"] for item in english] and len(thai) == 10
+    assert len({item["gold"] for item in thai}) > 1
+
+
+def test_the_gap_between_languages_is_paired_by_question():
+    def lines(code: str, right: str) -> list[dict]:
+        return [{"id": f"{code}-{n}", "gold": "ab"[n % 2], "value": float(r)} for n, r in enumerate(right, 1)]
+
+    thai, english = lines("tha_Thai", "110010"), lines("eng_Latn", "1110110")
+    found = benchmarks.pairs(thai, english[::-1])
+    assert found == [(True, True), (True, True), (False, True), (False, False), (True, True), (False, True)]
+    gap, low, high = benchmarks.paired_gap(found)
+    # Bonett and Price (2012): (2 + 1) / 8 and (0 + 1) / 8 in place of 2 / 6 and 0
+    half = 1.959964 * ((3 / 8 + 1 / 8 - (2 / 8) ** 2) / 8) ** 0.5
+    assert gap == pytest.approx(2 / 6) and (low, high) == pytest.approx((2 / 8 - half, 2 / 8 + half))
+    with pytest.raises(ValueError, match="tha_Thai-1 and eng_Latn-1 have different answers"):
+        benchmarks.pairs(thai, [line | {"gold": "a"} for line in english])
+
+
+def test_the_interval_of_the_gap_covers_the_true_one():
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        both = draw.choice(4, 60, p=[0.3, 0.05, 0.25, 0.4])  # neither, Thai alone, English alone, both
+        _, low, high = benchmarks.paired_gap([(kind in (1, 3), kind in (2, 3)) for kind in both])
+        covered.append(low <= 0.2 <= high)
+    assert 0.92 <= np.mean(covered) <= 0.98
 
 
 def thai_eval(folder: Path, *rows: dict) -> Settings:
@@ -233,6 +322,13 @@ def test_the_summary_sets_chance_and_majority_beside_the_accuracy(items):
     assert always["chance"] == pytest.approx(sum(1 / len(item["options"]) for item in items) / n)
     assert always["majority"] == max(sum(i["gold"] == letter for i in items) for letter in "abcde") / n
     assert always["predicted"] == {"a": 1, "c": n - 1}
+    by_exam = {subset: [item for item in items if item["subset"] == subset] for subset in SPEC["subsets"]}
+    for subset, some in by_exam.items():
+        row, golds = always["subsets"][subset], [item["gold"] for item in some]
+        assert row["items"] == len(some) and row["majority"] == max(map(golds.count, golds)) / len(some)
+        assert row["chance"] == pytest.approx(sum(1 / len(item["options"]) for item in some) / len(some))
+    for name, key in (("macro", "value"), ("macro_chance", "chance"), ("macro_majority", "majority")):
+        assert always[name] == pytest.approx(sum(row[key] for row in always["subsets"].values()) / 5)
     perfect = benchmarks.accuracy(items, [item["gold"] for item in items], task)
     assert perfect["value"] == perfect["macro"] == 1 == pytest.approx(perfect["ci95"][1]) and perfect["stderr"] == 0
     assert benchmarks.accuracy(items, ["e"] * n, TASKS["thai_exam-leaderboard"])["chance"] == pytest.approx(0.2)
@@ -275,6 +371,42 @@ def test_texts_are_read_from_any_jsonl_or_the_held_out_part_of_a_training_set(tm
     (tmp_path / "x.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match="x.jsonl, line 1: no text in 'Output'; keys: body"):
         load("thai_text", TASKS["thai_text"], settings)
+    with pytest.raises(UserError, match=r"x.jsonl, line 1: no text in 'Output'; keys: text"):
+        (tmp_path / "x.jsonl").write_text('{"text": 1}\n')
+        load("thai_text", TASKS["thai_text"], settings)
     (tmp_path / "x.jsonl").write_text("")
     with pytest.raises(UserError, match="no rows"):
         load("thai_text", TASKS["thai_text"], settings)
+
+
+def test_an_empty_text_is_passed_over_and_counted_until_there_are_too_many(tmp_path):
+    file, task = tmp_path / "x.jsonl", TASKS["thai_text"]
+    settings = Settings(paths={"thai_text": str(file)}, max_empty_share=0.25)
+    rows = [{"text": text} for text in ("ก", " ", "ข", "ค", "ง")]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    items, skipped = benchmarks.read("thai_text", benchmarks.row_of("thai_text", task, settings), settings)
+    assert [item["id"] for item in items] == [f"thai_text-{n}" for n in (1, 3, 4, 5)] and skipped == 1
+    file.write_text("\n".join(map(json.dumps, [*rows, {"text": None}])))
+    with pytest.raises(
+        UserError, match=r"line 2: no text in 'Output', like 2 of 6 rows; more than max_empty_share = 0.25"
+    ):
+        load("thai_text", task, settings)
+
+
+@pytest.mark.parametrize(("rows", "take"), [(10, 3), (7, 7), (5, 9), (1000, 7), (3, 1)])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_sample_is_evenly_spaced_over_all_files(tmp_path, rows, take, kind):
+    texts = [{"text": f"t{n}"} for n in range(1, rows + 1)]
+    if kind == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "x.parquet")
+    else:
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    spec = {"name": "wiki", "text": "text", "take": take, "file": f"x.{kind}"}
+    settings = Settings(paths={"wiki": str(tmp_path)})
+    items, _ = benchmarks.load_texts("thai_wikipedia", spec, settings, None)
+    numbers = [int(item["text"][1:]) for item in items]
+    assert len(items) == min(rows, take) and numbers[0] == 1
+    gaps = {b - a for a, b in zip([*numbers, rows + 1], numbers[1:] + [rows + 1], strict=False)}
+    assert max(gaps - {0}) - min(gaps - {0}) <= 1
+    assert [item["id"] for item in items] == [f"thai_wikipedia-{n}" for n in numbers]
+    assert benchmarks.load_texts("thai_wikipedia", spec, settings, 2)[0] == items[:2]
