@@ -427,6 +427,31 @@ def baselines(root: Path, *blocks: dict) -> tuple[list[dict[str, str]], study.Re
     return [dict(zip(table.columns, row, strict=True)) for row in table.texts()], reader
 
 
+PUBLISHED = {name: row["published"] for name, row in benchmarks.table()["baselines"].items() if "published" in row}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_score_of_evals_yaml_stands_beside_ours_in_our_unit_and_its_mean(tmp_path, name):
+    told = PUBLISHED[name]
+    blocks = {}
+    for score in told:
+        benchmark = score["benchmark"]
+        task = benchmark if benchmark in fabricate.TASKS else "thai_exam"
+        more = {"macro": 4.75} if benchmark == "mt_bench_thai" else {}
+        blocks[benchmark] = baseline(task, told, benchmark=benchmark, task=benchmark, **more)
+    rows, reader = baselines(tmp_path, *blocks.values())
+    assert len(rows) == len(told) and not reader.left_out
+    for score in told:
+        (row,) = [r for r in rows if (r["benchmark"], r["source"]) == (score["benchmark"], score["source"])]
+        rating = score["benchmark"] == "mt_bench_thai"
+        assert 1 <= score["value"] <= 10 if rating else 0 < score["value"] < 1
+        assert row["published"] == f"{score['value'] * (1 if rating else 100):.4g}"
+        micro, macro = ("4.50", "4.75") if rating else ("60.0", "75.0")
+        assert row["measured here"].split()[0] == (macro if score["mean"] == "macro" else micro)
+        assert (row["mean"], row["its protocol"]) == (score["mean"], score["protocol"])
+        assert row["unit"] == ("rating, 1 to 10" if rating else "accuracy, %")
+
+
 def test_a_published_score_stands_beside_its_own_benchmark_alone(tmp_path):
     score = {"benchmark": "thai_exam", "mean": "micro", "value": 0.5204, "protocol": "zero-shot", "source": "card"}
     blocks = [baseline("thai_exam", [score]), baseline("thai_exam", [score], task="thai_exam-helm", protocol="helm")]
