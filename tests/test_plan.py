@@ -87,10 +87,27 @@ def test_memory_is_at_least_the_weights_and_the_states_that_must_be_kept():
     states = 4 * 48 * 4 * SEQ * 2048 * 2
     least = 2 * (parameters + ends) + 16 * adapters + states
     assert least < memory(48) < least + 3 * GIB
-    saved = memory(48) - memory(48, use_qlora=True)
+    saved = memory(48) - memory(48, use_qlora=True, torch_compile=False)
     assert saved == pytest.approx(parameters * (2 - 0.5 - (1 + 4 / 256) / 64), rel=1e-9)
     double = memory(48, use_qlora=True, bnb_4bit_use_double_quant=False) - memory(48, use_qlora=True)
     assert double / parameters * 8 == pytest.approx(0.373, abs=1e-3)  # bits a weight, QLoRA's own figure
+
+
+@pytest.mark.parametrize(
+    ("loops", "batch", "recomputed", "changes", "measured"),
+    [
+        (4, 4, 0, {"lora_dropout": 0.0}, 116.1),
+        (1, 8, 0, {"lora_dropout": 0.0}, 61.3),
+        (4, 3, 0, {}, 127.5),
+        (1, 8, 0, {}, 87.1),
+        (4, 1, 48, {"use_qlora": True, "optim": "paged_adamw_8bit"}, 4.4),
+        (4, 3, 48, {"use_qlora": True, "optim": "paged_adamw_8bit"}, 8.3),
+    ],
+)
+def test_memory_is_within_a_tenth_of_the_measured_peak(loops, batch, recomputed, changes, measured):
+    """Peaks in GiB that `bench.py train` found on an H200."""
+    size = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "max_length": 2048}
+    assert memory(recomputed, **size, **changes) / GIB == pytest.approx(measured, rel=0.1)
 
 
 def layers(asked: str, free: float | None, compiled: bool = True) -> int:
@@ -172,7 +189,7 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
 
     operations = training_flops(sizes(s), 4, s.r, rows * 1024, rows * 1024**2 / 2, rows * 1024)
     recomputed = 1.5  # tests/smoke.yaml: all layers
-    assert most.hours * 3600 * 989e12 * 0.32 == pytest.approx(2 * operations * recomputed, rel=1e-9)
+    assert most.hours * 3600 * 989e12 * 0.36 == pytest.approx(2 * operations * recomputed, rel=1e-9)
 
 
 def test_predicted_hours_follow_gpus_and_steps(tmp_path, monkeypatch):
@@ -199,6 +216,8 @@ def test_the_study_on_the_hub_is_predicted_without_asking_it(tmp_path, monkeypat
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"no model in {tmp_path}: .*not a valid JSON"):
         sizes(dataclasses.replace(s, model_name_or_path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"fp8 needs a Hopper GPU \(H100 or H200\), not A100; set it to auto"):
+        predict(dataclasses.replace(s, frozen_weights="fp8"), "A100", 4)
     s.dataset = "pairs"
     with pytest.raises(UserError, match="dataset pairs is for data of your own"):
         predict(s, "H100", 4)
