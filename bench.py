@@ -218,10 +218,26 @@ def measure(s: Settings, usual: bool = False, profiled: bool = False, documents:
     return speed, peak_memory() / 2**30, first
 
 
+def times_stock(speed: float, loops: int, batch: int, known: dict[tuple[int, int], float]) -> str:
+    """Beside stock at the same batch, else at its best; known: (loops, batch) -> tokens/s."""
+    best = max((other for (depth, _), other in known.items() if depth == loops), default=None)
+    compared = known.get((loops, batch), best)
+    return f"{speed / compared:.2f}" if compared else ""
+
+
+def need_gpus(run: Resolved, count: int = 1) -> None:
+    if not torch.cuda.is_available():
+        raise UserError(f"bench.py {run.options.what} measures a GPU, and there is none here")
+    if count > torch.cuda.device_count():
+        raise UserError(f"--count {count}: this machine has {torch.cuda.device_count()} GPUs")
+
+
 def bench_train(run: Resolved) -> None:
     s, only, depths = run.settings, run.options.only, run.options.loops
-    if not torch.cuda.is_available():
-        raise UserError("bench.py train measures a GPU, and there is none here")
+    wanted = [row for row in TRAIN if row[1] in depths and (not only or row[0] in only)]
+    if not wanted:
+        raise UserError(f"no such row has {' or '.join(map(str, depths))} loops: the table has 4 and 1, nf4 4 alone")
+    need_gpus(run)
     seq, rate, config = s.max_length, matrix_rate("cuda"), sizes(s)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, products of bf16: {rate / 1e12:.0f} TFLOP/s")
     print(f"random weights of Ouro-2.6B's sizes; sequences of {seq:,}; LoRA r {s.r}")
@@ -229,9 +245,6 @@ def bench_train(run: Resolved) -> None:
         f"  {'':<18}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x stock':>9}{'FLOP use':>10}{'GiB':>7}{'estimate':>10}"
         f"{'first steps':>13}"
     )
-    wanted = [row for row in TRAIN if row[1] in depths and (not only or row[0] in only)]
-    if not wanted:
-        raise UserError(f"no such row has {' or '.join(map(str, depths))} loops: the table has 4 and 1, nf4 4 alone")
     usual: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}  # NF4 or not -> (loops, batch) -> tokens/s
     with tempfile.TemporaryDirectory() as folder:
         build_random(s, Path(folder))
@@ -248,10 +261,7 @@ def bench_train(run: Resolved) -> None:
             known = usual[row.use_qlora]
             if is_usual:
                 known[loops, batch] = speed
-            # beside stock at the same batch or, where that was not measured, at its best
-            best = max((other for (depth, _), other in known.items() if depth == loops), default=None)
-            compared = known.get((loops, batch), best)
-            times = f"{speed / compared:.2f}" if compared else ""
+            times = times_stock(speed, loops, batch, known)
             length = seq // documents
             use = speed * training_flops(config, loops, s.r, seq, seq * (length + 1) / 2, seq) / seq / rate
             recomputed = layers_to_recompute(row, config, None)
@@ -306,8 +316,7 @@ def train_beside(run: Resolved, folder: Path, name: str, processes: int, **chang
 def bench_trainer(run: Resolved) -> None:
     """train_qlora.py's own tokens/s: rows of one length, 32 a step, without dropout; beside the bare loop."""
     s, steps = run.settings, 6
-    if torch.cuda.device_count() < run.options.count:
-        raise UserError(f"--count {run.options.count}: this machine has {torch.cuda.device_count()} GPUs")
+    need_gpus(run, run.options.count)
     print(f"{run.options.count} x {torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {s.max_length:,}")
     print(
         f"  {'':<26}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x bare loop':>13}{'x one GPU':>11}{'FLOP use':>10}{'GiB':>7}"
@@ -345,6 +354,7 @@ def bench_trainer(run: Resolved) -> None:
 
 def bench_loss(run: Resolved) -> None:
     """The loss of a run with frozen weights in fp8 beside that of the same run in bf16, on the settings' data."""
+    need_gpus(run)
     s, steps = run.settings, run.options.steps
     curves = {}
     with tempfile.TemporaryDirectory() as place:

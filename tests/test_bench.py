@@ -1,0 +1,83 @@
+"""What bench.py does around its measurements; the measurements themselves are no tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from settings import UserError, read_yaml, resolve
+
+import matplotlib.image
+import pytest
+import torch
+
+import bench
+from data_config import load_tokenizer
+
+ROOT = Path(bench.__file__).parent
+SMOKE = ["--config", "tests/smoke.yaml"]
+pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+
+
+def bench_py(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").symlink_to(ROOT / "sample/ouro-tiny")
+    return tmp_path
+
+
+def test_the_trainer_is_measured_on_rows_without_padding(folder):
+    run = resolve("", [*SMOKE, "--cache_dir", str(folder / "cache")], add_options=lambda parser: None)
+    bench.write_full_rows(folder / "rows.jsonl", 8, 256, load_tokenizer(str(folder / "model"), None))
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    assert len(set(rows)) == 8
+    data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": folder / "cache"}
+    options = {"packing": True, "max_length": 256, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    lines = bench.train_beside(run, folder, "one", 1, **data, **options, max_steps=2)
+    assert [(line["step"], line["num_tokens"], line["padding"]) for line in lines] == [(1, 1024, 0), (2, 2048, 0)]
+    with pytest.raises(UserError, match=r"(?s)train_qlora.py failed:.*error: 8 of 8 rows .* longer than max_length"):
+        bench.train_beside(run, folder, "short", 1, **data, **options | {"max_length": 128}, max_steps=2)
+
+
+def test_the_plan_has_a_line_for_each_experiment():
+    done = bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "4")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
+    assert list(lines) == list(read_yaml("configs/experiments.yaml"))
+    for name, line in lines.items():
+        assert float(line[-1]) == pytest.approx(4 * float(line[-2]), abs=0.2), name  # GPU-hours and hours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--count", "0"], "--count and --steps are at least 1"),
+        (["train", "--loops", "2"], "no such row has 2 loops: the table has 4 and 1, nf4 4 alone"),
+        (["train", "--only", "nf4", "--loops", "1"], "no such row has 1 loops"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    done = bench_py(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused is a machine without a GPU")
+@pytest.mark.parametrize("what", ["train", "trainer", "loss"])
+def test_a_machine_without_a_gpu_is_refused(what):
+    done = bench_py(what)
+    assert done.returncode == 2 and f"error: bench.py {what} measures a GPU, and there is none here" in done.stderr
+
+
+def test_two_curves_make_a_picture(tmp_path):
+    bench.plot_losses({"bf16": [3.0, 2.0, 1.5], "fp8": [3.0, 2.01, 1.5]}, str(tmp_path / "fp8.png"))
+    picture = matplotlib.image.imread(tmp_path / "fp8.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 0.01
+
+
+def test_a_row_is_compared_with_stock_at_its_batch_else_at_its_best():
+    known = {(4, 1): 500.0, (4, 2): 1200.0, (1, 8): 9000.0}
+    assert bench.times_stock(1500, 4, 1, known) == "3.00"
+    assert bench.times_stock(1500, 4, 3, known) == "1.25"
+    assert bench.times_stock(1500, 2, 3, known) == ""
