@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from lora import Group
 from modeling_ouro import OuroRMSNorm
 
-STEP = 128  # lengths of rows that are not packed are rounded up to a multiple of it: a pair of graphs for each
+STEP = 64  # lengths of rows that are not packed are rounded up to a multiple of it: a pair of graphs for each
 DOCUMENTS = 16  # of a packed row; batches with more are recomputed without graphs
 
 

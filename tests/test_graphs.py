@@ -63,9 +63,9 @@ def test_packed_rows_are_replayed_with_their_documents(replays):
 
 
 def test_what_the_graphs_have_no_room_for_is_recomputed_without_them(replays, monkeypatch):
-    models = pair(limit=128)
+    models = pair(limit=64)
     ids = tokens(2, 9)
-    assert_same(models, {"input_ids": ids, "labels": ids})  # two rows, each rounded up to 128
+    assert_same(models, {"input_ids": ids, "labels": ids})  # two rows, each rounded up to 64
     monkeypatch.setattr(graphs, "DOCUMENTS", 1)
     assert_same(models, rows([0, 1, 3]))
     assert_same(models, rows([0], [1, 2], [3], left=True))  # padding on the left takes a mask
