@@ -15,7 +15,9 @@ import argparse
 import hashlib
 import json
 import math
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,12 +41,21 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import benchmarks
 import judge
+import tables
 from data_config import load_tokenizer
-from generate import generate
+from generate import Decoder, generate, pick
 from lora import fuse
 from modeling_ouro import REVISIONS, OuroForCausalLM, load_ouro
 from plan import product_sizes
@@ -55,7 +66,9 @@ FORMAT = 1  # of the result files
 VERSION = {"ours": 1, "labels": 1, "generate": 1, "text": 1}  # of each protocol's code: a new one scores anew
 PLAIN = "{{ bos_token or '' }}{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 DENSE_BATCH = 8  # conversations that a baseline continues together
-BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
+DEPTHS = "1,2,3,4"
+REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
+LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,42 +188,50 @@ def score_texts(
     return outcomes, scores, 0
 
 
+class Sample(LogitsProcessor):
+    """Leaves one token in each row, sampled as in generate.py: whatever else is in the batch."""
+
+    def __init__(self, seeds: list[int], width: int, temperature: float, device: torch.device):
+        self.seeds, self.width = torch.tensor(seeds, device=device), width
+        self.temperature = torch.tensor(temperature, device=device)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = torch.full_like(self.seeds, ids.shape[1] - self.width)
+        token = pick(scores, Decoder.noise(self.seeds, place), self.temperature)
+        return torch.full_like(scores, -math.inf).scatter_(1, token[:, None], 0.0)
+
+
 def chat_with(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, depth: int, s: Settings, max_new_tokens: int
 ) -> judge.Chat:
-    """The model at a depth as judge.py calls it: conversations -> replies, without the token that ends them."""
+    """The model at a depth as judge.py calls it: replies to conversations, without the token that ends them."""
 
-    def looped(prompts: list[list[int]]) -> list[list[int]]:
+    def seeds(prompts: list[list[int]]) -> list[int]:
+        """Of the prompts' own tokens: after an interruption the rest is asked for as all would have been."""
+        return [int(digest([s.seed, prompt])[:15], 16) for prompt in prompts]
+
+    def looped(prompts: list[list[int]], done: Callable[[int, list[int]], None]) -> None:
         stop = set(model.generation_config.eos_token_id)
-        return generate(
-            model,
-            prompts,
-            depth=depth,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            temperature=s.temperature,
-            seed=s.seed,
-        )
+        generate(model, prompts, depth=depth, max_new_tokens=max_new_tokens, stop=stop, temperature=s.temperature,
+                 seed=seeds(prompts), on_end=done)  # fmt: skip
 
-    def dense(prompts: list[list[int]]) -> list[list[int]]:
-        torch.manual_seed(s.seed)
-        sampling = {"do_sample": s.temperature > 0} | ({"temperature": s.temperature} if s.temperature else {})
+    def dense(prompts: list[list[int]], done: Callable[[int, list[int]], None]) -> None:
         ends = model.generation_config.eos_token_id
         stop = set(ends if isinstance(ends, list) else [ends])
-        replies: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), DENSE_BATCH):
             chosen = order[at : at + DENSE_BATCH]
             width = max(len(prompts[i]) for i in chosen)
             rows = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+            sample = [Sample(seeds([prompts[i] for i in chosen]), width, s.temperature, model.device)]
             out = model.generate(
-                rows, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=0, **sampling
-            )
+                rows, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=0,
+                do_sample=False, logits_processor=sample if s.temperature else [],
+            )  # fmt: skip
             for i, ids in zip(chosen, out[:, width:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stop), len(ids))
-                replies[i] = ids[:end]  # what follows is padding
-        return replies
+                done(i, ids[:end])  # what follows is padding
 
     return judge.local_chat(tokenizer, looped if isinstance(model, OuroForCausalLM) else dense, s.system_prompt)
 
@@ -255,7 +276,7 @@ class Subject:
     folder: Path | None = None  # of the training run
     trained: Settings | None = None
     experiment: str | None = None
-    published: dict | None = None
+    published: tuple[dict, ...] = ()
 
     def study(self) -> dict:
         """The part of the study block that is the same for all tasks and depths."""
@@ -281,6 +302,13 @@ def file_sha256(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def read_config(path: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {path}: {' '.join(str(error).split())}") from None
 
 
 def fingerprint(path: str, revision: str | None) -> str:
@@ -365,7 +393,8 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
         config = f" --config {run.config}" if run.config else ""
         seed, _, experiment = name.rpartition("/")
         exp = f" --exp {experiment}" if run.options.exp else ""
-        exp += f" --seed {seed.removeprefix('seed')} --output_dir {folder.parent}" if seed else ""
+        exp += f" --seed {seed.removeprefix('seed')}" if seed else ""
+        exp += f" --output_dir {folder.parent}" if seed or run.origins["output_dir"] == "command line" else ""
         raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: python train_qlora.py{config}{exp}")
     return folder, recorded_settings(folder)
 
@@ -398,9 +427,11 @@ def adapter_subject(run: Resolved, place: str) -> Subject:
     if not (adapter / "adapter_config.json").exists() and (adapter / "final_adapter").exists():
         adapter /= "final_adapter"
     folder = adapter.parent if (adapter.parent / "config.yaml").exists() else None
-    name = adapter.absolute().parent.name if adapter.name == "final_adapter" else adapter.absolute().name
+    whole = adapter.resolve()
+    name = whole.parent.name if whole.name == "final_adapter" else whole.name
     trained = recorded_settings(folder) if folder else None
-    return Subject(f"adapter-{name}", "adapter", adapter, folder, trained)
+    # The end tells folders of one name apart, as seed0/exp2 and seed1/exp2.
+    return Subject(f"adapter-{name}-{digest(str(whole))[:8]}", "adapter", adapter, folder, trained)
 
 
 def check_adapter(subject: Subject, model: Model) -> None:
@@ -416,24 +447,26 @@ def check_adapter(subject: Subject, model: Model) -> None:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{place} is no adapter in PEFT format: {error}") from None
-    if subject.trained and config["r"] != subject.trained.r:
-        raise UserError(f"{place} has rank {config['r']}, its run's config.yaml says {subject.trained.r}")
+    rank = config.get("r") if isinstance(config, dict) else None
+    if not isinstance(rank, int):
+        raise UserError(f"{place} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
+    if subject.trained and rank != subject.trained.r:
+        raise UserError(f"{place} has rank {rank}, its run's config.yaml says {subject.trained.r}")
     base = config.get("base_model_name_or_path")
     if base != model.path:
         origin = "its run's config.yaml says" if subject.trained else "model_name_or_path is"
         raise UserError(f"{place} was made for {base}, {origin} {model.path}")
-    from transformers import AutoConfig
-
-    base = AutoConfig.from_pretrained(model.path, revision=model.revision)
+    base = read_config(model.path, model.revision)
     widths = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
                       product_sizes(base), strict=True))  # fmt: skip
     for name, shape in shapes.items():
         parts = name.split(".")
-        projection, number = next((p for p in parts if p in widths), None), parts.index("layers") + 1
-        if projection is None or int(parts[number]) >= base.num_hidden_layers:
+        projection = next((p for p in parts if p in widths), None)
+        number = name.partition(".layers.")[2].partition(".")[0]
+        if projection is None or not number.isdecimal() or int(number) >= base.num_hidden_layers:
             raise UserError(f"{place}: {name} has no place in {model.path} ({base.num_hidden_layers} layers)")
         into, out = widths[projection]
-        wanted = {"lora_A": [config["r"], into], "lora_B": [out, config["r"]]}
+        wanted = {"lora_A": [rank, into], "lora_B": [out, rank]}
         kind = next((k for k in wanted if k in parts), None)
         if kind and list(shape) != wanted[kind]:
             raise UserError(f"{place} does not fit {model.path}: {name} is {list(shape)}, {wanted[kind]} is needed")
@@ -460,14 +493,16 @@ def find_subjects(run: Resolved) -> tuple[Model, torch.dtype, list[Subject]]:
         name = options.model.rstrip("/").replace("/", "--") if options.model not in rows else options.model
         cuda = torch.cuda.is_available()
         dtype = getattr(torch, row.get("dtype", "bfloat16")) if cuda and s.bf16 else torch.float32
-        model = Model(row["hub_id"], row.get("revision"), PRECISION[dtype], looped=False)
-        return model, dtype, [Subject(f"baseline-{name}", "baseline", published=row.get("published"))]
+        path, revision = row["hub_id"], row.get("revision") or REVISIONS.get(row["hub_id"])
+        looped = read_config(path, revision).model_type == "ouro"  # an Ouro of the Hub, or what make merge wrote
+        model = Model(path, revision, PRECISION[dtype], looped=looped)
+        return model, dtype, [Subject(f"baseline-{name}", "baseline", published=tuple(row.get("published", ())))]
     if options.base:
         subjects = []
     elif options.adapter:
         subjects = [adapter_subject(run, options.adapter)]
     else:
-        subjects = [trained_subject(run, name) for name in (options.exp or run.run).split(",")]
+        subjects = [trained_subject(run, name) for name in dict.fromkeys((options.exp or run.run).split(","))]
     bases = {}
     for subject in subjects or [Subject("base", "base")]:
         t = subject.trained or s
@@ -557,12 +592,15 @@ def save(results: Path, subject: Subject, task: Task, depth: int, content: dict,
     file = result_file(results, subject, task, depth)
     file.unlink(missing_ok=True)  # of other items than those that are written now
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(file.with_suffix(".items.jsonl"), text)
-    write_json(file, content)  # last: its presence says that the items are there
+    try:
+        write_atomic(file.with_suffix(".items.jsonl"), text)
+        write_json(file, content)  # last: its presence says that the items are there
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 
 
-def note(results: Path, subject: Subject, task: Task, seconds: float, tokens: int, model: Model) -> None:
-    """RESULTS_DIR/<run>/manifest.json: what is not the same each time."""
+def note(results: Path, subject: Subject, task: Task, seconds: float, tokens: int, model: Model, seed: int) -> None:
+    """RESULTS_DIR/<run>/manifest.json: what is not the same each time, and what each task was."""
     file = results / subject.run / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -575,11 +613,58 @@ def note(results: Path, subject: Subject, task: Task, seconds: float, tokens: in
         "items_per_second": round(len(task.items) / seconds, 2),
         "tokens": tokens,
         "model": asdict(model),
+        "benchmark_revision": task.benchmark["revision"],
+        "prompt_sha256": task.sha256,
+        "seed": seed,
         **code_version(),
         "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    write_json(file, manifest)
+    try:
+        write_json(file, manifest)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+
+def find_depths(text: str | None, model: Model) -> list[int]:
+    """The depths to score.
+
+    Raises:
+        UserError: not a list of them, or not of this model: one that does not loop has one, and so has a served one.
+    """
+    depths = parse_depths(text or DEPTHS)
+    if model.looped:
+        return depths
+    if model.endpoint and (text is None or len(depths) > 1):
+        raise UserError(
+            f"{model.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "
+            "(--ut_steps 1 for a model that does not loop)"
+        )
+    if not model.endpoint and text is not None and depths != [1]:
+        raise UserError(f"{model.path} does not loop, so it has one depth: leave --ut_steps {text} out")
+    return depths if model.endpoint else [1]
+
+
+def find_grader(wanted: list[tuple[Task, list[int], dict]], choice: str, max_new_tokens: int) -> judge.Server | None:
+    """The judge, after telling what it will cost and one call that shows that it is there; None if nothing is to be
+    rated. Errors as judge.py's."""
+    spoken = [(task, stale) for task, stale, _ in wanted if task.spec["protocol"] == "mt_bench"]
+    if not spoken:
+        return None
+    grader = judge.find_judge(choice)
+    judge.announce(spoken[0][0].items, grader, sum(len(stale) for _, stale in spoken), max_new_tokens)
+    if grader:
+        grader.check()
+    return grader
+
+
+def check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--results_dir {folder}: nothing can be written there: {error.strerror}") from None
 
 
 def evaluate(run: Resolved) -> None:
@@ -589,15 +674,13 @@ def evaluate(run: Resolved) -> None:
         UserError: a mistake in the command, the configuration or the data.
     """
     options, s = run.options, run.settings
-    depths = parse_depths(options.ut_steps)
     table = benchmarks.table()
     names = benchmarks.task_names(s.tasks, table["tasks"])
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     model, dtype, subjects = find_subjects(run)
-    if not model.looped and not (model.endpoint and len(depths) == 1):  # a served model has the depth that is named
-        depths = [1]
-    spoken = {name for name in names if table["tasks"][name]["protocol"] in ("generate", "mt_bench")}
+    depths = find_depths(options.ut_steps, model)
+    spoken = {name for name in names if table["tasks"][name]["protocol"] in REPLIES}
     if model.endpoint and (silent := [name for name in names if name not in spoken]):
         raise UserError(
             f"a served model gives no log-probabilities; {', '.join(silent)} needs them: --tasks openthaieval"
@@ -605,32 +688,35 @@ def evaluate(run: Resolved) -> None:
     subsets = benchmarks.subset_names(options.subsets, [table["tasks"][name] for name in names])
     tasks = [load_task(name, s, options.limit, subsets) for name in names]
     results = Path(s.results_dir)
+    if not model.endpoint:  # main is read once: what is loaded below is of this commit
+        model.revision = read_config(model.path, model.revision)._commit_hash or model.revision
     base = {"model": model.path, "model_revision": model.revision, "precision": model.precision}
     identity = base | {"weights": fingerprint(model.path, model.revision), "double_quant": model.double_quant,
                        "normalise_thai": s.normalise_thai, "system_prompt": s.system_prompt}  # fmt: skip
-    grader = None
-    for task in tasks:
-        if task.spec["protocol"] == "mt_bench":
-            grader = judge.find_judge(options.judge)
-            judge.announce(task.items, grader, len(subjects) * len(depths), s.max_new_tokens)
-            if grader:
-                grader.check()
-    tokenizer = None if model.endpoint else model.tokenizer()
-    loaded, started = None, time.monotonic()
-    for number, subject in enumerate(subjects):
+    plan = []
+    for subject in subjects:
         study = subject.study() | base
         adapter = subject.adapter and file_sha256(subject.adapter / "adapter_config.json")
         known = identity | {"adapter": study["adapter_sha256"], "adapter_config": adapter}
         wanted = []
         for task in tasks:
             keys = {d: key_of(task, known, d, run) for d in depths}
-            stale = [d for d in depths if not is_current(result_file(results, subject, task, d), task, keys[d], grader)]
+            files = {d: result_file(results, subject, task, d) for d in depths}
+            stale = [d for d in depths if not is_current(files[d], task, keys[d], options.judge)]
             if stale:
                 spare_the_fuller(results, subject, task, stale, run)
                 wanted.append((task, stale, keys))
+        plan.append((subject, study, wanted))
         done = len(tasks) - len(wanted)
         if done:
             print(f"{subject.run}: {done} of {len(tasks)} tasks are complete already")
+    everything = [part for _, _, wanted in plan for part in wanted]
+    if everything:
+        check_writable(results)
+    grader = find_grader(everything, options.judge, s.max_new_tokens)
+    tokenizer = model.tokenizer() if everything and not model.endpoint else None
+    loaded, started = None, time.monotonic()
+    for number, (subject, study, wanted) in enumerate(plan):
         if not wanted:
             continue
         if loaded is None and not model.endpoint:
@@ -640,31 +726,51 @@ def evaluate(run: Resolved) -> None:
             begin = time.monotonic()
             tokens = score_task(task, stale, keys, subject, loaded, tokenizer, model, study, run, grader)
             seconds = time.monotonic() - begin
-            note(results, subject, task, seconds, tokens, model)
+            note(results, subject, task, seconds, tokens, model, s.seed)
             where = f"model {number + 1} of {len(subjects)}, {time.monotonic() - started:.0f} s so far"
             print(f"{subject.run}: {task.name}, {len(task.items)} items in {seconds:.1f} s ({where})", flush=True)
         if adapted is not None:
             adapted.unload()
-    print_tables(run, results, subjects, tasks, depths)
+    print_results(results, subjects, tasks, depths)
+
+
+def print_results(results: Path, subjects: list[Subject], tasks: list[Task], depths: list[int]) -> None:
+    for subject in subjects:
+        if subject.folder:
+            tables.print_training(subject)
+    for task in tasks:
+        found = {(x.run, d): read_result(result_file(results, x, task, d)) for x in subjects for d in depths}
+        tables.print_task(task, subjects, found, depths)
+    if any(task.name in LANGUAGES for task in tasks):  # the other language may have been scored before
+        rows = []
+        for subject, depth in ((subject, depth) for subject in subjects for depth in depths):
+            files = [results / subject.run / f"{name}-ut{depth}.items.jsonl" for name in LANGUAGES]
+            if all(file.exists() for file in files):
+                rows.append((subject.run, depth, *([line for _, line in read_file(file)] for file in files)))
+        if rows:
+            tables.print_gaps(rows)
+    for subject in subjects:
+        print(f"files: {results / subject.run}/" + (f" and {subject.folder}/" if subject.folder else ""))
 
 
 def key_of(task: Task, known: dict, depth: int, run: Resolved) -> str:
     """SHA-256 of all that the numbers of a result depend on, but for a judge."""
     protocol, s = task.spec["protocol"], run.settings
     parts = {"format": FORMAT, "version": VERSION.get(protocol), "task": task.spec, "prompts": task.sha256,
-             "revision": task.benchmark.get("revision"), "depth": depth, "limit": run.options.limit}  # fmt: skip
-    if protocol in ("generate", "mt_bench"):
+             "revision": task.benchmark["revision"], "depth": depth, "limit": run.options.limit}  # fmt: skip
+    if protocol in REPLIES:
         parts |= {"temperature": s.temperature, "seed": s.seed, "max_new_tokens": s.max_new_tokens}
     return digest(parts | known)
 
 
-def is_current(file: Path, task: Task, key: str, grader: judge.Server | None) -> bool:
-    """Whether a result is there and of these inputs. One that is rated is not replaced by one that is not."""
+def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
+    """Whether a result is there, with its items, and of these inputs, rated as --judge says. One that is rated is not
+    replaced by one that is not."""
     study = read_result(file) or {}
+    if not file.with_suffix(".items.jsonl").exists():
+        return False
     if task.spec["protocol"] == "mt_bench":
-        if grader is None:
-            return study.get("generation_key") == key
-        key = judge.result_key(key, grader)
+        return study.get("generation_key") == key and judge.is_rated(study, choice)
     return study.get("key") == key
 
 
@@ -700,8 +806,8 @@ def score_task(
 ) -> int:  # fmt: skip
     """Scores a task at some depths and saves each; the number of tokens that were read."""
     s, protocol = run.settings, task.spec["protocol"]
-    scores, cut, longest, revision = None, 0, None, task.benchmark.get("revision")
-    if protocol in ("generate", "mt_bench"):
+    scores, cut, longest = None, 0, None
+    if protocol in REPLIES:
         outcomes = (
             replied(task, depth, keys[depth], subject, loaded, tokenizer, model, run, grader) for depth in depths
         )
@@ -723,9 +829,11 @@ def score_task(
             "primary": task.spec.get("primary", False),
             "metric": METRIC[protocol],
             "higher_is_better": protocol != "text",
-            "benchmark_revision": None if {task.name, task.spec["benchmark"]} & s.paths.keys() else revision,
+            "benchmark_revision": task.benchmark["revision"],
             "split": task.benchmark.get("split"),
             "limit": run.options.limit,
+            "skipped": task.skipped,
+            "replies_seed": s.seed if protocol in REPLIES else None,  # `seed` is the training's
             "prompt_sha256": task.sha256,
             "key": keys[depth],
             "exit_distribution": scores and scores.exits and scores.exits[d],
@@ -747,7 +855,7 @@ def replied(
     s, who = run.settings, f"{subject.run} at {depth} loops, {task.name}"
     length = task.spec.get("max_new_tokens", s.max_new_tokens)
     if model.endpoint:
-        chat = judge.find_endpoint(model.endpoint, length, s.temperature, s.seed)
+        chat = judge.find_endpoint(model.endpoint, length, s.temperature, s.seed, s.system_prompt)
     else:
         chat = chat_with(loaded, tokenizer, depth, s, length)
     cache = result_file(Path(s.results_dir), subject, task, depth).with_suffix(".cache.jsonl")
@@ -757,98 +865,11 @@ def replied(
     numbers, lines = judge.run_mt_bench(
         task.items, chat, grader, who=key, cache=cache, max_new_tokens=length, temperature=s.temperature, name=who
     )
-    return Outcome(numbers | {"generation_key": key, "key": judge.result_key(key, grader)}, lines)
+    return Outcome(numbers | {"generation_key": key, "key": judge.result_key(key, grader and grader.model)}, lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def shown(study: dict, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.1%}"
-        if study["metric"] == "accuracy"
-        else f"{value:.4f}"
-        if study["metric"] != "rating"
-        else f"{value:.2f}"
-    )
-
-
-def print_tables(run: Resolved, results: Path, subjects: list[Subject], tasks: list[Task], depths: list[int]) -> None:
-    for subject in subjects:
-        if subject.folder:
-            print_training(subject)
-    base = subjects[0] if subjects[0].kind == "base" else None
-    for task in tasks:
-        found = {
-            (subject.run, d): read_result(result_file(results, subject, task, d))
-            for subject in subjects
-            for d in depths
-        }
-        some = next(iter(found.values()))
-        what = f"\n{task.name} ({some['protocol']}): {some['items']} items"
-        if some["chance"] is not None:
-            what += f", chance {some['chance']:.1%}, always the commonest letter {some['majority']:.1%}"
-        print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
-        width = max(len(subject.run) for subject in subjects)
-        print(f"  {'':<{width}} loops {'value':>9} {'95 % interval':>17} {'base':>9} {'gain':>9}  answers")
-        for subject in subjects:
-            for depth in depths:
-                row = found[subject.run, depth]
-                other = found.get((base.run, depth)) if base and subject is not base else None
-                interval = " – ".join(shown(row, x) for x in row["ci95"] or ())
-                gain, compared = "-", "-"
-                if other and other["value"] is not None and row["value"] is not None:
-                    sign = 1 if row["higher_is_better"] else -1
-                    compared, difference = shown(row, other["value"]), sign * (row["value"] - other["value"])
-                    gain = f"{difference:+.1%}" if row["metric"] == "accuracy" else f"{difference:+.4f}"
-                letters = " ".join(f"{letter}:{count}" for letter, count in (row["predicted"] or {}).items())
-                print(f"  {subject.run:<{width}} {depth:>5} {shown(row, row['value']):>9} {interval:>17} {compared:>9} "
-                      f"{gain:>9}  {letters}")  # fmt: skip
-                for letter, count in (row["predicted"] or {}).items():
-                    if count > BIASED * row["items"]:
-                        print(
-                            f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge"
-                        )
-            if subject.published and task.spec["benchmark"] == "thai_exam":
-                p = subject.published
-                print(f"  published for {subject.run}: {p['value']:.1%} ({p['protocol']}; {p['source']})")
-        print_matrix(task, subjects, found, depths)
-    for subject in subjects:
-        print(f"files: {results / subject.run}/" + (f" and {subject.folder}/" if subject.folder else ""))
-
-
-def print_matrix(task: Task, subjects: list[Subject], found: dict, depths: list[int]) -> None:
-    """Mean over seeds, by loops in training and in the test, where several depths were trained."""
-    trained: dict[tuple[str, int], list[Subject]] = {}
-    for subject in subjects:
-        if subject.trained:
-            trained.setdefault((subject.trained.dataset, subject.trained.total_ut_steps), []).append(subject)
-    if len(trained) < 2:
-        return
-    print(f"  {task.name} by loops in training (rows) and in the test")
-    print(f"  {'':<16}" + "".join(f"{depth:>9}" for depth in depths))
-    rows = [("base", [subjects[0]])] if subjects[0].kind == "base" else []
-    rows += [(f"{dataset} {loops}", trained[dataset, loops]) for dataset, loops in sorted(trained)]
-    for name, group in rows:
-        values = [[found[subject.run, depth] for subject in group] for depth in depths]
-        cells = [shown(cell[0], math.fsum(study["value"] for study in cell) / len(cell)) for cell in values]
-        print(f"  {name:<16}" + "".join(f"{cell:>9}" for cell in cells))
-
-
-def print_training(subject: Subject) -> None:
-    log = [row for _, row in read_file(subject.folder / "metrics.jsonl")]
-    tokens, before, seconds = log[-1]["num_tokens"], 0, 0.0
-    for row in log:
-        seconds += (row["num_tokens"] - before) / row["tokens_per_second"]
-        before = row["num_tokens"]
-    what = f"{log[-1]['step']} steps, {tokens:,} tokens"
-    print(f"\ntraining of {subject.run} at {subject.trained.total_ut_steps} loops, {what}")
-    print(f"  loss            first {log[0]['loss']:.4f}   last {log[-1]['loss']:.4f}")
-    print(f"  token accuracy  first {log[0]['mean_token_accuracy']:.3f}    last {log[-1]['mean_token_accuracy']:.3f}")
-    print(f"  tokens/s        {tokens / seconds:,.0f}")
+# The command
 
 
 def parse_depths(text: str) -> list[int]:
@@ -859,7 +880,7 @@ def parse_depths(text: str) -> list[int]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ut_steps", default="1,2,3,4", help="loop depths to score (default: 1,2,3,4)")
+    parser.add_argument("--ut_steps", help=f"loop depths to score (default: {DEPTHS})")
     parser.add_argument("--limit", type=int, help="only the first items of each subset")
     parser.add_argument("--subsets", help="only these, as onet,ic where a local copy has no more")
     parser.add_argument("--base", action="store_true", help="the base alone")

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from thai import count_letters, normalise
 
 MAX_NEW_TOKENS = 1024  # of a reply
-JUDGEMENT_TOKENS = 2048  # of a judgement, as published
+TEMPERATURE, JUDGEMENT_TOKENS = 0.0, 2048  # of a judgement, as published
 TYPICAL_JUDGEMENT = 300  # for the estimate of the cost
 JUDGE_THREADS, ENDPOINT_THREADS = 8, 64  # requests at once
 ATTEMPTS = 8  # of one request: at most two minutes of waiting in all
@@ -62,7 +62,8 @@ class Stopped(Exception):
 
 
 Messages = list[dict]  # [{"role": …, "content": …}, …]
-Chat = Callable[[list[Messages]], list[str]]  # conversations -> replies, all at once
+Done = Callable[[int, str], None]  # told of each reply as it ends: the conversation's number, the text
+Chat = Callable[[list[Messages], Done], None]  # replies to conversations
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,6 +224,7 @@ class Server:
     max_tokens: int
     temperature: float
     seed: int | None = None
+    system: str | None = None
     price: tuple[float, float] | None = None  # dollars per million tokens in, out
 
     def __post_init__(self):
@@ -239,8 +241,10 @@ class Server:
             ) from None
         self.stop = threading.Event()
 
-    def complete(self, messages: Messages, attempts: int | None = None) -> str:
+    def complete(self, messages: Messages) -> str:
         """The text that follows `messages`."""
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, *messages]
         body = {
             "model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens,
             **({} if self.seed is None else {"seed": self.seed}),
@@ -252,7 +256,34 @@ class Server:
                 raise TypeError
             return (content or "").encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent on
 
-        return self.request("POST", "/chat/completions", text, body, attempts)
+        return self.request("POST", "/chat/completions", text, body)
+
+    def __call__(self, conversations: list[Messages], done: Done) -> None:
+        """Asks for the replies to all, several at a time; `done` is called as each is there.
+
+        Raises:
+            UserError: as `request`; then no more are asked for.
+        """
+        self.stop.clear()
+
+        def one(number: int, messages: Messages) -> None:
+            if self.stop.is_set():
+                raise Stopped
+            try:
+                done(number, self.complete(messages))
+            except UserError:
+                self.stop.set()
+                raise
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                for finished in as_completed([pool.submit(one, *job) for job in enumerate(conversations)]):
+                    with contextlib.suppress(Stopped):
+                        finished.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)  # what is under way will be paid for: it is waited for and kept
+                raise
 
     def check(self) -> None:
         """One small call, so that a wrong address, key or model is found before hours of generation.
@@ -260,17 +291,16 @@ class Server:
         Raises:
             UserError: as `request`.
         """
-        self.complete([_user("Say: Rating: [[5]]")], attempts=3)
+        self.complete([_user("Say: Rating: [[5]]")])
 
-    def request(self, method: str, path: str, read: Callable, body: dict | None = None, attempts: int | None = None):
+    def request(self, method: str, path: str, read: Callable, body: dict | None = None):
         """`read` of the answer's JSON. Waits and asks again where that can help: 408, 409, 425, 429, 5xx, no or a
         broken connection, an answer that is not what was asked for.
 
         Raises:
             UserError: any other status, or the last attempt failed too.
         """
-        attempts = attempts or ATTEMPTS
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             told = None
             try:
                 response = self.client.request(method, self.url + path, json=body)
@@ -291,10 +321,10 @@ class Server:
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1) if told is None else told
             if wait > TOO_LONG_A_WAIT:
                 raise self.error(f"{problem}; it wants to be left alone for {wait:.0f} s")
-            if attempt == attempts:
-                raise self.error(f"{problem}; given up after {attempts} attempts")
+            if attempt == ATTEMPTS:
+                raise self.error(f"{problem}; given up after {ATTEMPTS} attempts")
             tqdm.write(
-                self.hide(f"{self.kind}: {problem}; attempt {attempt + 1} of {attempts} in {wait:.0f} s"), sys.stderr
+                self.hide(f"{self.kind}: {problem}; attempt {attempt + 1} of {ATTEMPTS} in {wait:.0f} s"), sys.stderr
             )
             if self.stop.wait(wait):
                 raise Stopped
@@ -374,39 +404,42 @@ def find_judge(choice: str = "api") -> Server | None:
             price = ()
         if len(price) != 2 or not all(0 <= part < math.inf for part in price):
             raise UserError(f"JUDGE_PRICE must be dollars per million tokens in and out, like 2.5,10, got {given!r}")
-    return _server("judge", url, model, threads=JUDGE_THREADS, max_tokens=JUDGEMENT_TOKENS, temperature=0.0,
-                   price=price)  # fmt: skip
+    return _server("judge", url, model, threads=JUDGE_THREADS, max_tokens=JUDGEMENT_TOKENS,
+                   temperature=TEMPERATURE, price=price)  # fmt: skip
 
 
 def find_endpoint(
-    url: str, max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0, seed: int | None = None
-) -> Server:
+    url: str, max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0, seed: int | None = None,
+    system: str | None = None
+) -> Server:  # fmt: skip
     """A served model to be tested: ENDPOINT_MODEL, or the only one in the server's list.
 
     Raises:
         UserError: not an address, no answer, or several models and none chosen.
     """
     server = _server("endpoint", url, os.environ.get("ENDPOINT_MODEL", ""), threads=ENDPOINT_THREADS,
-                     max_tokens=max_new_tokens, temperature=temperature, seed=seed)  # fmt: skip
+                     max_tokens=max_new_tokens, temperature=temperature, seed=seed, system=system)  # fmt: skip
     if not server.model:
-        names = server.request("GET", "/models", lambda answer: [str(m["id"]) for m in answer["data"]], attempts=3)
+        names = server.request("GET", "/models", lambda answer: [str(m["id"]) for m in answer["data"]])
         if len(names) != 1:
             raise UserError(f"endpoint {server.url} serves {', '.join(names) or 'no model'}: set ENDPOINT_MODEL to one")
         server.model = names[0]
     return server
 
 
-def local_chat(tokenizer, generate: Callable[[list[list[int]]], list[list[int]]], system: str | None = None) -> Chat:
-    """Replies of a model in this process: `generate` makes new tokens from prompts' tokens."""
+def local_chat(
+    tokenizer, generate: Callable[[list[list[int]], Callable[[int, list[int]], None]], None], system: str | None = None
+) -> Chat:
+    """Replies of a model in this process: `generate` makes new tokens from prompts' tokens, and tells of each reply."""
 
-    def chat(conversations: list[Messages]) -> list[str]:
+    def chat(conversations: list[Messages], done: Done) -> None:
         first = [{"role": "system", "content": system}] * (system is not None)
         texts = [
             tokenizer.apply_chat_template(first + conversation, tokenize=False, add_generation_prompt=True)
             for conversation in conversations
         ]
         prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generate(prompts)]
+        generate(prompts, lambda number, tokens: done(number, tokenizer.decode(tokens, skip_special_tokens=True)))
 
     return chat
 
@@ -471,52 +504,32 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat | Server, what: str) -> None:
-    """Puts into the cache what it lacks of `jobs`.
+def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None:
+    """Puts into the cache what it lacks of `jobs`, each text as soon as it is there.
 
     Raises:
-        UserError: the server's errors; what came before is in the cache.
+        UserError: the server's or the disk's errors; what came before is in the cache.
     """
     missing = {key: messages for key, messages in jobs.items() if key not in cache.texts}
     if not missing:
         return
-    if not isinstance(chat, Server):
-        for key, text in zip(missing, chat(list(missing.values())), strict=True):
-            cache.add(key, text)
-        return
-    chat.stop.clear()
+    keys = list(missing)
+    try:
+        with tqdm(total=len(missing), desc=what, unit=" replies", leave=False, disable=None) as progress:
 
-    def one(key: str, messages: Messages) -> None:
-        if chat.stop.is_set():
-            raise Stopped
-        try:
-            cache.add(key, chat.complete(messages))
-        except UserError:
-            chat.stop.set()
-            raise
+            def done(number: int, text: str) -> None:
+                cache.add(keys[number], text)
+                progress.update()
 
-    with (
-        ThreadPoolExecutor(chat.threads) as pool,
-        tqdm(total=len(missing), desc=what, unit=" calls", leave=False, disable=None) as progress,
-    ):
-        try:
-            for finished in as_completed([pool.submit(one, *job) for job in missing.items()]):
-                with contextlib.suppress(Stopped):
-                    finished.result()
-                    progress.update()
-        except BaseException as error:
-            chat.stop.set()
-            pool.shutdown(cancel_futures=True)  # what is under way will be paid for: it is waited for and kept
-            if isinstance(error, UserError):
-                kept = sum(key in cache.texts for key in jobs)
-                raise UserError(
-                    f"{error}\n{kept} of {len(jobs)} are saved in {cache.path}: the same command goes on from there"
-                ) from None
-            raise
+            chat(list(missing.values()), done)
+    except UserError as error:
+        kept = sum(key in cache.texts for key in jobs)
+        goes_on = f"\n{kept} of {len(jobs)} are saved in {cache.path}: the same command goes on from there"
+        raise UserError(f"{error}{goes_on if kept else ''}") from None
 
 
 def answer(
-    conversations: list[Messages], chat: Chat | Server, saved: Cache, what: str, *, who: str,
+    conversations: list[Messages], chat: Chat, saved: Cache, what: str, *, who: str,
     max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0,
 ) -> list[str]:  # fmt: skip
     """A model's next turn in each conversation; `who` holds what else the replies depend on. Errors as `fill`."""
@@ -547,7 +560,7 @@ def _cost(grader: Server, calls: int, tokens_in: int) -> str:
 
 
 def announce(questions: list[dict], grader: Server | None, runs: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
-    """Prints what judging will take if no reply is rated yet and each is as long as it may be."""
+    """Prints what judging so many results will take, if no reply is rated yet and each is as long as it may be."""
     if grader is None:
         print(f"{len(questions)} questions of two turns; the replies are not judged (--judge none)")
         return
@@ -561,7 +574,7 @@ def announce(questions: list[dict], grader: Server | None, runs: int = 1, max_ne
 
 def run_mt_bench(
     questions: list[dict],
-    chat: Chat | Server,
+    chat: Chat,
     grader: Server | None,
     *,
     who: str,
@@ -662,7 +675,7 @@ def summarise(lines: list[dict]) -> dict:
     subsets = {}
     for category in dict.fromkeys(line["category"] for line in lines):
         some = [line for line in lines if line["category"] == category]
-        subsets[category] = {"value": _mean(_ratings(some)), "items": len(some), "chance": None}
+        subsets[category] = {"value": _mean(_ratings(some)), "items": len(some), "chance": None, "majority": None}
     interval = stderr = None
     if len(rated) > 1:
         draws = np.random.default_rng(0).integers(0, len(rated), (RESAMPLES, len(rated)))
@@ -679,6 +692,8 @@ def summarise(lines: list[dict]) -> dict:
         "chance": None,
         "majority": None,
         "macro": _mean([s["value"] for s in subsets.values() if s["value"] is not None]),
+        "macro_chance": None,
+        "macro_majority": None,
         "subsets": subsets,
         "turns": [_mean(_ratings(lines, turn)) for turn in (0, 1)],
         "predicted": None,
@@ -715,9 +730,17 @@ def print_summary(name: str, numbers: dict) -> None:
         print(f"  {numbers['unparsed']} judgements without a rating, asked for twice, are in none of these means")
 
 
-def result_key(generation_key: str, grader: Server | None) -> str:
+def result_key(generation_key: str, model: str | None) -> str:
     """A result's `key`: what its replies depend on, and the judge."""
-    return _hash(generation_key, grader and [grader.model, grader.temperature, grader.max_tokens, INSTRUCTION, AGAIN])
+    return _hash(generation_key, model and [model, TEMPERATURE, JUDGEMENT_TOKENS, INSTRUCTION, AGAIN])
+
+
+def is_rated(study: dict, choice: str) -> bool:
+    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL; of any judge, if none is named."""
+    model = os.environ.get("JUDGE_MODEL", "").strip()
+    if choice == "none":
+        return True
+    return study["key"] == result_key(study["generation_key"], model) if model else study.get("judge") is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -743,7 +766,7 @@ def judge_file(file: Path, grader: Server) -> None:
             for line in old
         ]  # fmt: skip
         replies = [[turn["reply"] for turn in line["turns"]] for line in old]
-        key = result_key(study["generation_key"], grader)
+        key = result_key(study["generation_key"], grader.model)
         done, task, name = study.get("key") == key, study["task"], f"{study['run']} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from settings import Settings, UserError, resolve, write_atomic
@@ -379,7 +380,8 @@ def test_an_adapter_after_others_scores_as_it_does_alone(study, tmp_path):
     """The base is as it was once an adapter has been taken out."""
     folder = study / "output/seed7/exp2-wangchan-ut1"
     evaluated(tmp_path, "--adapter", str(folder), "--tasks", "english_text")
-    alone = json.loads((tmp_path / "results/adapter-exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
+    (place,) = (tmp_path / "results").glob("adapter-exp2-wangchan-ut1-*")
+    alone = json.loads((place / "english_text-ut2.json").read_text())["study"]
     among = json.loads((study / "results/seed7/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     first = json.loads((study / "results/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     assert alone["value"] == among["value"] != first["value"]
@@ -395,6 +397,12 @@ def test_results_of_all_items_are_not_replaced_by_those_of_some(trained, tmp_pat
     assert contents(tmp_path / "results") != before
 
 
+def says(chat, conversations) -> list[str]:
+    replies = {}
+    chat(conversations, replies.__setitem__)
+    return [replies[n] for n in range(len(conversations))]
+
+
 def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -405,10 +413,16 @@ def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch)
     )  # fmt: skip
     dense, tokenizer = LlamaForCausalLM(config).eval(), load_tokenizer(MODEL)
     conversations = [[{"role": "user", "content": "ถาม " * n}] for n in (3, 1, 9, 2, 2, 5, 7, 4, 6, 8, 1)]
-    replies = evaluate.chat_with(dense, tokenizer, 1, SETTINGS, 12)(conversations)
-    monkeypatch.setattr(evaluate, "DENSE_BATCH", 1)
-    assert replies == evaluate.chat_with(dense, tokenizer, 1, SETTINGS, 12)(conversations)
-    assert len({len(tokenizer(reply).input_ids) for reply in replies}) > 1, "some end before others"
+    for temperature in (0.0, 1.0):
+        chat = evaluate.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=temperature), 12)
+        monkeypatch.setattr(evaluate, "DENSE_BATCH", 8)
+        replies = says(chat, conversations)
+        monkeypatch.setattr(evaluate, "DENSE_BATCH", 1)
+        assert replies == says(chat, conversations)
+        assert replies[4:] == says(chat, conversations[4:]), "those that are left are asked for as all were"
+        assert len({len(tokenizer(reply).input_ids) for reply in replies}) > 1, "some end before others"
+    other = evaluate.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=1.0, seed=1), 12)
+    assert replies != says(other, conversations)
 
 
 def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
@@ -427,7 +441,10 @@ def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
     dense.save_pretrained(tmp_path / "llama")
     tokenizer = load_tokenizer(MODEL)
     tokenizer.save_pretrained(tmp_path / "llama")
-    evaluated(tmp_path, "--model", str(tmp_path / "llama"), "--tasks", "thai_exam,english_text", "--bf16", "false")
+    llama = ["--model", str(tmp_path / "llama"), "--tasks", "thai_exam,english_text", "--bf16", "false"]
+    with pytest.raises(UserError, match=r"llama does not loop, so it has one depth: leave --ut_steps 1,2 out"):
+        evaluated(tmp_path, *llama)
+    evaluated(tmp_path, *llama, "--ut_steps", "1")
     (name,) = [p.name for p in names.iterdir() if p.name.startswith("baseline-")]
     s = json.loads((names / name / "thai_exam-ut1.json").read_text())["study"]
     assert s["kind"] == "baseline" and s["exit_distribution"] is None and s["total_ut_steps"] == 1

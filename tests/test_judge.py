@@ -1,6 +1,7 @@
 """MT-Bench-Thai against a real HTTP server on this machine, as the judge and as the model under test."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -16,11 +17,13 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import settings
 from settings import UserError
 
 import httpx
 import pytest
 
+import evaluate
 import judge
 from judge import Cache, find_endpoint, find_judge, is_thai, judge_prompt, load_questions, parse_rating, run_mt_bench
 
@@ -133,9 +136,16 @@ def questions():
     return load_questions("mt_bench_thai", SPEC, str(SAMPLE))
 
 
-def chat(conversations):
+def chat(conversations, done):
     """A model whose reply tells how many turns it saw, and the end of the last one."""
-    return [f"คำตอบที่ {len(c)} ของคำถาม {c[-1]['content'][-20:]}" for c in conversations]
+    for n, c in enumerate(conversations):
+        done(n, f"คำตอบที่ {len(c)} ของคำถาม {c[-1]['content'][-20:]}")
+
+
+def says(model, conversations) -> list[str]:
+    replies = {}
+    model(conversations, replies.__setitem__)
+    return [replies[n] for n in range(len(conversations))]
 
 
 def run(questions, tmp_path, grader="find", model=chat, **changes):
@@ -292,7 +302,7 @@ def test_the_means_are_those_of_the_ratings(server, questions, tmp_path):
     assert [line["value"] for line in lines] == [3, 5.5, 5]
     assert numbers["value"] == pytest.approx(13.5 / 3) and numbers["macro"] == pytest.approx((17 / 4 + 5) / 2)
     assert numbers["turns"] == pytest.approx([19 / 3, 8 / 3]) and numbers["items"] == 3
-    assert numbers["subsets"]["A"] == {"value": 4.25, "items": 2, "chance": None}
+    assert numbers["subsets"]["A"] == {"value": 4.25, "items": 2, "chance": None, "majority": None}
     assert 3 <= numbers["ci95"][0] < numbers["value"] < numbers["ci95"][1] <= 5.5
     assert numbers["thai_share"] == 1 and numbers["unparsed"] == 0 and numbers["judge"] == "a-judge"
 
@@ -350,9 +360,10 @@ def test_the_judge_is_asked_as_published(server, questions, tmp_path):
 def test_the_second_turn_sees_the_models_own_first_reply_without_its_thought(server, questions, tmp_path):
     seen = []
 
-    def thinks(conversations):
+    def thinks(conversations, done):
         seen.extend(conversations)
-        return [f"<think>\nให้คิดก่อน\n</think>\n\nตอบข้อ {n}" for n, _ in enumerate(conversations)]
+        for n, _ in enumerate(conversations):
+            done(n, f"<think>\nให้คิดก่อน\n</think>\n\nตอบข้อ {n}")
 
     _, lines = run(questions[:2], tmp_path, grader=None, model=thinks)
     assert [[m["role"] for m in c] for c in seen] == [["user"]] * 2 + [["user", "assistant", "user"]] * 2
@@ -440,11 +451,12 @@ def test_a_judge_that_is_not_there_is_found_before_the_generation(server, monkey
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and never listens
         monkeypatch.setenv("JUDGE_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
-        with pytest.raises(UserError, match=r"judge a-judge at .*refused; given up after 3 attempts"):
+        with pytest.raises(UserError, match=r"judge a-judge at .*refused; given up after 8 attempts"):
             find_judge().check()
     monkeypatch.setenv("JUDGE_BASE_URL", server.url)
+    server.faults = list(FAULTS.values())[: judge.ATTEMPTS - 1]
     find_judge().check()
-    assert len(server.bodies) == 1
+    assert len(server.bodies) == judge.ATTEMPTS, "as many faults as later on are no reason to give up"
 
 
 def test_a_judge_that_says_nothing_is_asked_again(server, monkeypatch, capsys):
@@ -542,16 +554,17 @@ def test_the_key_is_not_in_what_is_shown_of_a_server(server):
 def test_a_served_model_answers_both_turns(server, questions, tmp_path, monkeypatch):
     monkeypatch.setenv("ENDPOINT_API_KEY", KEY)
     model = FakeServer()
-    model.answer = lambda messages: chat([messages])[0]
+    model.answer = lambda messages: says(chat, [messages[1:]])[0]
     model.faults = list(FAULTS.values())
-    endpoint = find_endpoint(model.url.removesuffix("/v1"), max_new_tokens=7, temperature=0.2, seed=3)
+    endpoint = find_endpoint(model.url.removesuffix("/v1"), max_new_tokens=7, temperature=0.2, seed=3, system="สั้น ๆ")
     try:
         numbers, lines = run(questions, tmp_path / "served", model=endpoint)
         assert (numbers, lines) == run(questions, tmp_path / "local")
         assert len(model.bodies) == 18 + len(FAULTS) and model.keys == {f"Bearer {KEY}"}
         expected = {"model": "tiny", "max_tokens": 7, "temperature": 0.2, "seed": 3}
         assert all({k: body[k] for k in expected} == expected for body in model.bodies)
-        assert {len(body["messages"]) for body in model.bodies} == {1, 3}
+        assert {body["messages"][0]["content"] for body in model.bodies} == {"สั้น ๆ"}
+        assert {len(body["messages"]) for body in model.bodies} == {2, 4}
         run(questions, tmp_path / "served", model=endpoint)
         assert len(model.bodies) == 18 + len(FAULTS)
         model.models = ["base", "exp2"]
@@ -562,7 +575,7 @@ def test_a_served_model_answers_both_turns(server, questions, tmp_path, monkeypa
     finally:
         model.close()
     monkeypatch.delenv("ENDPOINT_MODEL")
-    with pytest.raises(UserError, match="refused; given up after 3 attempts"):
+    with pytest.raises(UserError, match="refused; given up after 8 attempts"):
         find_endpoint(model.url)
 
 
@@ -570,14 +583,15 @@ def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, tmp
     """evaluate.py --endpoint, a real process: what it replied is parsed as any model's replies are."""
     model, offline = FakeServer(), os.environ | {"HF_HUB_OFFLINE": "1"}
     asked = ["--tasks", "openthaieval,mt_bench_thai", "--limit", "2", "--judge", "none"]
-    model.answer = lambda messages: f"คำตอบคือ ({1 + len(messages[0]['content']) % 4})"
+    model.answer = lambda messages: f"คำตอบคือ ({1 + len(messages[1]['content']) % 4})"
     command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--endpoint", model.url, *asked]
-    command += ["--results_dir", str(tmp_path), "--max_new_tokens", "9"]
+    command += ["--results_dir", str(tmp_path), "--max_new_tokens", "9", "--ut_steps", "1", "--system_prompt", "สั้น ๆ"]
     try:
         for _ in range(2):
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=offline)
             assert done.returncode == 0, done.stderr
         posts = len(model.bodies)
+        assert all(body["messages"][0] == {"role": "system", "content": "สั้น ๆ"} for body in model.bodies)
         assert "2 of 2 tasks are complete already" in done.stdout
         assert posts == len({json.dumps(body) for body in model.bodies})
         (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("baseline-"))
@@ -586,10 +600,89 @@ def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, tmp
         assert study["kind"] == "baseline" and study["items"] == len(lines) > 1
         assert all(line["resps"][0][0] == f"คำตอบคือ ({line['prediction']})" for line in lines)
         assert study["value"] == sum(line["prediction"] == line["gold"] for line in lines) / len(lines)
-        refused = subprocess.run([*command, "--tasks", "thai_exam"], capture_output=True, text=True, cwd=ROOT)
-        assert refused.returncode == 2 and "gives no log-probabilities; thai_exam needs them" in refused.stderr
+        for extra, message in (
+            (["--tasks", "thai_exam"], "gives no log-probabilities; thai_exam needs them"),
+            (["--ut_steps", "1,2"], "answers at one depth and does not say which: name it by --ut_steps"),
+        ):
+            refused = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=ROOT)
+            assert refused.returncode == 2 and message in refused.stderr
     finally:
         model.close()
+
+
+def test_the_command_rates_with_a_judge_of_many_faults_and_needs_none_for_what_is_rated(
+    server, tmp_path, monkeypatch, capsys
+):
+    """evaluate.py, a real process: a judge that is ill at the first call and later, and then one that is gone."""
+    command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--base", "--use_qlora", "false",
+               "--tasks", "mt_bench_thai", "--ut_steps", "1,2", "--max_new_tokens", "5",
+               "--results_dir", str(tmp_path)]  # fmt: skip
+    ill = [FAULTS["429"], (500, b"oh dear", {"Retry-After": "0"}), FAULTS["nonsense"], FAULTS["429"]]
+    server.faults = list(ill)
+
+    def answer(messages):
+        if len(server.bodies) == 20:
+            server.faults = [*ill, "closes it in mid-body"]
+        return rate(messages)
+
+    server.answer = answer
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "at most 36 calls" in done.stdout and done.stderr.count("judge: ") == 9 and KEY not in done.stderr
+    assert len(server.bodies) == 1 + 36 + 9
+    before = {file.name: file.read_bytes() for file in (tmp_path / "base-fp32").glob("mt*")}
+    studies = [json.loads(before[f"mt_bench_thai-ut{depth}.json"])["study"] for depth in (1, 2)]
+    assert all(study["judge"] == "a-judge" and study["unparsed"] == 0 for study in studies)
+    assert [f"{study['value']:.2f}" in done.stdout for study in studies] == [True, True]
+
+    def again():
+        evaluate.evaluate(settings.resolve("", command[2:], evaluate.options, several=True))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("JUDGE_BASE_URL")
+    again()
+    monkeypatch.delenv("JUDGE_MODEL")
+    again()
+    assert capsys.readouterr().out.count("1 of 1 tasks are complete already") == 2
+    (tmp_path / "base-fp32/mt_bench_thai-ut2.items.jsonl").unlink()
+    with pytest.raises(UserError, match="not set: JUDGE_BASE_URL, JUDGE_MODEL"):
+        again()
+    assert len(server.bodies) == 46, "where nothing is to be rated the judge is neither called nor needed"
+    monkeypatch.setenv("JUDGE_BASE_URL", server.url)
+    monkeypatch.setenv("JUDGE_MODEL", "a-judge")
+    again()
+    assert len(server.bodies) == 47, "its judgements were kept: one call shows that it is there"
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base-fp32").glob("mt*")}
+
+
+def visible(bar, **how):
+    return bar(**how | {"disable": False, "mininterval": 0})
+
+
+def test_replies_are_saved_as_each_ends_and_their_progress_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "tqdm", functools.partial(visible, judge.tqdm))
+    jobs = {name: [{"role": "user", "content": name}] for name in "abcd"}
+    kept = []
+    with Cache(tmp_path / ".cache.jsonl") as cache:
+
+        def dies(conversations, done):
+            for number in (2, 0):
+                done(number, conversations[number][0]["content"].upper())
+                kept.append((tmp_path / ".cache.jsonl").read_text().count("\n"))
+            raise UserError("it is gone")
+
+        with pytest.raises(UserError, match=r"it is gone\n2 of 4 are saved in .*: the same command goes on from there"):
+            judge.fill(cache, jobs, dies, "a model, turn 1")
+        assert kept == [1, 2] and cache.texts == {"c": "C", "a": "A"}
+
+        def lives(conversations, done):
+            assert [c[0]["content"] for c in conversations] == ["b", "d"]
+            for number in range(2):
+                done(number, "later")
+
+        judge.fill(cache, jobs, lives, "a model, turn 1")
+    shown = capsys.readouterr().err
+    assert "a model, turn 1" in shown and "2/4 [" in shown and "1/2 [00:00<00:0" in shown and "2/2 [" in shown
 
 
 def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
@@ -597,13 +690,14 @@ def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
 
     tokenizer, prompts = AutoTokenizer.from_pretrained(ROOT / "sample/ouro-tiny"), []
 
-    def generate(batch):
+    def generate(batch, done):
         prompts.extend(tokenizer.batch_decode(batch))
-        return [tokenizer("ตอบแล้ว<|im_end|>").input_ids for _ in batch]
+        for n, _ in enumerate(batch):
+            done(n, tokenizer("ตอบแล้ว<|im_end|>").input_ids)
 
     conversations = [[{"role": "user", "content": q["turns"][0]}] for q in questions[:2]]
-    assert judge.local_chat(tokenizer, generate)(conversations) == ["ตอบแล้ว"] * 2
-    assert judge.local_chat(tokenizer, generate, system="ตอบสั้น ๆ")(conversations) == ["ตอบแล้ว"] * 2
+    assert says(judge.local_chat(tokenizer, generate), conversations) == ["ตอบแล้ว"] * 2
+    assert says(judge.local_chat(tokenizer, generate, system="ตอบสั้น ๆ"), conversations) == ["ตอบแล้ว"] * 2
     turn = f"<|im_start|>user\n{questions[1]['turns'][0]}<|im_end|>\n<|im_start|>assistant\n"
     assert prompts[1] == f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}"
     assert prompts[3] == f"<|im_start|>system\nตอบสั้น ๆ<|im_end|>\n{turn}"
@@ -661,7 +755,7 @@ def test_replies_are_judged_later_without_model_and_gpu(server, questions, tmp_p
     numbers, lines = run(questions, tmp_path / "direct")
     written = json.loads(result.read_text())
     assert {k: written["study"][k] for k in numbers} == numbers
-    assert written["study"]["key"] == judge.result_key("g", find_judge()) != judge.result_key("g", None)
+    assert written["study"]["key"] == judge.result_key("g", "a-judge") != judge.result_key("g", None)
     assert written["results"]["mt_bench_thai"]["rating,none"] == numbers["value"]
     assert written["results"]["mt_bench_thai_Math"]["rating,none"] == numbers["subsets"]["Math"]["value"]
     items = result.with_name("mt_bench_thai-ut2.items.jsonl").read_text()
