@@ -17,6 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_ouro import tiny, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmarks
 import evaluate
@@ -144,63 +148,97 @@ def test_a_text_is_scored_once_a_token_whatever_the_window(model, tokenizer):
     assert short != pytest.approx(expected, rel=1e-9) and short == pytest.approx(expected, rel=0.2)
 
 
-class Planted(torch.nn.Module):
-    """In place of `score`: a model whose log-probability of a text is what `opinion(prompt, continuation)` says."""
-
-    def __init__(self, opinion):
-        super().__init__()
-        self.opinion = opinion
-
-    def choices(self, task) -> dict:
-        predictions = []
-        for item, prompts in zip(task.items, task.prompts, strict=True):
-            raw = [[self.opinion(prompt, c, item) for c in continuations] for prompt, continuations in prompts]
-            predictions.append(benchmarks.choose(item, task.spec, raw)[1])
-        return benchmarks.accuracy(task.items, predictions, task.spec)
+WORDS, ASKED = [f"w{n}" for n in range(40)], [f"q{n}" for n in range(80)]
 
 
-def many_items(count: int = 600) -> list[dict]:
-    draw = np.random.default_rng(1)
-    letters = "abcde"
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of whole words: of "a." and "w7" as of the prompt's own."""
+    known = ["<end>", "คำถาม:", "ตัวเลือก:", "คำตอบ:", *"abcde", *(f"{letter}." for letter in "abcde"), *WORDS, *ASKED]
+    whole = Tokenizer(WordLevel({word: n for n, word in enumerate(known)}, unk_token="<end>"))
+    whole.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<end>")
+
+
+def many_items(count: int, seed: int) -> list[dict]:
+    draw = np.random.default_rng(seed)
     return [
-        {"id": f"x-{n}", "subset": "x", "question": f"q{n}", "gold": letters[draw.integers(3)],  # golds not balanced
-         "options": {letter: f"option {letter * int(draw.integers(1, 9))} {n}" for letter in letters}}
+        {"id": f"x-{n}", "subset": "x", "question": ASKED[n % len(ASKED)], "gold": "abc"[draw.integers(3)],
+         "options": dict(zip("abcde", draw.choice(WORDS, 5, replace=False).tolist(), strict=True))}
         for n in range(count)
     ]  # fmt: skip
 
 
-@pytest.fixture
-def planted_task():
-    task = load_task("thai_exam", SETTINGS, 1, [])
-    task.items = many_items()
-    task.prompts = [benchmarks.render(item, task.spec) for item in task.items]
-    return task
+def taught(words, answers) -> LlamaForCausalLM:
+    """A small dense model that has learned `answers(step)`, pairs of a prompt and the word after it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(600):
+        ids = torch.tensor(words([prompt + answer for prompt, answer in answers(step)]).input_ids)
+        loss = torch.nn.functional.cross_entropy(model(ids).logits[:, -2], ids[:, -1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            return model.eval()
+    raise AssertionError(f"it has not learned: {loss}")
+
+
+def planted(name: str, items: list[dict]) -> evaluate.Task:
+    spec = benchmarks.table()["tasks"][name]
+    return evaluate.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
+
+
+def numbers_of(model, words, task) -> dict:
+    return evaluate.score_choices(model, words, task, [1], 8192, None, "test")[0][0].numbers
 
 
 @pytest.mark.parametrize("favourite", ["a", "c", "e"])
-def test_a_model_that_prefers_a_letter_is_at_chance(planted_task, favourite):
-    def opinion(prompt: str, text: str, item: dict) -> float:
-        return len(text) * (-1.0 + (f"{favourite}.{text}\n" in prompt + "\n"))
+def test_a_model_that_prefers_a_letter_is_at_chance(words, one_thread_in_the_repository, favourite):
+    """It answers with the text that stands at its letter, whatever is asked; golds are a, b and c alone."""
 
-    numbers = Planted(opinion).choices(planted_task)
-    assert numbers["ci95"][0] < 0.2 < numbers["ci95"][1]
+    def answers(step: int) -> list[tuple[str, str]]:
+        task = planted("thai_exam", many_items(48, 1000 + step))
+        return [
+            (prompts[0][0], f" {i['options'][favourite]}") for i, prompts in zip(task.items, task.prompts, strict=True)
+        ]
+
+    model, items = taught(words, answers), many_items(600, 1)
+    once = planted("thai_exam", items)
+    once.prompts = [prompts[:1] for prompts in once.prompts]
+    assert numbers_of(model, words, once)["predicted"][favourite] > 590, "asked in one order, it answers that letter"
+    numbers = numbers_of(model, words, planted("thai_exam", items))
+    low, high = benchmarks.wilson(600 * numbers["value"], 600, z=3.29)  # 99.9 %: three models are looked at
+    assert low < 0.2 < high
     assert all(80 < count < 160 for count in numbers["predicted"].values()), numbers["predicted"]
-    letters = load_task("thai_exam-leaderboard", SETTINGS, 1, [])
-    letters.items, letters.prompts = (
-        planted_task.items,
-        [benchmarks.render(i, letters.spec) for i in planted_task.items],
-    )
-    biased = Planted(lambda prompt, text, item: float(text == f" {favourite}")).choices(letters)
-    assert biased["predicted"] == {favourite: 600}, "where letters are scored, it answers that letter alone"
 
 
-def test_a_model_that_knows_half_of_the_answers_scores_half(planted_task):
-    def opinion(prompt: str, text: str, item: dict) -> float:
-        number, right = int(item["id"][2:]), text == f" {item['options'][item['gold']]}"
-        wrong = text == f" {item['options']['e' if item['gold'] != 'e' else 'a']}"
-        return len(text) * -(1.0 - 0.5 * (right if number % 2 else wrong))
+def test_a_model_that_says_one_letter_is_seen_where_letters_are_scored(words, one_thread_in_the_repository):
+    def answers(step: int) -> list[tuple[str, str]]:
+        return [(prompts[0][0], " b") for prompts in planted("thai_exam-leaderboard", many_items(32, step)).prompts]
 
-    assert Planted(opinion).choices(planted_task)["value"] == 0.5
+    task = planted("thai_exam-leaderboard", many_items(100, 1))
+    numbers = numbers_of(taught(words, answers), words, task)
+    assert numbers["predicted"] == {"b": 100}
+    assert numbers["value"] == sum(item["gold"] == "b" for item in task.items) / 100
+
+
+def test_a_model_that_knows_half_of_the_answers_scores_half(words, one_thread_in_the_repository):
+    items = many_items(80, 1)  # each question once
+    known = {i["question"]: i["options"][i["gold"] if n % 2 else "e"] for n, i in enumerate(items)}
+    task = planted("thai_exam", items)
+
+    def answers(step: int) -> list[tuple[str, str]]:
+        pairs = zip(items, task.prompts, strict=True)
+        return [(prompts[step % 5][0], f" {known[item['question']]}") for item, prompts in pairs]
+
+    numbers = numbers_of(taught(words, answers), words, task)
+    assert numbers["value"] == 0.5 and numbers["predicted"]["e"] == 40
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,8 +442,6 @@ def says(chat, conversations) -> list[str]:
 
 
 def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -426,8 +462,6 @@ def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch)
 
 
 def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     names = evaluated(tmp_path, "--base", "--tasks", "english_text")
     assert (
         contents(names)["base-fp32/english_text-ut1.json"]
