@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from settings import Resolved, UserError, call, nearest, read_yaml, resolve
+from settings import Resolved, UserError, call, nearest, read_yaml, resolve, seconds
 
 HERE = Path(__file__).resolve().parent
 ROWS = 200  # of a training set that are looked at
@@ -255,16 +255,6 @@ def check_container(run: Resolved) -> str:
     if not image:
         raise Skip("none: IMAGE is not set")
     return image
-
-
-def seconds(text: str) -> float:
-    """A time limit as Slurm writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS, UNLIMITED."""
-    if text in ("UNLIMITED", "INFINITE"):
-        return float("inf")
-    days, _, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    first = 3600 if days or len(parts) == 3 else 60
-    return int(days or 0) * 86400 + sum(part * first / 60**i for i, part in enumerate(parts))
 
 
 def limits() -> tuple[float, int]:

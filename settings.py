@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 EXPERIMENTS = Path(__file__).parent / "configs" / "experiments.yaml"
+# Of a full or read-only disk, and of a path that leads through a file: OSErrors that are the user's to mend.
+THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
 
 
@@ -52,8 +55,12 @@ def setting(
     at_most: float | None = None,
     one_of: tuple = (),
     or_number: bool = False,
+    but_not: float | None = None,
+    trains: bool = True,
 ):
+    """trains: whether it changes what is trained; a run goes on, or counts as done, under other values of the rest."""
     metadata = {"help": text, "at_least": at_least, "at_most": at_most, "one_of": one_of, "or_number": or_number}
+    metadata |= {"but_not": but_not, "trains": trains}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -83,7 +90,7 @@ class Settings:
     use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
     use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
     loraplus_lr_ratio: float = setting(
-        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0
+        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0
     )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
@@ -112,7 +119,7 @@ class Settings:
         False,
         "put several rows, apart in attention and positions, into one of max_length; false: batches of like length",
     )
-    cache_dir: str = setting("cache", "tokenised rows are kept here")
+    cache_dir: str = setting("cache", "tokenised rows are kept here", trains=False)
     # floors below which training is refused
     max_empty_share: float = setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
     max_garbled_share: float = setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
@@ -125,15 +132,15 @@ class Settings:
         0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
     )
     # optimisation
-    num_train_epochs: float = setting(3, "passes over the data", at_least=0)
-    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1)
+    num_train_epochs: float = setting(3, "passes over the data", at_least=0, but_not=0)
+    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, but_not=0)
     per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1)
     gradient_accumulation_steps: int = setting(32, "forward passes per step, summed over all GPUs", at_least=1)
     learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
     lr_scheduler_type: str = setting("cosine", "as in transformers")
     warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
-    max_grad_norm: float = setting(1.0, "gradient clipping", at_least=0)
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", at_least=0)
     optim: str = setting("paged_adamw_8bit", "as in transformers")
     activation_checkpointing: str = setting(
         "auto",
@@ -144,7 +151,7 @@ class Settings:
     )
     torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
     fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
-    seed: int = setting(42, "seed of everything", at_least=0)
+    seed: int = setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
     # while it runs
     save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)
     save_total_limit: int = setting(2, "checkpoints kept, the newest", at_least=1)
@@ -159,18 +166,22 @@ class Settings:
     tasks: str = setting(
         "thai_exam,thai_exam-helm,thai_exam-leaderboard,belebele_thai,belebele_english,thai_text,english_text",
         "what evaluate.py scores, tasks of configs/evals.yaml",
+        trains=False,
     )
     max_new_tokens: int = setting(
-        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1
+        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1, trains=False
     )
-    temperature: float = setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0)
-    eval_batch_tokens: int = setting(8192, "tokens per forward pass in evaluate.py", at_least=1)
+    temperature: float = setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0, trains=False)
+    eval_batch_tokens: int = setting(8192, "tokens per forward pass in evaluate.py", at_least=1, trains=False)
     # places and logs
-    output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>")
-    results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>")
+    output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>", trains=False)
+    results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>", trains=False)
     logging_steps: int = setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
     report_to: str = setting(
-        "none", "where else the metrics go; needs that package", one_of=("none", "tensorboard", "wandb")
+        "none",
+        "where else the metrics go; needs that package",
+        one_of=("none", "tensorboard", "wandb"),
+        trains=False,
     )
 
 
@@ -237,9 +248,11 @@ def parse(name: str, value: object, origin: str) -> object:
         choices = ", ".join((*meta["one_of"], "a number") if meta["or_number"] else meta["one_of"])
         raise UserError(f"{origin}: {name} must be one of {choices}, got {result!r}")
     if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
-        raise UserError(f"{origin}: {name} must be at least {meta['at_least']:g}, got {result!r}")
+        raise UserError(f"{origin}: {name} must be at least {meta['at_least']}, got {result!r}")
     if meta["at_most"] is not None and result > meta["at_most"]:
-        raise UserError(f"{origin}: {name} must be at most {meta['at_most']:g}, got {result!r}")
+        raise UserError(f"{origin}: {name} must be at most {meta['at_most']}, got {result!r}")
+    if result == meta["but_not"]:
+        raise UserError(f"{origin}: {name} must not be {result:g} ({meta['help']})")
     return result
 
 
@@ -328,6 +341,19 @@ def resolve(
     return Resolved(Settings(**values), origins, run, config, options)
 
 
+def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
+    """By name, what config.yaml in a run's folder says and what is asked now, where they would train differently."""
+    used = {run.settings.dataset, *run.settings.overlap.split(",")}
+
+    def training(values: dict) -> dict:
+        paths = {name: path for name, path in (values.get("paths") or {}).items() if name in used}
+        return {n: x for n, x in values.items() if n not in FIELDS or FIELDS[n].metadata["trains"]} | {"paths": paths}
+
+    there, asked = training(read_yaml(folder / "config.yaml")), training(yaml.safe_load(run.as_yaml()))
+    names = sorted(there.keys() | asked.keys())
+    return {name: (there.get(name), asked.get(name)) for name in names if there.get(name) != asked.get(name)}
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes a file that is either there whole or not at all, also across a power cut."""
     path = Path(path)
@@ -385,20 +411,48 @@ def has_begun(folder: Path) -> bool:
     return any(path.name not in early and not path.name.endswith(".tmp") for path in folder.iterdir())
 
 
+def seconds(text: str, each: int = 60) -> float:
+    """A time as Slurm writes it: minutes (or so many seconds `each`), MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS,
+    UNLIMITED.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text in ("UNLIMITED", "INFINITE"):
+        return float("inf")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", text):
+        raise ValueError(text)
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    first = 3600 if days or len(parts) == 3 else 60 if len(parts) == 2 else each
+    return int(days or 0) * 86400 + sum(part * first / 60**i for i, part in enumerate(parts))
+
+
+def explain(error: BaseException) -> int | None:
+    """Prints what a user can do something about as one message; the exit code, None for any other exception."""
+    match error:
+        case UserError():
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        case BrokenPipeError():  # as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        case OSError() if error.errno in THEIRS:
+            blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
+            reason = "a file is where a folder is wanted" if blocked else error.strerror
+            print(f"error: {reason}: {error.filename or 'writing a file'}", file=sys.stderr)
+            return 2
+        case KeyboardInterrupt():
+            return 130
+    return None
+
+
 def call(main: Callable[[], None]) -> None:
-    """Runs a script's main; a UserError, or a disk that is full or read-only, becomes one message and exit code 2."""
+    """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except (Exception, KeyboardInterrupt) as error:
+        code = explain(error)
+        if code is None:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'writing a file'}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(code)

@@ -16,9 +16,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from settings import Resolved, UserError, call, has_begun, read_yaml, resolve
-
-import yaml
+from settings import Resolved, UserError, call, has_begun, other_settings, read_yaml, resolve
 
 from preflight import requeues
 
@@ -60,8 +58,7 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> 
             folder, results = (Path(place).absolute() / run.run for place in (s.output_dir, s.results_dir))
             state, step = "new", 0
             if (folder / "config.yaml").exists():
-                recorded, asked = read_yaml(folder / "config.yaml"), yaml.safe_load(run.as_yaml())
-                other = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
+                other = other_settings(folder, run)
                 if other and has_begun(folder):
                     state = f"refused: {folder} holds a run with other {', '.join(other)}; use another OUTPUT_DIR"
                 elif (folder / "completed").exists():

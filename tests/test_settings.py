@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import settings
-from settings import FIELDS, Settings, UserError, parse, read_yaml, resolve, write_atomic
+from settings import FIELDS, Settings, UserError, call, parse, read_yaml, resolve, seconds, write_atomic
 
 import pytest
 import yaml
@@ -98,6 +98,10 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
         ("learning_rate: .nan", [], "learning_rate must be at least 0, got nan"),
         ("learning_rate: 1e39", [], "learning_rate must be at most 1e+30, got 1e+39"),
         ("warmup_ratio: 5", [], "warmup_ratio must be at most 1, got 5.0"),
+        ("seed: 4294967296", [], "seed must be at most 4294967295, got 4294967296"),
+        ("max_steps: 0", [], "max_steps must not be 0 (optimizer steps; -1: as num_train_epochs says)"),
+        ("", ["--num_train_epochs", "0"], "command line: num_train_epochs must not be 0 (passes over the data)"),
+        ("loraplus_lr_ratio: 0.0", [], "loraplus_lr_ratio must not be 0 (learning rate of B is"),
         ("total_ut_steps: 0", [], "total_ut_steps must be at least 1"),
         ("bf16: maybe", [], "bf16 must be true or false, got 'maybe'"),
         ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
@@ -140,6 +144,26 @@ def test_a_mistake_ends_a_script_with_one_message_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CONFIG": ""})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == "error: unknown dataset 'wangchn'; did you mean 'wangchan'?"
+
+
+@pytest.mark.parametrize("below", ["", "/run/x"])
+def test_a_file_where_a_folder_is_wanted_is_a_mistake(tmp_path, capsys, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        call(lambda: write_atomic(f"{tmp_path}/file{below}/config.yaml", ""))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: a file is where a folder is wanted: {tmp_path}/file")
+
+
+def test_an_exception_that_is_no_mistake_of_the_users_stays_one():
+    with pytest.raises(IsADirectoryError):
+        call(lambda: Path("tests").read_text())
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1:00:00:00", "1-", "-1:00", "1.5", "x"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError):
+        seconds(text)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
