@@ -19,12 +19,16 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import sys
+import sysconfig
 import time
+import traceback
 from collections import deque
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -36,27 +40,31 @@ from settings import (
     UserError,
     call,
     code_version,
+    explain,
     has_begun,
+    other_settings,
     resolve,
+    seconds,
     sync_folder,
     write_atomic,
     write_json,
 )
 
 import torch
-import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from torch._inductor.async_compile import AsyncCompile
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler, set_seed
 from transformers.integrations import is_wandb_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -66,13 +74,13 @@ from data_config import NoSplit, load_tokenizer, prepare, print_report, save_rep
 from graphs import STEP, replay_layers
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, compiling, load_ouro
-from plan import layers_to_recompute, matrix_rate, peak_memory, training_flops
+from plan import layers_to_recompute, matrix_rate, peak_memory, training_flops, training_memory
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this node
 STARTED = time.time()
-
 
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
@@ -84,8 +92,11 @@ class LoopTrainer(SFTTrainer):
     """TRL's trainer around a looped model: our objective, no fp32 copies of frozen weights, exact token metrics, an
     exact resume, and a stop with a reason when the numbers say that going on is a waste."""
 
-    def __init__(self, *args, settings: Settings, held_out: Rows | None, flops: float | None, **kwargs):
-        self.settings, self.held_out, self.flops = settings, held_out, flops  # of a GPU, per second
+    def __init__(
+        self, *args, settings: Settings, held_out: Rows | None, flops: float | None, stopper: "Stopper", **kwargs
+    ):
+        self.settings, self.held_out, self.stopper = settings, held_out, stopper
+        self.flops = flops  # of a GPU, per second
         # of this process since the last log; float64 counts exactly to 2**53
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
         self._step_loss = torch.zeros((), dtype=torch.float64)
@@ -107,7 +118,10 @@ class LoopTrainer(SFTTrainer):
         per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
         return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
 
-    def training_step(self, *args, **kwargs):
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # transformers' count goes through all parameters for each batch; ours is in `log`
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
         if self._unmeasured:  # the adapters change nothing yet, so this is the base
             with torch.compiler.set_stance("force_eager"):  # else the layers were compiled for these rows' sizes
                 losses = self.held_out_loss()
@@ -115,7 +129,12 @@ class LoopTrainer(SFTTrainer):
                 path = Path(self.args.output_dir) / "manifest.json"
                 write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
             self._unmeasured, self._logged_at = False, time.perf_counter()
-        return super().training_step(*args, **kwargs)
+        # What transformers does here, without setting thousands of modules to the training mode that they are in.
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)  # a mean over the step's tokens already
+        return loss.detach()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
@@ -141,23 +160,31 @@ class LoopTrainer(SFTTrainer):
             return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._noted_step = step
         loss = self.accelerator.reduce(self._step_loss, "mean") if WORLD_SIZE > 1 else self._step_loss
+        numbers = torch.stack((loss, grad_norm.double())).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if loss.is_cuda else None
+        if arrived:
+            arrived.record()
         self._check_pending()
-        self._unchecked = (step, loss, grad_norm)
+        self._unchecked = (step, numbers, arrived)
         self._step_loss = torch.zeros_like(self._step_loss)
+        if self.stopper.asked(self.args.device):
+            self.control.should_save = self.control.should_training_stop = True
         if self.control.should_save or self.control.should_log or last:
             self._check_pending()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _check_pending(self) -> None:
-        """Looks at the numbers of the step before: they have arrived by now, so the GPU is not waited for.
+        """Looks at the numbers of the step before: the GPU is waited for up to there, and has the next step to do.
 
         Raises:
             UserError: they say that the run is lost.
         """
         if self._unchecked is None:
             return
-        step, loss, norm = self._unchecked
-        loss, norm, self._unchecked = float(loss), float(norm or 0), None
+        step, numbers, arrived = self._unchecked
+        if arrived:
+            arrived.synchronize()
+        (loss, norm), self._unchecked = numbers.tolist(), None
         if reason := self._lost(loss, norm):
             raise UserError(
                 f"step {step}: {reason}\nits rows: {', '.join(self._rows_of(step))}\nthe newest good checkpoint stays; "
@@ -202,6 +229,7 @@ class LoopTrainer(SFTTrainer):
             "num_tokens": self._tokens,
             "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
+            "padded_tokens_per_second": round(padded / spent, 1),  # what the GPU computed
             "memory_gib": round(peak_memory() / 2**30, 2) if torch.cuda.is_available() else 0,
         }
         if self.flops:
@@ -261,8 +289,9 @@ class LoopTrainer(SFTTrainer):
     def create_optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None and self.settings.loraplus_lr_ratio != 1:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            ratio = self.settings.loraplus_lr_ratio
-            self.optimizer = create_loraplus_optimizer(self.model, kind, loraplus_lr_ratio=ratio, **arguments)
+            s = self.settings
+            arguments |= {"loraplus_lr_ratio": s.loraplus_lr_ratio, "loraplus_weight_decay": s.weight_decay}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **arguments)
         return super().create_optimizer()
 
     def _get_output_dir(self, trial) -> str:
@@ -280,10 +309,11 @@ class LoopTrainer(SFTTrainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         sums = self.accelerator.gather(self._sums.to(self.args.device)[None]).tolist()
-        try:
+        with writing(f"step {step}: the checkpoint", folder, staging):
             super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's also writes a model card of its own
-            self.accelerator.wait_for_everyone()
-            if RANK == 0:
+        self.accelerator.wait_for_everyone()
+        if RANK == 0:
+            with writing(f"step {step}: the checkpoint", folder, staging):
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
@@ -294,12 +324,6 @@ class LoopTrainer(SFTTrainer):
                 sync_folder(folder)
                 for old in checkpoints(folder)[self.settings.save_total_limit :]:
                     shutil.rmtree(old)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise UserError(
-                f"step {step}: the checkpoint could not be written to {folder}: {' '.join(str(error).split())[:300]} "
-                f"({shutil.disk_usage(folder).free / 1e6:,.0f} MB free); the same command continues from the one before"
-            ) from None
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | None = None):
@@ -316,7 +340,40 @@ class LoopTrainer(SFTTrainer):
             self._rates = progress["rates"]
         self._unmeasured = self.held_out is not None and not resume_from_checkpoint
         self._logged_at = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
+        except torch.OutOfMemoryError as error:
+            s, layers = self.settings, self.accelerator.unwrap_model(self.model).get_base_model().model.layers
+            raise UserError(
+                f"step {self.state.global_step + 1}: {in_short(error)}\nper_device_train_batch_size = "
+                f"{s.per_device_train_batch_size}, max_length = {s.max_length}, {recomputed(layers)} of {len(layers)} "
+                "layers recomputed: set activation_checkpointing to full, or a smaller batch (and "
+                "gradient_accumulation_steps larger by as much); the same command continues from the last good "
+                "checkpoint"
+            ) from None
+
+
+def recomputed(layers) -> int:
+    return sum(layer.gradient_checkpointing for layer in layers)
+
+
+def in_short(error: Exception) -> str:
+    return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
+
+
+@contextmanager
+def writing(what: str, folder: Path, unfinished: Path):
+    """Raises UserError where something of a run could not be written, as on a full disk; what is older stays."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # of a GPU
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{what} could not be written to {folder}: {in_short(error)} ({shutil.disk_usage(folder).free / 1e6:,.0f} "
+            "MB free); the same command continues from the last good checkpoint"
+        ) from None
 
 
 def seal(folder: Path) -> None:
@@ -354,29 +411,32 @@ class Stopped(Exception):
     """Training ended before its last step, after a checkpoint."""
 
 
-class Stopper(TrainerCallback):
-    """Ends training after the step in which a signal came or the time was up, in all processes together."""
+class Stopper:
+    """Says when to end training, after a step in which a signal came or the time was up, in all processes together."""
 
     def __init__(self, time_limit: float | None):
         self.deadline = None if time_limit is None else STARTED + time_limit
         self.why: str | None = None
+        # Processes of one node ask each other without their GPUs, which would have to finish first. Across nodes that
+        # is left to NCCL, which finds its network where gloo may not.
+        self.group = torch.distributed.new_group(backend="gloo") if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE else None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
         self.why = signal.Signals(number).name
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def asked(self, device: torch.device) -> bool:
         if self.deadline is not None and time.time() > self.deadline:
             self.why = self.why or "the time limit"
         stop = self.why is not None
         if WORLD_SIZE > 1:  # what all agree on, also where a signal comes in just now
-            flag = torch.tensor(float(stop), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            flag = torch.tensor(float(stop), device="cpu" if self.group else device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
             stop = bool(flag)
         if stop:
             self.why = self.why or "a signal to another process"
-            control.should_save = control.should_training_stop = True
+        return stop
 
 
 class Metrics(TrainerCallback):
@@ -429,7 +489,7 @@ def check_device(settings: Settings) -> str | int:
     """The device of this process; a machine that cannot run these settings is refused here, not an hour later.
 
     Raises:
-        UserError: bf16 without a GPU that computes in it, more processes than GPUs, or no C compiler.
+        UserError: bf16 without a GPU that computes in it, more processes than GPUs, or nothing to compile with.
     """
     if not torch.cuda.is_available():
         if settings.bf16:
@@ -439,8 +499,8 @@ def check_device(settings: Settings) -> str | int:
             )
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # accelerate's own cpu:1 is one that torch.load does not know
         return "cpu"
-    if torch.cuda.device_count() <= LOCAL_RANK:
-        raise UserError(f"process {LOCAL_RANK} of this node has no GPU: only {torch.cuda.device_count()} found")
+    if (count := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
+        raise UserError(f"{LOCAL_WORLD_SIZE} processes on {platform.node()} and {count} GPUs: start one for each GPU")
     torch.cuda.set_device(LOCAL_RANK)
     if settings.bf16 and torch.cuda.get_device_capability()[0] < 8:
         raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16 (Ampere and later have): set --bf16 false")
@@ -448,7 +508,24 @@ def check_device(settings: Settings) -> str | int:
         raise UserError(
             "torch_compile needs a C compiler: apt-get install gcc (or `module load gcc`), or set it to false"
         )
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if settings.torch_compile and not header.exists():
+        raise UserError(f"torch_compile needs {header}: apt-get install python3-dev, or set it to false")
     return LOCAL_RANK
+
+
+def unused(s: Settings, device: str | int) -> list[str]:
+    """What is set or there, and does nothing."""
+    lines = []
+    if s.fsdp and WORLD_SIZE == 1:
+        lines.append("fsdp: true does nothing with one process")
+    if s.fsdp and WORLD_SIZE > 1 and s.torch_compile and device != "cpu":
+        lines.append("torch_compile: true does nothing with fsdp")  # FSDP2's hooks would break the layers' graph
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    if (idle := count - LOCAL_WORLD_SIZE) > 0:
+        command = shlex.join(["torchrun", "--nproc_per_node", str(count), *sys.argv])
+        lines.append(f"{idle} of the {count} GPUs here {'is' if idle == 1 else 'are'} idle; all of them: {command}")
+    return lines
 
 
 def check_logger(settings: Settings) -> None:
@@ -540,10 +617,9 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
     if folder.exists() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir()):
         if not config.exists():
             raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
-        recorded, asked = (yaml.safe_load(text) for text in (config.read_text(encoding="utf-8"), run.as_yaml()))
-        names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
-        if names and not overwrite and has_begun(folder):
-            differences = "".join(f"\n  {n}: {recorded.get(n)!r} there, {asked.get(n)!r} asked" for n in names)
+        others = other_settings(folder, run)
+        if others and not overwrite and has_begun(folder):
+            differences = "".join(f"\n  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items())
             raise UserError(
                 f"{folder} holds a run with other settings:{differences}\n"
                 "use another --output_dir or experiment, or --overwrite to delete that run"
@@ -588,14 +664,20 @@ def continue_from(checkpoint: Path, report: dict) -> None:
     print(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
         print(
-            f"  with {WORLD_SIZE} processes after {progress['processes']}: the same rows in each step, but other "
-            "dropout masks and another order of sums, so not the same bytes"
+            f"  with {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)} after {progress['processes']}: the same rows in "
+            "each step, but other dropout masks and another order of sums, so not the same bytes"
         )
+    here, there = machine(), {name: record.get(name) for name in ("git_commit", "gpu")} | record["packages"]
+    packages = {name: number for name, number in here["packages"].items() if number != there.get(name)}
+    changed = packages | {name: here[name] for name in ("git_commit", "gpu") if here[name] != there[name]}
+    if changed:
+        print("  unlike when it began: " + ", ".join(f"{n} {now} after {there.get(n)}" for n, now in changed.items()))
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(metrics, "".join(f"{line}\n" for line in kept))
-    record.setdefault("continued", []).append({"step": step, "processes": WORLD_SIZE, "at": now()})
+    entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here, "packages": packages}
+    record.setdefault("continued", []).append(entry)
     write_json(folder / "manifest.json", record)
 
 
@@ -603,17 +685,25 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None) -> dict:
-    """What is needed to repeat the run: code, versions, machine, revisions, seed."""
+def machine() -> dict:
+    """Code, versions, GPU."""
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     return {
-        "run": run.run,
-        "command": sys.argv,
         **code_version(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None, memory: dict) -> dict:
+    """What is needed to repeat the run: code, versions, machine, revisions, seed."""
+    return {
+        "run": run.run,
+        "command": sys.argv,
+        **machine(),
         "gpu_tflops": flops and round(flops / 1e12, 1),  # of bf16 products, measured: model_flop_use is a share of it
+        **memory,
         "processes": WORLD_SIZE,
         "model": run.settings.model_name_or_path,
         "model_commit": getattr(model.config, "_commit_hash", None),
@@ -655,11 +745,11 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
     """The settings as TRL's own.
 
     Raises:
-        UserError: a value that transformers does not know.
+        UserError: a value that transformers does not know, or that does not work here.
     """
     s = run.settings
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(folder),
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and masked already
             max_length=None,
@@ -671,11 +761,12 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
             lr_scheduler_type=s.lr_scheduler_type,
             warmup_ratio=s.warmup_ratio,
             weight_decay=s.weight_decay,
-            max_grad_norm=s.max_grad_norm,
+            max_grad_norm=s.max_grad_norm or math.inf,  # with 0 the norm would not be computed, which the guards watch
             optim=s.optim,
             gradient_checkpointing=False,  # `build` has seen to it, layer by layer
             bf16=s.bf16,
             use_cpu=use_cpu,
+            accelerator_config={"non_blocking": not use_cpu},  # batches need not wait for the GPU on their way to it
             seed=s.seed,
             logging_steps=s.logging_steps,
             logging_first_step=True,
@@ -692,6 +783,29 @@ def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs, transformers would make nn.DataParallel
+    check_optimizer(s, arguments)
+    return arguments
+
+
+def check_optimizer(s: Settings, arguments: SFTConfig) -> None:
+    """Makes a step with optimizer and schedule on a parameter of their own: transformers lists more than work here.
+
+    Raises:
+        UserError: a package that is not there, or arguments for which there is no setting.
+    """
+    weight = torch.nn.Parameter(torch.zeros(64, 64, device=arguments.device))  # the smallest that 8 bits are used for
+    weight.grad = torch.zeros_like(weight)
+    setting, others = "optim", "adamw_torch, adamw_torch_fused and paged_adamw_8bit"
+    try:
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weight], **options)
+        optimizer.step()
+        setting, others = "lr_scheduler_type", "cosine, linear and constant_with_warmup"
+        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{setting} = {getattr(s, setting)} does not work here: {reason}; {others} do") from None
 
 
 def frozen_kind(s: Settings, device: str | int) -> str:
@@ -732,9 +846,9 @@ def build(s: Settings, device: str | int) -> PeftModel:
             double_quant=s.bnb_4bit_use_double_quant,
             device=device,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model {s.model_name_or_path}: {error}") from None
-    recomputed = layers_to_recompute(s, model.config, free, compiled)
+    count = layers_to_recompute(s, model.config, free, compiled)
     set_seed(s.seed)  # the trainer does so only after the adapter's first weights were drawn
     config = LoraConfig(
         r=s.r,
@@ -749,7 +863,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
     adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
     if not (s.use_dora or sharded):  # those two need PEFT's own layers
         fuse(adapted, kind)
-    model.recompute_layers(recomputed)
+    model.recompute_layers(count)
     if compiled:
         model.compile_layers(one_size=s.packing)
         if kind == "nf4" and not s.use_dora:
@@ -797,11 +911,20 @@ def train(run: Resolved) -> Path:
         print(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
         for name, value in vars(s).items():
             print(f"  {name:<28} {str(value):<32} {run.origins[name]}")
+        for line in unused(s, device):
+            print(line)
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0)
     held_out = held_out_rows(s, tokenizer)
     with PartialState().main_process_first():  # the other ranks see what the first one left
         state = claim(folder, run, run.options.overwrite and RANK == 0)
+    found = gather_object([str(state) if (folder / "config.yaml").exists() else "nothing"])
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise UserError(
+                f"output_dir = {s.output_dir} is not one shared folder: process 0 finds {found[0]} there, process "
+                f"{rank} {theirs}; use one that all nodes share"
+            )
     if state == "complete":
         if RANK == 0:
             print(f"{folder} is complete already; --overwrite trains it again")
@@ -813,21 +936,27 @@ def train(run: Resolved) -> Path:
         save_report(folder / "data_report.json", report)
 
     start_logger(run, folder)
-    model = build(s, device)
-    flops = matrix_rate(device) if s.bf16 and device != "cpu" else None
+    free = None if device == "cpu" else torch.cuda.mem_get_info()[0]
+    try:
+        model = build(s, device)
+        flops = matrix_rate(device) if s.bf16 and device != "cpu" else None
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{in_short(error)}: does another process use this GPU (nvidia-smi)?") from None
+    memory = planned_memory(s, model, free)
     if RANK == 0 and state == "new":
-        write_json(folder / "manifest.json", manifest(run, model, report, flops))
+        write_json(folder / "manifest.json", manifest(run, model, report, flops, memory))
     stopper = Stopper(run.options.time_limit)
     trainer = LoopTrainer(
         model=model,
         settings=s,
         held_out=held_out,
         flops=flops,
+        stopper=stopper,
         args=arguments,
         train_dataset=rows,
         data_collator=partial(collate, width=s.max_length) if s.packing else collate,  # packs: one size, fast kernels
         processing_class=tokenizer,
-        callbacks=[Refresh(), Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0), stopper],
+        callbacks=[Refresh(), Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -844,16 +973,17 @@ def train(run: Resolved) -> Path:
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         unfinished = folder / ".final_adapter"
         shutil.rmtree(unfinished, ignore_errors=True)
-        trainer.model.save_pretrained(unfinished)
-        config = json.loads((unfinished / "adapter_config.json").read_text(encoding="utf-8"))
-        config["target_modules"].sort()  # PEFT writes a set, in another order in each process
-        write_json(unfinished / "adapter_config.json", config)
-        tokenizer.save_pretrained(unfinished)
-        write_atomic(unfinished / "README.md", model_card(run, report, s.model_name_or_path, log))
-        seal(unfinished)
-        shutil.rmtree(folder / "final_adapter", ignore_errors=True)  # of a run killed between here and `completed`
-        os.replace(unfinished, folder / "final_adapter")
-        write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
+        with writing("the adapter", folder, unfinished):
+            trainer.model.save_pretrained(unfinished)
+            config = json.loads((unfinished / "adapter_config.json").read_text(encoding="utf-8"))
+            config["target_modules"].sort()  # PEFT writes a set, in another order in each process
+            write_json(unfinished / "adapter_config.json", config)
+            tokenizer.save_pretrained(unfinished)
+            write_atomic(unfinished / "README.md", model_card(run, report, s.model_name_or_path, log))
+            seal(unfinished)
+            shutil.rmtree(folder / "final_adapter", ignore_errors=True)  # of a run killed between here and `completed`
+            os.replace(unfinished, folder / "final_adapter")
+            write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
         for checkpoint in checkpoints(folder):  # the adapter is what remains
             shutil.rmtree(checkpoint)
         print(f"adapter: {folder / 'final_adapter'}")
@@ -861,11 +991,24 @@ def train(run: Resolved) -> Path:
     return folder
 
 
-def seconds(text: str) -> float:
-    """The time limit: seconds, or HH:MM:SS as Slurm writes it."""
-    if not re.fullmatch(r"\d+(:\d{2}){0,2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither seconds nor HH:MM:SS")
-    return sum(int(part) * 60**i for i, part in enumerate(reversed(text.split(":"))))
+def planned_memory(s: Settings, model: PeftModel, free: int | None) -> dict:
+    """Layers recomputed and, for a GPU that had so many bytes free, GiB estimated at the peak; printed, too."""
+    layers, gib = model.get_base_model().model.layers, None
+    count, text = recomputed(layers), ""
+    if free and s.torch_compile and not (s.fsdp and WORLD_SIZE > 1):  # the estimate is of compiled layers
+        gib = round(training_memory(s, model.config, count) / 2**30, 1)
+        text = f"; estimate {gib} GiB of {free / 2**30:.1f} free"
+    if RANK == 0:
+        print(f"memory: {count} of {len(layers)} layers recomputed{text}")
+    return {"recomputed_layers": count, "estimated_gib": gib}
+
+
+def time_limit(text: str) -> float:
+    try:
+        return seconds(text, each=1)
+    except ValueError:
+        message = f"{text!r} is neither seconds nor HH:MM:SS nor D-HH:MM:SS"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -874,8 +1017,30 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=("auto", "never"), default="auto", help="never: refuse a run that has checkpoints already"
     )
     parser.add_argument(
-        "--time_limit", type=seconds, help="stop, saved, after this time: seconds or HH:MM:SS (exit code 75)"
+        "--time_limit", type=time_limit, help="stop, saved, after this: seconds, HH:MM:SS, D-HH:MM:SS (exit code 75)"
     )
+
+
+def speaks(error: BaseException) -> bool:
+    """Whether this process is the one to say why the run ends: the first that fails, as others then fail with it."""
+    if not torch.distributed.is_initialized():  # a mistake that all of them see
+        return LOCAL_RANK == 0 or not isinstance(error, UserError)
+    try:
+        return _get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # process 0, which may be the one that keeps the store, has ended
+        return False
+
+
+def leave(code: int) -> None:
+    """Ends this process with its exit code."""
+    if WORLD_SIZE == 1:
+        sys.exit(code)
+    # The interpreter's end, and that of the process group, may wait for processes that are gone or wait themselves.
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:
@@ -883,12 +1048,17 @@ def main() -> None:
         train(resolve(__doc__, add_options=options))
     except Stopped as stopped:
         if RANK == 0:
-            print(f"{stopped}; the same command continues (exit code {STOPPED})", flush=True)
-        if WORLD_SIZE > 1:  # the end of the interpreter joins gloo's threads, which can wait for a process that is gone
-            if "wandb" in sys.modules:
-                sys.modules["wandb"].finish(STOPPED)
-            os._exit(STOPPED)
-        sys.exit(STOPPED)
+            print(f"{stopped}; the same command continues (exit code {STOPPED})")
+        leave(STOPPED)
+    except (Exception, KeyboardInterrupt) as error:
+        if WORLD_SIZE == 1:
+            raise
+        if not speaks(error):
+            leave(2 if isinstance(error, UserError) else 1)
+        code = explain(error)
+        if code is None:
+            traceback.print_exc()
+        leave(code or 1)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

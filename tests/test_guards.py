@@ -1,4 +1,5 @@
-"""The guards of a run: what stops it, what it names, what stays on the disk; held-out loss and log, recounted."""
+"""The guards of a run: what stops it, what it names, what stays on the disk; held-out loss and log, recounted; what its
+settings do to optimizer, precision and GPUs."""
 
 import json
 import math
@@ -15,13 +16,15 @@ from settings import Settings, UserError, resolve
 
 import pytest
 import torch
-from peft import PeftModel
+from bitsandbytes.nn import Params4bit
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+import plan
 import train_qlora
 from batches import EpochOrder, Rows
 from data_config import load_tokenizer, prepare
-from modeling_ouro import IGNORE, load_ouro
+from modeling_ouro import IGNORE, PROJECTIONS, load_ouro
 from train_qlora import LoopTrainer
 
 ROOT = Path(train_qlora.__file__).parent
@@ -251,17 +254,22 @@ def test_a_real_spike_stops_the_run_at_the_step_and_with_the_median_that_a_recou
     assert named_rows(error.value) == places_of(rows, step, 1) and len(named_rows(error.value)) == 1
 
 
-@pytest.mark.parametrize("count", [3, 18])
-def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, monkeypatch, count):
-    """Also where an epoch is one step."""
-    kept = []
-    made = LoopTrainer.__init__
+@pytest.fixture
+def kept(monkeypatch) -> list[LoopTrainer]:
+    """The trainers that are made."""
+    kept, made = [], LoopTrainer.__init__
 
     def keep(self, *args, **kwargs):
         kept.append(self)
         made(self, *args, **kwargs)
 
     monkeypatch.setattr(LoopTrainer, "__init__", keep)
+    return kept
+
+
+@pytest.mark.parametrize("count", [3, 18])
+def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, kept, count):
+    """Also where an epoch is one step."""
     data = pairs(tmp_path / "data.jsonl", QUESTIONS[:count])
     argv = [*data, *PLAIN, *TWO_BY_TWO, "--num_train_epochs", "3", "--eval_steps", "0"]
     lines, rows = metrics(trained(tmp_path, *argv)), prepared(*data)
@@ -464,3 +472,227 @@ def test_each_line_of_the_log_is_the_mean_over_its_steps_and_a_recount_of_their_
     total, right, count = cross_entropy(before, 1, seventh)
     assert each[6]["mean_token_accuracy"] == round(right / count, 4) > 0
     assert each[6]["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_model_flop_use_is_what_the_rows_take_of_the_rate_measured(tmp_path, monkeypatch):
+    """Padding and recomputation are not counted; with two losses the head is used twice."""
+    made = LoopTrainer.__init__
+    monkeypatch.setattr(LoopTrainer, "__init__", lambda *args, **kwargs: made(*args, **kwargs | {"flops": 1e6}))
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--total_ut_steps", "2", "--loss", "all"]
+    lines = metrics(trained(tmp_path, *argv, "--max_steps", "4", "--logging_steps", "2", "--r", "8"))
+    rows, config, step = prepared(*argv), load_ouro(MODEL).config, 0
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    for line in lines:
+        taken = range(step + 1, line["step"] + 1)
+        documents = [doc for k in taken for i in items_of(rows, k, 4) for doc in rows[i]]
+        tokens, step = sum(len(ids) for ids, _ in documents), line["step"]
+        pairs_of = sum(len(ids) * (len(ids) + 1) // 2 for ids, _ in documents)
+        targets = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
+        flops = plan.training_flops(config, 2, 8, tokens, pairs_of, 2 * targets)
+        spent = tokens / line["tokens_per_second"]
+        assert line["model_flop_use"] == pytest.approx(flops / spent / 1e6, rel=1e-3)
+        padded = tokens / (1 - line["padding"])
+        assert line["padded_tokens_per_second"] == pytest.approx(padded / spent, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what settings do
+
+
+SGD = [*PLAIN, *TWO_BY_TWO, "--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", "0.1",
+       "--max_steps", "1", "--eval_steps", "0", "--max_grad_norm", "0"]  # fmt: skip
+
+
+def test_lora_plus_gives_b_its_own_learning_rate_and_both_their_weight_decay(tmp_path, kept):
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS[:4])
+    ways = {"plain": ["0", "1"], "plus": ["0", "4"], "decayed": ["0.5", "4"]}
+    weights = {}
+    for way, (decay, ratio) in ways.items():
+        run = trained(tmp_path / way, *data, *SGD, "--weight_decay", decay, "--loraplus_lr_ratio", ratio)
+        weights[way] = load_file(run / "final_adapter/adapter_model.safetensors")
+    trainer, seen = kept[-1], 0
+    names = {id(p): name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            seen += 1
+            assert group["lr"] == pytest.approx(0.4 if "lora_B" in names[id(p)] else 0.1)
+            assert group["weight_decay"] == 0.5
+    assert seen == len(names) == len(weights["plain"])
+    for name, weight in weights["plain"].items():
+        if "lora_B" in name:  # from zero by its gradient, in one step
+            assert weight.abs().max() > 0
+            torch.testing.assert_close(weights["plus"][name], 4 * weight)
+            torch.testing.assert_close(weights["decayed"][name], 4 * weight)
+        else:  # which has no gradient while B is zero
+            assert torch.equal(weights["plus"][name], weight)
+            torch.testing.assert_close(weights["decayed"][name], weight * (1 - 0.1 * 0.5))
+
+
+def test_without_clipping_the_gradients_norm_is_watched_all_the_same(tmp_path, monkeypatch):
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--max_steps", "2", "--logging_steps", "1"]
+    runs = [trained(tmp_path / norm, *argv, "--max_grad_norm", norm) for norm in ("0", "1e9")]
+    a, b = ((run / "final_adapter/adapter_model.safetensors").read_bytes() for run in runs)
+    assert a == b and [[line["grad_norm"] for line in metrics(run)] for run in runs][0][1] > 0
+
+    def spoil(trainer, inputs) -> int:  # called after each backward pass
+        if trainer.state.global_step == 1:
+            next(p for p in trainer.model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        return 0
+
+    monkeypatch.setattr(LoopTrainer, "floating_point_ops", spoil)
+    with pytest.raises(UserError, match=r"^step 2: the loss is \d[\d.]*, the gradient's norm inf"):
+        trained(tmp_path / "spoilt", *argv, "--max_grad_norm", "0")
+
+
+@pytest.fixture
+def hidden_4_bit():
+    """TRL asks for the device of a weight of this name, and on a CPU leaves the model as it is."""
+    Params4bit.__name__ = "other"
+    yield
+    Params4bit.__name__ = "Params4bit"
+
+
+def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hidden_4_bit):
+    """TRL's own preparation would make embeddings, norms and head fp32."""
+    model = load_ouro(MODEL, dtype=torch.bfloat16, nf4=True)
+    model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    run, rows = resolved("--optim", "adamw_torch"), prepared("--dataset", "sample", "--cache_dir", str(tmp_path))
+    arguments = train_qlora.trainer_arguments(run, tmp_path, use_cpu=True)
+    arguments.bf16 = True
+    trainer = LoopTrainer(
+        model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments, train_dataset=rows,
+        data_collator=train_qlora.collate, processing_class=load_tokenizer(MODEL),
+    )  # fmt: skip
+    assert {name: p.dtype for name, p in trainer.model.named_parameters()} == before
+    assert {str(dtype) for name, dtype in before.items() if "lora_" in name} == {"torch.float32"}
+    base = trainer.model.get_base_model()
+    for weight in (base.get_input_embeddings().weight, base.lm_head.weight, base.model.norm.weight):
+        assert weight.dtype == torch.bfloat16
+
+
+def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
+    """Else transformers splits each batch over all of them, in this process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = train_qlora.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size == 2
+
+
+def test_what_does_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])
+    idle = "3 of the 4 GPUs here are idle; all of them: torchrun --nproc_per_node 4 train_qlora.py --exp 'a b'"
+    assert train_qlora.unused(Settings(), 0) == [idle]
+    assert train_qlora.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
+    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 4)
+    monkeypatch.setattr(train_qlora, "LOCAL_WORLD_SIZE", 4)
+    assert train_qlora.unused(Settings(), 0) == train_qlora.unused(Settings(fsdp=True, torch_compile=False), 0) == []
+    assert train_qlora.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
+
+
+def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train_qlora, "LOCAL_WORLD_SIZE", 3)
+    with pytest.raises(UserError, match=r"^3 processes on \S+ and 2 GPUs: start one for each GPU$"):
+        train_qlora.check_device(Settings())
+
+
+def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(train_qlora.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(train_qlora.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(UserError, match=rf"^torch_compile needs {tmp_path}/Python.h: apt-get install python3-dev"):
+        train_qlora.check_device(Settings())
+    assert train_qlora.check_device(Settings(torch_compile=False)) == 0
+    (tmp_path / "Python.h").touch()
+    assert train_qlora.check_device(Settings()) == 0
+
+
+def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsys):
+    s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False, activation_checkpointing="3")
+    model, free = train_qlora.build(s, "cpu"), 78 * 2**30
+    monkeypatch.setattr(train_qlora, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
+    planned = train_qlora.planned_memory(s, model, free)
+    assert planned == {"recomputed_layers": 3, "estimated_gib": 70.3}
+    assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed; estimate 70.3 GiB of 78.0 free\n"
+    s.torch_compile = False  # of which there is no estimate
+    assert train_qlora.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
+    assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed\n"
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. Of the allocated memory 70 GiB are …"
+
+
+def test_a_gpu_that_is_full_in_a_step_is_said_with_what_can_be_lowered(tmp_path, monkeypatch):
+    step = LoopTrainer.compute_loss
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise torch.OutOfMemoryError(FULL)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoopTrainer, "compute_loss", full)
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    argv = [*data, *PLAIN, *TWO_BY_TWO, "--activation_checkpointing", "1", "--eval_steps", "0", "--save_steps", "1"]
+    with pytest.raises(UserError) as error:
+        trained(tmp_path, *argv, "--max_steps", "2", "--max_length", "512")
+    assert str(error.value).splitlines() == [
+        "step 2: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.",
+        "per_device_train_batch_size = 2, max_length = 512, 1 of 4 layers recomputed: set activation_checkpointing to "
+        "full, or a smaller batch (and gradient_accumulation_steps larger by as much); the same command continues from "
+        "the last good checkpoint",
+    ]
+    assert checkpoints(tmp_path / "smoke") == ["checkpoint-1"]
+
+
+def test_a_gpu_that_is_full_while_saving_is_no_full_disk(tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(train_qlora, "seal", full)
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    with pytest.raises(UserError, match="^step 2: CUDA out of memory"):
+        trained(tmp_path, *data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--max_steps", "1")
+
+
+def test_a_gpu_that_is_full_before_the_first_step_is_said(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(train_qlora, "load_ouro", full)
+    message = r"^CUDA out of memory\. .* 1.00 GiB free\.: does another process use this GPU \(nvidia-smi\)\?$"
+    with pytest.raises(UserError, match=message):
+        trained(tmp_path, *pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, "--eval_steps", "0")
+
+
+def test_a_truncated_model_is_refused(tmp_path):
+    model = tmp_path / "model"
+    load_ouro(MODEL).save_pretrained(model)
+    load_tokenizer(MODEL).save_pretrained(model)
+    os.truncate(model / "model.safetensors", 1000)
+    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
+    with pytest.raises(UserError, match=rf"^cannot load the model {model}: .*deserializing header"):
+        trained(tmp_path, *data, *PLAIN, "--eval_steps", "0", "--model_name_or_path", str(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("optim", "adamw_torch_8bit", r"You need to have `torchao>=0\.4\.0`"),
+        ("optim", "galore_adamw", "You need to install `galore_torch`"),
+        ("optim", "lomo", "You need to install `lomo_optim`"),
+        ("lr_scheduler_type", "warmup_stable_decay", "get_wsd_schedule.. missing 1 required positional argument"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
+    ],
+)
+def test_what_transformers_lists_and_cannot_do_here_is_refused_at_once(tmp_path, name, value, reason):
+    works = "adamw_torch" if name == "optim" else "cosine"
+    with pytest.raises(UserError, match=rf"^{name} = {value} does not work here: {reason}.*; {works}, .* do$"):
+        trained(tmp_path, f"--{name}", value)
+    assert not list(tmp_path.iterdir())

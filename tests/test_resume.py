@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
-from settings import UserError, resolve
+from settings import UserError, read_yaml, resolve
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ ROOT = Path(train_qlora.__file__).parent
 SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_rows", "4"]  # fmt: skip
 SIX = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--logging_steps", "2", "--eval_steps", "3"]
-LATER = ("tokens_per_second", "memory_gib")  # what may differ in metrics.jsonl
+LATER = ("tokens_per_second", "padded_tokens_per_second", "memory_gib")  # what may differ in metrics.jsonl
 STATE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 # A process takes 10 s to import all this. These come from a server that has, but has computed nothing; train_qlora.py
 # itself they run afresh, as a user types it.
@@ -44,7 +45,8 @@ def in_the_repository():
         for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
             patch.delenv(name, raising=False)
         torch.set_num_threads(1)
-        FORKS.set_forkserver_preload(["settings", "torch", "peft", "trl", "bitsandbytes", "data_config", "batches"])
+        imported = ["settings", "torch", "peft", "trl.trainer.sft_trainer", "bitsandbytes", "data_config", "batches"]
+        FORKS.set_forkserver_preload(imported)
         yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -211,6 +213,42 @@ def test_killed_after_a_step_while_saving_and_after_the_last_checkpoint(whole, c
     assert not (run / "final_adapter/rest").exists()
 
 
+def test_killed_in_every_step_a_run_ends_in_the_same_bytes(cache, tmp_path):
+    argv = ["--max_steps", "3", "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "0"]
+    whole = trained(tmp_path / "whole", cache, *argv)
+    run = tmp_path / "parts/smoke"
+    for step in (1, 2, 3):
+        script = Script(tmp_path / "out", arguments(tmp_path / "parts", cache, *argv))
+        code = script.kill_when(lambda step=step, script=script: f"step     {step}/3" in script.printed)
+        assert code == -signal.SIGKILL and not (run / "completed").exists()
+        kept = [int(name.split("-")[1]) for name in names(run)]
+        assert kept[:1] in ([step], [step - 1], []) and all(map(train_qlora.is_good, train_qlora.checkpoints(run)))
+        assert kept or step == 1, "a run starts anew only where nothing was saved"
+    assert_same(trained(tmp_path / "parts", cache, *argv), whole)
+
+
+@pytest.mark.parametrize(("where", "last"), [("held_out_loss", 4), ("_save_checkpoint", 3)])
+def test_a_first_signal_in_evaluation_or_while_saving_ends_the_run_after_the_next_step(
+    whole, cache, tmp_path, monkeypatch, where, last
+):
+    """The held-out loss is due in step 3, a checkpoint in step 2."""
+    work, sent = getattr(train_qlora.LoopTrainer, where), []
+
+    def signalled(self, *args):
+        if self.state.global_step == last - 1 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return work(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora.LoopTrainer, where, signalled)
+        with pytest.raises(train_qlora.Stopped, match=f"^SIGTERM: stopped after step {last}, which is saved"):
+            trained(tmp_path, cache)
+    run = tmp_path / "smoke"
+    assert sent and names(run)[0] == f"checkpoint-{last}"
+    assert all(map(train_qlora.is_good, train_qlora.checkpoints(run)))
+    assert_same(trained(tmp_path, cache), whole)
+
+
 def damage_truncate(checkpoint: Path) -> None:
     os.truncate(checkpoint / "optimizer.pt", (checkpoint / "optimizer.pt").stat().st_size // 2)
 
@@ -298,6 +336,47 @@ def test_a_started_run_with_other_settings_is_refused_untouched(stopped, cache, 
     assert contents(run) == before
 
 
+def test_settings_that_change_no_training_neither_refuse_nor_repeat_a_run(whole, stopped, cache, tmp_path, capsys):
+    """Also the same folder, named otherwise; paths are those of what the run does not read."""
+    copied(stopped, tmp_path)
+    here = ["--results_dir", str(tmp_path), "--tasks", "thai_text", "--eval_batch_tokens", "9", "--max_new_tokens", "3"]
+    here += ["--output_dir", os.path.relpath(tmp_path), "--cache_dir", os.path.relpath(cache)]
+    here += ["--report_to", "tensorboard"]
+    sets = read_yaml("tests/smoke.yaml")["paths"]
+    here += ["--paths", ",".join(f"{n}={p if n == 'wangchan' else p + '/nowhere'}" for n, p in sets.items())]
+    for _ in range(2):
+        assert_same(trained(tmp_path, cache, *here), whole)
+    printed = capsys.readouterr().out
+    assert printed.count("continuing from ") == 1 and printed.count("is complete already") == 1
+    with pytest.raises(UserError, match=r"other settings:\n  paths: .* asked\nuse another"):
+        trained(tmp_path, cache, "--paths", f"wangchan={ROOT / 'sample/wangchan'}")
+
+
+def test_a_run_says_and_records_what_is_not_as_it_began(stopped, cache, tmp_path, capsys):
+    run = copied(stopped, tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    before = manifest["packages"] | {"torch": "2.0", "trl": manifest["packages"]["trl"]}
+    (run / "manifest.json").write_text(json.dumps(manifest | {"git_commit": "12ab", "gpu": "H100", "packages": before}))
+    assert one_step(tmp_path, cache) == 4 and one_step(tmp_path, cache) == 5
+    torch_now, commit = manifest["packages"]["torch"], manifest["git_commit"]
+    line = f"  unlike when it began: torch {torch_now} after 2.0, git_commit {commit} after 12ab, gpu None after H100\n"
+    assert capsys.readouterr().out.count(line) == 2
+    *_, entry = json.loads((run / "manifest.json").read_text())["continued"]
+    assert (entry["step"], entry["git_commit"], entry["gpu"]) == (4, commit, None)
+    assert entry["packages"] == {"torch": torch_now}
+    assert "unlike" not in capsys.readouterr().out
+
+
+def test_the_folders_of_nodes_that_share_none_are_refused(stopped, cache, tmp_path, monkeypatch):
+    run = copied(stopped, tmp_path)
+    before, checkpoint = contents(run), f"{run}/checkpoint-3"
+    monkeypatch.setattr(train_qlora, "gather_object", lambda mine: [*mine, checkpoint, "nothing"])
+    told = rf"^output_dir = {tmp_path} is not one shared folder: process 0 finds {checkpoint} there, process 2 nothing;"
+    with pytest.raises(UserError, match=told):
+        trained(tmp_path, cache)
+    assert contents(run) == before
+
+
 def test_a_run_with_checkpoints_is_not_continued_where_that_is_forbidden(stopped, cache, tmp_path):
     run = copied(stopped, tmp_path)
     before = contents(run)
@@ -370,44 +449,70 @@ def test_the_time_limit_exits_with_75_and_a_bad_one_with_2(cache, tmp_path):
     assert step < 6 and names(tmp_path / "smoke")[0] == f"checkpoint-{step}"
     wrong = Script(tmp_path / "out", arguments(tmp_path / "wrong", cache, "--time_limit", "2h"))
     assert wrong.code() == 2 and not (tmp_path / "wrong").exists()
-    assert wrong.printed == "error: command line: argument --time_limit: '2h' is neither seconds nor HH:MM:SS\n"
+    told = "error: command line: argument --time_limit: '2h' is neither seconds nor HH:MM:SS nor D-HH:MM:SS\n"
+    assert wrong.printed == told
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1:2:3", "1:00:00:00", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["", "-1", "1:002:03", "1:00:00:00", "1-", "nan", "1e3"])
 def test_a_bad_time_limit_is_refused(text):
     with pytest.raises(UserError, match="neither seconds nor HH:MM:SS"):
         resolve("", [*SIX, f"--time_limit={text}"], add_options=train_qlora.options)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("01:30", 90), ("36:00:05", 129605)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("01:30", 90), ("36:00:05", 129605), ("1-00:00:00", 86400), ("2-12", 216000)]
+)
 def test_a_time_limit_is_read_as_slurm_writes_it(text, seconds):
     assert resolve("", [*SIX, "--time_limit", text], train_qlora.options).options.time_limit == seconds
 
 
-def test_a_full_disk_keeps_the_older_checkpoint_and_the_run_goes_on_after(whole, stopped, cache, tmp_path):
-    folder, run = tmp_path / "disk", tmp_path / "disk/smoke"
+@contextmanager
+def small_disk(folder: Path, size: int):
     folder.mkdir()
-    size = sum(path.stat().st_size for path in (stopped / "checkpoint-2").iterdir())
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.7)}", "tmpfs", folder], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_a_full_disk_keeps_the_older_checkpoint_and_the_run_goes_on_after(whole, stopped, cache, tmp_path):
+    folder, run = tmp_path / "disk", tmp_path / "disk/smoke"
+    size = size_of(stopped / "checkpoint-2")
+    with small_disk(folder, int(size * 1.7)):
         script = Script(tmp_path / "out", arguments(folder, cache))
         assert script.code() == 2, script.printed
         errors = script.printed[script.printed.index("error: ") :]
         assert re.fullmatch(
             rf"error: step 4: the checkpoint could not be written to {run}: .+ \(\d+ MB free\); the same command "
-            r"continues from the one before\n", errors
+            r"continues from the last good checkpoint\n", errors
         )  # fmt: skip
         assert "Traceback" not in script.printed
         assert names(run) == ["checkpoint-2"] and train_qlora.is_good(run / "checkpoint-2")
         assert not (run / ".saving").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
         assert_same(trained(folder, cache), whole)
-    finally:
-        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_the_adapter_fills_keeps_the_last_checkpoint(whole, stopped, cache, tmp_path):
+    folder, run = tmp_path / "disk", tmp_path / "disk/smoke"
+    size = size_of(stopped / "checkpoint-2")
+    with small_disk(folder, size + size_of(whole / "final_adapter") // 2):
+        told = rf"^the adapter could not be written to {run}: .+ \(\d+ MB free\); the same command continues from the"
+        with pytest.raises(UserError, match=told):
+            trained(folder, cache, "--save_steps", "6")
+        assert names(run) == ["checkpoint-6"] and train_qlora.is_good(run / "checkpoint-6")
+        assert not (run / "final_adapter").exists() and not (run / ".final_adapter").exists()
+        subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
+        assert_same(trained(folder, cache, "--save_steps", "6"), whole)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -509,7 +614,7 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(cache, 
     shutil.rmtree(run)
     shutil.copytree(tmp_path / "stopped", run)
     alone = Script(tmp_path / "out", argv)
-    assert alone.code() == 0 and "with 1 processes after 2: the same rows in each step" in alone.printed
+    assert alone.code() == 0 and "with 1 process after 2: the same rows in each step" in alone.printed
     assert [line["num_tokens"] for line in metrics(run)] == [line["num_tokens"] for line in metrics(one)]
     assert [line["loss"] for line in metrics(run)] == pytest.approx([m["loss"] for m in metrics(one)], rel=1e-4)
 
@@ -518,4 +623,29 @@ def test_steps_that_two_processes_cannot_share_are_refused(cache, tmp_path):
     scripts = both(tmp_path / "out", arguments(tmp_path / "run", cache, "--gradient_accumulation_steps", "3"))
     assert [script.code() for script in scripts] == [2, 2]
     message = "error: gradient_accumulation_steps = 3 forward passes a step cannot be shared by 2 processes; use a "
-    assert message in scripts[0].printed and not (tmp_path / "run").exists()
+    assert scripts[0].printed.startswith(message) and scripts[1].printed == "" and not (tmp_path / "run").exists()
+
+
+def test_of_two_processes_that_fail_with_a_full_disk_one_says_so_and_neither_hangs(stopped, cache, tmp_path):
+    with small_disk(tmp_path / "disk", size_of(stopped / "checkpoint-2") // 2):
+        scripts = both(tmp_path / "out", arguments(tmp_path / "disk", cache, *TWO))
+        codes, printed = [script.code(90) for script in scripts], [script.printed for script in scripts]
+        assert codes == [2, 1] and printed[0].endswith("the same command continues from the last good checkpoint\n")
+        assert [text.count("error: ") for text in printed] == [1, 0] and "Traceback" not in "".join(printed)
+        assert "error: step 2: the checkpoint could not be written to" in printed[0]
+
+
+def test_of_processes_that_fail_the_first_speaks(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(train_qlora, "_get_default_store", lambda: store)
+    assert [train_qlora.speaks(UserError(text)) for text in "abc"] == [True] * 3, "before they know of each other"
+    monkeypatch.setattr(train_qlora, "LOCAL_RANK", 1)
+    assert not train_qlora.speaks(UserError("that process 0 says too")) and train_qlora.speaks(RuntimeError("not ours"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert [train_qlora.speaks(RuntimeError(text)) for text in "abc"] == [True, False, False]
+
+    def gone():
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(train_qlora, "_get_default_store", gone)
+    assert not train_qlora.speaks(RuntimeError("Connection closed by peer"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
+from test_resume import port
 
 import evaluate
 import train_qlora
@@ -24,11 +25,7 @@ ROOT = Path(settings.__file__).parent
 SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--logging_steps", "1"]
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
 
 
 def trained(folder: Path, *argv: str) -> Path:
@@ -269,6 +266,17 @@ def test_a_mistake_is_refused_before_anything_is_written(tmp_path, argv, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("below", ["", "/deep"])
+def test_an_output_folder_that_is_a_file_is_refused_with_one_message(tmp_path, monkeypatch, capsys, below):
+    (tmp_path / "file").touch()
+    argv = ["--output_dir", f"{tmp_path}/file{below}", "--cache_dir", str(tmp_path / "cache"), "--overlap", "none"]
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMOKE, *argv])
+    with pytest.raises(SystemExit) as ended:
+        settings.call(train_qlora.main)
+    told = f"error: a file is where a folder is wanted: {tmp_path}/file"
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(told)
+
+
 def test_accumulated_batches_take_the_step_of_one_big_batch(tmp_path):
     steps = ["--max_steps", "2", "--lora_dropout", "0", "--use_qlora", "false", "--optim", "adamw_torch"]
     split = trained(tmp_path / "a", *steps, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
@@ -282,7 +290,7 @@ def test_accumulated_batches_take_the_step_of_one_big_batch(tmp_path):
 def test_two_processes_take_the_steps_of_one(tmp_path):
     argv = [*SMOKE, "--max_steps", "2", "--lora_dropout", "0", "--use_qlora", "false", "--optim", "adamw_torch",
             "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
     command += ["train_qlora.py", *argv, "--output_dir", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
