@@ -25,9 +25,9 @@ def print_task(task: "Task", subjects: "list[Subject]", found: Found, depths: li
     exams = len(some["subsets"]) > 1
     what = f"\n{task.name} ({some['protocol']}): {some['items']} items"
     if some["chance"] is not None:
-        what += f", chance {some['chance']:.1%}, always the commonest letter {some['majority']:.1%}"
-        if exams:
-            what += f"; mean of exams: chance {some['macro_chance']:.1%}, commonest {some['macro_majority']:.1%}"
+        chance, most = (f" ({some[key]:.1%})" if exams else "" for key in ("macro_chance", "macro_majority"))
+        what += f", chance {some['chance']:.1%}{chance}, always the commonest letter {some['majority']:.1%}{most}"
+        what += "; in brackets: mean of exams" if exams else ""
     print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
     width = max(len(subject.run) for subject in subjects)
     mean = f" {'of exams':>9}" if exams else ""

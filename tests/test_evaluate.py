@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from local_hub import LocalHub, Scripts, copy_project, write
+from safetensors.torch import load_file, save, save_file
 from tiny_ouro import tiny, tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -368,6 +370,63 @@ def test_a_repeated_command_computes_nothing_and_a_changed_one_what_changed(stud
     assert {name.split("/")[1].split("-ut")[0] for name in changed} == {"thai_exam-leaderboard"}
 
 
+def rows_after(printed: str, title: str) -> list[list[str]]:
+    return [line.split() for line in printed[printed.index(title) :].partition("\n\n")[0].splitlines()[1:]]
+
+
+def test_the_matrix_has_the_means_over_seeds_that_the_files_have(study, capsys):
+    capsys.readouterr()
+    evaluated(study, "--exp", EXPS, "--tasks", "thai_exam-leaderboard,english_text")
+    printed = capsys.readouterr().out
+    rows = {"base": ["base-fp32"], "wangchan 1": ["exp2-wangchan-ut1", "seed7/exp2-wangchan-ut1"],
+            "wangchan 2": ["exp3a-wangchan-ut2"]}  # fmt: skip
+    for task, form in (("thai_exam-leaderboard", ".1%"), ("english_text", ".4f")):
+        found = rows_after(printed, f"{task} by loops in training (rows) and in the test")
+        assert found[0] == ["1", "2"]
+        for line, (name, runs) in zip(found[1:4], rows.items(), strict=True):
+            files = [[study / "results" / run / f"{task}-ut{depth}.json" for run in runs] for depth in (1, 2)]
+            means = [np.mean([json.loads(f.read_text())["study"]["value"] for f in cell]) for cell in files]
+            assert line == [*name.split(), *(format(mean, form) for mean in means)]
+
+
+def test_where_nothing_is_rated_the_matrix_has_no_numbers(study, tmp_path, capsys):
+    shutil.copytree(study / "output", tmp_path / "output")
+    paths = f"mt_bench_thai={ROOT / 'sample/mt_bench_thai'}"
+    evaluated(tmp_path, "--exp", EXPS, "--tasks", "mt_bench_thai", "--judge", "none", "--max_new_tokens", "2",
+              "--paths", paths)  # fmt: skip
+    found = rows_after(capsys.readouterr().out, "mt_bench_thai by loops in training (rows) and in the test")
+    assert found[1:4] == [["base", "-", "-"], ["wangchan", "1", "-", "-"], ["wangchan", "2", "-", "-"]]
+
+
+def test_each_exam_is_printed_with_its_own_chance_and_commonest_letter(study, capsys):
+    capsys.readouterr()
+    evaluated(study, "--base", "--tasks", "thai_exam-leaderboard")
+    printed = capsys.readouterr().out
+    s, deeper = (json.loads((study / f"results/base-fp32/thai_exam-leaderboard-ut{k}.json").read_text())["study"]
+                 for k in (1, 2))  # fmt: skip
+    assert f"chance {s['chance']:.1%} ({s['macro_chance']:.1%}), always the commonest letter" in printed
+    assert f"letter {s['majority']:.1%} ({s['macro_majority']:.1%}); in brackets: mean of exams" in printed
+    assert any(f"{s['macro']:.1%}" in line.split() for line in printed.splitlines() if " base-fp32     1 " in line)
+    exams = {line[0]: line[1:] for line in rows_after(printed, "base-fp32 by exam")[1:]}
+    for exam, row in s["subsets"].items():
+        shown = [f"{row[key]:.1%}" for key in ("chance", "majority", "value")]
+        assert exams[exam] == [str(row["items"]), *shown, f"{deeper['subsets'][exam]['value']:.1%}"]
+
+
+def test_the_gap_between_languages_is_printed_from_the_items_of_both(study, tmp_path, capsys):
+    paths = f"belebele={ROOT / 'sample/belebele'}"
+    evaluated(tmp_path, "--base", "--tasks", "belebele_english", "--limit", "9", "--paths", paths)
+    assert "cross-lingual gap" not in capsys.readouterr().out
+    evaluated(tmp_path, "--base", "--tasks", "belebele_thai", "--limit", "12", "--paths", paths)
+    found = rows_after(capsys.readouterr().out, "belebele, English - Thai on the same questions")
+    for depth, line in zip((1, 2), found[1:], strict=False):
+        files = [tmp_path / f"results/base-fp32/belebele_{name}-ut{depth}.items.jsonl" for name in ("thai", "english")]
+        pairs = benchmarks.pairs(*([json.loads(x) for x in f.read_text().splitlines()] for f in files))
+        gap, low, high = benchmarks.paired_gap(pairs)
+        means = [f"{sum(pair[i] for pair in pairs) / 9:.1%}" for i in (1, 0)]
+        assert line == ["base-fp32", str(depth), "9", *means, f"{gap:+.1%}", f"{low:+.1%}", "–", f"{high:+.1%}"]
+
+
 def test_a_model_that_answers_one_letter_is_warned_about(study, tmp_path, capsys):
     shutil.copytree(study, tmp_path / "copy")
     file = tmp_path / "copy/results/base-fp32/thai_exam-leaderboard-ut2.json"
@@ -423,6 +482,18 @@ def test_an_adapter_after_others_scores_as_it_does_alone(study, tmp_path):
     among = json.loads((study / "results/seed7/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     first = json.loads((study / "results/exp2-wangchan-ut1/english_text-ut2.json").read_text())["study"]
     assert alone["value"] == among["value"] != first["value"]
+
+
+def test_an_ouro_that_is_named_as_a_baseline_is_read_at_its_loops(study, tmp_path):
+    names = evaluated(tmp_path, "--model", MODEL, "--tasks", "thai_exam-leaderboard,english_text", "--bf16", "false")
+    (folder,) = names.iterdir()
+    assert folder.name.startswith("baseline-")
+    for name in ("thai_exam-leaderboard-ut1", "thai_exam-leaderboard-ut2", "english_text-ut1", "english_text-ut2"):
+        base = study / "results/base-fp32" / name
+        assert (folder / f"{name}.items.jsonl").read_bytes() == base.with_suffix(".items.jsonl").read_bytes()
+        own, other = (json.loads((place / f"{name}.json").read_text())["study"] for place in (folder, base.parent))
+        differ = {key for key in own if own[key] != other[key]}
+        assert differ == {"run", "kind"} and own["kind"] == "baseline"
 
 
 def test_results_of_all_items_are_not_replaced_by_those_of_some(trained, tmp_path):
@@ -492,6 +563,10 @@ def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
         assert value == pytest.approx(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))), abs=1e-4)
 
 
+def tensor(name: str) -> bytes:
+    return save({name: torch.zeros(2, 128)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -501,6 +576,19 @@ def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
         ({"adapter_config.json": ("{", "")}, "is no adapter in PEFT format"),
         ({"../completed": None}, "has been started but not finished"),
         ({"adapter_model.safetensors": b"no"}, "is no adapter in PEFT format"),
+        ({"adapter_config.json": ('"r": 2', '"rank": 2')}, "adapter_config.json holds no rank, 'r'"),
+        ({"adapter_config.json": b"[1]"}, "adapter_config.json holds no rank, 'r'"),
+        ({"adapter_config.json": b"1"}, "adapter_config.json holds no rank, 'r'"),
+        (
+            {"adapter_model.safetensors": tensor("base_model.model.lm_head.lora_A.weight")},
+            "lm_head.lora_A.weight has no",
+        ),
+        (
+            {"adapter_model.safetensors": tensor("model.layers.x.q_proj.lora_A.weight")},
+            r"layers.x.q_proj\S+ has no place",
+        ),
+        ({"adapter_model.safetensors": tensor("q_proj.lora_A.weight")}, r"q_proj.lora_A.weight has no place in"),
+        ({"adapter_model.safetensors": tensor("model.layers.1")}, r"model.layers.1 has no place in"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(trained, tmp_path, change, message):
@@ -542,7 +630,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_sizes(trained, tmp_path, c
     ("argv", "message"),
     [
         (["--exp", "exp9"], r"unknown experiment 'exp9'[^\n]*\nconfigs/experiments.yaml holds: exp1-wangchan-ut4, "),
-        (["--exp", "exp1-wangchan-ut4"], r"has not been trained.*\n?.*--exp exp1-wangchan-ut4"),
+        (["--exp", "exp1-wangchan-ut4"], r"has not been trained.*\n?.*--exp exp1-wangchan-ut4 --output_dir \S+output$"),
         (["--exp", "seed3/exp2-wangchan-ut1"], r"--seed 3 --output_dir \S+seed3"),
         (["--base", "--tasks", "thai_exm"], r"unknown task 'thai_exm'; did you mean 'thai_exam'"),
         (["--base", "--tasks", "thai_exam,thai_exam"], "tasks must be different names"),
@@ -563,23 +651,132 @@ def test_a_mistake_in_the_command_is_named(trained, monkeypatch, argv, message):
         evaluated(trained, *argv)
 
 
-def test_a_full_disk_gives_a_clear_error_and_keeps_what_is_finished(trained, tmp_path):
-    """The second task's items cannot be written: files of this process may not grow beyond a limit of some bytes."""
-    program = (
-        "import os, sys, errno; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import settings, evaluate\n"
-        "write = evaluate.write_atomic\n"
-        "def full(path, content):\n"
-        "    if 'english_text' in str(path):\n"
-        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
-        "    write(path, content)\n"
-        "evaluate.write_atomic = full\n"
-        "settings.call(evaluate.main)\n"
-    )
-    argv = command(tmp_path, "--base", "--tasks", "thai_exam-leaderboard,english_text")
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT), *argv], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert len(contents(tmp_path / "results")) == 4
+def test_a_full_disk_gives_a_clear_error_and_keeps_what_is_finished(study, tmp_path):
+    """A file system with room for the first task, and for the second one's items but not for all else."""
+    results = tmp_path / "results"
+    results.mkdir()
+    disk = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(results)]
+    done = subprocess.run(disk, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        argv = command(tmp_path, "--base", "--tasks", "english_text,thai_exam-leaderboard", "--limit", "2")
+        argv = [sys.executable, "evaluate.py", *argv]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        name = r"error: cannot write \S+/base-fp32/thai_exam-leaderboard-ut1\.json: No space left on device; what was"
+        assert re.match(name, done.stderr), done.stderr
+        kept = contents(results)
+        assert {f"base-fp32/english_text-ut{k}{s}" for k in (1, 2) for s in (".json", ".items.jsonl")} <= kept.keys()
+        assert all(json.loads(data)["study"]["items"] for name, data in kept.items() if name.endswith("ut1.json"))
+        assert not list(results.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=2m", results], check=True)
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and "base-fp32: 1 of 2 tasks are complete already" in done.stdout
+        assert kept.items() <= contents(results).items()
+    finally:
+        subprocess.run(["umount", results], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_ouro", lambda *a, **k: pytest.fail("the model is loaded"))
+    (tmp_path / "file").write_text("")
+    for place, said in ((tmp_path / "file", "File exists"), (tmp_path / "file/results", "Not a directory")):
+        with pytest.raises(UserError, match=f"--results_dir {place}: nothing can be written there: {said}"):
+            evaluated(tmp_path, "--base", "--tasks", "english_text", "--results_dir", str(place))
+
+
+def test_a_result_without_its_items_is_not_complete(study, tmp_path, capsys):
+    shutil.copytree(study / "results", tmp_path / "results")
+    before = contents(tmp_path / "results")
+    (tmp_path / "results/base-fp32/english_text-ut2.items.jsonl").unlink()
+    evaluated(tmp_path, "--base", "--tasks", "english_text,thai_exam-leaderboard")
+    assert "base-fp32: 1 of 2 tasks are complete already" in capsys.readouterr().out
+    assert contents(tmp_path / "results") == before
+
+
+def test_an_experiment_that_is_named_twice_is_scored_once(study, capsys):
+    evaluated(study, "--exp", "exp2-wangchan-ut1,exp2-wangchan-ut1", "--tasks", "english_text")
+    printed = capsys.readouterr().out
+    assert printed.count("exp2-wangchan-ut1: 1 of 1 tasks") == 1 and printed.count("training of exp2-wangchan-ut1") == 1
+
+
+def test_adapters_below_folders_of_one_name_have_results_of_their_own(study, tmp_path):
+    folders = [study / "output" / name for name in ("exp2-wangchan-ut1", "seed7/exp2-wangchan-ut1")]
+    for folder in folders:
+        evaluated(tmp_path, "--adapter", str(folder), "--tasks", "english_text")
+    runs = sorted(path.name for path in (tmp_path / "results").glob("adapter-*"))
+    assert len(runs) == 2 and all(re.fullmatch("adapter-exp2-wangchan-ut1-[0-9a-f]{8}", run) for run in runs)
+    evaluated(tmp_path, "--adapter", str(folders[0] / "final_adapter"), "--tasks", "english_text")
+    assert runs == sorted(path.name for path in (tmp_path / "results").glob("adapter-*")), "one adapter, one name"
+
+
+def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(tmp_path):
+    """From a Hub, at main, in real processes."""
+    copy_project(tmp_path / "project")
+    tiny_model = {file.name: file.read_bytes() for file in Path(MODEL).iterdir()}
+    items = {f"data/{file.name}": file.read_bytes() for file in (ROOT / "sample/belebele/data").iterdir()}
+    hub, repositories = LocalHub(), ("datasets/facebook/belebele", "a/tiny")
+    first = [hub.add(name, write(tmp_path / f"first-{n}", files), branch="main")
+             for n, (name, files) in enumerate(zip(repositories, (items, tiny_model), strict=True))]  # fmt: skip
+    scripts = Scripts(hub, tmp_path, modules=("evaluate",))
+    argv = ["evaluate.py", "--base", "--model_name_or_path", "a/tiny", "--use_qlora", "false", "--bf16", "false",
+            "--tasks", "belebele_english", "--ut_steps", "1", "--seed", "5"]  # fmt: skip
+    folder = tmp_path / "project/results/base-fp32"
+
+    def revisions() -> list[str]:
+        s = json.loads((folder / "belebele_english-ut1.json").read_text())["study"]
+        noted = json.loads((folder / "manifest.json").read_text())["tasks"]["belebele_english"]
+        assert (
+            noted["benchmark_revision"] == s["benchmark_revision"] and noted["model"]["revision"] == s["model_revision"]
+        )
+        assert noted["prompt_sha256"] == s["prompt_sha256"] and noted["seed"] == 5 and s["skipped"] == 0
+        return [s["benchmark_revision"], s["model_revision"]]
+
+    try:
+        said = scripts.output(*argv)
+        assert "belebele_english: eng_Latn 24 items (900 expected); has facebook/belebele changed since" in said
+        assert revisions() == first
+        assert "1 of 1 tasks are complete already" in scripts.output(*argv)
+        wanted = first[:]
+        for n, (name, files) in enumerate(zip(repositories, (items, tiny_model), strict=True)):
+            wanted[n] = hub.add(name, write(tmp_path / f"newer-{n}", files), branch="main")
+            assert "complete already" not in scripts.output(*argv), "the same content, but another commit"
+            assert revisions() == wanted != first
+        hub.close()
+        offline = Scripts(hub, tmp_path, offline=True, modules=("evaluate",))
+        try:
+            assert "1 of 1 tasks are complete already" in offline.output(*argv)
+        finally:
+            offline.close()
+            hub.open()
+    finally:
+        scripts.close()
+        hub.close()
+
+
+def test_replies_that_were_there_when_the_process_was_killed_are_not_asked_for_again(tmp_path):
+    """Sampled, so that a reply that was asked for with another seed would be another one."""
+    tasks = ["--tasks", "openthaieval", "--ut_steps", "1", "--temperature", "1.5", "--limit", "2",
+             "--paths", f"openthaieval={ROOT / 'sample/openthaieval'}"]  # fmt: skip
+    whole = evaluated(tmp_path / "whole", "--base", *tasks) / "base-fp32"
+    cache = tmp_path / "killed/results/base-fp32/.openthaieval-ut1.cache.jsonl"
+    argv = [sys.executable, "evaluate.py", *command(tmp_path / "killed", "--base", *tasks)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (cache.exists() and cache.read_bytes().count(b"\n")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    kept = cache.read_bytes()
+    total = len((whole / cache.name).read_bytes().splitlines())
+    assert 0 < kept.count(b"\n") < total and not cache.with_name("openthaieval-ut1.json").exists()
+    evaluated(tmp_path / "killed", "--base", *tasks)
+    lines = cache.read_bytes().splitlines()
+    assert lines[: kept.count(b"\n")] == kept.splitlines()[: kept.count(b"\n")]
+    assert len(lines) == total == len({json.loads(line)["key"] for line in lines})
+    assert contents(cache.parent) == contents(whole)
+    replies = {json.loads(line)["text"] for line in lines}
+    assert len(replies) > total / 2 and len({len(reply) for reply in replies}) > 3
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,1", "1,x", "2,,3", "-1"])
