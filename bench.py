@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from settings import EXPERIMENTS, Resolved, Settings, UserError, call, read_yaml, resolve
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader
 from trl.trainer.utils import DataCollatorForChatML
 
 import generate as engine
+import graphs
 from batches import EpochOrder, collate, pack
 from data_config import load_tokenizer, prepare
 from evaluate import score
@@ -44,7 +46,6 @@ from plan import (
     GPUS,
     layers_to_recompute,
     matrix_rate,
-    peak_memory,
     predict,
     product_sizes,
     sizes,
@@ -189,6 +190,7 @@ def measure(s: Settings, usual: bool = False, profiled: bool = False, documents:
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
+    graphs.kept = 0  # those of the row before are gone
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1, SMALL_CARD / whole) if s.use_qlora else 1.0)
     model = stock(s) if usual else build(s, 0)
@@ -215,7 +217,7 @@ def measure(s: Settings, usual: bool = False, profiled: bool = False, documents:
     speed = 4 * ids.numel() / seconds(lambda: steps(4))
     if profiled:
         profile(lambda: steps(1))
-    return speed, peak_memory() / 2**30, first
+    return speed, graphs.peak_memory() / 2**30, first
 
 
 def times_stock(speed: float, loops: int, batch: int, known: dict[tuple[int, int], float]) -> str:
@@ -288,8 +290,9 @@ def write_full_rows(path: Path, count: int, length: int, tokenizer) -> None:
             file.write(json.dumps(row(number)) + "\n")
 
 
-def train_beside(run: Resolved, folder: Path, name: str, processes: int, **changes) -> list[dict]:
-    """Runs train_qlora.py with these settings and gives its metrics, line by line; its output goes to `folder`.
+def train_beside(run: Resolved, folder: Path, name: str, processes: int, gpu: int | None = None, **changes) -> list:
+    """Runs train_qlora.py with these settings (on that GPU alone) and gives its metrics, line by line; its output goes
+    to `folder`.
 
     Raises:
         UserError: it failed.
@@ -305,8 +308,15 @@ def train_beside(run: Resolved, folder: Path, name: str, processes: int, **chang
         *config,
         *(f"--{key}={value}" for key, value in values.items()),
     ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    one = (
+        {}
+        if gpu is None
+        else {"CUDA_VISIBLE_DEVICES": visible[gpu] if gpu < len(visible) and visible[gpu] else f"{gpu}"}
+    )
+    environment = os.environ | one
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment).returncode
     if failed:
         raise UserError(f"train_qlora.py failed:\n{(folder / f'{name}.log').read_text(encoding='utf-8')[-3000:]}")
     (metrics,) = (folder / name).glob("*/metrics.jsonl")
@@ -356,7 +366,6 @@ def bench_loss(run: Resolved) -> None:
     """The loss of a run with frozen weights in fp8 beside that of the same run in bf16, on the settings' data."""
     need_gpus(run)
     s, steps = run.settings, run.options.steps
-    curves = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if Path(s.model_name_or_path).is_dir():
@@ -366,10 +375,15 @@ def bench_loss(run: Resolved) -> None:
         same = {name: getattr(s, name) for name in ("dataset", "total_ut_steps", "per_device_train_batch_size")}
         same |= {"dataset_path": s.dataset_path, "gradient_accumulation_steps": 1, "max_steps": steps}
         same |= {"max_length": s.max_length, "learning_rate": s.learning_rate, "packing": s.packing, "bf16": True}
-        for kind in ("bf16", "fp8"):
+
+        def curve(kind: str, gpu: int) -> list[float]:
             frozen = {"use_qlora": False, "frozen_weights": kind if kind == "fp8" else "auto"}
-            lines = train_beside(run, folder, kind, 1, **same, **frozen, optim="adamw_torch_fused")
-            curves[kind] = [line["loss"] for line in lines]
+            lines = train_beside(run, folder, kind, 1, gpu, **same, **frozen, optim="adamw_torch_fused")
+            return [line["loss"] for line in lines]
+
+        kinds, gpus = ("bf16", "fp8"), torch.cuda.device_count()
+        with ThreadPoolExecutor(min(2, gpus)) as pool:  # at once where there are two GPUs
+            curves = dict(zip(kinds, pool.map(curve, kinds, (0, min(1, gpus - 1))), strict=True))
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {s.model_name_or_path}, {s.total_ut_steps} loops"
     )

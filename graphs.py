@@ -27,6 +27,13 @@ from modeling_ouro import OuroRMSNorm
 STEP = 64  # lengths of rows that are not packed are rounded up to a multiple of it: a pair of graphs for each
 DOCUMENTS = 16  # of a packed row; batches with more are recomputed without graphs
 
+kept = 0  # bytes of the GPU that graphs keep for their replays, beside what is allocated
+
+
+def peak_memory() -> int:
+    """Bytes of this GPU in use at the peak."""
+    return torch.cuda.max_memory_allocated() + kept
+
 
 def groups(layer: nn.Module) -> list[Group]:
     return [module for module in layer.modules() if isinstance(module, Group)]
@@ -100,7 +107,10 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: those of NCCL and of the data loader go on.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
             work()
+            global kept
+            kept += torch.cuda.memory_reserved() - before
         self.generator.set_offset(offset)
         return graph.replay
 

@@ -79,12 +79,6 @@ def matrix_rate(device: str | int) -> float:
     return 2 * 8192**3 / statistics.median(spent[2:])
 
 
-def peak_memory() -> int:
-    """Bytes of this GPU in use at the peak: allocated, and what CUDA graphs keep for their replays."""
-    pools = (segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0))
-    return torch.cuda.max_memory_allocated() + sum(pool["total_size"] - pool["allocated_size"] for pool in pools)
-
-
 def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     """Bytes allocated on the GPU at the peak of training: the longest batch, layers compiled, `recomputed` of them.
 

@@ -71,10 +71,10 @@ from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
-from graphs import STEP, replay_layers
+from graphs import STEP, peak_memory, replay_layers
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, compiling, load_ouro
-from plan import layers_to_recompute, matrix_rate, peak_memory, training_flops, training_memory
+from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
