@@ -419,7 +419,10 @@ class Stopper:
         self.why: str | None = None
         # Processes of one node ask each other without their GPUs, which would have to finish first. Across nodes that
         # is left to NCCL, which finds its network where gloo may not.
-        self.group = torch.distributed.new_group(backend="gloo") if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE else None
+        self.group = None
+        if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no network, nor a host name that resolves
+            self.group = torch.distributed.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.note)
 
