@@ -66,7 +66,6 @@ FORMAT = 1  # of the result files
 VERSION = {"ours": 1, "labels": 1, "generate": 1, "text": 1}  # of each protocol's code: a new one scores anew
 PLAIN = "{{ bos_token or '' }}{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 DENSE_BATCH = 8  # conversations that a baseline continues together
-DEPTHS = "1,2,3,4"
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 
@@ -626,23 +625,22 @@ def note(results: Path, subject: Subject, task: Task, seconds: float, tokens: in
         raise UserError(f"cannot write {file}: {error.strerror}") from None
 
 
-def find_depths(text: str | None, model: Model) -> list[int]:
+def find_depths(asked: list[int] | None, model: Model) -> list[int]:
     """The depths to score.
 
     Raises:
-        UserError: not a list of them, or not of this model: one that does not loop has one, and so has a served one.
+        UserError: they are not of this model: one that does not loop has one, and so has a served one.
     """
-    depths = parse_depths(text or DEPTHS)
     if model.looped:
-        return depths
-    if model.endpoint and (text is None or len(depths) > 1):
+        return asked or [1, 2, 3, 4]
+    if model.endpoint and (asked is None or len(asked) > 1):
         raise UserError(
             f"{model.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "
             "(--ut_steps 1 for a model that does not loop)"
         )
-    if not model.endpoint and text is not None and depths != [1]:
-        raise UserError(f"{model.path} does not loop, so it has one depth: leave --ut_steps {text} out")
-    return depths if model.endpoint else [1]
+    if not model.endpoint and asked not in (None, [1]):
+        raise UserError(f"{model.path} does not loop, so it has one depth: leave --ut_steps out")
+    return asked or [1]
 
 
 def find_grader(wanted: list[tuple[Task, list[int], dict]], choice: str, max_new_tokens: int) -> judge.Server | None:
@@ -674,12 +672,13 @@ def evaluate(run: Resolved) -> None:
         UserError: a mistake in the command, the configuration or the data.
     """
     options, s = run.options, run.settings
+    asked = None if options.ut_steps is None else parse_depths(options.ut_steps)
     table = benchmarks.table()
     names = benchmarks.task_names(s.tasks, table["tasks"])
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
     model, dtype, subjects = find_subjects(run)
-    depths = find_depths(options.ut_steps, model)
+    depths = find_depths(asked, model)
     spoken = {name for name in names if table["tasks"][name]["protocol"] in REPLIES}
     if model.endpoint and (silent := [name for name in names if name not in spoken]):
         raise UserError(
@@ -880,16 +879,16 @@ def parse_depths(text: str) -> list[int]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ut_steps", help=f"loop depths to score (default: {DEPTHS})")
+    parser.add_argument("--ut_steps", help="loop depths to score (default: 1,2,3,4)")
     parser.add_argument("--limit", type=int, help="only the first items of each subset")
     parser.add_argument("--subsets", help="only these, as onet,ic where a local copy has no more")
     parser.add_argument("--base", action="store_true", help="the base alone")
     parser.add_argument("--adapter", help="a folder in PEFT format in place of an experiment")
-    parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies")
+    parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
     parser.add_argument(
         "--judge", default="api", help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings"
     )
-    parser.add_argument("--model", help="a baseline of configs/evals.yaml, or any causal model's Hub id or folder")
+    parser.add_argument("--model", help="a baseline of configs/evals.yaml, or a causal model, Ouro too: Hub id or folder")
 
 
 def main() -> None:

@@ -699,7 +699,6 @@ def summarise(lines: list[dict]) -> dict:
         "predicted": None,
         "unparsed": sum(turn["rating"] is None for turn in turns),
         "thai_share": _mean([turn["thai"] for turn in turns if turn["thai"] is not None]),
-        "prompt_sha256": _hash([line["prompt_sha256"] for line in lines]),
     }
 
 

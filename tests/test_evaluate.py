@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmarks
 import evaluate
+import tables
 from data_config import load_tokenizer
 from evaluate import load_task, parse_depths
 from modeling_ouro import exit_distribution, load_ouro
@@ -413,6 +414,26 @@ def test_each_exam_is_printed_with_its_own_chance_and_commonest_letter(study, ca
         assert exams[exam] == [str(row["items"]), *shown, f"{deeper['subsets'][exam]['value']:.1%}"]
 
 
+def test_published_scores_stand_beside_those_of_the_same_benchmark(study, capsys):
+    task = load_task("thai_exam-leaderboard", SETTINGS, 1, [])
+    rows = [
+        {
+            "benchmark": "thai_exam",
+            "mean": "macro",
+            "value": 0.4453,
+            "protocol": "shots not stated",
+            "source": "a card",
+        },
+        {"benchmark": "mt_bench_thai", "mean": "macro", "value": 5.34, "protocol": "x", "source": "elsewhere"},
+    ]
+    subject = evaluate.Subject("base-fp32", "baseline", published=tuple(rows))
+    found = {("base-fp32", 1): evaluate.read_result(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")}
+    tables.print_task(task, [subject], found, [1])
+    printed = capsys.readouterr().out
+    assert "published for base-fp32: 44.5% (mean of exams; shots not stated; a card)\n" in printed
+    assert printed.count("published") == 1 and subject.study()["published"] == tuple(rows)
+
+
 def test_the_gap_between_languages_is_printed_from_the_items_of_both(study, tmp_path, capsys):
     paths = f"belebele={ROOT / 'sample/belebele'}"
     evaluated(tmp_path, "--base", "--tasks", "belebele_english", "--limit", "9", "--paths", paths)
@@ -547,7 +568,7 @@ def test_the_base_alone_and_a_baseline_are_scored(study, tmp_path):
     tokenizer = load_tokenizer(MODEL)
     tokenizer.save_pretrained(tmp_path / "llama")
     llama = ["--model", str(tmp_path / "llama"), "--tasks", "thai_exam,english_text", "--bf16", "false"]
-    with pytest.raises(UserError, match=r"llama does not loop, so it has one depth: leave --ut_steps 1,2 out"):
+    with pytest.raises(UserError, match=r"llama does not loop, so it has one depth: leave --ut_steps out"):
         evaluated(tmp_path, *llama)
     evaluated(tmp_path, *llama, "--ut_steps", "1")
     (name,) = [p.name for p in names.iterdir() if p.name.startswith("baseline-")]

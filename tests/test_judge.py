@@ -313,7 +313,7 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(100):
         lines = [
-            {"category": "A", "value": v, "prompt_sha256": "", "turns": [{"rating": v, "thai": True}] * 2}
+            {"category": "A", "value": v, "turns": [{"rating": v, "thai": True}] * 2}
             for v in rng.normal(5, 2, 91).tolist()
         ]
         low, high = judge.summarise(lines)["ci95"]
