@@ -308,12 +308,8 @@ def train_beside(run: Resolved, folder: Path, name: str, processes: int, gpu: in
         *config,
         *(f"--{key}={value}" for key, value in values.items()),
     ]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    one = (
-        {}
-        if gpu is None
-        else {"CUDA_VISIBLE_DEVICES": visible[gpu] if gpu < len(visible) and visible[gpu] else f"{gpu}"}
-    )
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    one = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
     environment = os.environ | one
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
         failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment).returncode
@@ -324,8 +320,8 @@ def train_beside(run: Resolved, folder: Path, name: str, processes: int, gpu: in
 
 
 def bench_trainer(run: Resolved) -> None:
-    """train_qlora.py's own tokens/s: rows of one length, 32 a step, without dropout; beside the bare loop."""
-    s, steps = run.settings, 6
+    """train_qlora.py's own tokens/s, over ten steps of 32 rows of one length, without dropout; beside the bare loop."""
+    s, steps = run.settings, 15
     need_gpus(run, run.options.count)
     print(f"{run.options.count} x {torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {s.max_length:,}")
     print(
@@ -349,9 +345,9 @@ def bench_trainer(run: Resolved) -> None:
             for count in sorted({1, run.options.count}):
                 data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
                 data |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
-                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # the first ones compile
-                done = lines[-1]["num_tokens"] - (lines[0]["num_tokens"] - s.max_length * 32)
-                speed = done / sum(s.max_length * 32 / line["tokens_per_second"] for line in lines)
+                data |= {"logging_steps": 5}
+                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # the first steps compile
+                speed = len(lines) / sum(1 / line["tokens_per_second"] for line in lines)
                 alone = alone or speed
                 use, peak = lines[-1].get("model_flop_use", 0), max(line["memory_gib"] for line in lines)
                 name = f"train_qlora.py, {count} GPU{'s' * (count > 1)}"

@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from lora import Group
 from modeling_ouro import OuroRMSNorm
 
-STEP = 64  # lengths of rows that are not packed are rounded up to a multiple of it: a pair of graphs for each
 DOCUMENTS = 16  # of a packed row; batches with more are recomputed without graphs
 
 kept = 0  # bytes of the GPU that graphs keep for their replays, beside what is allocated
@@ -63,17 +62,19 @@ def copies(to: nn.Module, layer: nn.Module) -> list[tuple[list[Tensor], list[Ten
 
 
 class Captured:
-    """The two graphs for states of one shape, (batch, width, hidden). On a CPU the same work without graphs."""
+    """The two graphs for states of one shape, (batch, seq, hidden). On a CPU the same work without graphs."""
 
-    def __init__(self, layer: nn.Module, room: dict[str, Tensor], pool, batch: int, width: int, cos, packed: bool):
+    def __init__(
+        self, layer: nn.Module, room: dict[str, Tensor], pool, batch: int, seq: int, cos: Tensor, packed: bool
+    ):
         self.layer, self.parameters = layer, adapters(layer)
-        shape = batch, width, room["state"].shape[-1]
-        self.state, self.grad = (room[name][: batch * width].view(shape) for name in ("state", "grad"))
+        shape = batch, seq, room["state"].shape[-1]
+        self.state, self.grad = (room[name][: batch * seq].view(shape) for name in ("state", "grad"))
         self.flat = room["adapters"]
-        self.cos, self.sin = (cos.new_zeros(len(cos), width, *cos.shape[2:]) for _ in range(2))
+        self.cos, self.sin = (torch.zeros_like(cos) for _ in range(2))
         self.documents = None
         if packed:
-            self.documents = torch.full((batch * DOCUMENTS + 1,), batch * width, dtype=torch.int32, device=cos.device)
+            self.documents = torch.full((batch * DOCUMENTS + 1,), batch * seq, dtype=torch.int32, device=cos.device)
             self.documents[0] = 0
         self.loaded: tuple | None = None
         self.generator = torch.cuda.default_generators[cos.device.index] if cos.is_cuda else None
@@ -117,12 +118,9 @@ class Captured:
     def load(self, weights: list, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> None:
         for mine, theirs in weights:
             torch._foreach_copy_(mine, theirs)
-        seq = x.shape[1]
-        self.state[:, :seq] = x
-        if seq < self.state.shape[1]:
-            self.state[:, seq:] = 0
+        self.state.copy_(x)
         if self.loaded is None or self.loaded[0] is not cos or self.loaded[1] is not documents:
-            self.cos[:, :seq], self.sin[:, :seq] = cos, sin
+            torch._foreach_copy_([self.cos, self.sin], [cos, sin])
             if documents is not None:  # and after them empty ones
                 self.documents[: len(documents)], self.documents[len(documents) :] = documents, documents[-1]
             self.loaded = cos, documents
@@ -148,26 +146,26 @@ class _Replayed(torch.autograd.Function):
         ctx.save_for_backward(x, cos, sin, documents)
         captured.load(weights, x, cos, sin, documents)
         captured.forward()
-        return captured.state[:, : x.shape[1]].clone()
+        return captured.state.clone()
 
     @staticmethod
     def backward(ctx, dy):
         captured = ctx.captured
         x, cos, sin, documents = ctx.saved_tensors
         captured.load(ctx.weights, x, cos, sin, documents)
-        captured.grad[:, : x.shape[1]] = dy
-        if x.shape[1] < captured.grad.shape[1]:
-            captured.grad[:, x.shape[1] :] = 0
+        captured.grad.copy_(dy)
         with captured.drawing_from(ctx.offset):
             captured.backward()
         # copies: autograd adds up the loops' only after the next replay has written over these
-        dx, flat = captured.grad[:, : x.shape[1]].clone(), captured.flat.clone()
+        dx, flat = captured.grad.clone(), captured.flat.clone()
         grads = flat.split([size.numel() for size in ctx.sizes])
         return None, None, dx, None, None, None, *(g.view(size) for g, size in zip(grads, ctx.sizes, strict=True))
 
 
 def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
     """Makes the layers that are recomputed (`recompute_layers`) replay graphs, in place.
+
+    For rows of one length: each other shape of a batch takes a pair of graphs more.
 
     tokens: of the largest batch, padding included. compiling: options of `nn.Module.compile`, none to run as it stands.
     """
@@ -193,12 +191,11 @@ def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
     def run(weights, parameters, function, x, cos, sin, mask, causal, documents):
         batch, seq, _ = x.shape
         packed = documents is not None
-        width = seq if packed else -(-seq // STEP) * STEP
-        if mask is not None or batch * width > tokens or (packed and len(documents) > batch * DOCUMENTS + 1):
+        if mask is not None or batch * seq > tokens or (packed and len(documents) > batch * DOCUMENTS + 1):
             return checkpoint(function, x, cos, sin, mask, causal, documents, use_reentrant=False)
-        key = batch, width, len(cos), packed
+        key = batch, seq, len(cos), packed
         if key not in captured:
-            captured[key] = Captured(layer, room, pool, batch, width, cos, packed)
+            captured[key] = Captured(layer, room, pool, batch, seq, cos, packed)
         return _Replayed.apply(captured[key], weights, x, cos, sin, documents, *parameters)
 
     for each in layers:

@@ -101,7 +101,7 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     state = hidden * number * tokens
     kept = s.total_ut_steps * ((layers - recomputed) * inside + recomputed * state)
     loss = 2 * CHUNK * config.vocab_size * number + 2 * state
-    if s.use_qlora and s.torch_compile and recomputed:
+    if s.use_qlora and s.packing and s.torch_compile and recomputed:
         decoded = 2 * hidden * config.intermediate_size * number  # gate and up
         return weights + adapters + kept + loss + 2.4 * inside + 4 * decoded  # as measured
     return weights + adapters + kept + max(inside if recomputed else 0, loss)

@@ -71,7 +71,7 @@ from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
-from graphs import STEP, peak_memory, replay_layers
+from graphs import peak_memory, replay_layers
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, compiling, load_ouro
 from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
@@ -79,7 +79,7 @@ from plan import layers_to_recompute, matrix_rate, training_flops, training_memo
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this node
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
 STARTED = time.time()
 
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
@@ -317,6 +317,7 @@ class LoopTrainer(SFTTrainer):
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
+                sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 seal(staging / f"checkpoint-{step}")
                 shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one, else it had been read
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -376,13 +377,18 @@ def writing(what: str, folder: Path, unfinished: Path):
         ) from None
 
 
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def seal(folder: Path) -> None:
     """Writes all of a folder to the disk, and the SHA-256 of every file in it beside them."""
     lines = []
     for file in sorted(folder.iterdir()):
         with open(file, "rb") as opened:
             lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n")
-            os.fsync(opened.fileno())
+        sync_file(file)
     write_atomic(folder / SUMS, "".join(lines))  # which syncs the folder too
 
 
@@ -462,10 +468,8 @@ class Metrics(TrainerCallback):
         line = {"step": state.global_step} | {name: x for name, x in logs.items() if not name.startswith(LOOP)}
         if losses := [x for name, x in logs.items() if name.startswith(LOOP)]:
             line["held_out_loss"] = losses
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8") as file:  # synced with each checkpoint: the GPU waits for this
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         done = state.global_step - self.first
         left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
         held_out = f"held out {losses[-1]:.4f}  " if losses else ""
@@ -502,8 +506,9 @@ def check_device(settings: Settings) -> str | int:
             )
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # accelerate's own cpu:1 is one that torch.load does not know
         return "cpu"
-    if (count := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
-        raise UserError(f"{LOCAL_WORLD_SIZE} processes on {platform.node()} and {count} GPUs: start one for each GPU")
+    count, processes = torch.cuda.device_count(), max(LOCAL_WORLD_SIZE, LOCAL_RANK + 1)
+    if count < processes:
+        raise UserError(f"{processes} processes on {platform.node()} and {count} GPUs: start one for each GPU")
     torch.cuda.set_device(LOCAL_RANK)
     if settings.bf16 and torch.cuda.get_device_capability()[0] < 8:
         raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16 (Ampere and later have): set --bf16 false")
@@ -525,7 +530,7 @@ def unused(s: Settings, device: str | int) -> list[str]:
     if s.fsdp and WORLD_SIZE > 1 and s.torch_compile and device != "cpu":
         lines.append("torch_compile: true does nothing with fsdp")  # FSDP2's hooks would break the layers' graph
     count = 0 if device == "cpu" else torch.cuda.device_count()
-    if (idle := count - LOCAL_WORLD_SIZE) > 0:
+    if (idle := count - (LOCAL_WORLD_SIZE or WORLD_SIZE)) > 0:
         command = shlex.join(["torchrun", "--nproc_per_node", str(count), *sys.argv])
         lines.append(f"{idle} of the {count} GPUs here {'is' if idle == 1 else 'are'} idle; all of them: {command}")
     return lines
@@ -869,9 +874,8 @@ def build(s: Settings, device: str | int) -> PeftModel:
     model.recompute_layers(count)
     if compiled:
         model.compile_layers(one_size=s.packing)
-        if kind == "nf4" and not s.use_dora:
-            length = -(-s.max_length // STEP) * STEP
-            replay_layers(adapted, s.per_device_train_batch_size * length, **compiling(s.packing))
+        if kind == "nf4" and s.packing and s.bf16 and not s.use_dora:
+            replay_layers(adapted, s.per_device_train_batch_size * s.max_length, **compiling(one_size=True))
     return adapted
 
 
@@ -986,6 +990,7 @@ def train(run: Resolved) -> Path:
             seal(unfinished)
             shutil.rmtree(folder / "final_adapter", ignore_errors=True)  # of a run killed between here and `completed`
             os.replace(unfinished, folder / "final_adapter")
+            sync_file(folder / "metrics.jsonl")
             write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
         for checkpoint in checkpoints(folder):  # the adapter is what remains
             shutil.rmtree(checkpoint)
