@@ -888,7 +888,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", default="api", help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings"
     )
-    parser.add_argument("--model", help="a baseline of configs/evals.yaml, or a causal model, Ouro too: Hub id or folder")
+    parser.add_argument("--model", help="a baseline of configs/evals.yaml, or a causal model: Hub id or folder")
 
 
 def main() -> None:
