@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from data_config import END_OF_TURN
 from evaluate import run_settings
 from modeling_ouro import REVISIONS, OuroConfig, OuroForCausalLM, load_ouro
-from train_qlora import SUMS, is_good, seal
+from runs import SUMS, is_good, seal
 
 MERGE = "merge.json"  # of a merged folder: what it was made from
 WEIGHTS = "adapter_model.safetensors"

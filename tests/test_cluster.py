@@ -587,7 +587,7 @@ def test_preflight_compares_the_limits_with_the_predicted_hours(in_the_repositor
     for name, value in (limits | {"SLURM_SAYS": says}).items():
         monkeypatch.setenv(name, value)
     run = resolve("", ["--config", str(ROOT / "configs/default.yaml"), "--cache_dir", str(tmp_path)])
-    told = "partition defq takes 12:00:00 on 1 x 1 RTX3080; at most 442.9 hours predicted, 37 requeues"
+    told = "partition defq takes 12:00:00 on 1 x 1 RTX3080; at most 396.5 hours predicted, 33 requeues"
     assert preflight.check_slurm(run) == told
     monkeypatch.setenv("GRACE", "300")
     with pytest.raises(UserError, match="a step is predicted to take at most 528 s, more than GRACE = 300 s: raise GR"):

@@ -33,8 +33,8 @@ import sources
 from batches import collate
 from data_config import Tokens, cut_question, encode, load_tokenizer, prepare, print_report, split_row, to_chat
 from modeling_ouro import IGNORE
+from runs import model_card
 from thai import normalise
-from train_qlora import model_card
 
 ROOT = Path(data_config.__file__).parent
 TINY = ROOT / "sample/ouro-tiny"

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import load_adapted, merge_adapter
 from modeling_ouro import PROJECTIONS, REVISIONS, load_ouro
-from train_qlora import is_good, seal
+from runs import is_good, seal
 
 TINY = Path(settings.__file__).parent / "sample/ouro-tiny"
 BASE, BASE_COMMIT = "ByteDance/Ouro-2.6B", REVISIONS["ByteDance/Ouro-2.6B"]

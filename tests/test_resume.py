@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import runs
 import train_qlora
 from modeling_ouro import load_ouro
 
@@ -117,7 +118,7 @@ class Script:
 
 
 def names(run: Path) -> list[str]:
-    return [path.name for path in train_qlora.checkpoints(run)]
+    return [path.name for path in runs.checkpoints(run)]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -222,7 +223,7 @@ def test_killed_in_every_step_a_run_ends_in_the_same_bytes(cache, tmp_path):
         code = script.kill_when(lambda step=step, script=script: f"step     {step}/3" in script.printed)
         assert code == -signal.SIGKILL and not (run / "completed").exists()
         kept = [int(name.split("-")[1]) for name in names(run)]
-        assert kept[:1] in ([step], [step - 1], []) and all(map(train_qlora.is_good, train_qlora.checkpoints(run)))
+        assert kept[:1] in ([step], [step - 1], []) and all(map(runs.is_good, runs.checkpoints(run)))
         assert kept or step == 1, "a run starts anew only where nothing was saved"
     assert_same(trained(tmp_path / "parts", cache, *argv), whole)
 
@@ -245,7 +246,7 @@ def test_a_first_signal_in_evaluation_or_while_saving_ends_the_run_after_the_nex
             trained(tmp_path, cache)
     run = tmp_path / "smoke"
     assert sent and names(run)[0] == f"checkpoint-{last}"
-    assert all(map(train_qlora.is_good, train_qlora.checkpoints(run)))
+    assert all(map(runs.is_good, runs.checkpoints(run)))
     assert_same(trained(tmp_path, cache), whole)
 
 
@@ -496,7 +497,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_the_run_goes_on_after(whole,
             r"continues from the last good checkpoint\n", errors
         )  # fmt: skip
         assert "Traceback" not in script.printed
-        assert names(run) == ["checkpoint-2"] and train_qlora.is_good(run / "checkpoint-2")
+        assert names(run) == ["checkpoint-2"] and runs.is_good(run / "checkpoint-2")
         assert not (run / ".saving").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
         assert_same(trained(folder, cache), whole)
@@ -509,7 +510,7 @@ def test_a_disk_that_the_adapter_fills_keeps_the_last_checkpoint(whole, stopped,
         told = rf"^the adapter could not be written to {run}: .+ \(\d+ MB free\); the same command continues from the"
         with pytest.raises(UserError, match=told):
             trained(folder, cache, "--save_steps", "6")
-        assert names(run) == ["checkpoint-6"] and train_qlora.is_good(run / "checkpoint-6")
+        assert names(run) == ["checkpoint-6"] and runs.is_good(run / "checkpoint-6")
         assert not (run / "final_adapter").exists() and not (run / ".final_adapter").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
         assert_same(trained(folder, cache, "--save_steps", "6"), whole)
@@ -598,7 +599,7 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(cache, 
     code, seconds, printed = torchrun(tmp_path / "term.txt", argv, signal.SIGTERM)
     assert code != 0 and seconds < 30
     step = int(re.search(r"stopped after step (\d), which is saved; the same command", printed)[1])
-    assert names(run)[0] == f"checkpoint-{step}" and step < 4 and train_qlora.is_good(run / f"checkpoint-{step}")
+    assert names(run)[0] == f"checkpoint-{step}" and step < 4 and runs.is_good(run / f"checkpoint-{step}")
     assert not (run / "completed").exists()
     shutil.copytree(run, tmp_path / "stopped")
 

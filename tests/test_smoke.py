@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_resume import port
 
 import evaluate
+import runs
 import train_qlora
 from modeling_ouro import load_ouro
 
@@ -204,7 +205,7 @@ def test_a_run_refused_before_its_manifest_has_not_begun(tmp_path):
         shutil.copy(run / "config.yaml", place)
         (place / name).touch()
         with pytest.raises(UserError, match="holds a run with other settings:\n  max_steps: 1 there, 2 asked"):
-            train_qlora.claim(place, resolve("", [*SMOKE, "--output_dir", str(tmp_path), "--max_steps", "2"]), False)
+            runs.claim(place, resolve("", [*SMOKE, "--output_dir", str(tmp_path), "--max_steps", "2"]), False)
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):

@@ -1,0 +1,224 @@
+"""The folder of a training run: whose it is, its checkpoints, and what it records.
+
+    state = claim(folder, run, overwrite)       # "new", "complete", or the newest good checkpoint, to continue from
+    seal(folder / "checkpoint-100")             # checksums, all on the disk; is_good(…) looks at them again
+    write_json(folder / "manifest.json", manifest(run, model, report, flops, memory))
+
+OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/
+and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from settings import Resolved, UserError, code_version, has_begun, other_settings, write_atomic, write_json
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
+SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
+
+
+def in_short(error: Exception) -> str:
+    return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
+
+
+@contextmanager
+def writing(what: str, folder: Path, unfinished: Path):
+    """Raises UserError where something of a run could not be written, as on a full disk; what is older stays."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # of a GPU
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{what} could not be written to {folder}: {in_short(error)} ({shutil.disk_usage(folder).free / 1e6:,.0f} "
+            "MB free); the same command continues from the last good checkpoint"
+        ) from None
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def seal(folder: Path) -> None:
+    """Writes all of a folder to the disk, and the SHA-256 of every file in it beside them."""
+    lines = []
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb") as opened:
+            lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n")
+        sync_file(file)
+    write_atomic(folder / SUMS, "".join(lines))  # which syncs the folder too
+
+
+def is_good(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there and is what was written."""
+    try:
+        sums = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
+        if sums.keys() != {file.name for file in folder.iterdir()} - {SUMS}:
+            return False
+        for name, digest in sums.items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
+
+
+def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
+    """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
+    continue from.
+
+    Raises:
+        UserError: the folder holds something else: a run with other settings that has begun, which is neither continued
+            nor counted as this one, or files that are no run.
+    """
+    config = folder / "config.yaml"
+    if folder.exists() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir()):
+        if not config.exists():
+            raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
+        others = other_settings(folder, run)
+        if others and not overwrite and has_begun(folder):
+            differences = "".join(f"\n  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items())
+            raise UserError(
+                f"{folder} holds a run with other settings:{differences}\n"
+                "use another --output_dir or experiment, or --overwrite to delete that run"
+            )
+        if not overwrite:
+            if (folder / "completed").exists():
+                if RANK == 0:
+                    for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
+                        shutil.rmtree(checkpoint)
+                return "complete"
+            for checkpoint in checkpoints(folder):
+                if run.options.resume == "never":
+                    raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
+                if is_good(checkpoint):
+                    return checkpoint
+                if RANK == 0:
+                    print(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
+        if RANK == 0:
+            print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
+            # `completed` first and config.yaml last: a kill in between leaves an unfinished run
+            for path in sorted(folder.iterdir(), key=lambda path: (path == config) - (path.name == "completed")):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if RANK == 0:
+        write_atomic(config, run.as_yaml())
+    return "new"
+
+
+def continue_from(checkpoint: Path, report: dict) -> None:
+    """Takes back what the run recorded after its checkpoint, and records that it was continued.
+
+    Raises:
+        UserError: the training data or the tokenizer are not those that the run began with.
+    """
+    folder, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("data_revision", "tokenizer_sha256"):
+        if record[name] != report[name]:
+            raise UserError(
+                f"{folder} began with {name} {record[name]}, and this is {report[name]}: bring it back, or --overwrite"
+            )
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    print(f"continuing from {checkpoint}")
+    if progress["processes"] != WORLD_SIZE:
+        print(
+            f"  with {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)} after {progress['processes']}: the same rows in "
+            "each step, but other dropout masks and another order of sums, so not the same bytes"
+        )
+    here, there = machine(), {name: record.get(name) for name in ("git_commit", "gpu")} | record["packages"]
+    packages = {name: number for name, number in here["packages"].items() if number != there.get(name)}
+    changed = packages | {name: here[name] for name in ("git_commit", "gpu") if here[name] != there[name]}
+    if changed:
+        print("  unlike when it began: " + ", ".join(f"{n} {now} after {there.get(n)}" for n, now in changed.items()))
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomic(metrics, "".join(f"{line}\n" for line in kept))
+    entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here, "packages": packages}
+    record.setdefault("continued", []).append(entry)
+    write_json(folder / "manifest.json", record)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def machine() -> dict:
+    """Code, versions, GPU."""
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+    return {
+        **code_version(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None, memory: dict) -> dict:
+    """What is needed to repeat the run: code, versions, machine, revisions, seed."""
+    return {
+        "run": run.run,
+        "command": sys.argv,
+        **machine(),
+        "gpu_tflops": flops and round(flops / 1e12, 1),  # of bf16 products, measured: model_flop_use is a share of it
+        **memory,
+        "processes": WORLD_SIZE,
+        "model": run.settings.model_name_or_path,
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        "tokenizer_sha256": report["tokenizer_sha256"],
+        "data": report["source"],
+        "data_revision": report["data_revision"],
+        "seed": run.settings.seed,
+        "started": now(),
+    }
+
+
+def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
+    s = run.settings
+    return f"""---
+base_model: {base}
+library_name: peft
+language: th
+tags: [lora, looped-transformer, ouro]
+---
+# {run.run}
+
+A LoRA adapter (r {s.r}, alpha {s.lora_alpha}, the seven projections of every layer) for {base}, trained on Thai
+instructions at `total_ut_steps = {s.total_ut_steps}` with `loss: {s.loss}`. Read it at that depth:
+the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
+
+| | |
+|---|---|
+| data | {report["dataset"]}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
+| licence of the data | {", ".join(f"{name}: {count} rows" for name, count in report["licences"].items())} |
+| frozen weights | {"NF4" if s.use_qlora else "bf16" if s.bf16 else "fp32"} |
+| steps | {log[-1]["step"]} |
+| loss, first and last logged | {log[0]["loss"]:.4f}, {log[-1]["loss"]:.4f} |
+
+Settings: config.yaml of the run; a turn ends with `<|im_end|>` (id 2).
+"""
