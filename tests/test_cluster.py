@@ -15,6 +15,7 @@ from settings import UserError, resolve
 
 import huggingface_hub
 import pytest
+from test_resume import LATER
 
 import plan
 import preflight
@@ -121,7 +122,7 @@ def table(printed: str) -> dict[str, tuple[str, str]]:
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in LATER} for line in lines]
 
 
 def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
@@ -587,7 +588,7 @@ def test_preflight_compares_the_limits_with_the_predicted_hours(in_the_repositor
     for name, value in (limits | {"SLURM_SAYS": says}).items():
         monkeypatch.setenv(name, value)
     run = resolve("", ["--config", str(ROOT / "configs/default.yaml"), "--cache_dir", str(tmp_path)])
-    told = "partition defq takes 12:00:00 on 1 x 1 RTX3080; at most 396.5 hours predicted, 33 requeues"
+    told = "partition defq takes 12:00:00 on 1 x 1 RTX3080; at most 393.7 hours predicted, 33 requeues"
     assert preflight.check_slurm(run) == told
     monkeypatch.setenv("GRACE", "300")
     with pytest.raises(UserError, match="a step is predicted to take at most 528 s, more than GRACE = 300 s: raise GR"):
