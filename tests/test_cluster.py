@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import settings
@@ -146,7 +147,8 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
         pids = cluster.processes(jobs[STUDY[3]][0])
         assert len(pids) >= 3, "batch shell, srun, training"
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # gone with its parent
+                os.kill(pid, signal.SIGKILL)
 
     requeued, killed = (cluster.output / exp for exp in STUDY[2:])
     todo = {requeued: lambda: cluster.run("scontrol", "requeue", jobs[STUDY[2]][0]), killed: kill}
