@@ -39,10 +39,15 @@ SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a
     ("--tasks", "mt_bench_thai", "--limit", "2", "--judge", "none"),
 )
 Job = tuple[str, float, Callable[[], None], list[tuple[str, ...]]]  # name, share of the time, main, its command lines
+# SIGTERMs so far. Noted, not raised: what is raised while a process is forked, Python prints and forgets.
+SIGNALS: list[int] = []
 
 
 def run(main: Callable[[], None], commands: list[tuple[str, ...]], log: Path) -> None:
     """In a process of its own: one main after the other, all output into the log."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if SIGNALS:  # it came before this line
+        sys.exit(143)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -68,6 +73,8 @@ def together(jobs: list[Job], logs: Path, cores: int, progress: tqdm) -> None:
                 process = context.Process(target=run, args=(main, commands, log))
                 process.start()
                 running[process] = name, share, log
+            if SIGNALS:
+                sys.exit(143)
             progress.set_postfix_str(", ".join(name for name, _, _ in running.values()), refresh=False)
             if progress.fp.isatty():
                 progress.refresh()
@@ -97,7 +104,7 @@ def main() -> None:
     unknown = STUDY.keys() - read_yaml(EXPERIMENTS).keys()
     if unknown:
         raise UserError(f"configs/experiments.yaml does not have {', '.join(sorted(unknown))}, which the demo trains")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the others are stopped too
+    signal.signal(signal.SIGTERM, lambda number, _: SIGNALS.append(number))  # so that the others are stopped too
     logs = Path(s.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
@@ -118,6 +125,7 @@ def main() -> None:
     with tqdm(total=total, desc=f"{len(runs)} runs on {cores} cores", bar_format=layout, mininterval=1) as progress:
         together(training, logs, cores, progress)
         together(scoring, logs, cores, progress)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = ["report.py", *arguments, "--out", s.results_dir]
     report.main()
     print(f"{len(runs)} runs, {(time.monotonic() - started) / 60:.1f} minutes")

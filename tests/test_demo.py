@@ -90,7 +90,8 @@ def test_runs_that_learned_no_thai_change_the_verdict(tmp_path):
 
 
 def demo(folder: Path, **environment: str) -> tuple[list[str], dict]:
-    command = [sys.executable, "demo.py", "--max_steps", "2", "--logging_steps", "1", "--max_new_tokens", "1"]
+    command = [sys.executable, "demo.py", "--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2"]
+    command += ["--logging_steps", "1", "--max_new_tokens", "1"]
     command += ["--output_dir", str(folder / "output"), "--results_dir", str(folder / "results")]
     return command, {"cwd": ROOT, "text": True, "env": os.environ | {"DEMO_SEEDS": "1"} | environment}
 
@@ -117,6 +118,19 @@ def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_pat
     for name in ("base-fp32", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4"):
         for task in ("thai_text", "english_text", "thai_exam", "mt_bench_thai"):
             assert len(list((tmp_path / "results" / name).glob(f"{task}-ut[1-4].json"))) == 4
+
+
+def test_a_signal_while_a_step_is_started_stops_the_demo(tmp_path):
+    """Python drops exceptions, a handler's too, while it runs the hooks of a fork."""
+    command, options = demo(tmp_path)
+    program = """
+import os, runpy, signal, sys
+del sys.argv[0]
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([command[0], "-c", program, *command[1:]], capture_output=True, timeout=100, **options)
+    assert done.returncode == 143 and not list(tmp_path.rglob("completed")), done.stderr
 
 
 @pytest.mark.parametrize("seeds", ["0", "three"])
