@@ -1,6 +1,5 @@
 """What bench.py does around its measurements; the measurements themselves are no tests."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +14,16 @@ from data_config import load_tokenizer
 
 ROOT = Path(bench.__file__).parent
 SMOKE = ["--config", "tests/smoke.yaml"]
-pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
-def bench_py(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def bench_py(monkeypatch):
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+        bench.main()
+
+    return run
 
 
 @pytest.fixture
@@ -41,10 +45,9 @@ def test_the_trainer_is_measured_on_rows_without_padding(folder):
         bench.train_beside(run, folder, "short", 1, **data, **options | {"max_length": 128}, max_steps=2)
 
 
-def test_the_plan_has_a_line_for_each_experiment():
-    done = bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "4")
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
+def test_the_plan_has_a_line_for_each_experiment(bench_py, capsys):
+    bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "4")
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert list(lines) == list(read_yaml("configs/experiments.yaml"))
     for name, line in lines.items():
         assert float(line[-1]) == pytest.approx(4 * float(line[-2]), abs=0.2), name  # GPU-hours and hours
@@ -58,16 +61,16 @@ def test_the_plan_has_a_line_for_each_experiment():
         (["train", "--only", "nf4", "--loops", "1"], "no such row has 1 loops"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, message):
-    done = bench_py(*arguments)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_measured_is_refused(bench_py, arguments, message):
+    with pytest.raises(UserError, match=message):
+        bench_py(*arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused is a machine without a GPU")
 @pytest.mark.parametrize("what", ["train", "trainer", "loss"])
-def test_a_machine_without_a_gpu_is_refused(what):
-    done = bench_py(what)
-    assert done.returncode == 2 and f"error: bench.py {what} measures a GPU, and there is none here" in done.stderr
+def test_a_machine_without_a_gpu_is_refused(bench_py, what):
+    with pytest.raises(UserError, match=f"bench.py {what} measures a GPU, and there is none here"):
+        bench_py(what)
 
 
 def test_two_curves_make_a_picture(tmp_path):
