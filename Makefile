@@ -102,7 +102,7 @@ bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]; train, plan
 
 test: env  ## run all tests
 	@$(RUN) -m ruff check .
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: env  ## ruff alone
 	@$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, and imports of the project's modules and of the test helpers."""
+"""What all tests share: no network, one thread, and imports of the project's modules and of the test helpers."""
 
 import os
 import sys
@@ -6,28 +6,24 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch or transformers. GOMP_SPINCOUNT: see settings.py.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", GOMP_SPINCOUNT="10000")
+# Before anything imports torch or transformers. One thread: the models are so small that several would wait for each
+# other most of the time, and the cores are for pytest's workers and what they start.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+SLOWEST = ("cluster", "smoke", "resume", "demo", "hub", "lora", "generate", "evaluate", "judge", "guards", "fsdp")
 
 
-def pytest_configure(config):
-    import torch
-
-    torch.set_num_threads(2)
+def pytest_collection_modifyitems(items):
+    """`make test` gives its workers whole files in this order: what takes longest first, so that they end together."""
+    rank = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="module")
-def one_thread_in_the_repository():
-    """For modules that train models in this process: so small that threads wait for each other most of the time."""
-    import torch
-
+def in_the_repository():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TESTS.parent)
         for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
             patch.delenv(name, raising=False)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         yield
-        torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,7 @@ property_test = hypothesis_settings(derandomize=True, database=None, deadline=No
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 @pytest.fixture(scope="module")
@@ -658,8 +657,7 @@ def two_runs(tmp_path_factory):
     argv = [*SMOKE, "--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     argv += ["--output_dir", str(folder / "packed"), "--packing", "true", "--cache_dir", str(folder / "cache")]
     command = subprocess.Popen(
-        [sys.executable, "train_qlora.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "train_qlora.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         plain = ["--output_dir", str(folder / "plain"), "--packing", "false"]

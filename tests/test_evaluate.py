@@ -202,7 +202,7 @@ def numbers_of(model, words, task) -> dict:
 
 
 @pytest.mark.parametrize("favourite", ["a", "c", "e"])
-def test_a_model_that_prefers_a_letter_is_at_chance(words, one_thread_in_the_repository, favourite):
+def test_a_model_that_prefers_a_letter_is_at_chance(words, in_the_repository, favourite):
     """It answers with the text that stands at its letter, whatever is asked; golds are a, b and c alone."""
 
     def answers(step: int) -> list[tuple[str, str]]:
@@ -221,7 +221,7 @@ def test_a_model_that_prefers_a_letter_is_at_chance(words, one_thread_in_the_rep
     assert all(80 < count < 160 for count in numbers["predicted"].values()), numbers["predicted"]
 
 
-def test_a_model_that_says_one_letter_is_seen_where_letters_are_scored(words, one_thread_in_the_repository):
+def test_a_model_that_says_one_letter_is_seen_where_letters_are_scored(words, in_the_repository):
     def answers(step: int) -> list[tuple[str, str]]:
         return [(prompts[0][0], " b") for prompts in planted("thai_exam-leaderboard", many_items(32, step)).prompts]
 
@@ -231,7 +231,7 @@ def test_a_model_that_says_one_letter_is_seen_where_letters_are_scored(words, on
     assert numbers["value"] == sum(item["gold"] == "b" for item in task.items) / 100
 
 
-def test_a_model_that_knows_half_of_the_answers_scores_half(words, one_thread_in_the_repository):
+def test_a_model_that_knows_half_of_the_answers_scores_half(words, in_the_repository):
     items = many_items(80, 1)  # each question once
     known = {i["question"]: i["options"][i["gold"] if n % 2 else "e"] for n, i in enumerate(items)}
     task = planted("thai_exam", items)

@@ -39,7 +39,7 @@ VARIANTS = {
     DORA: {"total_ut_steps": 2, "use_qlora": False, "use_dora": True},
     RSLORA: {"total_ut_steps": 3, "use_qlora": False, "use_rslora": True, "r": 12},
 }
-pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 class WritableHandler(Handler):

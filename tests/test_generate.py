@@ -26,7 +26,7 @@ TINY = str(ROOT / "sample/ouro-tiny")
 NEW = 20  # tokens, so that a reply takes several bursts
 PROMPTS = [tokens(n, seed=n).tolist() for n in (2, 6, 3, 1, 9, 70)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
-pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -31,7 +31,6 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-torch.set_num_threads(1)
 root, place, model, depth = sys.argv[1:]
 loaded = load_ouro(model, total_ut_steps=int(depth), dtype=torch.float32).eval()
 lm = HFLM(pretrained=loaded, tokenizer=AutoTokenizer.from_pretrained(model), batch_size=8, max_length=4096)

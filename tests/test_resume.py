@@ -39,17 +39,13 @@ FORKS = multiprocessing.get_context("forkserver")
 @pytest.fixture(scope="module", autouse=True)
 def in_the_repository():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setenv("OMP_NUM_THREADS", "1")
         for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
             patch.delenv(name, raising=False)
-        torch.set_num_threads(1)
         imported = ["settings", "torch", "peft", "trl.trainer.sft_trainer", "bitsandbytes", "data_config", "batches"]
         FORKS.set_forkserver_preload(imported)
         yield
-    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -26,7 +26,7 @@ ROOT = Path(settings.__file__).parent
 SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--logging_steps", "1"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_in_the_repository")
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 def trained(folder: Path, *argv: str) -> Path:
