@@ -241,7 +241,7 @@ def products_agree(device: str, dtype: torch.dtype, relative: float) -> None:
     for size, width in ((37, 24), (4099, 40), (64, 128)):
         matrix, x, y = torch.randn(size, width, **new), torch.randn(1, width, **new), torch.randn(1, width, **new)
         before, after, last = (torch.rand(width, **new) + 0.5 for _ in range(3))
-        for given in ("", "before", "y before", "y last before", "y last"):
+        for given in ("", "y last before") if size > 4096 else ("", "before", "y before", "y last before", "y last"):
             has = given.split()
             state = x + engine.norm(y, after, 1e-6) if "y" in has else x
             state = engine.norm(state, last, 1e-6) if "last" in has else state
