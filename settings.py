@@ -37,6 +37,7 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
 # Half a million objects are made by imports and stay; looking for garbage among them takes a fifth of the time. `call`
 # sets it back.
+COLLECT_AT = gc.get_threshold()
 gc.set_threshold(100_000)
 # Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -454,7 +455,7 @@ def explain(error: BaseException) -> int | None:
 def call(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
     gc.freeze()  # what was imported stays: each full collection would take 0.3 s among it
-    gc.set_threshold(700)
+    gc.set_threshold(*COLLECT_AT)
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
