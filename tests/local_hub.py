@@ -30,6 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = (".safetensors", ".parquet", ".gz", ".bin", ".pt")  # kept in LFS on the Hub, whatever their size
@@ -194,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         if status in (200, 206) and path in self.hub.cuts:
             end, happened = self.hub.cuts[path]
             self.wfile.write(content[:end])
-            happened.wait(30)  # then the connection is closed, with less sent than announced
+            happened.wait(PATIENCE)  # then the connection is closed, with less sent than announced
         else:
             self.wfile.write(content)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from conftest import PATIENCE
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -662,7 +663,7 @@ def two_runs(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         plain = ["--output_dir", str(folder / "plain"), "--packing", "false"]
         train_qlora.train(resolve("", [*argv, *plain], train_qlora.options))
-    output, errors = command.communicate(timeout=200)
+    output, errors = command.communicate(timeout=PATIENCE)
     assert command.returncode == 0, output + errors
     return {"true": (folder / "packed/smoke", output), "false": (folder / "plain/smoke", printed.getvalue())}
 

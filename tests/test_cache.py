@@ -19,6 +19,7 @@ from settings import Settings, UserError, call, read_yaml
 import numpy as np
 import pytest
 import yaml
+from conftest import PATIENCE
 
 import data_config
 import sources
@@ -339,7 +340,7 @@ def start(s: Settings, builder: bool = True, pid: int | None = None) -> SimpleNa
     process = SECOND.Process(target=in_second_process, args=(there, s, builder, pid), daemon=True)
     process.start()
     there.close()
-    assert here.poll(60) and here.recv() == "ready"
+    assert here.poll(PATIENCE) and here.recv() == "ready"
     return SimpleNamespace(process=process, connection=here)
 
 
@@ -349,15 +350,15 @@ def go(*children: SimpleNamespace) -> None:
 
 
 def result(child: SimpleNamespace) -> tuple[str, dict]:
-    assert child.connection.poll(60)
+    assert child.connection.poll(PATIENCE)
     got = child.connection.recv()
-    child.process.join(60)
+    child.process.join(PATIENCE)
     assert isinstance(got, tuple), got
     return got
 
 
-def wait_for(found, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def wait_for(found) -> None:
+    end = time.monotonic() + PATIENCE
     while not found():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -395,7 +396,7 @@ def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp
         go(child)
         wait_for(lambda: started_building(tmp_path))
         os.kill(child.process.pid, signal.SIGKILL)
-        child.process.join(30)
+        child.process.join(PATIENCE)
         assert child.process.exitcode == -signal.SIGKILL
         assert not (tmp_path / large.name).exists()
     assert any("rows.arrow" in name for name in listing(tmp_path)), "killed too late"
@@ -464,7 +465,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_behind(small_disk, tmp_pa
     resize(24)
     command = [sys.executable, "data_config.py", "--config", "tests/smoke.yaml", "--dataset", "sample", "--overlap",
                "none", "--cache_dir", str(disk), "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: No space left on device") and done.stderr.count("\n") == 1
     assert listing(disk) == ["mine.txt"] and (disk / "mine.txt").read_text() == "years of work"
@@ -567,8 +568,8 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     s = [replace(plain(tmp_path / f"{size}.jsonl", tmp_path), **common) for size in sizes]
     process = SECOND.Process(target=measured, args=(there, *s), daemon=True)
     process.start()
-    got = [here.recv() for _ in sizes if here.poll(60)]
-    process.join(60)
+    got = [here.recv() for _ in sizes if here.poll(PATIENCE)]
+    process.join(PATIENCE)
     assert [rows for rows, _ in got] == [1000, 1000]
     small, big = (peak for _, peak in got)
     assert big - small < (tmp_path / "20000.jsonl").stat().st_size / 2

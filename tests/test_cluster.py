@@ -16,6 +16,7 @@ from settings import UserError, resolve
 
 import huggingface_hub
 import pytest
+from conftest import PATIENCE
 from test_resume import LATER
 
 import plan
@@ -61,8 +62,8 @@ class Cluster:
     def make(self, *arguments: str, code: int = 0) -> str:
         return self.run("make", *arguments, code=code)
 
-    def wait(self, condition, seconds: float = 480) -> None:
-        end = time.monotonic() + seconds
+    def wait(self, condition) -> None:
+        end = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > end:
                 logs = sorted((self.folder / "slurm/logs").glob("*_*"))

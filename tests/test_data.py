@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
+from conftest import PATIENCE
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -1013,7 +1014,7 @@ def test_the_command_says_in_one_message_what_is_wrong_and_leaves_nothing(tmp_pa
         running[fault] = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE)  # fmt: skip
     for fault, process in running.items():
-        out, error = process.communicate(timeout=120)
+        out, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 2 and out == "", (fault, out, error)
         assert re.fullmatch(f"error: [^\n]*{cases[fault][2]}[^\n]*\n", error), (fault, error)
         folder = tmp_path / fault.replace(" ", "-")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from fabricate import NAMES, study_block, write_result, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +105,7 @@ def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_pat
         trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("output/seed0/*/completed")}
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
-    assert trained and first.wait(60) == 143
+    assert trained and first.wait(PATIENCE) == 143
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).returncode == 1, "none of them runs on"
 
     done = subprocess.run(command, capture_output=True, **options)
@@ -129,7 +130,7 @@ del sys.argv[0]
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = subprocess.run([command[0], "-c", program, *command[1:]], capture_output=True, timeout=100, **options)
+    done = subprocess.run([command[0], "-c", program, *command[1:]], capture_output=True, timeout=PATIENCE, **options)
     assert done.returncode == 143 and not list(tmp_path.rglob("completed")), done.stderr
 
 

@@ -21,6 +21,7 @@ import settings
 
 import pytest
 import torch
+from conftest import PATIENCE
 from local_hub import LocalHub, Scripts, copy_project, environment, parquet, shards, write
 from safetensors.torch import load_file, save
 
@@ -315,7 +316,7 @@ def test_a_killed_download_is_continued_by_the_next_run(big):
     killed = threading.Event()
     hub.cuts["model.safetensors"] = CHUNK + 1_000_000, killed
     process = online.start(FETCH, "--only", "model")
-    until = time.monotonic() + 30
+    until = time.monotonic() + PATIENCE
     while partial(online) < CHUNK and Path(f"/proc/{process}").exists() and time.monotonic() < until:
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):  # it has ended by itself: told below

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from settings import resolve
 
 import pytest
+from conftest import PATIENCE
 from test_resume import assert_same, port
 from torch.distributed.tensor import DTensor
 
@@ -79,7 +80,7 @@ def trained(tmp_path_factory):
             command = [sys.executable, __file__, str(folder)]
             processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT))
     try:
-        codes = [process.wait(240) for process in processes]
+        codes = [process.wait(PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()

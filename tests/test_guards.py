@@ -17,6 +17,7 @@ from settings import Settings, UserError, resolve
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
+from conftest import PATIENCE
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -165,7 +166,7 @@ def test_a_run_stopped_by_its_numbers_is_exit_2_with_one_message_and_goes_on_to_
     argv = [*data, *model, *PLAIN, *TWO_BY_TWO, "--max_steps", "8", "--save_steps", "1", "--eval_steps", "0"]
     argv += ["--output_dir", str(tmp_path / "out")]
     command = [sys.executable, "train_qlora.py", *SMOKE, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(r"^error: step 3: the loss is nan", done.stderr, re.MULTILINE) and place in done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr

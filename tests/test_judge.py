@@ -22,6 +22,7 @@ from settings import UserError
 
 import httpx
 import pytest
+from conftest import PATIENCE
 
 import evaluate
 import judge
@@ -92,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": fake.answer(body["messages"])}
             self.send(200, json.dumps({"choices": [{"index": 0, "message": message}]}).encode())
         elif fault == "says nothing":
-            fake.quiet.wait(20)
+            fake.quiet.wait(PATIENCE)
             self.close_connection = True
         elif fault == "closes the connection":
             self.close_connection = True
@@ -775,7 +776,7 @@ def test_a_killed_process_pays_for_no_judgement_twice_and_leaves_no_key(server, 
 
     def answer(messages):
         if next(number) > 7:
-            resume.wait(20)
+            resume.wait(PATIENCE)
         else:
             paid.append(json.dumps(messages))
         return rate(messages)

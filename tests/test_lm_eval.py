@@ -10,6 +10,7 @@ from settings import Settings
 import pytest
 import torch
 import yaml
+from conftest import PATIENCE
 
 import evaluate
 from data_config import load_tokenizer
@@ -86,7 +87,7 @@ def theirs(tasks, tmp_path_factory):
     environment = os.environ | {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [peers(), "-c", PROGRAM, ROOT, place, MODEL, str(DEPTH)],
-        capture_output=True, text=True, cwd=place, env=environment, timeout=280,
+        capture_output=True, text=True, cwd=place, env=environment, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.partition("RESULT ")[2].splitlines()[0])

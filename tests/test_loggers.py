@@ -14,6 +14,7 @@ from settings import Settings, UserError, resolve
 
 import pytest
 import wandb
+from conftest import PATIENCE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
@@ -129,7 +130,7 @@ def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path
     process = subprocess.Popen([sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end)
     os.close(end)
     try:
-        assert process.wait(40) == 2
+        assert process.wait(PATIENCE) == 2
     finally:
         process.kill()
     printed = os.read(terminal, 10**6).decode()

@@ -11,6 +11,7 @@ from pathlib import Path
 import fabricate
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 import benchmarks
 import plots
@@ -34,7 +35,7 @@ def command(root: Path, *arguments: str, code: int = 0) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         cwd=root,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

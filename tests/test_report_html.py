@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fabricate
 import pytest
+from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -79,11 +80,11 @@ def seen(tmp_path_factory):
         path.write_text(json.dumps(content))
     places = ["--output_dir", root / "output", "--results_dir", root / "results", "--out", root]
     subprocess.run(
-        [sys.executable, ROOT / "report.py", *places], check=True, capture_output=True, cwd=root, timeout=120
+        [sys.executable, ROOT / "report.py", *places], check=True, capture_output=True, cwd=root, timeout=PATIENCE
     )
     code = BROWSER.replace("CHROMIUM", repr(chromium))
     command = [PEERS, "-c", code, root / "report.html", os.environ.get("SCREENSHOTS", root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

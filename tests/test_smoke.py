@@ -13,6 +13,7 @@ from settings import UserError, read_yaml, resolve
 
 import pytest
 import torch
+from conftest import PATIENCE
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from test_resume import port
@@ -52,7 +53,7 @@ def smoke(tmp_path_factory):
     for name in ("Makefile", "env.sh", "requirements.txt", "configs", "sample", *(p.name for p in ROOT.glob("*.py"))):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    done = subprocess.run(["make", "smoke"], capture_output=True, text=True, cwd=folder, timeout=280)
+    done = subprocess.run(["make", "smoke"], capture_output=True, text=True, cwd=folder, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -293,7 +294,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
     command += ["train_qlora.py", *argv, "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step     2/2") == 1, "one process logs"
     one = trained(tmp_path / "one", *argv[4:])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 import stats
 
@@ -25,7 +26,7 @@ def oracle():
     def ask(expression: str, **values):
         code = f"import json, sys, numpy as np, scipy.stats as S\nv = json.load(sys.stdin)\n{expression}"
         done = subprocess.run(
-            [PEERS, "-c", code], input=json.dumps(values), capture_output=True, text=True, timeout=120
+            [PEERS, "-c", code], input=json.dumps(values), capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
