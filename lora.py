@@ -17,11 +17,19 @@ Here the projections of one input (q, k, v; o; gate, up; down) are one group, wr
 The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs comes without it
+    triton = None
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ADAPTER = "default"  # PEFT's name for the one adapter of a run
@@ -33,10 +41,61 @@ def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x (rows, in) times the transpose of weight (out, in), which is scaled by row; in x's dtype."""
-    x8, x_scale = by_row(x)
-    return torch._scaled_mm(x8, weight.t(), x_scale, scale.t(), out_dtype=x.dtype, use_fast_accum=True)
+if triton:
+
+    @triton.jit
+    def _by_row(first, second, third, out, scales, width, stride1, stride2, stride3,
+                PARTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        """A row of each of PARTS matrices (rows, width), as one row of `out` in e4m3, and its scale."""
+        row = tl.program_id(0).to(tl.int64)
+        place = tl.arange(0, BLOCK)
+        inside = place < width
+        a = tl.load(first + row * stride1 + place, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(second + row * stride2 + place, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
+        if PARTS == 3:
+            c = tl.load(third + row * stride3 + place, mask=inside, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(c), 0))
+        scale = tl.maximum(largest, 1e-12) / 448
+        tl.store(scales + row, scale)
+        out += row * PARTS * width + place
+        tl.store(out, (a / scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + width, (b / scale).to(out.dtype.element_ty), mask=inside)
+        if PARTS == 3:
+            tl.store(out + 2 * width, (c / scale).to(out.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("ouro::by_row_together", mutates_args=())
+def by_row_together(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`by_row` of matrices (rows, width) that stand beside each other. In one kernel that reads them once: the compiler
+    computes them anew for the largest number of a row, and anew for the division."""
+    if not parts[0].is_cuda:
+        return by_row(torch.cat(list(parts), 1))
+    return by_row_in_one_kernel([part if part.stride(1) == 1 else part.contiguous() for part in parts])
+
+
+def by_row_in_one_kernel(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    rows, width = parts[0].shape
+    out = parts[0].new_empty(rows, len(parts) * width, dtype=torch.float8_e4m3fn)
+    scales = parts[0].new_empty(rows, 1, dtype=torch.float32)
+    three = [*parts, parts[0]][:3]
+    _by_row[(rows,)](
+        *three, out, scales, width, *(part.stride(0) for part in three), PARTS=len(parts),
+        BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out, scales
+
+
+@by_row_together.register_fake
+def _(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    rows, width = parts[0].shape
+    whole = parts[0].new_empty(rows, len(parts) * width, dtype=torch.float8_e4m3fn)
+    return whole, parts[0].new_empty(rows, 1, dtype=torch.float32)
+
+
+def fp8_product(x: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (rows, in) times the transpose of weight (out, in), both scaled by row."""
+    return torch._scaled_mm(x[0], weight.t(), x[1], scale.t(), out_dtype=dtype, use_fast_accum=True)
 
 
 @torch.library.custom_op("ouro::add_product", mutates_args=("y",))
@@ -98,7 +157,7 @@ class _Products(torch.autograd.Function):
             x = both[:, :width]  # so that it is not written twice, here and for the product with A
         low = ((x if kept is None else dropout(x, kept, p)) @ a.t()) * scale  # (rows, projections x rank)
         if kind == "fp8":
-            y = fp8_product(x, *frozen[2:4])
+            y = fp8_product(by_row(x), *frozen[2:4], x.dtype)
             if n < 3:
                 add_product(y, low, frozen[1])
                 ys = y.split(outs, 1)
@@ -129,7 +188,8 @@ class _Products(torch.autograd.Function):
         # The gradients stand beside each other only here: the thin products above, taken of columns of one matrix, make
         # the compiler write that matrix in a form that took four times as long.
         if kind == "fp8":
-            dx = fp8_product(torch.cat(dys, 1), *frozen[4:])
+            d8 = by_row_together(dys) if n > 1 else by_row(dys[0])  # of one the compiler writes as good a kernel
+            dx = fp8_product(d8, *frozen[4:], x.dtype)
         elif kept is None:
             dx = torch.cat((*dys, part), 1) @ _columns(kind, frozen, a, n, zero)
         else:
@@ -225,9 +285,13 @@ class Group(nn.Module):
         a, bs = _factors(self.kind, self.frozen(), self.outs, self.width)
         return [*a.split(self.rank), *bs]
 
+    def adapters(self) -> list[nn.Linear]:
+        """PEFT's: of each A, then of each B."""
+        return [getattr(p, name)[ADAPTER] for name in ("lora_A", "lora_B") for p in self.projections]
+
     def parameters_of(self) -> list[nn.Parameter]:
         """PEFT's parameters: each A (rank, in), then each B (out, rank)."""
-        return [getattr(p, name)[ADAPTER].weight for name in ("lora_A", "lora_B") for p in self.projections]
+        return [adapter.weight for adapter in self.adapters()]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, self.width)
