@@ -351,18 +351,28 @@ class OuroModel(OuroPreTrainedModel):
         mask, causal, documents = self._attention_form(attention_mask, position_ids, past_key_values, batch, seq, past)
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids
         cos, sin = self._rotary(positions, x.dtype)
-        states = []
-        for loop in range(loops):
-            for index, layer in enumerate(self.layers):
-                if past_key_values is None:
-                    x = layer(x, cos, sin, mask, causal, documents)
-                else:
+        if past_key_values is None:
+            states = self.run_loops(x, cos, sin, mask, causal, documents, loops)
+        else:
+            states = []
+            for loop in range(loops):
+                for index, layer in enumerate(self.layers):
                     # Not through __call__: a compiled layer would be translated again for every slot and length, and
                     # use up the compiler's limit for training.
                     x = layer.forward(x, cos, sin, mask, causal, documents, past_key_values, loop * layers + index)
+                x = self.norm(x)
+                states.append(x)
+        return OuroModelOutput(states[-1], past_key_values, tuple(states))
+
+    def run_loops(self, x, cos, sin, mask, causal, documents, loops: int) -> tuple[Tensor, ...]:
+        """The normed state after every loop, each (batch, seq, hidden), of x, without a cache."""
+        states = []
+        for _ in range(loops):
+            for layer in self.layers:
+                x = layer(x, cos, sin, mask, causal, documents)
             x = self.norm(x)
             states.append(x)
-        return OuroModelOutput(x, past_key_values, tuple(states))
+        return tuple(states)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (batch or 1, seq, 1, head_dim), sin with the sign of the rotation; angles, whatever the dtype,
