@@ -181,6 +181,7 @@ TRAIN = (  # row, loops, batch, settings
 )
 DOCUMENTS = 4  # of a row, where it has several
 SMALL_CARD = 9.3 * 2**30  # what a 10 GB card leaves a process; the rows with NF4 may use no more
+SPELL = 15  # seconds of steps that are timed: a GPU that has just been idle is faster
 
 
 def measure(s: Settings, usual: bool = False, profiled: bool = False, documents: int = 1) -> tuple[float, float, float]:
@@ -214,7 +215,8 @@ def measure(s: Settings, usual: bool = False, profiled: bool = False, documents:
         torch.cuda.synchronize()
 
     first = seconds(lambda: steps(2))
-    speed = 4 * ids.numel() / seconds(lambda: steps(4))
+    count = max(4, round(SPELL / seconds(lambda: steps(1))))
+    speed = count * ids.numel() / seconds(lambda: steps(count))
     if profiled:
         profile(lambda: steps(1))
     return speed, graphs.peak_memory() / 2**30, first
@@ -320,15 +322,15 @@ def train_beside(run: Resolved, folder: Path, name: str, processes: int, gpu: in
 
 
 def bench_trainer(run: Resolved) -> None:
-    """train_qlora.py's own tokens/s, over ten steps of 32 rows of one length, without dropout; beside the bare loop."""
-    s, steps = run.settings, 15
+    """train_qlora.py's own tokens/s, over steps of 32 rows of one length, without dropout; beside the bare loop."""
+    s = run.settings
     need_gpus(run, run.options.count)
     print(f"{run.options.count} x {torch.cuda.get_device_name()}, torch {torch.__version__}; rows of {s.max_length:,}")
     print(
         f"  {'':<26}{'loops':>5}{'batch':>6}{'tok/s':>9}{'x bare loop':>13}{'x one GPU':>11}{'FLOP use':>10}{'GiB':>7}"
     )
     for loops in run.options.loops:
-        batch = run.options.batch or {4: 4}.get(loops, 8)
+        batch, steps = run.options.batch or {4: 4}.get(loops, 8), 5 + 20 // loops
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             build_random(s, folder / "model")
@@ -346,7 +348,7 @@ def bench_trainer(run: Resolved) -> None:
                 data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
                 data |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
                 data |= {"logging_steps": 5}
-                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # the first steps compile
+                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # after five steps
                 speed = len(lines) / sum(1 / line["tokens_per_second"] for line in lines)
                 alone = alone or speed
                 use, peak = lines[-1].get("model_flop_use", 0), max(line["memory_gib"] for line in lines)

@@ -157,6 +157,7 @@ class Settings:
     torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
     fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
     seed: int = setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
+    deterministic: bool = setting(False, "the same bytes from the same command on a GPU, too; slower")
     # while it runs
     save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)
     save_total_limit: int = setting(2, "checkpoints kept, the newest", at_least=1)

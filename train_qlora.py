@@ -64,7 +64,7 @@ from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
-from graphs import peak_memory, replay_layers
+from graphs import peak_memory, replay_layers, replay_loops
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, compiling, load_ouro
 from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
@@ -649,6 +649,10 @@ def build(s: Settings, device: str | int) -> PeftModel:
     Raises:
         UserError: no such model, or one that this machine cannot train as the settings say.
     """
+    if s.deterministic:  # not with warnings only: attention's backward pass would then stay as it is
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only finds reads of it
     kind = frozen_kind(s, device)
     sharded = s.fsdp and WORLD_SIZE > 1
     compiled = s.torch_compile and device != "cpu" and not sharded  # FSDP2's hooks would break the layers' graph
@@ -686,8 +690,11 @@ def build(s: Settings, device: str | int) -> PeftModel:
     model.recompute_layers(count)
     if compiled:
         model.compile_layers(one_size=s.packing)
-        if kind == "nf4" and s.packing and s.bf16 and not s.use_dora:
-            replay_layers(adapted, s.per_device_train_batch_size * s.max_length, **compiling(one_size=True))
+        if s.packing and s.bf16 and not s.use_dora:  # all batches have one size
+            if not count:
+                replay_loops(adapted)
+            elif kind == "nf4":
+                replay_layers(adapted, s.per_device_train_batch_size * s.max_length, **compiling(one_size=True))
     return adapted
 
 
