@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from modeling_ouro import IGNORE
+from modeling_ouro import IGNORE, document_bounds, document_starts, positions_trained
 
 
 def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
@@ -140,8 +140,10 @@ def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
 
 
 def collate(items: list[list[tuple[np.ndarray, np.ndarray]]], width: int = 1) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right, to `width` at least: input_ids, labels, attention_mask, all int64 (batch, seq).
-    Where an item has several documents there are position_ids too, which begin at 0 in each (and in the padding)."""
+    """A batch, padded on the right, to `width` at least: input_ids, labels, attention_mask, all int64 (batch, seq), and
+    `trained`, the positions that predict (`positions_trained`). Where an item has several documents there are
+    position_ids too, which begin at 0 in each (and in the padding), and `documents`, their bounds. What the model would
+    compute of these by itself is computed here, where no GPU has to be waited for."""
     width = max(width, *(sum(len(ids) for ids, _ in item) for item in items))
     input_ids = torch.zeros(len(items), width, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORE)
@@ -155,4 +157,8 @@ def collate(items: list[list[tuple[np.ndarray, np.ndarray]]], width: int = 1) ->
         mask[i, :at] = 1
         positions[i, at:] = torch.arange(width - at)
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-    return batch | ({"position_ids": positions} if any(len(item) > 1 for item in items) else {})
+    if all(len(item) < 2 for item in items):
+        return batch | {"trained": positions_trained(labels)}
+    starts = document_starts(positions)
+    batch |= {"position_ids": positions, "documents": document_bounds(starts)}
+    return batch | {"trained": positions_trained(labels, starts)}

@@ -18,12 +18,14 @@ import os
 import platform
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from settings import EXPERIMENTS, Resolved, Settings, UserError, call, read_yaml, resolve
@@ -184,9 +186,11 @@ SMALL_CARD = 9.3 * 2**30  # what a 10 GB card leaves a process; the rows with NF
 SPELL = 15  # seconds of steps that are timed: a GPU that has just been idle is faster
 
 
-def measure(s: Settings, usual: bool = False, profiled: bool = False, documents: int = 1) -> tuple[float, float, float]:
+def measure(
+    s: Settings, usual: bool = False, profiled: bool = False, documents: int = 1, before: float = 0
+) -> tuple[float, float, float]:
     """Tokens/s, peak GiB and seconds of the first two steps of the bare loop: `s` on sequences of max_length, each of
-    so many documents."""
+    so many documents; after so many seconds of steps that are not timed."""
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
@@ -215,7 +219,9 @@ def measure(s: Settings, usual: bool = False, profiled: bool = False, documents:
         torch.cuda.synchronize()
 
     first = seconds(lambda: steps(2))
-    count = max(4, round(SPELL / seconds(lambda: steps(1))))
+    one = seconds(lambda: steps(1))
+    count = max(4, round(SPELL / one))
+    steps(round(before / one))
     speed = count * ids.numel() / seconds(lambda: steps(count))
     if profiled:
         profile(lambda: steps(1))
@@ -339,25 +345,33 @@ def bench_trainer(run: Resolved) -> None:
             )
             common = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "lora_dropout": 0, "packing": True}
             common |= {"frozen_weights": run.options.frozen}
-            bare, peak, _ = measure(dataclasses.replace(s, **common, model_name_or_path=str(folder / "model")))
+            path = str(folder / "model")
+            bare, peak, _ = measure(dataclasses.replace(s, **common, model_name_or_path=path), before=2 * SPELL)
             gc.collect()
             torch.cuda.empty_cache()
-            print(f"  {'bare loop':<26}{loops:>5}{batch:>6}{bare:>9,.0f}{'':>34}{peak:>7.1f}", flush=True)
-            alone = None
-            for count in sorted({1, run.options.count}):
-                data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
-                data |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
-                data |= {"logging_steps": 5}
-                lines = train_beside(run, folder, f"on{count}", count, **common, **data)[2:]  # after five steps
+            data = {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
+            data |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
+            data |= {"logging_steps": 5}
+
+            def row(name: str, speed: float, beside: str, use: str, peak: float, loops=loops, batch=batch) -> None:
+                print(f"  {name:<26}{loops:>5}{batch:>6}{speed:>9,.0f}{beside:>24}{use:>10}{peak:>7.1f}", flush=True)
+
+            def trained(count: int, gpu: int | None = None, folder=folder, both=common | data) -> tuple[float, ...]:
+                lines = train_beside(run, folder, f"{count}-{gpu}", count, gpu, **both)[2:]  # after five steps
                 speed = len(lines) / sum(1 / line["tokens_per_second"] for line in lines)
-                alone = alone or speed
-                use, peak = lines[-1].get("model_flop_use", 0), max(line["memory_gib"] for line in lines)
-                name = f"train_qlora.py, {count} GPU{'s' * (count > 1)}"
-                print(
-                    f"  {name:<26}{loops:>5}{batch:>6}{speed:>9,.0f}{speed / bare / count:>13.3f}"
-                    f"{speed / alone:>11.3f}{use:>10.1%}{peak:>7.1f}",
-                    flush=True,
-                )
+                return speed, lines[-1].get("model_flop_use", 0), max(line["memory_gib"] for line in lines)
+
+            row("bare loop, GPU 0", bare, "", "", peak)
+            count = run.options.count
+            with ThreadPoolExecutor(count) as pool:  # each by itself, at once: cards differ by a few percent
+                alone = list(pool.map(partial(trained, 1), range(count)))
+            for gpu, (speed, use, peak) in enumerate(alone):
+                beside = "" if gpu else f"{speed / bare:.3f}{'':>11}"
+                row(f"train_qlora.py, GPU {gpu}", speed, beside, f"{use:.1%}", peak)
+            if count > 1:
+                speed, use, peak = trained(count)
+                one = statistics.mean(speed for speed, _, _ in alone)
+                row(f"train_qlora.py, {count} GPUs", speed, f"{speed / one:.3f}", f"{use:.1%}", peak)
 
 
 def bench_loss(run: Resolved) -> None:

@@ -315,6 +315,7 @@ class OuroModel(OuroPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         total_ut_steps: int | None = None,
+        documents: Tensor | None = None,
         **kwargs,
     ) -> OuroModelOutput:
         """Runs the loops.
@@ -322,6 +323,7 @@ class OuroModel(OuroPreTrainedModel):
         input_ids: (batch, seq). attention_mask: (batch, cached + seq), 1 for a token and 0 for padding, on either side.
         position_ids: (batch, seq); where they do not rise by one a new document starts, and documents are isolated.
         total_ut_steps: loops to run instead of the config's number.
+        documents: `document_bounds` of position_ids, so that the GPU need not be asked; without a mask or a cache.
 
         Raises:
             ValueError: arguments that contradict each other, or a cache filled at another depth.
@@ -348,7 +350,13 @@ class OuroModel(OuroPreTrainedModel):
                     f"the cache was filled at another depth: positions per loop {depth}, {len(past_key_values.layers)} "
                     f"slots, but {loops} loops of {layers} layers read it"
                 )
-        mask, causal, documents = self._attention_form(attention_mask, position_ids, past_key_values, batch, seq, past)
+        if documents is None or attention_mask is not None or past_key_values is not None:
+            form = self._attention_form(attention_mask, position_ids, past_key_values, batch, seq, past)
+        else:
+            form = None, False, documents
+        mask, causal, documents = form
+        if documents is not None:
+            torch._dynamo.maybe_mark_dynamic(documents, 0)  # their number differs in each batch
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids
         cos, sin = self._rotary(positions, x.dtype)
         if past_key_values is None:
@@ -410,11 +418,7 @@ class OuroModel(OuroPreTrainedModel):
                 raise ValueError("packed documents (position_ids that start anew) cannot be cached")
         if not padded:
             if starts is not None:
-                starts[:, 0] = True
-                first = starts.flatten().nonzero().flatten()
-                documents = F.pad(first, (0, 1), value=batch * seq).to(torch.int32)
-                torch._dynamo.maybe_mark_dynamic(documents, 0)  # their number differs in each batch
-                return None, False, documents
+                return None, False, document_bounds(starts)
             if past == 0 or seq == 1:
                 return None, past == 0, None
         device = self.embed_tokens.weight.device
@@ -442,6 +446,26 @@ def document_starts(position_ids: Tensor, token: Tensor | None = None) -> Tensor
     index = torch.arange(seq, device=position_ids.device).expand(batch, -1)
     before = F.pad(torch.where(token, index, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the last token before
     return token & (before >= 0) & (position_ids != position_ids.gather(1, before.clamp(min=0)) + 1)
+
+
+def document_bounds(starts: Tensor) -> Tensor:
+    """Where each document of the flattened batch starts, and where the last one ends, int32 (documents + 1,); starts:
+    as of `document_starts`. A row begins a document."""
+    starts = torch.cat((torch.ones_like(starts[:, :1]), starts[:, 1:]), 1)
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32)
+
+
+def positions_trained(labels: Tensor, starts: Tensor | None = None, token: Tensor | None = None) -> Tensor:
+    """Positions of the flattened batch from which a label is predicted, the one after each, int64 (trained,).
+
+    labels, starts (as of `document_starts`; None: a document a row), token (False for padding): (batch, seq).
+    """
+    trained = labels[:, 1:] != IGNORE
+    if starts is not None:  # the first token of a document has nothing before it to be predicted from
+        trained = trained & ~starts[:, 1:]
+    if token is not None:  # nor has the first one after padding
+        trained = trained & token[:, :-1]
+    return F.pad(trained, (0, 1)).flatten().nonzero()[:, 0]
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -583,6 +607,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         output_loops: bool = False,
         objective: str = "last",
         num_items_in_batch: int | Tensor | None = None,
+        trained: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> OuroOutput | tuple:
@@ -599,6 +624,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         objective: "last": cross-entropy of the last loop; "mixture": of the gate-weighted mixture of the loops' logits
             (the published `labels=` path); "all": the mean over loops of each loop's cross-entropy.
         num_items_in_batch: trained tokens of the whole step, over accumulation and ranks; the loss is divided by it.
+        trained: `positions_trained` of labels and position_ids, so that the GPU need not be asked; without a mask.
 
         Raises:
             ValueError: arguments that contradict each other or lie out of range.
@@ -625,7 +651,11 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         if output_loops:
             result |= {"loop_hidden_states": states, "gate_logits": self.gate_logits(states)}
         if labels is not None:
-            result |= self._losses(states, labels, attention_mask, position_ids, objective, num_items_in_batch)
+            if trained is None or attention_mask is not None:
+                token = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+                starts = None if position_ids is None else document_starts(position_ids.expand_as(labels), token)
+                trained = positions_trained(labels, starts, token)
+            result |= self._losses(states, labels, trained, objective, num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             kept = tuple(h[:, keep] for h in states)
@@ -650,29 +680,18 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         weights = exit_distribution(self.gate_logits(states))[..., None]
         return sum(w * h for w, h in zip(weights, states, strict=True)).to(states[0].dtype)
 
-    def _losses(
-        self, states, labels, attention_mask, position_ids, objective, num_items_in_batch
-    ) -> dict[str, Tensor | None]:
+    def _losses(self, states, labels, trained, objective, num_items_in_batch) -> dict[str, Tensor | None]:
         if objective not in ("last", "mixture", "all"):
             raise ValueError(f"objective={objective!r} is none of 'last', 'mixture', 'all'")
         if type(self.lm_head) is not nn.Linear:
             raise ValueError(f"lm_head is a {type(self.lm_head).__name__}: keep the head out of LoRA and quantisation")
-        targets = labels[:, 1:]
-        # The first token of a packed document, or after padding, has nothing before it to be predicted from.
-        token = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
-        if position_ids is not None:
-            targets = targets.masked_fill(document_starts(position_ids.expand_as(labels), token)[:, 1:], IGNORE)
-        if token is not None:
-            targets = targets.masked_fill(~token[:, :-1], IGNORE)
-        trained = targets != IGNORE  # (batch, seq - 1)
-        targets = targets[trained]
+        kept, targets = trained, labels.flatten()[trained + 1]
         if objective == "mixture":
             states = (self._mixture(states),)
         elif objective == "last":
             states = states[-1:]
         train = torch.is_grad_enabled()
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        kept = F.pad(trained, (0, 1)).flatten().nonzero()[:, 0]
         if self.cross_entropy is not _cross_entropy:  # compiled for whole chunks
             padding = -len(targets) % CHUNK
             targets = F.pad(targets, (0, padding), value=IGNORE)
@@ -684,13 +703,13 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             for h in states
         ]
         # Without any trained token the loss is zero, not 0/0; the data checks refuse such rows before training.
-        count = torch.as_tensor(count).clamp(min=1)
-        losses = torch.stack([loss for loss, _ in parts]) / count.to(labels.device)
+        count = count.clamp(min=1).to(labels.device) if isinstance(count, Tensor) else max(count, 1)
+        losses = torch.stack([loss for loss, _ in parts]) / count
         return {
             "loss": losses.mean(),
             "loop_losses": losses.detach() if objective == "all" else None,
             "correct_tokens": parts[-1][1],
-            "trained_tokens": trained.sum(),
+            "trained_tokens": torch.full_like(parts[-1][1], len(trained)),
         }
 
 

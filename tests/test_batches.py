@@ -23,9 +23,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_ouro import MEDIUM, SIZES, assert_close, assert_same_gradients, gradients, tiny, without
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoTokenizer
 
+import modeling_ouro
 import train_qlora
 from batches import EpochOrder, Rows, collate, pack, padding
 from data_config import CHUNK, load_tokenizer, prepare
@@ -155,8 +157,9 @@ def document(*ids: int, trained_from: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def test_collate_pads_on_the_right_and_marks_what_is_padding():
     batch = collate([[document(5, 6, 7, trained_from=2)], [document(8, 9)]])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "trained"}
     assert all(value.dtype == torch.int64 for value in batch.values())
+    assert batch["trained"].tolist() == [1, 3]  # of 7 and of 9
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[IGNORE, IGNORE, 7], [IGNORE, 9, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -169,6 +172,8 @@ def test_collate_counts_positions_anew_in_each_document_of_a_pack():
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 0, 1, 2]]
     assert batch["position_ids"].dtype == torch.int64
+    assert batch["trained"].tolist() == [0, 1, 4, 6, 7]
+    assert batch["documents"].tolist() == [0, 3, 4, 6, 9, 12] and batch["documents"].dtype == torch.int32
 
 
 def test_packs_of_one_document_need_no_positions():
@@ -194,7 +199,7 @@ def test_an_empty_item_is_padding_alone():
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_batch_of_nothing_but_empty_items_is_valid(count):
     batch = collate([[]] * count)
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "trained"} and not len(batch.pop("trained"))
     assert all(value.dtype == torch.int64 and value.shape == (count, 1) for value in batch.values())
     assert (batch["labels"] == IGNORE).all() and not batch["attention_mask"].any()
 
@@ -245,6 +250,51 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones(tokenizer,
         out.loss.backward()
         assert_close(out.loss, expected)
         assert_same_gradients(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("limit", [600, 1], ids=["packs", "rows"])
+def test_what_a_batch_says_of_itself_is_what_the_model_would_find(tokenizer, sample, nine_rows, limit):
+    model = model_for(tokenizer)
+    batch = without(collate([*packed_sample(sample, limit, nine_rows), []]), "attention_mask")
+    found = {name: value for name, value in batch.items() if name not in ("trained", "documents")}
+    assert len(batch) == len(found) + (2 if limit == 600 else 1)
+    losses = []
+    for inputs in (batch, found):
+        out = model(**inputs, objective="all")
+        out.loss.backward()
+        losses.append((out.loss.detach(), out.trained_tokens, out.correct_tokens, gradients(model)))
+    (*one, grads), (*other, other_grads) = losses
+    assert one == other and all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+class Waits(TorchDispatchMode):
+    """What a GPU would be waited for: operations whose result has a shape, or is a Python number, that it decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, called = torch.ops.aten, func.overloadpacket
+        by_mask = called is aten.index and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if by_mask or called in (aten.nonzero, aten._local_scalar_dense):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@objectives
+@pytest.mark.parametrize("limit", [600, 1], ids=["packs", "rows"])
+def test_a_training_pass_waits_for_no_gpu(tokenizer, sample, nine_rows, limit, objective, monkeypatch):
+    # On a GPU attention inside documents is one kernel.
+    monkeypatch.setattr(modeling_ouro, "_attend_each", lambda q, k, v, documents: q + k + v)
+    model = model_for(tokenizer)
+    batch = without(collate(packed_sample(sample, limit, nine_rows)), "attention_mask")
+    with Waits() as waits:
+        model(**batch, objective=objective, num_items_in_batch=torch.tensor(100)).loss.backward()
+    assert not waits.found
+    with Waits() as waits:  # that it would be seen
+        model(**without(batch, "trained"), objective=objective)
+    assert waits.found
 
 
 @objectives
@@ -307,7 +357,7 @@ def test_a_documents_logits_do_not_change_with_its_neighbours(tokenizer, sample,
             start = sum(before[: next(i for i, doc in enumerate(items[row]) if doc is c)])
             assert_close(logits[row, start : start + length], expected)
         merged = without(without(collate([[a, c]]), "attention_mask"), "labels")
-        one = model(**without(merged, "position_ids")).logits[0, len(a[0]) :]
+        one = model(**without(without(merged, "position_ids"), "documents")).logits[0, len(a[0]) :]
     assert (one - expected).abs().max() > 1e-3, "without positions the documents would be one"
 
 

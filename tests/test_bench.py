@@ -73,6 +73,32 @@ def test_a_machine_without_a_gpu_is_refused(bench_py, what):
         bench_py(what)
 
 
+def test_each_gpu_is_measured_by_itself_and_then_all_together(bench_py, monkeypatch, capsys):
+    speeds = {(1, 0): 100.0, (1, 1): 96.0, (2, None): 188.0}
+    asked = []
+
+    def run(run, folder, name, processes, gpu, **settings):
+        asked.append((processes, gpu, settings["max_steps"], settings["gradient_accumulation_steps"]))
+        return [{"tokens_per_second": rate, "memory_gib": 9} for rate in (1.0, 2.0, speeds[processes, gpu])]
+
+    monkeypatch.setattr(bench, "train_beside", run)
+    monkeypatch.setattr(bench, "need_gpus", lambda *_: None)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: (103.0, 8.5, 1.0))
+    monkeypatch.setattr(bench, "write_full_rows", lambda *_: None)
+    tokenizer = load_tokenizer(str(ROOT / "sample/ouro-tiny"), None)
+    monkeypatch.setattr(bench, "build_random", lambda s, folder: tokenizer.save_pretrained(folder))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    bench_py("trainer", "--loops", "1", "--count", "2")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [
+        ["bare", "loop,", "GPU", "0", "1", "8", "103", "8.5"],
+        ["train_qlora.py,", "GPU", "0", "1", "8", "100", "0.971", "0.0%", "9.0"],
+        ["train_qlora.py,", "GPU", "1", "1", "8", "96", "0.0%", "9.0"],
+        ["train_qlora.py,", "2", "GPUs", "1", "8", "188", "1.918", "0.0%", "9.0"],  # of the mean of 100 and 96
+    ]
+    assert sorted(asked[:2]) == [(1, 0, 25, 4), (1, 1, 25, 4)] and asked[2:] == [(2, None, 25, 4)]
+
+
 def test_two_curves_make_a_picture(tmp_path):
     bench.plot_losses({"bf16": [3.0, 2.0, 1.5], "fp8": [3.0, 2.01, 1.5]}, str(tmp_path / "fp8.png"))
     picture = matplotlib.image.imread(tmp_path / "fp8.png")
