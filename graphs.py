@@ -95,11 +95,16 @@ def capture(work: Callable[[], None], warm_up: Callable[[], None], x: Tensor, po
             warm_up()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Of this thread alone: those of NCCL and of the data loader go on.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        before = torch.cuda.memory_reserved()
-        work()
-        kept += torch.cuda.memory_reserved() - before
+    try:
+        # Of this thread alone: those of NCCL and of the data loader go on.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
+            work()
+            kept += torch.cuda.memory_reserved() - before
+    except RuntimeError as error:  # that of ending a failed capture hides what it failed of
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise error.__context__ from None
+        raise
     generator(x).set_offset(offset)
     return graph.replay
 

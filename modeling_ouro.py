@@ -352,9 +352,9 @@ class OuroModel(OuroPreTrainedModel):
                 )
         if documents is None or attention_mask is not None or past_key_values is not None:
             form = self._attention_form(attention_mask, position_ids, past_key_values, batch, seq, past)
+            mask, causal, documents = form
         else:
-            form = None, False, documents
-        mask, causal, documents = form
+            mask, causal = None, False
         if documents is not None:
             torch._dynamo.maybe_mark_dynamic(documents, 0)  # their number differs in each batch
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids

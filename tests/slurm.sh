@@ -83,9 +83,9 @@ start() { # NAME COMMAND...
   SLURM_TEST=$state setsid nohup "$@" </dev/null >>"$log" 2>&1 &
 }
 wait_for() {
-  local end=$((SECONDS + 30))
+  local end=$((SECONDS + 120))
   until "$@" >/dev/null 2>&1; do
-    [ "$SECONDS" -lt "$end" ] || { echo "not ready after 30 s: $*" >&2; tail -n 15 "$state"/*.log "$state"/*.out >&2; down; exit 1; }
+    [ "$SECONDS" -lt "$end" ] || { echo "not ready after 120 s: $*" >&2; tail -n 15 "$state"/*.log "$state"/*.out >&2; down; exit 1; }
     sleep 0.1
   done
 }

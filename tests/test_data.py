@@ -1093,7 +1093,7 @@ def test_predecessor_messages_were_stripped_before_the_collator(prepared, tokeni
     rows, turns_of = zip(*published("chat", 3), strict=True)
     got, _ = prepared("chat", list(rows))
     batch = collate([got[i] for i in range(3)])
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "trained"}
     for ids, labels, said in zip(batch["input_ids"], batch["labels"], turns_of, strict=True):
         assert tokenizer.decode(ids[labels != IGNORE]) == "".join(answer + END for answer in said[1::2])
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -624,6 +625,21 @@ def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsy
     s.torch_compile = False  # of which there is no estimate
     assert train_qlora.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
     assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed\n"
+
+
+def test_deterministic_asks_for_sums_in_one_order_and_does_not_only_warn():
+    s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False)
+    train_qlora.build(s, "cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        train_qlora.build(replace(s, deterministic=True), "cpu")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. Of the allocated memory 70 GiB are …"

@@ -486,7 +486,7 @@ def test_a_network_that_swallows_everything_is_an_error_soon(empty):
     hub.close()
     silent = socket.create_server(("127.0.0.1", hub.port))
     try:
-        stop = threading.Timer(12, os.kill, (online.start(*REPORT), 9))
+        stop = threading.Timer(60, os.kill, (online.start(*REPORT), 9))
         stop.start()
         code, _, err = online.wait()
         stop.cancel()
