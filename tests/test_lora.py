@@ -1,7 +1,10 @@
 """LoRA in groups gives what PEFT's own layers give: values, gradients, files and training, beside all weights."""
 
+import itertools
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch._inductor.config
+from conftest import TESTS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_ouro import MEDIUM, SIZES, assert_close, assert_same_gradients, gradients, rows, tiny, tokens
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 import lora
 import train_qlora
-from lora import Group, by_row, fuse, nf4_state, nf4_weight, refresh
+from lora import Group, by_row, by_row_in_one_kernel, fuse, nf4_state, nf4_weight, refresh
 from modeling_ouro import PROJECTIONS, load_ouro
 
 ROOT = Path(lora.__file__).parent
@@ -512,3 +516,30 @@ def test_as_many_layers_are_recomputed_as_asked():
     )
     recomputed = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
     assert recomputed == [True] * 3 + [False] * (len(recomputed) - 3) and len(recomputed) > 3
+
+
+def one_kernel_puts_rows_into_fp8(device: str, widths: tuple[int, ...], differing: float) -> None:
+    for width, count in itertools.product(widths, (2, 3)):
+        torch.manual_seed(0)
+        parts = [torch.randn(5, width, device=device) * torch.rand(5, 1, device=device) for _ in range(count)]
+        parts[1] = torch.randn(5, width + 3, device=device)[:, :width]  # columns of a wider matrix
+        parts = [part.bfloat16() for part in parts]
+        parts[0][3] = parts[-1][3] = 0
+        (got, scales), (expected, expected_scales) = by_row_in_one_kernel(parts), by_row(torch.cat(parts, 1))
+        assert torch.equal(scales, expected_scales) and got.shape == expected.shape
+        assert (got.float() != expected.float()).float().mean() <= differing
+
+
+@pytest.mark.skipif(lora.triton is None, reason="needs triton")
+def test_one_kernel_puts_gradients_into_fp8_as_torch_does_in_tritons_interpreter():
+    # The interpreter loses the carry where rounding reaches the next power of two.
+    code = f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import conftest; import test_lora"
+    code += "; test_lora.one_kernel_puts_rows_into_fp8('cpu', (24, 40), 0.04)"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_kernel_puts_gradients_into_fp8_as_torch_does_on_this_gpu():
+    one_kernel_puts_rows_into_fp8("cuda", (24, 2048, 5632), 1e-4)
