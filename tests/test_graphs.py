@@ -1,9 +1,12 @@
 """Layers that replay graphs give what layers give. On a CPU the same work runs without graphs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_lora import adapted, fused, loss_and_gradients, moved
 from tiny_ouro import SIZES, assert_close, assert_same_gradients, gradients, rows, tokens
+from torch.nn.parallel import DistributedDataParallel
 
 import graphs
 from graphs import replay_layers, replay_loops
@@ -187,6 +190,30 @@ def test_steps_of_the_optimizer_reach_replayed_loops_and_gradients_are_added_up(
             moved(model)
             refresh(model)
             model.zero_grad()
+
+
+def test_ddp_sees_the_gradients_of_replayed_loops(replays):
+    models = kept_pair()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        watched, seen = DistributedDataParallel(models[0]), []
+        watched.register_comm_hook(None, lambda _, bucket: sums(seen, bucket))
+        for number, batch in enumerate((rows([0, 1], [3]), rows([4], [1, 2]))):
+            with watched.no_sync() if number == 0 else nullcontext():
+                watched(**batch).loss.backward()
+            models[1](**batch).loss.backward()
+        assert_same_gradients(gradients(models[0]), gradients(models[1]), 1e-5)
+        assert sum(seen) == sum(p.numel() for p in models[0].parameters() if p.requires_grad) and len(replays) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def sums(seen: list[int], bucket) -> torch.futures.Future:
+    """Of a process that is alone; counts the numbers."""
+    seen.append(bucket.buffer().numel())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -186,7 +186,7 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
     made = predict(s, "H100", 1, tokenise=True)
     assert made == predict(s, "H100", 1) and not made.at_most
     assert 0 < made.tokens < most.tokens / 2 and 0 < made.hours < most.hours / 2
-    assert made.steps == most.steps == 2 * -(-rows // 8)
+    assert made.steps == most.steps == 2 * -(-rows // (2 * 2))
 
     operations = training_flops(sizes(s), 4, s.r, rows * 1024, rows * 1024**2 / 2, rows * 1024)
     recomputed = 1.5  # tests/smoke.yaml: all layers
