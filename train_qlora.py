@@ -858,11 +858,17 @@ def speaks(error: BaseException) -> bool:
         return False
 
 
+def among_others() -> bool:
+    """Whether this process belongs to a group, if only of one."""
+    return WORLD_SIZE > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def leave(code: int) -> None:
     """Ends this process with its exit code."""
-    if WORLD_SIZE == 1:
+    if not among_others():
         sys.exit(code)
-    # The interpreter's end, and that of the process group, may wait for processes that are gone or wait themselves.
+    # The interpreter's end, and that of the process group, may wait for processes that are gone or wait themselves; and
+    # for a thread of gloo's that waits for this one to let go of Python.
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish(code)
     sys.stdout.flush()
@@ -878,7 +884,7 @@ def main() -> None:
             print(f"{stopped}; the same command continues (exit code {STOPPED})")
         leave(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
-        if WORLD_SIZE == 1:
+        if not among_others():
             raise
         if not speaks(error):
             leave(2 if isinstance(error, UserError) else 1)
@@ -886,9 +892,8 @@ def main() -> None:
         if code is None:
             traceback.print_exc()
         leave(code or 1)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if among_others():
+        leave(0)
 
 
 if __name__ == "__main__":

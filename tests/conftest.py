@@ -13,7 +13,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # Seconds: what takes longer hangs, whatever the machine. Less than the half hour after which torch's processes give up
 # waiting for each other, so that a hang is not taken for an error.
-PATIENCE = 900
+PATIENCE = 600
 SLOWEST = ("cluster", "smoke", "resume", "demo", "hub", "lora", "generate", "evaluate", "judge", "guards", "fsdp")
 
 

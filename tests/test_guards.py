@@ -581,6 +581,21 @@ def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
     assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size == 2
 
 
+def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
+    """Taking gloo's down waits for its thread, which may wait for Python: for ever, after a run that was complete."""
+    ended = []
+    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train_qlora, "train", lambda run: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("taken down"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMOKE])
+    train_qlora.main()
+    assert ended == [0]
+    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 1)
+    train_qlora.main()
+    assert ended == [0], "one that is alone returns"
+
+
 def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])
