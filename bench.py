@@ -340,9 +340,9 @@ def bench_trainer(run: Resolved) -> None:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             build_random(s, folder / "model")
-            write_full_rows(
-                folder / "rows.jsonl", 32 * steps, s.max_length, load_tokenizer(str(folder / "model"), None)
-            )
+            tokenizer = load_tokenizer(str(folder / "model"), None)
+            # more than the steps take, as some are held out: an epoch's last step may be half empty, and looks slow
+            write_full_rows(folder / "rows.jsonl", 40 * steps, s.max_length, tokenizer)
             common = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "lora_dropout": 0, "packing": True}
             common |= {"frozen_weights": run.options.frozen}
             path = str(folder / "model")

@@ -99,6 +99,18 @@ def test_each_gpu_is_measured_by_itself_and_then_all_together(bench_py, monkeypa
     assert sorted(asked[:2]) == [(1, 0, 25, 4), (1, 1, 25, 4)] and asked[2:] == [(2, None, 25, 4)]
 
 
+def test_every_step_of_the_trainer_that_is_timed_is_full(bench_py, monkeypatch, capsys):
+    run, lines = bench.train_beside, []
+    monkeypatch.setattr(bench, "train_beside", lambda *a, **b: lines.extend(run(*a, **b)) or lines)
+    monkeypatch.setattr(bench, "need_gpus", lambda *_: None)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: (1000.0, 1.0, 1.0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    bench_py("trainer", *SMOKE, "--max_length", "64", "--loops", "4", "--batch", "8")
+    assert [(line["step"], line["padding"]) for line in lines] == [(1, 0), (5, 0), (10, 0)]
+    assert lines[-1]["num_tokens"] == 10 * 32 * 64
+    assert capsys.readouterr().out.splitlines()[-1].startswith("  train_qlora.py, GPU 0")
+
+
 def test_two_curves_make_a_picture(tmp_path):
     bench.plot_losses({"bf16": [3.0, 2.0, 1.5], "fp8": [3.0, 2.01, 1.5]}, str(tmp_path / "fp8.png"))
     picture = matplotlib.image.imread(tmp_path / "fp8.png")
