@@ -439,7 +439,8 @@ def bench_plan(run: Resolved) -> None:
         f"{'GPU-hours':>11}"
     )
     for name, changes in read_yaml(EXPERIMENTS).items():
-        s = dataclasses.replace(run.settings, **changes)
+        mine = {n: x for n, x in changes.items() if not run.origins[n].startswith(("command line", "environment"))}
+        s = dataclasses.replace(run.settings, **mine)
         p = predict(s, gpu, count, tokenise=True)
         said = f"  at most: {s.dataset} is not here (make fetch)" if p.at_most else ""
         print(

@@ -19,11 +19,10 @@ import random
 import re
 import shutil
 import sys
-import time
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -633,10 +632,11 @@ def prepare(
     split: str = "train",
     builder: bool = True,
     quiet: bool = False,
-    wait: bool = True,
+    wait: Callable[[], None] | None = None,
 ) -> tuple[Rows, dict]:
     """The token rows of the training set (or of the part held out of it), from the cache where it has them, and the
-    report on them. Only the `builder` of several processes tokenises; the others wait for what it leaves, or not.
+    report on them. Only the `builder` of several processes tokenises; the others call `wait` until that is done, and
+    without it raise UserError.
 
     Raises:
         UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the
@@ -667,7 +667,7 @@ def prepare(
     while not folder.exists():
         if not wait:
             raise UserError(f"{s.dataset} is not tokenised yet: no {folder}")
-        time.sleep(0.2)
+        wait()
     try:
         rows = Rows(folder / "rows.arrow")
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

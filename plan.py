@@ -148,18 +148,29 @@ class Prediction:
     at_most: bool  # the rows are not tokenised here: each counted as max_length tokens, all trained
 
 
+def check_share(s: Settings, count: int) -> None:
+    """Raises UserError where so many processes cannot share the forward passes of a step."""
+    if s.gradient_accumulation_steps % count:
+        raise UserError(
+            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} forward passes a step cannot be shared by "
+            f"{count} processes; use a multiple"
+        )
+
+
 def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Prediction:
     """What a run takes on `count` GPUs of a kind in GPUS, from counted operations and the share of its peak REACHED.
 
     Without `tokenise` nothing is downloaded or tokenised for it: the rows are the cache's, where it has them.
 
     Raises:
-        UserError: an unknown GPU, one that is too small or has no fp8, or data of which not even the rows are known.
+        UserError: an unknown GPU, one that is too small or has no fp8, a count that cannot share a step's forward
+            passes, or data of which not even the rows are known.
     """
     if gpu not in GPUS:
         raise UserError(f"no figures of a GPU {gpu!r}{nearest(gpu, GPUS)} (GPU_TYPE in slurm/site.env)")
     if s.frozen_weights == "fp8" and gpu not in HOPPER:
         raise UserError(f"frozen_weights: fp8 needs a Hopper GPU ({' or '.join(HOPPER)}), not {gpu}; set it to auto")
+    check_share(s, count)
     peak, memory = GPUS[gpu]
     config = sizes(s)
     try:
@@ -181,7 +192,7 @@ def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, boo
     with nullcontext() if tokenise else cache_only():
         try:
             tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
-            rows, report = prepare(s, tokenizer, builder=tokenise, wait=False, quiet=True)
+            rows, report = prepare(s, tokenizer, builder=tokenise, quiet=True)
         except UserError:
             try:
                 count = sum(map(count_rows, find_source(s).part("train")))

@@ -8,6 +8,8 @@ OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metri
 and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 from settings import Resolved, UserError, code_version, has_begun, other_settings, write_atomic, write_json
 
@@ -30,6 +33,7 @@ RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
+HELD: dict[Path, TextIO] = {}  # the locks of this process
 SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
 
 
@@ -82,10 +86,37 @@ def is_good(folder: Path) -> bool:
     return True
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def hold(folder: Path) -> None:
+    """Keeps other processes from training into `folder` until this one ends.
+
+    Raises:
+        UserError: one trains into it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    HELD[folder] = file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  it is locked as long as it is open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the kind that works over NFS, too
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"{folder}: nothing keeps a second run out of it, as its file system has no locks ({error.strerror})")
+            return
+        file.seek(0)
+        other = file.read().strip() or "another process"
+        raise UserError(f"{other} trains into {folder} now: wait for it, or use another --output_dir") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {now()},")
+    file.flush()
 
 
 def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
@@ -94,8 +125,10 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
 
     Raises:
         UserError: the folder holds something else: a run with other settings that has begun, which is neither continued
-            nor counted as this one, or files that are no run.
+            nor counted as this one, or files that are no run; or another process trains into it.
     """
+    if RANK == 0:
+        hold(folder)
     config = folder / "config.yaml"
     if folder.exists() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir()):
         if not config.exists():
@@ -122,9 +155,14 @@ def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
                     print(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
         if RANK == 0:
             print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
-            # `completed` first and config.yaml last: a kill in between leaves an unfinished run
-            for path in sorted(folder.iterdir(), key=lambda path: (path == config) - (path.name == "completed")):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            # A kill in between leaves an unfinished run, and no checkpoint without what belongs to it.
+            first = [folder / "completed", *checkpoints(folder)]
+            rest = set(folder.iterdir()) - {*first, config}
+            for path in (*first, *sorted(rest), config):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
     if RANK == 0:
         write_atomic(config, run.as_yaml())
     return "new"
@@ -136,7 +174,7 @@ def continue_from(checkpoint: Path, report: dict) -> None:
     Raises:
         UserError: the training data or the tokenizer are not those that the run began with.
     """
-    folder, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
+    folder, step = checkpoint.parent, step_of(checkpoint)
     record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for name in ("data_revision", "tokenizer_sha256"):
         if record[name] != report[name]:
@@ -200,6 +238,7 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
     s = run.settings
+    frozen = "fp8" if s.frozen_weights == "fp8" else "NF4" if s.use_qlora else "bf16" if s.bf16 else "fp32"
     return f"""---
 base_model: {base}
 library_name: peft
@@ -216,7 +255,7 @@ the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
 |---|---|
 | data | {report["dataset"]}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
 | licence of the data | {", ".join(f"{name}: {count} rows" for name, count in report["licences"].items())} |
-| frozen weights | {"NF4" if s.use_qlora else "bf16" if s.bf16 else "fp32"} |
+| frozen weights | {frozen} |
 | steps | {log[-1]["step"]} |
 | loss, first and last logged | {log[0]["loss"]:.4f}, {log[-1]["loss"]:.4f} |
 

@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message="Paged optimizers are not supported on
 
 EXPERIMENTS = Path(__file__).parent / "configs" / "experiments.yaml"
 # Of a full or read-only disk, and of a path that leads through a file: OSErrors that are the user's to mend.
-THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
 
 
@@ -89,7 +89,7 @@ class Settings:
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
     bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")
     # adapter
-    r: int = setting(16, "rank of LoRA on the seven projections", at_least=1)
+    r: int = setting(16, "rank of LoRA on the seven projections", at_least=1, at_most=2048)
     lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
     lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0, at_most=0.9)
     use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
@@ -137,10 +137,12 @@ class Settings:
         0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
     )
     # optimisation
-    num_train_epochs: float = setting(3, "passes over the data", at_least=0, but_not=0)
-    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, but_not=0)
-    per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1)
-    gradient_accumulation_steps: int = setting(32, "forward passes per step, summed over all GPUs", at_least=1)
+    num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
+    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
+    per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1, at_most=4096)
+    gradient_accumulation_steps: int = setting(
+        32, "forward passes per step, summed over all GPUs", at_least=1, at_most=10**5
+    )
     learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
     lr_scheduler_type: str = setting("cosine", "as in transformers")
     warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)

@@ -58,16 +58,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler, set_seed
-from transformers.integrations import is_wandb_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
 from graphs import peak_memory, replay_layers, replay_loops
+from loggers import check_logger, continue_tensorboard, start_logger
 from lora import fuse, refresh
 from modeling_ouro import PROJECTIONS, compiling, load_ouro
-from plan import layers_to_recompute, matrix_rate, training_flops, training_memory
+from plan import check_share, layers_to_recompute, matrix_rate, training_flops, training_memory
 from runs import (
     LOCAL_RANK,
     LOCAL_WORLD_SIZE,
@@ -80,12 +80,15 @@ from runs import (
     manifest,
     model_card,
     seal,
+    step_of,
     sync_file,
     writing,
 )
 
 STARTED = time.time()
+REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
 LOOP = "held_out_loss/loop"  # and its number: what TensorBoard and W&B call it
@@ -102,7 +105,7 @@ class LoopTrainer(SFTTrainer):
         self.flops = flops  # of a GPU, per second
         # of this process since the last log; float64 counts exactly to 2**53
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
-        self._step_loss = torch.zeros((), dtype=torch.float64)
+        self._step_sums = torch.zeros(3, dtype=torch.float64)  # of one step, the first three of SUMMED
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
         self._noted_step = 0
@@ -153,7 +156,7 @@ class LoopTrainer(SFTTrainer):
         batch = (loss, outputs.correct_tokens, outputs.trained_tokens, *batch)
         sums = torch.stack([x.detach().double() for x in batch])
         self._sums = self._sums.to(sums.device) + sums
-        self._step_loss = self._step_loss.to(sums.device) + sums[0]
+        self._step_sums = self._step_sums.to(sums.device) + sums[:3]
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
@@ -162,14 +165,14 @@ class LoopTrainer(SFTTrainer):
         if step == self._noted_step:  # transformers calls this once more at the end of each epoch
             return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._noted_step = step
-        loss = self.accelerator.reduce(self._step_loss, "mean") if WORLD_SIZE > 1 else self._step_loss
-        numbers = torch.stack((loss, grad_norm.double())).to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event() if loss.is_cuda else None
+        sums = self.accelerator.reduce(self._step_sums, "mean") if WORLD_SIZE > 1 else self._step_sums
+        numbers = torch.cat((sums, grad_norm.double()[None])).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if sums.is_cuda else None
         if arrived:
             arrived.record()
         self._check_pending()
         self._unchecked = (step, numbers, arrived)
-        self._step_loss = torch.zeros_like(self._step_loss)
+        self._step_sums = torch.zeros_like(self._step_sums)
         if self.stopper.asked(self.args.device):
             self.control.should_save = self.control.should_training_stop = True
         if self.control.should_save or self.control.should_log or last:
@@ -187,24 +190,30 @@ class LoopTrainer(SFTTrainer):
         step, numbers, arrived = self._unchecked
         if arrived:
             arrived.synchronize()
-        (loss, norm), self._unchecked = numbers.tolist(), None
-        if reason := self._lost(loss, norm):
+        (loss, correct, trained, norm), self._unchecked = numbers.tolist(), None
+        if reason := self._lost(step, loss, correct / max(trained, 1), norm):
             raise UserError(
                 f"step {step}: {reason}\nits rows: {', '.join(self._rows_of(step))}\nthe newest good checkpoint stays; "
                 "the same command continues from it"
             )
         self._recent.append(loss)
 
-    def _lost(self, loss: float, norm: float) -> str | None:
-        s = self.settings
+    def _lost(self, step: int, loss: float, accuracy: float, norm: float) -> str | None:
+        s, advice = self.settings, "lower learning_rate, or look at its rows"
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"the loss is {loss:g}, the gradient's norm {norm:g}; lower learning_rate, or look at these rows"
+            return f"the loss is {loss:g}, the gradient's norm {norm:g}; {advice}"
+        if step <= s.collapse_steps and (loss < s.min_loss or accuracy > s.max_token_accuracy):
+            return (
+                f"collapsed, there is nothing to learn: loss {loss:.4f} (min_loss = {s.min_loss:g}), token accuracy "
+                f"{accuracy:.3f} (max_token_accuracy = {s.max_token_accuracy:g}) before step {s.collapse_steps}; see "
+                "data_report.json and the marked row above"
+            )
         if len(self._recent) == self._recent.maxlen:
             usual = statistics.median(self._recent)
             if loss > s.max_loss_spike * usual:
                 return (
                     f"the loss is {loss:.4f}, more than max_loss_spike = {s.max_loss_spike:g} times the median "
-                    f"{usual:.4f} of the {len(self._recent)} steps before; lower learning_rate, or look at these rows"
+                    f"{usual:.4f} of the {len(self._recent)} steps before; {advice}"
                 )
         return None
 
@@ -241,7 +250,7 @@ class LoopTrainer(SFTTrainer):
             done = training_flops(config, s.total_ut_steps, s.r, seen, pairs, heads * trained)
             logs["model_flop_use"] = round(done / spent / (self.flops * WORLD_SIZE), 4)
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
-        self._watch(step, loss, accuracy, rate)
+        self._watch(step, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
             logs |= {
                 f"{LOOP}{i}": loss for i, loss in enumerate(self.held_out_loss(), 1)
@@ -249,19 +258,12 @@ class LoopTrainer(SFTTrainer):
         self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
-    def _watch(self, step: int, loss: float, accuracy: float, rate: float) -> None:
-        """Raises UserError for a loss that has collapsed; warns of a machine that has become slow."""
-        s = self.settings
-        if step <= s.collapse_steps and (loss < s.min_loss or accuracy > s.max_token_accuracy):
-            raise UserError(
-                f"step {step}: collapsed, there is nothing to learn: loss {loss:.4f} (min_loss = {s.min_loss:g}), "
-                f"token accuracy {accuracy:.3f} (max_token_accuracy = {s.max_token_accuracy:g}) before step "
-                f"{s.collapse_steps}; see data_report.json and the marked row above\n"
-                f"its rows: {', '.join(self._rows_of(step))}"
-            )
-        if step <= 50:
-            self._rates.append(rate)
-        elif self._rates and rate < statistics.median(self._rates) / 2 and RANK == 0:
+    def _watch(self, step: int, rate: float) -> None:
+        """Warns of a machine that has become slow."""
+        if step <= 50 or not self._rates:
+            if step > 1:  # which compiles
+                self._rates.append(rate)
+        elif rate < statistics.median(self._rates) / 2 and RANK == 0:
             usual = statistics.median(self._rates)
             print(
                 f"warning: step {step}: {rate:,.0f} tokens/s, less than half of the {usual:,.0f} of the first 50 "
@@ -319,6 +321,7 @@ class LoopTrainer(SFTTrainer):
             with writing(f"step {step}: the checkpoint", folder, staging):
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
+                progress["since_log"] = round(time.perf_counter() - self._logged_at, 3)
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 seal(staging / f"checkpoint-{step}")
@@ -326,11 +329,15 @@ class LoopTrainer(SFTTrainer):
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
                 staging.rmdir()
                 sync_folder(folder)
-                for old in checkpoints(folder)[self.settings.save_total_limit :]:
-                    shutil.rmtree(old)
+                found = checkpoints(folder)
+                this = found.index(folder / f"checkpoint-{step}")
+                # newer ones are damaged, or the run had gone on from them
+                for other in found[:this] + found[this + self.settings.save_total_limit :]:
+                    shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | None = None):
+        since_log = 0.0  # seconds
         if resume_from_checkpoint:
             progress = json.loads((Path(resume_from_checkpoint) / "progress.json").read_text())
             if progress["processes"] == WORLD_SIZE:
@@ -341,9 +348,9 @@ class LoopTrainer(SFTTrainer):
                 self._sums[1:] /= WORLD_SIZE
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
-            self._rates = progress["rates"]
+            self._rates, since_log = progress["rates"], progress.get("since_log", 0)
         self._unmeasured = self.held_out is not None and not resume_from_checkpoint
-        self._logged_at = time.perf_counter()
+        self._logged_at = time.perf_counter() - since_log
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint)
         except torch.OutOfMemoryError as error:
@@ -365,6 +372,11 @@ class Stopped(Exception):
     """Training ended before its last step, after a checkpoint."""
 
 
+def stop_at_once(number: int, frame) -> None:
+    """Before the first step: there is nothing to save."""
+    raise Stopped(f"{signal.Signals(number).name}: stopped before a step")
+
+
 class Stopper:
     """Says when to end training, after a step in which a signal came or the time was up, in all processes together."""
 
@@ -377,7 +389,7 @@ class Stopper:
         if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no network, nor a host name that resolves
             self.group = torch.distributed.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
@@ -482,62 +494,6 @@ def unused(s: Settings, device: str | int) -> list[str]:
         command = shlex.join(["torchrun", "--nproc_per_node", str(count), *sys.argv])
         lines.append(f"{idle} of the {count} GPUs here {'is' if idle == 1 else 'are'} idle; all of them: {command}")
     return lines
-
-
-def check_logger(settings: Settings) -> None:
-    """Whether the W&B server takes a run of this user; nothing is asked on the terminal.
-
-    Raises:
-        UserError: no API key, one that the server refuses, no server, or a WANDB_… variable that W&B does not know.
-    """
-    if settings.report_to != "wandb" or RANK > 0:
-        return
-    import wandb
-    from pydantic import ValidationError
-
-    if not is_wandb_available():
-        raise UserError("report_to = wandb, and WANDB_DISABLED is set: unset it, or --report_to none")
-    try:
-        # silent: never asks for a key; one retry: with more it times out before it says what is wrong
-        wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=1))
-        wandb.login(verify=True)  # asks no server with WANDB_MODE=offline or disabled
-        return
-    except ValidationError as error:  # whose own text shows the value
-        reason = "; ".join(f"WANDB_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
-    except wandb.Error as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
-    finally:
-        wandb.teardown()
-    raise UserError(
-        f"report_to = wandb, and no run can be logged: {reason}\n"
-        "set WANDB_API_KEY or run `wandb login` (WANDB_BASE_URL names a server of your own); or WANDB_MODE=offline and "
-        "`wandb sync` later; or --report_to none"
-    )
-
-
-def start_logger(run: Resolved, folder: Path) -> None:
-    """Starts the W&B run, or the rest of it, that transformers' callback then writes to; its files are in `folder`.
-
-    Raises:
-        UserError: the server refuses it, as for an entity that is not the user's.
-    """
-    if run.settings.report_to != "wandb" or RANK > 0:
-        return
-    import wandb
-
-    stored = folder / "wandb" / "run_id"  # goes with the folder's contents when the run starts anew
-    try:
-        started = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "ouro-thai"),
-            name=run.run,
-            dir=str(folder),
-            id=stored.read_text(encoding="utf-8") if stored.exists() else None,
-            resume="allow",
-            config={"settings": vars(run.settings)},
-        )
-    except wandb.Error as error:
-        raise UserError(f"W&B does not start the run: {' '.join(str(error).split())[:300]}") from None
-    write_atomic(stored, started.id)
 
 
 def shard_frozen_weights(model: PeftModel) -> None:
@@ -698,12 +654,27 @@ def build(s: Settings, device: str | int) -> PeftModel:
     return adapted
 
 
+def wait_for_data() -> None:
+    """A moment, while another process of this node tokenises.
+
+    Raises:
+        UserError: a process has failed, which says why.
+    """
+    time.sleep(0.2)
+    try:
+        failed = _get_default_store().add("failed", 0) if torch.distributed.is_initialized() else 0
+    except RuntimeError:  # process 0, which keeps the store, has ended
+        failed = 1
+    if failed:
+        raise UserError("another process failed")
+
+
 def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
     """The rows that the held-out loss is measured on: `eval_rows` of them, evenly spaced; None if there are none."""
     if not s.eval_steps:
         return None
     try:
-        rows, _ = prepare(s, tokenizer, "held_out", builder=LOCAL_RANK == 0, quiet=RANK > 0)
+        rows, _ = prepare(s, tokenizer, "held_out", LOCAL_RANK == 0, RANK > 0, wait_for_data)
     except NoSplit as error:
         rows, why = (), str(error)
     else:
@@ -724,26 +695,24 @@ def train(run: Resolved) -> Path:
         Stopped: a signal or the time limit ended it after a checkpoint.
     """
     s, folder = run.settings, Path(run.settings.output_dir) / run.run
-    if s.gradient_accumulation_steps % WORLD_SIZE:
-        raise UserError(
-            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} forward passes a step cannot be shared by "
-            f"{WORLD_SIZE} processes; use a multiple"
-        )
+    check_share(s, WORLD_SIZE)
     device = check_device(s)
     frozen_kind(s, device)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
     check_logger(s)
     if RANK == 0:
         print(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
+        if run.options.overwrite and REQUEUED:
+            print("a job that was requeued continues: --overwrite was done when it began")
         for name, value in vars(s).items():
             print(f"  {name:<28} {str(value):<32} {run.origins[name]}")
         for line in unused(s, device):
             print(line)
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
-    rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0)
+    rows, report = prepare(s, tokenizer, "train", LOCAL_RANK == 0, RANK > 0, wait_for_data)
     held_out = held_out_rows(s, tokenizer)
     with PartialState().main_process_first():  # the other ranks see what the first one left
-        state = claim(folder, run, run.options.overwrite and RANK == 0)
+        state = claim(folder, run, run.options.overwrite and RANK == 0 and not REQUEUED)
     found = gather_object([str(state) if (folder / "config.yaml").exists() else "nothing"])
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
@@ -786,6 +755,8 @@ def train(run: Resolved) -> Path:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    if state != "new" and s.report_to == "tensorboard":
+        continue_tensorboard(trainer, folder, step_of(state))
     if RANK == 0:
         trained, total = trainer.model.get_nb_trainable_parameters()
         print(f"model: {s.model_name_or_path}, {s.total_ut_steps} loops, {trained:,} trained of {total:,} parameters")
@@ -877,11 +848,14 @@ def leave(code: int) -> None:
 
 
 def main() -> None:
+    for number in SIGNALS:
+        signal.signal(number, stop_at_once)
     try:
         train(resolve(__doc__, add_options=options))
     except Stopped as stopped:
         if RANK == 0:
-            print(f"{stopped}; the same command continues (exit code {STOPPED})")
+            overwriting = " without --overwrite" * ("--overwrite" in sys.argv)
+            print(f"{stopped}; the same command{overwriting} continues (exit code {STOPPED})")
         leave(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
         if not among_others():

@@ -46,11 +46,14 @@ def test_the_trainer_is_measured_on_rows_without_padding(folder):
 
 
 def test_the_plan_has_a_line_for_each_experiment(bench_py, capsys):
-    bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "4")
+    bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "2")
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert list(lines) == list(read_yaml("configs/experiments.yaml"))
     for name, line in lines.items():
-        assert float(line[-1]) == pytest.approx(4 * float(line[-2]), abs=0.2), name  # GPU-hours and hours
+        assert float(line[-1]) == pytest.approx(2 * float(line[-2]), abs=0.1), name  # GPU-hours and hours
+    bench_py("plan", *SMOKE, "--total_ut_steps", "2")
+    asked = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[1] for line in asked] == ["2"] * len(lines), "the command line comes after the experiment's row"
 
 
 @pytest.mark.parametrize(

@@ -217,20 +217,20 @@ def bare_trainer(recent=(), rates=(), **settings) -> LoopTrainer:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_lost_in_the_loss_or_in_the_gradient(bad):
     trainer = bare_trainer()
-    assert trainer._lost(2.0, 1.0) is None
-    assert f"the loss is {bad:g}, the gradient's norm 1" in trainer._lost(bad, 1.0)
-    assert f"the loss is 2, the gradient's norm {bad:g}" in trainer._lost(2.0, bad)
+    assert trainer._lost(1, 2.0, 0.5, 1.0) is None
+    assert f"the loss is {bad:g}, the gradient's norm 1" in trainer._lost(1, bad, 0.5, 1.0)
+    assert f"the loss is 2, the gradient's norm {bad:g}" in trainer._lost(1, 2.0, 0.5, bad)
 
 
 def test_a_spike_is_more_than_the_setting_times_the_median_of_fifty_steps():
     losses = [2.0] * 25 + [4.0] * 24 + [100.0]  # median 3, mean 4.9
     for factor in (1.0, 2.5, 3.0):
         trainer = bare_trainer(losses, max_loss_spike=factor)
-        assert trainer._lost(3 * factor, 1.0) is None, "at the value"
-        message = trainer._lost(math.nextafter(3 * factor, 1e9), 1.0)
+        assert trainer._lost(200, 3 * factor, 0.5, 1.0) is None, "at the value"
+        message = trainer._lost(200, math.nextafter(3 * factor, 1e9), 0.5, 1.0)
         assert f"max_loss_spike = {factor:g} times the median 3.0000 of the 50 steps before" in message
-        assert trainer._lost(0.0, 1.0) is None
-    assert bare_trainer(losses[:49])._lost(1e9, 1.0) is None, "49 steps are too few"
+        assert trainer._lost(200, 0.0, 0.5, 1.0) is None
+    assert bare_trainer(losses[:49])._lost(200, 1e9, 0.5, 1.0) is None, "49 steps are too few"
 
 
 def test_a_real_spike_stops_the_run_at_the_step_and_with_the_median_that_a_recount_gives(tmp_path):
@@ -291,13 +291,12 @@ def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_nam
     ],
 )
 def test_a_collapse_is_beyond_a_threshold_and_not_after_collapse_steps(step, loss, accuracy, trips):
-    trainer = bare_trainer()
-    if not trips:
-        return trainer._watch(step, loss, accuracy, 1.0)
-    with pytest.raises(UserError, match=f"^step {step}: collapsed, there is nothing to learn") as error:
-        trainer._watch(step, loss, accuracy, 1.0)
-    for name in ("min_loss = 0.02", "max_token_accuracy = 0.995", "step 100", "data_report.json", f"rows of {step}"):
-        assert name in str(error.value)
+    reason = bare_trainer()._lost(step, loss, accuracy, 1.0)
+    assert bool(reason) == trips
+    if trips:
+        assert reason.startswith("collapsed, there is nothing to learn: loss ")
+        for name in ("min_loss = 0.02", "max_token_accuracy = 0.995", "step 100", "data_report.json"):
+            assert name in reason
 
 
 def test_rows_with_nothing_to_learn_stop_the_run_early_and_not_after_collapse_steps(tmp_path):
@@ -314,6 +313,8 @@ def test_rows_with_nothing_to_learn_stop_the_run_early_and_not_after_collapse_st
     assert len(lines) == step - 1
     assert all(line["loss"] >= 0.5 and line["mean_token_accuracy"] <= 0.995 for line in lines)
     assert checkpoints(tmp_path / "a/smoke") == [f"checkpoint-{k}" for k in (step - 2, step - 1)]
+    with pytest.raises(UserError, match=rf"^step {step}: collapsed"):  # whatever is logged, and when
+        trained(tmp_path / "rarely", *argv, "--min_loss", "0.5", "--logging_steps", "100")
     argv[argv.index("--max_steps") + 1] = str(step)
     run = trained(tmp_path / "b", *argv, "--min_loss", "0.5", "--collapse_steps", str(step - 1))
     last = metrics(run)[-1]
@@ -323,17 +324,21 @@ def test_rows_with_nothing_to_learn_stop_the_run_early_and_not_after_collapse_st
 def test_a_machine_that_became_slow_is_warned_of_below_half_the_median_of_the_first_fifty_steps(capsys):
     trainer = bare_trainer()
     for step, rate in enumerate((100.0, 1.0, 900.0, 100.0, 100.0), 46):
-        trainer._watch(step, 2.0, 0.5, rate)  # step 47 is slow, but not more than a step of the first fifty
-    trainer._watch(51, 2.0, 0.5, 50.0)
+        trainer._watch(step, rate)  # step 47 is slow, but not more than a step of the first fifty
+    trainer._watch(51, 50.0)
     assert capsys.readouterr().out == ""
-    trainer._watch(52, 2.0, 0.5, math.nextafter(50, 0))
+    trainer._watch(52, math.nextafter(50, 0))
     warned = capsys.readouterr().out
     assert warned.startswith("warning: step 52: 50 tokens/s, less than half of the 100 of the first 50 steps")
     assert warned.count("\n") == 1 and "nvidia-smi" in warned
-    trainer._watch(53, 2.0, 0.5, 1000.0)
+    trainer._watch(53, 1000.0)
     assert capsys.readouterr().out == ""
-    bare_trainer()._watch(51, 2.0, 0.5, 1e-9)  # as after a resume without rates
+    rare = bare_trainer()  # logging_steps: 100
+    for step, rate in ((1, 1.0), (100, 100.0), (200, 90.0)):  # the first compiles, and is no measure
+        rare._watch(step, rate)
     assert capsys.readouterr().out == ""
+    rare._watch(300, 49.0)
+    assert "49 tokens/s, less than half of the 100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
