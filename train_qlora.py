@@ -88,7 +88,6 @@ from runs import (
 STARTED = time.time()
 REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
 LOOP = "held_out_loss/loop"  # and its number: what TensorBoard and W&B call it
@@ -372,11 +371,6 @@ class Stopped(Exception):
     """Training ended before its last step, after a checkpoint."""
 
 
-def stop_at_once(number: int, frame) -> None:
-    """Before the first step: there is nothing to save."""
-    raise Stopped(f"{signal.Signals(number).name}: stopped before a step")
-
-
 class Stopper:
     """Says when to end training, after a step in which a signal came or the time was up, in all processes together."""
 
@@ -389,7 +383,7 @@ class Stopper:
         if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no network, nor a host name that resolves
             self.group = torch.distributed.new_group(backend="gloo")
-        for number in SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # before that, they end it: it would be requeued for nothing
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
@@ -848,8 +842,6 @@ def leave(code: int) -> None:
 
 
 def main() -> None:
-    for number in SIGNALS:
-        signal.signal(number, stop_at_once)
     try:
         train(resolve(__doc__, add_options=options))
     except Stopped as stopped:

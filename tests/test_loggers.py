@@ -16,9 +16,11 @@ import pytest
 import wandb
 from conftest import PATIENCE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
+import loggers
 import train_qlora
 
 ROOT = Path(train_qlora.__file__).parent
@@ -77,13 +79,13 @@ WANDB = Settings(report_to="wandb")
 
 def test_a_key_that_the_server_accepts_is_enough_from_the_environment_or_a_stored_login(server, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    train_qlora.check_logger(WANDB)
+    loggers.check_logger(WANDB)
     monkeypatch.delenv("WANDB_API_KEY")
     netrc = Path(os.environ["NETRC"])
     netrc.parent.mkdir(exist_ok=True)
     netrc.write_text(f"machine 127.0.0.1:{server.server_port}\n  login user\n  password {KEY}\n")
     netrc.chmod(0o600)
-    train_qlora.check_logger(WANDB)
+    loggers.check_logger(WANDB)
     assert server.asked and set(server.asked) == {KEY} and KEY not in "".join(capfd.readouterr())
 
 
@@ -92,7 +94,7 @@ def test_a_key_that_the_server_refuses_is_refused_and_not_shown(server, monkeypa
     server.refusal = refusal
     monkeypatch.setenv("WANDB_API_KEY", OTHER_KEY)
     with pytest.raises(UserError, match="no run can be logged: .*API key") as error:
-        train_qlora.check_logger(WANDB)
+        loggers.check_logger(WANDB)
     assert "set WANDB_API_KEY or run `wandb login`" in str(error.value)
     assert set(server.asked) == {OTHER_KEY} and OTHER_KEY not in str(error.value) + "".join(capfd.readouterr())
 
@@ -112,15 +114,15 @@ def test_what_else_would_lose_a_run_is_named(server, monkeypatch, environment, r
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=reason) as error:
-        train_qlora.check_logger(WANDB)
+        loggers.check_logger(WANDB)
     assert not server.asked and KEY not in str(error.value) and "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_without_a_server_no_key_is_needed(server, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    train_qlora.check_logger(WANDB)
-    train_qlora.check_logger(Settings(report_to="tensorboard"))
+    loggers.check_logger(WANDB)
+    loggers.check_logger(Settings(report_to="tensorboard"))
     assert not server.asked
 
 
@@ -170,6 +172,26 @@ def test_tensorboard_gets_every_number_of_metrics_jsonl(tmp_path, caplog):
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         assert logged[: len(points)] == points, name  # the epoch once more at the end
     assert "dropped this attribute" not in caplog.text
+
+
+def test_tensorboard_drops_what_was_logged_after_the_checkpoint_that_a_run_continues_from(tmp_path):
+    with pytest.raises(train_qlora.Stopped):
+        trained(tmp_path, "--report_to", "tensorboard", "--time_limit", "0")
+    with SummaryWriter(str(tmp_path / "smoke/tensorboard")) as writer:  # as before a kill
+        for step in (1, 2, 3):
+            writer.add_scalar("train/lost", step, step)
+    run = trained(tmp_path, "--report_to", "tensorboard")
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/lost")] == [1]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused(monkeypatch, logger):
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    monkeypatch.setattr(loggers, "is_tensorboard_available", lambda: False)
+    with pytest.raises(UserError, match=f"report_to = {logger} needs the package {logger}"):
+        loggers.check_logger(Settings(report_to=logger))
 
 
 def history(file: Path) -> list[dict]:

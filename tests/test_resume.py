@@ -1,5 +1,6 @@
 """Stopping and going on: an interrupted run ends in the bytes of one that was not, whatever interrupted it."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -286,6 +287,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, cache
     assert metrics(run) == metrics(stopped), "the line of step 3 is there once"
 
 
+def test_a_damaged_newer_checkpoint_does_not_outlive_the_one_that_is_saved(stopped, cache, tmp_path):
+    """With one kept, it would else be the damaged one."""
+    run = copied(stopped, tmp_path)
+    shutil.rmtree(run / "checkpoint-2")
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-20")
+    damage_truncate(run / "checkpoint-20")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("save_total_limit: 2", "save_total_limit: 1"))
+    assert one_step(tmp_path, cache, "--save_total_limit", "1") == 4
+    assert names(run) == ["checkpoint-4"] and runs.is_good(run / "checkpoint-4")
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_there(stopped, cache, tmp_path, monkeypatch):
+    run = copied(stopped, tmp_path)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("save_total_limit: 2", "save_total_limit: 1"))
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "seal", full)
+        with pytest.raises(UserError, match="^step 4: the checkpoint could not be written"):
+            trained(tmp_path, cache, "--save_total_limit", "1")
+    assert names(run) == ["checkpoint-3", "checkpoint-2"] and all(map(runs.is_good, runs.checkpoints(run)))
+    assert one_step(tmp_path, cache, "--save_total_limit", "1") == 4 and names(run) == ["checkpoint-4"]
+
+
+def test_guards_go_on_with_what_they_had_seen(whole, cache, tmp_path, monkeypatch):
+    """The losses that a spike is measured by, the rates that a slow machine is, and the time since the last line."""
+    seen = []
+    for step in (1, 2, 3):
+        assert one_step(tmp_path, cache) == step
+    train = train_qlora.SFTTrainer.train
+
+    def kept(self, **options):
+        seen.append((list(self._recent), list(self._rates), time.perf_counter() - self._logged_at))
+        return train(self, **options)
+
+    progress = tmp_path / "smoke/checkpoint-3/progress.json"
+    there = json.loads(progress.read_text())
+    assert len(there["recent"]) == 3 and len(there["rates"]) == 2 and there["since_log"] < 60
+    progress.write_text(json.dumps(there | {"since_log": 1000.0}))
+    (progress.parent / runs.SUMS).unlink()
+    runs.seal(progress.parent)
+    monkeypatch.setattr(train_qlora.SFTTrainer, "train", kept)
+    run = trained(tmp_path, cache)
+    ((recent, rates, since),) = seen
+    assert (recent, rates) == (there["recent"], there["rates"]) and 1000 <= since < 1100
+    line = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[3:])
+    assert line["step"] == 4 and line["tokens_per_second"] < 10, "the tokens since the last line, by all their time"
+    assert_same(run, whole)
+
+
 def test_with_all_checkpoints_damaged_the_run_starts_anew_and_says_so(stopped, cache, tmp_path, capsys):
     run = copied(stopped, tmp_path)
     damage_flip(run / "checkpoint-3")
@@ -413,8 +468,34 @@ def test_a_kill_while_a_run_is_deleted_leaves_a_run(stopped, cache, tmp_path):
     script = Script(tmp_path / "out", arguments(tmp_path, cache, "--overwrite"))
     script.kill_when(lambda: len(os.listdir(run)) < 1000)
     assert len(os.listdir(run)) > 1, "killed in the middle"
-    assert (run / "config.yaml").exists()
+    assert (run / "config.yaml").exists() and (run / "manifest.json").exists()
     assert one_step(tmp_path, cache, "--overwrite") == 1
+
+
+def test_a_second_run_of_the_same_folder_is_refused_while_the_first_is_there(whole, cache, tmp_path):
+    first = Script(tmp_path / "out", arguments(tmp_path, cache))
+    first.wait(lambda: "step     1/" in first.printed)
+    for argv in ([], ["--overwrite"]):
+        second = Script(tmp_path / "out", arguments(tmp_path, cache, *argv))
+        assert second.code() == 2
+        told = rf"error: process {first.process.pid} on \S+, since \S+, trains into {tmp_path}/smoke now: wait for it"
+        assert re.match(told, second.printed.splitlines()[-1])
+    assert first.code() == 0, first.printed
+    assert_same(tmp_path / "smoke", whole)
+
+
+def test_a_requeued_job_does_not_delete_its_own_run(whole, cache, tmp_path, monkeypatch, capsys):
+    copied(whole, tmp_path)
+    assert one_step(tmp_path, cache, "--overwrite") == 1
+    monkeypatch.setattr(train_qlora, "REQUEUED", True)
+    assert one_step(tmp_path, cache, "--overwrite") == 2
+    assert "requeued continues: --overwrite was done" in capsys.readouterr().out
+
+
+def test_a_stop_says_which_command_continues(cache, tmp_path):
+    script = Script(tmp_path / "out", arguments(tmp_path, cache, "--time_limit", "0", "--overwrite"))
+    assert script.code() == 75
+    assert "which is saved; the same command without --overwrite continues (exit code 75)" in script.printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -475,6 +556,8 @@ def small_disk(folder: Path, size: int):
     try:
         yield
     finally:
+        for lock in runs.HELD.values():  # as at the end of a process
+            lock.close()
         subprocess.run(["umount", folder], check=True)
 
 
@@ -620,6 +703,15 @@ def test_steps_that_two_processes_cannot_share_are_refused(cache, tmp_path):
     assert [script.code() for script in scripts] == [2, 2]
     message = "error: gradient_accumulation_steps = 3 forward passes a step cannot be shared by 2 processes; use a "
     assert scripts[0].printed.startswith(message) and scripts[1].printed == "" and not (tmp_path / "run").exists()
+
+
+def test_of_two_processes_the_second_does_not_wait_for_data_that_the_first_cannot_read(cache, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "completion": "a"}\n{"prompt"\n')
+    scripts = both(tmp_path / "out", arguments(tmp_path, cache, "--dataset", "pairs", "--dataset_path", str(rows)))
+    assert [script.code() for script in scripts] == [2, 2]
+    assert f"{rows}" in scripts[0].printed and "line 2" in scripts[0].printed and "Traceback" not in scripts[1].printed
+    assert "error: " not in scripts[1].printed
 
 
 def test_of_two_processes_that_fail_with_a_full_disk_one_says_so_and_neither_hangs(stopped, cache, tmp_path):
