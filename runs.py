@@ -96,8 +96,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+@contextmanager
+def letting_go():
+    """What is held inside is free again afterwards."""
+    try:
+        yield
+    finally:
+        while HELD:
+            HELD.popitem()[1].close()
+
+
 def hold(folder: Path) -> None:
-    """Keeps other processes from training into `folder` until this one ends.
+    """Keeps other processes from training into `folder`.
 
     Raises:
         UserError: one trains into it.

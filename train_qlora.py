@@ -77,6 +77,7 @@ from runs import (
     claim,
     continue_from,
     in_short,
+    letting_go,
     manifest,
     model_card,
     seal,
@@ -681,6 +682,7 @@ def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | N
     return Subset(rows, [i * len(rows) // count for i in range(count)])
 
 
+@letting_go()
 def train(run: Resolved) -> Path:
     """Runs the experiment, or the rest of it, and gives its folder.
 

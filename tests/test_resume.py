@@ -556,8 +556,6 @@ def small_disk(folder: Path, size: int):
     try:
         yield
     finally:
-        for lock in runs.HELD.values():  # as at the end of a process
-            lock.close()
         subprocess.run(["umount", folder], check=True)
 
 
@@ -696,6 +694,22 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(cache, 
     assert alone.code() == 0 and "with 1 process after 2: the same rows in each step" in alone.printed
     assert [line["num_tokens"] for line in metrics(run)] == [line["num_tokens"] for line in metrics(one)]
     assert [line["loss"] for line in metrics(run)] == pytest.approx([m["loss"] for m in metrics(one)], rel=1e-4)
+
+
+def test_what_one_process_began_two_continue_and_their_time_limit_stops_them_together(cache, tmp_path):
+    one = trained(tmp_path / "one", cache, *TWO)
+    folder, run = tmp_path / "parts", tmp_path / "parts/smoke"
+    assert one_step(folder, cache, *TWO) == 1
+    for limit, codes, step in (["--time_limit", "0"], [75, 75], 2), ([], [0, 0], 4):
+        scripts = both(tmp_path / "out", arguments(folder, cache, *TWO, *limit))
+        assert [script.code() for script in scripts] == codes, scripts[0].printed + scripts[1].printed
+        assert metrics(run)[-1]["step"] == step and scripts[1].printed.count("step ") == 0
+    told = "with 2 processes after 1: the same rows in each step, but other dropout masks"
+    assert [entry["processes"] for entry in json.loads((run / "manifest.json").read_text())["continued"]] == [2, 2]
+    assert told not in scripts[0].printed, "after 2"
+    losses = {line["step"]: line["loss"] for line in metrics(one)}
+    assert all(line["loss"] == pytest.approx(losses[line["step"]], rel=1e-4) for line in metrics(run))
+    assert [line["num_tokens"] for line in metrics(run)] == [line["num_tokens"] for line in metrics(one)]
 
 
 def test_steps_that_two_processes_cannot_share_are_refused(cache, tmp_path):
