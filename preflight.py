@@ -242,7 +242,7 @@ def check_benchmarks(run: Resolved) -> str:
 
 
 def check_logger(run: Resolved) -> str:
-    from train_qlora import check_logger
+    from loggers import check_logger
 
     if run.settings.report_to == "none":
         return "metrics.jsonl"
