@@ -46,6 +46,7 @@ from lora import refresh
 from modeling_ouro import PROJECTIONS, OuroForCausalLM, load_ouro
 from plan import (
     GPUS,
+    check_share,
     layers_to_recompute,
     matrix_rate,
     predict,
@@ -57,7 +58,7 @@ from plan import (
 from sources import ROOT, read_file
 from train_qlora import build
 
-CHARACTERS = 3000  # of a row of WangchanThaiInstruct, about
+CHARACTERS = 2500  # of a row; of WangchanThaiInstruct 3,000, about, but the samples' models have 8,192 positions
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -94,7 +95,10 @@ def bench_data(run: Resolved) -> None:
         values["paths"] = ",".join(f"{name}={place}" for name, place in s.paths.items())
         command = [sys.executable, "data_config.py", *(f"--{name}={value}" for name, value in values.items())]
         start = seconds(lambda: subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL))
-        build = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)) - start
+        try:
+            build = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)) - start
+        except subprocess.CalledProcessError:
+            raise UserError("data_config.py failed, see above") from None
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         hit = seconds(lambda: prepare(s, tokenizer, quiet=True))
         rows, report = prepare(s, tokenizer, quiet=True)
@@ -433,12 +437,15 @@ def plot_losses(curves: dict[str, list[float]], path: str) -> None:
 
 def bench_plan(run: Resolved) -> None:
     gpu, count = run.options.gpu, run.options.count
+    check_share(run.settings, count)
     print(f"{count} x {gpu}, {run.config or 'the defaults'}: predicted, from counted operations")
     print(
         f"  {'':<22}{'loops':>5}{'recomputed':>12}{'GiB':>7}{'tokens/epoch':>15}{'steps':>8}{'hours':>8}"
         f"{'GPU-hours':>11}"
     )
     for name, changes in read_yaml(EXPERIMENTS).items():
+        if run.options.exp not in (None, name):
+            continue
         mine = {n: x for n, x in changes.items() if not run.origins[n].startswith(("command line", "environment"))}
         s = dataclasses.replace(run.settings, **mine)
         p = predict(s, gpu, count, tokenise=True)
@@ -619,8 +626,8 @@ WHAT = {
 
 def main() -> None:
     run = resolve(__doc__, add_options=options)
-    if min(run.options.count, run.options.steps) < 1:
-        raise UserError("--count and --steps are at least 1")
+    if min(run.options.count, run.options.steps, run.options.rows) < 1:
+        raise UserError("--count, --steps and --rows are at least 1")
     WHAT[run.options.what](run)
 
 

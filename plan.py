@@ -163,14 +163,12 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
     Without `tokenise` nothing is downloaded or tokenised for it: the rows are the cache's, where it has them.
 
     Raises:
-        UserError: an unknown GPU, one that is too small or has no fp8, a count that cannot share a step's forward
-            passes, or data of which not even the rows are known.
+        UserError: an unknown GPU, one that is too small or has no fp8, or data of which not even the rows are known.
     """
     if gpu not in GPUS:
         raise UserError(f"no figures of a GPU {gpu!r}{nearest(gpu, GPUS)} (GPU_TYPE in slurm/site.env)")
     if s.frozen_weights == "fp8" and gpu not in HOPPER:
         raise UserError(f"frozen_weights: fp8 needs a Hopper GPU ({' or '.join(HOPPER)}), not {gpu}; set it to auto")
-    check_share(s, count)
     peak, memory = GPUS[gpu]
     config = sizes(s)
     try:

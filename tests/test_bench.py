@@ -59,7 +59,8 @@ def test_the_plan_has_a_line_for_each_experiment(bench_py, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--count", "0"], "--count and --steps are at least 1"),
+        (["plan", "--count", "0"], "--count, --steps and --rows are at least 1"),
+        (["data", "--rows", "0"], "--count, --steps and --rows are at least 1"),
         (["train", "--loops", "2"], "no such row has 2 loops: the table has 4 and 1, nf4 4 alone"),
         (["train", "--only", "nf4", "--loops", "1"], "no such row has 1 loops"),
     ],
