@@ -41,7 +41,7 @@ env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to
 
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones)
 	@$(RUN) train_qlora.py --config $(SMOKE) --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite
-	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/smoke --limit 3
+	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/make-smoke --limit 3
 
 demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that
 	@$(RUN) demo.py
@@ -84,15 +84,17 @@ preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CO
 	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" preflight.py --config $(CONFIG) $(if $(EXP),--exp $(EXP)) $(if $(GPU),--gpu)
 
 cluster-sweep:  ## submit the study to Slurm; harmless to repeat [EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
-	@$(SITE) && CONFIG=$(CLUSTER) slurm/run_experiments.sh
+	@$(if $(EXP),$(error cluster-sweep submits several: make $@ EXPS="$(EXP)"))$(SITE) && CONFIG=$(CLUSTER) slurm/run_experiments.sh
 
 status:  ## how far each submitted experiment is, and why one failed
 	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" status.py <<<"$$queue"
 
 logs:  ## the end of an experiment's newest log: make logs EXP=exp2-wangchan-ut1
-	@$(need-exp)newest=$$(ls -t slurm/logs/*_$(EXP)*.out | head -n 1) && tail -v -n 40 "$$newest" "$${newest%.out}.err"
+	@$(need-exp)newest=$$(ls -t slurm/logs/*_$(EXP)*.out 2>/dev/null | head -n 1) || { echo "error: no log of $(EXP) in slurm/logs" >&2; exit 2; }; \
+	tail -v -n 40 "$$newest" "$${newest%.out}.err"
 
 cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
+	@$(if $(EXPS),$(error cancel takes one: make $@ EXP=exp2-wangchan-ut1, or none for all))
 	@. slurm/site.sh && queue=$$(live_jobs) && \
 	jobs=$$(awk -F '\t' -v here="$$PWD" '$$5 == here && $$4 ~ "$(if $(EXP),/$(EXP)$$)" {print $$1}' <<<"$$queue") && \
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
@@ -131,4 +133,4 @@ test-images:  ## build and run the images for real, on a Debian base (root; 20 t
 	@tests/images/run
 
 clean:  ## delete the environment, the cache of tokenised rows and what smoke wrote; runs and results stay
-	@rm -rf .venv cache output/smoke results/smoke
+	@rm -rf .venv cache output/smoke results/make-smoke

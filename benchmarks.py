@@ -50,7 +50,7 @@ def subset_names(text: str | None, tasks: dict) -> list[str]:
     names = [name for name in (text or "").split(",") if name]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown subset {name!r}{nearest(name, known)}")
+            raise UserError(f"unknown subset {name!r}{nearest(name, known) if known else ': these tasks have none'}")
     return names
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from data_config import load_tokenizer
-from evaluate import run_settings
+from export import finished
 from generate import generate
 from modeling_ouro import OuroForCausalLM, load_ouro
 from thai import normalise
@@ -52,9 +52,9 @@ def load(run: Resolved) -> tuple[PeftModel | OuroForCausalLM, PreTrainedTokenize
     """The model, its tokenizer, and the settings it was trained with.
 
     Raises:
-        UserError: the run is not trained, or its model cannot be loaded.
+        UserError: the run is not trained, its adapter is damaged, or its model cannot be loaded.
     """
-    folder, s = (None, run.settings) if run.options.base else run_settings(run, run.run)
+    folder, s, adapter = (None, run.settings, None) if run.options.base else finished(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if s.bf16 and device == "cpu":
         raise UserError(f"{s.model_name_or_path} would be read in bf16, and no CUDA GPU is found here")
@@ -63,8 +63,8 @@ def load(run: Resolved) -> tuple[PeftModel | OuroForCausalLM, PreTrainedTokenize
     nf4 = {"nf4": s.use_qlora, "double_quant": s.bnb_4bit_use_double_quant}
     try:
         model = load_ouro(s.model_name_or_path, s.model_revision, dtype=dtype, device=device, **nf4)
-        if folder:
-            model = PeftModel.from_pretrained(model, folder / "final_adapter")
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {s.model_name_or_path}{f' with {folder}' if folder else ''}: {error}") from None
     return model.eval(), tokenizer, s

@@ -41,7 +41,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from batches import EpochOrder, Rows, pack, padding, trained_mask
 from modeling_ouro import IGNORE, REVISIONS, OuroConfig
-from sources import ROOT, Source, benchmark_items, count_rows, find_source, read_file
+from sources import ROOT, Source, benchmark_items, count_rows, entry_of, find_source, read_file
 from thai import GARBLED, Overlap, count_letters, normalise
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
@@ -841,6 +841,7 @@ def plot(report: dict, path: Path) -> None:
 def main() -> None:
     run: Resolved = resolve(__doc__)
     s = run.settings
+    entry_of(s.dataset)  # a wrong name is said before the model is asked for
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     _, report = prepare(s, tokenizer)
     print_report(report)

@@ -305,6 +305,8 @@ def file_sha256(file: Path) -> str:
 
 def read_config(path: str, revision: str | None) -> PretrainedConfig:
     try:
+        if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
+            raise OSError("there is no config.json in it")
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())}") from None

@@ -62,8 +62,16 @@ def finished(run: Resolved) -> tuple[Path, Settings, Path]:
 
 
 def base_revision(folder: Path, trained: Settings) -> str | None:
-    """The commit of the base that the run was trained on; None for a folder."""
-    commit = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model_commit"]
+    """The commit of the base that the run was trained on; None for a folder.
+
+    Raises:
+        UserError: the run's manifest does not say.
+    """
+    file = folder / "manifest.json"
+    try:
+        commit = json.loads(file.read_text(encoding="utf-8"))["model_commit"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} does not say which base the run was trained on: {error!r}") from None
     return commit or trained.model_revision or REVISIONS.get(trained.model_name_or_path)
 
 

@@ -792,6 +792,9 @@ def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="results/<run>/mt_bench_thai-ut<k>.json")
     files = parser.parse_args().files
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no file {file}: replies are in RESULTS_DIR/<run>/mt_bench_thai-ut<k>.json")
     grader = find_judge()
     for file in files:
         judge_file(file, grader)

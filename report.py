@@ -674,7 +674,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     gc.disable()  # a fifth of the time goes to looking for garbage among millions of numbers that are read once
     run = resolve(__doc__, add_options=options)
-    reader = Reader(Path(run.settings.output_dir), Path(run.settings.results_dir))
+    places = [Path(run.settings.output_dir), Path(run.settings.results_dir)]
+    read = " and ".join(f"{place}{' (which is not there)' * (not place.is_dir())}" for place in places)
+    if not any(place.is_dir() for place in places):
+        raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
+    reader = Reader(*places)
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return
@@ -701,7 +705,8 @@ def main() -> None:
         print(textwrap.fill(f"{name}. {sentence}", 100, subsequent_indent="  "))
     for what in missing_lines(made):
         print(f"missing: {what}")
-    print(f"\n{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {folder}")
+    print(f"\nread: {read}")
+    print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {folder}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ gc.set_threshold(100_000)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
-EXPERIMENTS = Path(__file__).parent / "configs" / "experiments.yaml"
+CONFIGS = Path(__file__).parent / "configs"
+EXPERIMENTS, DATASETS, EVALS = (CONFIGS / name for name in ("experiments.yaml", "datasets.yaml", "evals.yaml"))
 # Of a full or read-only disk, and of a path that leads through a file: OSErrors that are the user's to mend.
 THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
@@ -100,7 +101,9 @@ class Settings:
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
     dataset_path: str | None = setting(None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id")
-    paths: dict = setting({}, "the same for several at once, name=folder for datasets and benchmarks")
+    paths: dict = setting(
+        {}, "the same for several at once, name=folder for datasets and benchmarks; adds to a config's"
+    )
     system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
     normalise_thai: bool = setting(
         True, "remove zero-width characters, compose sara am, order tone marks; in training and evaluation alike"
@@ -344,7 +347,14 @@ def resolve(
         for name, value in source.items():
             if name not in FIELDS:
                 raise UserError(f"{origin}: unknown setting {name!r}{nearest(str(name), FIELDS)}")
-            values[name], origins[name] = parse(name, value, origin), origin
+            parsed = parse(name, value, origin)
+            values[name] = values.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
+            origins[name] = origin
+    if paths := values.get("paths"):
+        evals = read_yaml(EVALS)
+        known = {**read_yaml(DATASETS), **evals["benchmarks"], **evals["tasks"]}
+        for name in paths.keys() - known.keys():
+            raise UserError(f"{origins['paths']}: paths: unknown dataset or benchmark {name!r}{nearest(name, known)}")
     run = options.exp or (Path(config).stem if config else "run")
     return Resolved(Settings(**values), origins, run, config, options)
 
@@ -403,7 +413,8 @@ def code_version() -> dict[str, str | bool | None]:
         done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=here)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    reports = (":(exclude)RESULTS.md", ":(exclude)report.html")  # which `make report` writes
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", *reports)
     if commit and changes is not None:
         return {"git_commit": commit, "git_dirty": bool(changes)}
     file = here / "COMMIT"

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import Settings, UserError, call, nearest, read_yaml, resolve
+from settings import DATASETS, EVALS, Settings, UserError, call, nearest, read_yaml, resolve
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -40,8 +40,6 @@ from huggingface_hub.utils import filter_repo_objects
 from modeling_ouro import REVISIONS
 
 ROOT = Path(__file__).resolve().parent
-DATASETS = ROOT / "configs" / "datasets.yaml"
-EVALS = ROOT / "configs" / "evals.yaml"
 PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, no pickles
 ROWS = 256  # read from a Parquet file at a time
 
@@ -114,6 +112,20 @@ KEYS = {
 }  # fmt: skip
 
 
+def entry_of(name: str) -> dict:
+    """A training set's row of datasets.yaml.
+
+    Raises:
+        UserError: an unknown name, or a key of its row that means nothing.
+    """
+    entries = read_yaml(DATASETS)
+    if name not in entries:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
+    for key in entries[name].keys() - KEYS:
+        raise UserError(f"{DATASETS.name}, {name}: unknown key {key!r}{nearest(key, KEYS)}")
+    return entries[name]
+
+
 def find_source(settings: Settings) -> Source:
     """The training set that the settings name: a local folder or file, else the Hub's (or its cache's) snapshot.
 
@@ -121,12 +133,7 @@ def find_source(settings: Settings) -> Source:
         UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
             configuration that does not exist, a missing shard.
     """
-    name, entries = settings.dataset, read_yaml(DATASETS)
-    if name not in entries:
-        raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
-    entry = entries[name]
-    for key in entry.keys() - KEYS:
-        raise UserError(f"{DATASETS.name}, {name}: unknown key {key!r}{nearest(key, KEYS)}")
+    name, entry = settings.dataset, entry_of(settings.dataset)
     local, commit = settings.dataset_path or settings.paths.get(name), None
     if local is None and "path" in entry:
         local = ROOT / entry["path"]

@@ -16,7 +16,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from settings import Resolved, UserError, call, has_begun, other_settings, read_yaml, resolve
+from settings import Parser, Resolved, UserError, call, has_begun, other_settings, read_yaml, resolve
 
 from preflight import requeues
 
@@ -40,8 +40,14 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> 
     evaluated, and predicted hours, of each run of a sweep. With seeds, each has its own OUTPUT_DIR and RESULTS_DIR.
 
     Raises:
-        UserError: an unknown experiment or setting, steps that the processes cannot share, or too small a GPU.
+        UserError: an unknown experiment or setting, one named twice, no GPU_TYPE in the environment, steps that the
+            processes cannot share, or too small a GPU.
     """
+    if "GPU_TYPE" not in os.environ:
+        raise UserError("GPU_TYPE is not set: `set -a; . slurm/site.sh` first, or GPU_TYPE=H100 python status.py …")
+    for kind, names in (("experiment", exps), ("seed", seeds)):
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"{kind} {', '.join(sorted(twice))} is named twice")
     rows = []
     for exp in exps:
         for seed in seeds or ["-"]:
@@ -154,11 +160,11 @@ def status(queue: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--exps", default="")
-    parser.add_argument("--seeds", default="")
-    parser.add_argument("--processes", type=int, default=1)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="the runs of a sweep, instead of how far they are")
+    parser.add_argument("--exps", default="", help="experiments of the sweep, with spaces between them")
+    parser.add_argument("--seeds", default="", help="their seeds, likewise; none: the config's")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs of a run")
     options, rest = parser.parse_known_args()
     if not options.plan:
         status(sys.stdin.read().splitlines())

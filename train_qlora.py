@@ -62,6 +62,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from batches import EpochOrder, Rows, collate
+from benchmarks import table, task_names
 from data_config import NoSplit, load_tokenizer, prepare, print_report, save_report
 from graphs import peak_memory, replay_layers, replay_loops
 from loggers import check_logger, continue_tensorboard, start_logger
@@ -85,6 +86,7 @@ from runs import (
     sync_file,
     writing,
 )
+from sources import entry_of
 
 STARTED = time.time()
 REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
@@ -692,6 +694,8 @@ def train(run: Resolved) -> Path:
     """
     s, folder = run.settings, Path(run.settings.output_dir) / run.run
     check_share(s, WORLD_SIZE)
+    entry_of(s.dataset)
+    task_names(s.tasks, table()["tasks"])  # else evaluation would find out, after the training
     device = check_device(s)
     frozen_kind(s, device)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")

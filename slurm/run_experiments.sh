@@ -12,12 +12,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/site.sh
 . slurm/site.sh
 config=${CONFIG:-configs/a100.yaml} dry=${DRY:-}
+[ "$dry" != 0 ] || dry=
+[[ "$NODES" =~ ^[1-9][0-9]*$ && "$GPUS" =~ ^[1-9][0-9]*$ ]] || fail "NODES = $NODES and GPUS = $GPUS must be whole numbers"
 exps=${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangchan-ut3}
 [ -n "$dry" ] || command -v sbatch >/dev/null ||
   fail "no sbatch here: run this on the cluster's login node; DRY=1 shows the plan anywhere"
 
 read -r -a more <<<"${ARGS:-}"
-live=$(live_jobs) || [ -n "$dry" ] # before the plan: a job that ends meanwhile is then complete, not submitted again
+live=$(live_jobs) || { [ -n "$dry" ] && echo "squeue failed: what is queued or running is not known"; } # before the plan: a job that ends meanwhile is then complete, not submitted again
 plan=$("${python[@]}" status.py --plan --exps "$exps" --seeds "${SEEDS:-}" --processes $((NODES * GPUS)) \
   --config "$config" "${more[@]}")
 row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "$@"; }
@@ -81,5 +83,9 @@ elif [ ${#all[@]} -gt 0 ]; then
     --dependency="afterany:$after" --wrap "$(printf '%q ' "${python[@]}" report.py --config "$config" "${more[@]}")"
   row "$id" report 'all of these' 0 "$EVAL_TIME" - new
 fi
-echo 'make status shows how far they are; make logs EXP=…; make cancel'
+if [ -n "$dry" ]; then
+  echo 'DRY: nothing was submitted'
+else
+  echo 'make status shows how far they are; make logs EXP=…; make cancel'
+fi
 exit $((refused * 2))

@@ -524,6 +524,7 @@ def test_a_plan_shows_what_would_be_submitted_without_slurm(tmp_path):
     names = [f"{exp}-seed{seed}" for exp in ("exp2-wangchan-ut1", "exp1-wangchan-ut4") for seed in (0, 1)]
     assert list(table(printed)) == [f"{name}{what}" for name in names for what in ("", " evaluation")]
     assert table(printed)[names[0]] == ("new", "- 4 12:00:00 at most 1.2 new")
+    assert "DRY: nothing was submitted" in printed.splitlines()
     assert ("new report" in " ".join(printed.split())) is (tmp_path / "report.py").exists()
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
 
@@ -536,6 +537,9 @@ def test_a_plan_shows_what_would_be_submitted_without_slurm(tmp_path):
         ({"NODES": "2"}, "gradient_accumulation_steps = 4 cannot be shared by 8 processes (NODES x GPUS)"),
         ({"ARGS": "--optm adamw_torch"}, "unknown argument '--optm'; did you mean 'optim'?"),
         ({"SEEDS": "0 x"}, "seed must be a whole number, got 'x'"),
+        ({"SEEDS": "0 1 0"}, "seed 0 is named twice"),
+        ({"EXP": "exp2-wangchan-ut1"}, 'cluster-sweep submits several: make cluster-sweep EXPS="exp2-wangchan-ut1"'),
+        ({"GPUS": "x"}, "NODES = 1 and GPUS = x must be whole numbers"),
         ({"TIME": "12h"}, "TIME = 12h or GRACE = 300 is no time"),
         ({"GPU_TYPE": "B1000"}, "no figures of a GPU 'B1000'"),
         ({"GPU_TYPE": "RTX3080"}, "RTX3080, 10 GiB: about 32.8 GiB of GPU memory are needed"),
@@ -545,6 +549,25 @@ def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(tmp_path, 
     copy_of_the_repository(tmp_path)
     printed = planned(tmp_path, code=2, **change)
     assert told in printed and not table(printed)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["cancel", "EXPS=exp2-wangchan-ut1"], "cancel takes one: make cancel EXP="),
+        (["logs", "EXP=exp2-wangchan-ut1"], "error: no log of exp2-wangchan-ut1 in slurm/logs"),
+    ],
+)
+def test_a_mistake_about_what_was_submitted_is_refused(tmp_path, command, told):
+    copy_of_the_repository(tmp_path)
+    done = subprocess.run(["make", *command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "cannot access" not in done.stderr
+
+
+def test_a_plan_needs_to_know_the_gpu(monkeypatch):
+    monkeypatch.delenv("GPU_TYPE", raising=False)
+    with pytest.raises(UserError, match="GPU_TYPE is not set"):
+        status.plan(["exp2-wangchan-ut1"], [], 1, [])
 
 
 def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
@@ -623,5 +646,6 @@ def test_make_can_plan_every_target():
     targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert len(targets) > 15
     for target in targets:
-        done = subprocess.run(["make", "-n", target, "EXP=e", "HOST=h"], capture_output=True, text=True, cwd=ROOT)
+        names = ["HOST=h"] + ["EXP=e"] * (target != "cluster-sweep")
+        done = subprocess.run(["make", "-n", target, *names], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and done.stdout, done.stderr

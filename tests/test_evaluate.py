@@ -808,3 +808,10 @@ def test_a_wrong_list_of_depths_is_refused(text):
 
 def test_depths_are_read_in_order():
     assert parse_depths("4,1") == [1, 4]
+
+
+@pytest.mark.parametrize("folder", ["sample", "sample/texts"])
+def test_a_folder_without_a_model_is_named(folder):
+    """transformers would take the folder's name for a model's: SAM is in "sample"."""
+    with pytest.raises(UserError, match=f"^cannot load {folder}: there is no config.json in it"):
+        evaluate.read_config(folder, None)

@@ -376,6 +376,12 @@ def test_unknown_and_unfinished_experiments_are_refused(scripts, run, tmp_path, 
     assert "total_ut_steps must be a whole number, got '1,2'" in refused
 
 
+def test_a_run_whose_manifest_is_gone_is_refused(scripts, run, tmp_path):
+    (run(RSLORA) / "manifest.json").unlink()
+    refused = scripts.refusal("export.py", "merge", *where(tmp_path, RSLORA))
+    assert f"{RSLORA}/manifest.json does not say which base the run was trained on: FileNotFoundError" in refused
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # push
 

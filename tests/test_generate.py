@@ -1,6 +1,7 @@
 """Generation: the tokens are those of a loop without a cache, whatever runs beside them; and the chat built on it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_config import load_tokenizer
 from generate import Decoder, generate, pick
 from lora import fuse
 from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, load_ouro
+from runs import seal
 
 ROOT = Path(engine.__file__).parent
 TINY = str(ROOT / "sample/ouro-tiny")
@@ -372,6 +374,7 @@ def run_folder(tmp_path_factory, tokenizer):
     folder = place / "exp2-wangchan-ut1"
     folder.mkdir()
     adapted(load_ouro(TINY, dtype=torch.float32, nf4=True)).save_pretrained(folder / "final_adapter")
+    seal(folder / "final_adapter")
     (folder / "config.yaml").write_text(run.as_yaml())
     (folder / "completed").touch()
     return folder
@@ -404,6 +407,13 @@ def test_a_conversation_goes_through_the_template_at_the_depth_asked_for(run_fol
     header, rest = out.split("\n", 1)
     assert header.startswith("exp2-wangchan-ut1 at depth 1; /depth 1…4")
     assert rest == "\n".join(expected) + "\n"
+
+
+def test_a_damaged_adapter_is_refused(run_folder, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / run_folder.name)
+    (copy / "final_adapter/adapter_model.safetensors").unlink()
+    done = talk("--exp", run_folder.name, "--output_dir", str(tmp_path), said="")
+    assert done.returncode == 2 and b"final_adapter is damaged or was changed" in done.stderr
 
 
 def test_a_conversation_too_long_for_the_model_says_so_and_goes_on():

@@ -601,6 +601,15 @@ def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
     assert ended == [0], "one that is alone returns"
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("tasks", "unknown task 'thai_exm'"), ("dataset", "unknown dataset 'thai_exm'")]
+)
+def test_a_name_that_would_be_read_after_the_training_is_checked_before_it(tmp_path, name, told):
+    with pytest.raises(UserError, match=told):
+        trained(tmp_path / "run", f"--{name}", "thai_exm")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])

@@ -831,6 +831,12 @@ def test_two_processes_on_the_same_result_pay_once(server, result):
     assert len(server.bodies) == 18 == len(set(server.prompts()))
 
 
+def test_a_file_that_is_not_there_is_said_before_a_judge_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(tmp_path / "nofile")])
+    with pytest.raises(UserError, match="no file .*nofile: replies are in"):
+        judge.main()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

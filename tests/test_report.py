@@ -311,7 +311,12 @@ def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
 
 
 def test_nothing_at_all_gives_a_report_that_says_so(tmp_path):
+    wrong = command(tmp_path, code=2)
+    assert f"nothing to report on: {tmp_path / 'output'} (which is not there) and" in wrong.stderr
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "output").mkdir()
     done = command(tmp_path)
+    assert f"read: {tmp_path / 'output'} and {tmp_path / 'results'} (which is not there)\n" in done.stdout
     assert "0 training runs, 0 results" in done.stdout and "not comparable yet" in (tmp_path / "RESULTS.md").read_text()
     assert "not comparable yet" in (tmp_path / "report.html").read_text()
 

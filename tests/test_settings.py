@@ -133,6 +133,17 @@ def test_values_are_read_alike_from_yaml_and_command_line():
     assert parse("max_steps", "1e3", "") == 1000
 
 
+def test_paths_of_the_command_line_add_to_the_configs_and_wrong_names_are_said():
+    config = ["--config", str(ROOT / "tests/smoke.yaml")]
+    before = resolve("", config).settings.paths
+    assert resolve("", [*config, "--paths", "thai_text=x,wangchan=y"]).settings.paths == before | {
+        "thai_text": "x",
+        "wangchan": "y",
+    }
+    with pytest.raises(UserError, match="command line: paths: unknown dataset or benchmark 'thai_tex'; did you mean"):
+        resolve("", [*config, "--paths", "thai_tex=x"])
+
+
 def test_every_default_is_legal_and_explained():
     for name, field in FIELDS.items():
         assert field.metadata["help"]

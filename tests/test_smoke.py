@@ -70,7 +70,7 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
     assert re.search(r"thai_exam \(ours\): 15 items, chance 2\d\.\d%", printed)
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d% +\d+\.\d% – \d+\.\d%", printed, re.MULTILINE)) == 4
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d{4} +\d+\.\d{4} – \d+\.\d{4}", printed, re.MULTILINE)) == 8
-    assert "output/smoke/smoke/" in printed and "results/smoke/smoke/" in printed
+    assert "output/smoke/smoke/" in printed and "results/make-smoke/smoke/" in printed
 
 
 def test_the_manifest_says_what_is_needed_to_repeat_the_run(smoke):
@@ -134,7 +134,7 @@ def test_the_adapter_folder_holds_a_card_and_the_tokenizer(smoke):
 def test_scores_are_written_for_base_and_run_at_every_depth(smoke):
     for name in ("smoke", "base-nf4"):
         for depth in (1, 2, 3, 4):
-            folder = smoke[0] / "results/smoke" / name
+            folder = smoke[0] / "results/make-smoke" / name
             study = json.loads((folder / f"thai_exam-ut{depth}.json").read_text())["study"]
             items = [json.loads(x) for x in (folder / f"thai_exam-ut{depth}.items.jsonl").read_text().splitlines()]
             assert len(items) == study["items"] == sum(study["predicted"].values()) == 15
