@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -328,7 +329,7 @@ def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -
     connection.send("ready")
     connection.recv()
     try:
-        rows, report = prepare(s, tokenizer, builder=builder, quiet=True)
+        rows, report = prepare(s, tokenizer, builder=builder, quiet=True, wait=partial(time.sleep, 0.2))
         connection.send((digest(rows), report))
     except Exception as error:  # noqa: BLE001
         connection.send(repr(error))
