@@ -529,6 +529,10 @@ def compare(reader: Reader, first: str, second: str, examples: int = 5) -> str:
                 f"\n### {markdown(left['id'])}\n\n{markdown(str(question)[:600])}\n\n| first | second |\n|---|---|\n"
             )
             text += f"| {markdown(said(left)[:1500])} | {markdown(said(right)[:1500])} |\n"
+    runs = {r.study["run"] for results in (a, b) for r in results.values()}
+    for what, why in reader.left_out:
+        if any(f"/{run}/" in Path(what).as_posix() for run in runs):
+            text += f"\nleft out: {markdown(what)}: {markdown(why)}\n"
     return text
 
 

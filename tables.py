@@ -36,7 +36,8 @@ def print_task(task: "Task", subjects: "list[Subject]", found: Found, depths: li
         for depth in depths:
             row = found[subject.run, depth]
             other = found.get((base.run, depth)) if base and subject is not base else None
-            interval = " – ".join(shown(row, x) for x in row["ci95"] or ())
+            ends = row["ci95"] if row["ci95"] and row["items"] > 1 else ()  # one item has no spread
+            interval = " – ".join(shown(row, x) for x in ends) or "-"
             mean = f" {shown(row, row['macro']):>9}" if exams else ""
             gain, compared = "-", "-"
             if other and other["value"] is not None and row["value"] is not None:

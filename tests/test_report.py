@@ -546,11 +546,16 @@ def test_questions_whose_right_answers_differ_are_no_pairs_and_that_is_said(tmp_
     assert why in text and "From English to Thai" not in text
 
 
-def test_two_runs_are_compared_item_by_item(written):
+def test_two_runs_are_compared_item_by_item(written, tmp_path):
     root, _ = written
     done = command(root, "--compare", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4:4")
     assert "60 items in common" in done.stdout and "exact McNemar p" in done.stdout
     assert "ข้อที่" in done.stdout and "คำตอบ 4" in done.stdout
+    assert "left out" not in done.stdout
+    copy = shutil.copytree(root, tmp_path / "damaged")
+    (result := next((copy / "results/seed0/exp2-wangchan-ut1").glob("*-ut*.json"))).write_text("")
+    done = command(copy, "--compare", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4:4")
+    assert f"left out: {result}".replace("_", "") in done.stdout.replace("\\", "").replace("_", "")
     wrong = command(root, "--compare", "exp9", "exp1", code=2)
     assert "no results of 'exp9'; runs with results: base-bf16, seed0/exp1-wangchan-ut4" in wrong.stderr
 
