@@ -33,6 +33,8 @@ RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
+REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
 HELD: dict[Path, TextIO] = {}  # the locks of this process
 SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
 
@@ -110,20 +112,25 @@ def hold(folder: Path) -> None:
     """Keeps other processes from training into `folder`.
 
     Raises:
-        UserError: one trains into it.
+        UserError: one trains into it; for a job that was requeued, still after LEASE.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     HELD[folder] = file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  it is locked as long as it is open
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the kind that works over NFS, too
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"{folder}: nothing keeps a second run out of it, as its file system has no locks ({error.strerror})")
-            return
-        file.seek(0)
-        other = file.read().strip() or "another process"
-        raise UserError(f"{other} trains into {folder} now: wait for it, or use another --output_dir") from None
+    end = time.monotonic() + LEASE * REQUEUED
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the kind that works over NFS, too
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"{folder}: nothing keeps a second run out of it: no locks on its file system ({error.strerror})")
+                return
+            if time.monotonic() > end:
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                raise UserError(f"{other} trains into {folder} now: wait for it, or use another --output_dir") from None
+            time.sleep(1)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}, since {now()},")
     file.flush()

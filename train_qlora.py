@@ -73,6 +73,7 @@ from runs import (
     LOCAL_RANK,
     LOCAL_WORLD_SIZE,
     RANK,
+    REQUEUED,
     WORLD_SIZE,
     checkpoints,
     claim,
@@ -89,7 +90,6 @@ from runs import (
 from sources import entry_of
 
 STARTED = time.time()
-REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 STOPPED = 75  # exit code, BSD's EX_TEMPFAIL: stopped after saving; the same command continues
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")

@@ -484,6 +484,37 @@ def test_a_second_run_of_the_same_folder_is_refused_while_the_first_is_there(who
     assert_same(tmp_path / "smoke", whole)
 
 
+def hold_for(folder: Path, seconds: float, held) -> None:
+    runs.hold(folder)
+    held.set()
+    time.sleep(seconds)
+
+
+def test_only_a_requeued_job_waits_for_the_lock_of_a_node_that_has_failed(tmp_path, monkeypatch):
+    held = FORKS.Event()
+    other = FORKS.Process(target=hold_for, args=(tmp_path / "run", 5, held))
+    other.start()
+    assert held.wait(PATIENCE)
+    with runs.letting_go(), pytest.raises(UserError, match=f"^process {other.pid} on .* trains into"):
+        runs.hold(tmp_path / "run")
+    monkeypatch.setattr(runs, "REQUEUED", True)
+    with runs.letting_go():
+        runs.hold(tmp_path / "run")
+        assert f"process {os.getpid()} on " in (tmp_path / ".run.lock").read_text()
+    other.join(PATIENCE)
+    assert other.exitcode == 0
+
+
+def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatch, capsys):
+    def refuse(*args) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", refuse)
+    with runs.letting_go():
+        runs.hold(tmp_path / "run")
+    assert "nothing keeps a second run out of it: no locks on its file system (No locks" in capsys.readouterr().out
+
+
 def test_a_requeued_job_does_not_delete_its_own_run(whole, cache, tmp_path, monkeypatch, capsys):
     copied(whole, tmp_path)
     assert one_step(tmp_path, cache, "--overwrite") == 1
