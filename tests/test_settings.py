@@ -102,6 +102,10 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
         ("max_steps: 0", [], "max_steps must not be 0 (optimizer steps; -1: as num_train_epochs says)"),
         ("", ["--num_train_epochs", "0"], "command line: num_train_epochs must not be 0 (passes over the data)"),
         ("loraplus_lr_ratio: 0.0", [], "loraplus_lr_ratio must not be 0 (learning rate of B is"),
+        ("max_steps: 1e30", [], "max_steps must be at most 1000000000, got 1"),
+        ("", ["--num_train_epochs", "inf"], "command line: num_train_epochs must be at most 1000000, got inf"),
+        ("r: 1e11", [], "r must be at most 2048, got 100000000000"),
+        ("gradient_accumulation_steps: 1e9", [], "gradient_accumulation_steps must be at most 100000, got 1000000000"),
         ("total_ut_steps: 0", [], "total_ut_steps must be at least 1"),
         ("bf16: maybe", [], "bf16 must be true or false, got 'maybe'"),
         ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
@@ -164,6 +168,13 @@ def test_a_file_where_a_folder_is_wanted_is_a_mistake(tmp_path, capsys, below):
         call(lambda: write_atomic(f"{tmp_path}/file{below}/config.yaml", ""))
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: a file is where a folder is wanted: {tmp_path}/file")
+
+
+def test_a_folder_that_is_gone_is_a_mistake(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(lambda: (tmp_path / "gone/metrics.jsonl").open("a"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: No such file or directory: {tmp_path}/gone/metrics.jsonl\n"
 
 
 def test_an_exception_that_is_no_mistake_of_the_users_stays_one():
