@@ -43,6 +43,8 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> 
         UserError: an unknown experiment or setting, one named twice, no GPU_TYPE in the environment, steps that the
             processes cannot share, or too small a GPU.
     """
+    from plan import check_share  # here: it imports torch, for which `make status` need not wait
+
     if "GPU_TYPE" not in os.environ:
         raise UserError("GPU_TYPE is not set: `set -a; . slurm/site.sh` first, or GPU_TYPE=H100 python status.py …")
     for kind, names in (("experiment", exps), ("seed", seeds)):
@@ -54,11 +56,7 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> 
             chosen = [] if seed == "-" else ["--seed", seed]
             run = resolve(__doc__, [*argv, "--exp", exp, *chosen])
             s = run.settings
-            if s.gradient_accumulation_steps % processes:
-                raise UserError(
-                    f"gradient_accumulation_steps = {s.gradient_accumulation_steps} cannot be shared by {processes} "
-                    "processes (NODES x GPUS): change either"
-                )
+            check_share(s, processes)
             if chosen:
                 s.output_dir, s.results_dir = (f"{place}/seed{s.seed}" for place in (s.output_dir, s.results_dir))
             folder, results = (Path(place).absolute() / run.run for place in (s.output_dir, s.results_dir))
@@ -80,7 +78,7 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> 
 
 def predicted(run: Resolved, processes: int, done: int) -> str:
     """The hours that the steps after `done` take by plan.py's count, and the requeues that they mean."""
-    from plan import predict  # here: it imports torch, for which `make status` need not wait
+    from plan import predict
 
     p = predict(run.settings, os.environ["GPU_TYPE"], processes)
     hours = p.hours * (1 - done / max(p.steps, 1))

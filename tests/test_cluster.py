@@ -534,7 +534,7 @@ def test_a_plan_shows_what_would_be_submitted_without_slurm(tmp_path):
     [
         ({"EXPS": "exp2-wangchan-ut1 exp9"}, "unknown experiment 'exp9'"),
         ({"CONFIG": "configs/a10.yaml"}, "cannot read configs/a10.yaml"),
-        ({"NODES": "2"}, "gradient_accumulation_steps = 4 cannot be shared by 8 processes (NODES x GPUS)"),
+        ({"NODES": "2"}, "gradient_accumulation_steps = 4 forward passes a step cannot be shared by 8 processes"),
         ({"ARGS": "--optm adamw_torch"}, "unknown argument '--optm'; did you mean 'optim'?"),
         ({"SEEDS": "0 x"}, "seed must be a whole number, got 'x'"),
         ({"SEEDS": "0 1 0"}, "seed 0 is named twice"),
