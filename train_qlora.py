@@ -107,7 +107,7 @@ class LoopTrainer(SFTTrainer):
         self.flops = flops  # of a GPU, per second
         # of this process since the last log; float64 counts exactly to 2**53
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
-        self._step_sums = torch.zeros(3, dtype=torch.float64)  # of one step, the first three of SUMMED
+        self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
         self._noted_step = 0
@@ -157,8 +157,7 @@ class LoopTrainer(SFTTrainer):
         )
         batch = (loss, outputs.correct_tokens, outputs.trained_tokens, *batch)
         sums = torch.stack([x.detach().double() for x in batch])
-        self._sums = self._sums.to(sums.device) + sums
-        self._step_sums = self._step_sums.to(sums.device) + sums[:3]
+        self._step_sums = self._step_sums.to(sums.device) + sums
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
@@ -167,7 +166,9 @@ class LoopTrainer(SFTTrainer):
         if step == self._noted_step:  # transformers calls this once more at the end of each epoch
             return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         self._noted_step = step
-        sums = self.accelerator.reduce(self._step_sums, "mean") if WORLD_SIZE > 1 else self._step_sums
+        self._sums = self._sums.to(self._step_sums.device) + self._step_sums
+        sums = self._step_sums[:3]
+        sums = self.accelerator.reduce(sums, "mean") if WORLD_SIZE > 1 else sums
         numbers = torch.cat((sums, grad_norm.double()[None])).to("cpu", non_blocking=True)
         arrived = torch.cuda.Event() if sums.is_cuda else None
         if arrived:
