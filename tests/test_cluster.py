@@ -145,7 +145,8 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     for exp in submitted:
         assert jobs[exp][1] == "- 1 24:00:00 at most 0.0 new"
         assert jobs[f"{exp} evaluation"][1] == f"{jobs[exp][0]} 1 04:00:00 - new"
-    assert all("left alone" in rest for _, rest in table(cluster.make(*sweep)).values()), "submitted once"
+    again = table(cluster.make(*sweep))  # on a slow machine the first job may have ended meanwhile
+    assert all(rest.endswith(("left alone", "skipped")) for _, rest in again.values()), again
     assert len(cluster.run("squeue", "-h", "--name=report").splitlines()) == reported, "the later one alone"
 
     def kill() -> None:
