@@ -22,8 +22,9 @@ RUN useradd --create-home --uid 10001 ouro && \
 WORKDIR /app
 
 # The packages (6 GB) are a layer of their own, which a change of the code does not touch.
-COPY requirements.txt env.sh ./
-RUN --mount=type=cache,target=/root/.cache UV_LINK_MODE=copy ./env.sh python3
+COPY requirements.txt ./
+COPY tools/env.sh tools/
+RUN --mount=type=cache,target=/root/.cache UV_LINK_MODE=copy tools/env.sh python3
 
 COPY . .
 ENV PATH=/app/.venv/bin:$PATH HF_HOME=/scratch/huggingface PYTHONUNBUFFERED=1

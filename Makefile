@@ -1,4 +1,4 @@
-# `make` alone prints every target.  The first target that needs packages builds .venv from requirements.txt (env.sh);
+# `make` alone prints every target.  The first target that needs packages builds .venv from requirements.txt (tools/env.sh);
 # where pixi is found, its environment is used instead (another one: make … PIXI_ENV=cu128).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,7 +22,7 @@ ENV := $(MAKE) --no-print-directory pixi.lock && pixi install --quiet --locked -
 RUN := pixi run --frozen --environment $(PIXI_ENV) python
 PYTHON_BIN := .pixi/envs/$(PIXI_ENV)/bin/python
 else
-ENV := ./env.sh $(PYTHON)
+ENV := tools/env.sh $(PYTHON)
 RUN := .venv/bin/python
 PYTHON_BIN := .venv/bin/python
 endif
@@ -44,7 +44,7 @@ smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=
 	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/make-smoke --limit 3
 
 demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that
-	@$(RUN) demo.py
+	@$(RUN) tools/demo.py
 
 train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml]
 	@$(need-exp)$(RUN) train_qlora.py --config $(CONFIG) --exp $(EXP)
@@ -53,7 +53,7 @@ eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangc
 	@$(need-exp)$(RUN) evaluate.py --config $(CONFIG) --exp $(EXP) $(EVAL)
 
 eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL=typhoon2-3b BENCH=… LIMIT=N CONFIG=…]
-	@for model in $(or $(MODEL),$$($(RUN) -c 'import benchmarks; print(*benchmarks.table()["baselines"])')); do \
+	@for model in $(or $(MODEL),$$($(RUN) -c 'from ouro.evaluate import benchmarks; print(*benchmarks.table()["baselines"])')); do \
 	  $(RUN) evaluate.py --config $(CONFIG) --model $$model $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
@@ -61,9 +61,9 @@ report: env  ## the answer from all runs and scores there are: RESULTS.md, repor
 	@$(RUN) report.py --out $(or $(OUT),.) $(if $(RESULTS_DIR),--results_dir $(RESULTS_DIR))
 
 chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=…]
-	@$(need-exp)$(RUN) chat.py --config $(CONFIG) --exp $(EXP)
+	@$(need-exp)$(RUN) tools/chat.py --config $(CONFIG) --exp $(EXP)
 
-EXPORT = $(RUN) export.py $@ --config $(CONFIG) --exp $(EXP) $(if $(UT),--total_ut_steps $(UT))
+EXPORT = $(RUN) tools/export.py $@ --config $(CONFIG) --exp $(EXP) $(if $(UT),--total_ut_steps $(UT))
 
 merge: env  ## write a trained experiment as one bf16 model: make merge EXP=exp2-wangchan-ut1 [UT=2 CONFIG=…]
 	@$(need-exp)$(EXPORT)
@@ -78,16 +78,16 @@ data-report: env  ## check a training set, show what would be trained: make data
 	@$(RUN) data_config.py --config $(CONFIG) --dataset $(or $(DATASET),wangchan) $(if $(DATASET_PATH),--dataset_path $(DATASET_PATH))
 
 fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
-	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" sources.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
+	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" tools/fetch.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
 
 preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1]
-	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" preflight.py --config $(CONFIG) $(if $(EXP),--exp $(EXP)) $(if $(GPU),--gpu)
+	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" -m ouro.cluster.preflight --config $(CONFIG) $(if $(EXP),--exp $(EXP)) $(if $(GPU),--gpu)
 
 cluster-sweep:  ## submit the study to Slurm; harmless to repeat [EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
 	@$(if $(EXP),$(error cluster-sweep submits several: make $@ EXPS="$(EXP)"))$(SITE) && CONFIG=$(CLUSTER) slurm/run_experiments.sh
 
 status:  ## how far each submitted experiment is, and why one failed
-	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" status.py <<<"$$queue"
+	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" -m ouro.cluster.sweep <<<"$$queue"
 
 logs:  ## the end of an experiment's newest log: make logs EXP=exp2-wangchan-ut1
 	@$(need-exp)newest=$$(ls -t slurm/logs/*_$(EXP)*.out 2>/dev/null | head -n 1) || { echo "error: no log of $(EXP) in slurm/logs" >&2; exit 2; }; \
@@ -99,8 +99,8 @@ cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
 	jobs=$$(awk -F '\t' -v here="$$PWD" '$$5 == here && $$4 ~ "$(if $(EXP),/$(EXP)$$)" {print $$1}' <<<"$$queue") && \
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
-bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]; train, plan, generate, score: see bench.py
-	@$(RUN) bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))
+bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]; train, plan, generate, score: see tools/bench.py
+	@$(RUN) tools/bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))
 
 test: env  ## run all tests
 	@$(RUN) -m ruff check .
@@ -110,11 +110,11 @@ lint: env  ## ruff alone
 	@$(RUN) -m ruff check .
 
 lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
-	@./env.sh $(PYTHON)
-	@.venv/bin/python lock.py
+	@tools/env.sh $(PYTHON)
+	@.venv/bin/python tools/lock.py
 
-pixi.lock: pixi.lock.in lock.py $(if $(PYPI_INDEX)$(PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
-	@$(PYTHON) lock.py --render $@ $(if $(PYPI_INDEX),--index $(PYPI_INDEX)) $(if $(PYPI_FILES),--files $(PYPI_FILES))
+pixi.lock: pixi.lock.in tools/lock.py $(if $(PYPI_INDEX)$(PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
+	@$(PYTHON) tools/lock.py --render $@ $(if $(PYPI_INDEX),--index $(PYPI_INDEX)) $(if $(PYPI_FILES),--files $(PYPI_FILES))
 
 build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
+
+from ouro.model.modeling_ouro import OuroConfig
+
 SAMPLE = Path(__file__).resolve().parent
-sys.path.insert(0, str(SAMPLE.parent))
-from modeling_ouro import OuroConfig  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 1024

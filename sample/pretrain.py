@@ -35,11 +35,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from settings import UserError, call, write_atomic
+from ouro.files import UserError, call, write_atomic
+from ouro.model.loading import load_ouro
+from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM, exit_distribution
 
 from build import train_tokenizer
-
-from modeling_ouro import OuroConfig, OuroForCausalLM, exit_distribution, load_ouro
 
 PASSAGE = 1400  # characters of a passage, about 350 tokens
 VOCABULARY = 8192

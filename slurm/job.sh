@@ -16,5 +16,5 @@ check() { # EXIT_STATUS of a step: 138 is 128 + USR1, which train_qlora.py would
 }
 
 echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" preflight.py "$@" ||
+"${step[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" -m ouro.cluster.preflight "$@" ||
   { status=$?; check "$status"; exit "$status"; }

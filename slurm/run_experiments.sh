@@ -20,7 +20,7 @@ exps=${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangch
 
 read -r -a more <<<"${ARGS:-}"
 live=$(live_jobs) || { [ -n "$dry" ] && echo "squeue failed: what is queued or running is not known"; } # before the plan: a job that ends meanwhile is then complete, not submitted again
-plan=$("${python[@]}" status.py --plan --exps "$exps" --seeds "${SEEDS:-}" --processes $((NODES * GPUS)) \
+plan=$("${python[@]}" -m ouro.cluster.sweep --plan --exps "$exps" --seeds "${SEEDS:-}" --processes $((NODES * GPUS)) \
   --config "$config" "${more[@]}")
 row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "$@"; }
 job_for() { awk -F '\t' -v what="$1" '$4 == what { print $1, $2; exit }' <<<"$live"; } # its id and state
@@ -73,9 +73,7 @@ while IFS=$'\t' read -r name exp seed output results folder scores state evaluat
   fi
 done <<<"$plan"
 
-if [ ! -e report.py ]; then
-  echo "no report.py here yet: no report is submitted"
-elif [ ${#all[@]} -gt 0 ]; then
+if [ ${#all[@]} -gt 0 ]; then
   after=$(IFS=:; echo "${all[*]}")
   earlier=$(job_for "report $PWD" | cut -d ' ' -f 1) # it would not wait for what is new
   if [ -n "$earlier" ] && [ -z "$dry" ]; then scancel "$earlier"; fi

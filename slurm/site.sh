@@ -55,7 +55,7 @@ fi
 # Our jobs that wait or run: job, state, reason, what it works on (as run_experiments.sh put it), folder of the clone.
 live_jobs() { if command -v squeue >/dev/null; then squeue --me -h -o $'%i\t%T\t%r\t%k\t%Z'; fi; }
 
-# Whether Slurm would take a training job, for preflight.py, which may run where there is no sbatch.
+# Whether Slurm would take a training job, for preflight, which may run where there is no sbatch.
 slurm_says() {
   if command -v sbatch >/dev/null; then
     sbatch --test-only "${train[@]}" --wrap true 2>&1 || true

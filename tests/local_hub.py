@@ -4,7 +4,7 @@
     hub.add("ByteDance/Ouro-2.6B", folder, commit="1ed0...")                     # found at this commit, at no branch
     hub.add("datasets/airesearch/WangchanThaiInstruct", other, branch="main")    # at a made-up commit and at main
     online, offline = Scripts(hub, folder), Scripts(hub, folder, offline=True)   # a copy of the project, one HF_HOME
-    code, out, err = online.play("sources.py", "--only", "model")                # as `python sources.py --only model`
+    code, out, err = online.play("tools/fetch.py", "--only", "model")
     hub.requests                                                                 # what was asked, and how it answered
 
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with
@@ -209,7 +209,7 @@ PARENT = """
 import gc, importlib, json, os, runpy, sys, time, traceback
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from data_config import word_tokenize
+from ouro.data.report import word_tokenize
 word_tokenize("ก")  # reads its dictionary
 slept = []
 time.sleep = slept.append  # huggingface_hub waits long for a server that is not there; the test counts it
@@ -252,7 +252,7 @@ def copy_project(folder: Path) -> Path:
     folder.mkdir()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    for name in ("configs", "sample"):
+    for name in ("configs", "ouro", "sample", "tools"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "tests/smoke.yaml", folder / "tests")

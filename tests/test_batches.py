@@ -10,7 +10,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from settings import Settings, resolve
+import train_qlora
+from ouro.data.batches import EpochOrder, Rows, pack, padding
+from ouro.data.cache import CHUNK, prepare
+from ouro.model import modeling_ouro
+from ouro.model.loading import load_tokenizer
+from ouro.model.modeling_ouro import IGNORE
+from ouro.settings import Settings, resolve
+from ouro.train import trainer
+from ouro.train.collate import collate
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoTokenizer
 
-import modeling_ouro
-import train_qlora
-from batches import EpochOrder, Rows, collate, pack, padding
-from data_config import CHUNK, load_tokenizer, prepare
-from modeling_ouro import IGNORE
-
-ROOT = Path(train_qlora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--logging_steps", "1", "--total_ut_steps", "1"]
 property_test = hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=200)
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
@@ -663,7 +665,7 @@ def test_the_trainer_takes_every_row_of_each_epoch_once_in_its_order(tmp_path, m
 
     s = pairs(tmp_path / "data.jsonl", [(f"คำถามที่ {i}", "ตอบ" * (i % 7 + 1)) for i in range(14)])
     s = replace(s, packing=packing == "true", max_length=150)
-    monkeypatch.setattr(train_qlora, "collate", recording)
+    monkeypatch.setattr(trainer, "collate", recording)
     argv = ["--packing", packing, "--max_length", "150", "--num_train_epochs", "2"]
     run = short_run(tmp_path, s, *argv, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     rows, report = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)

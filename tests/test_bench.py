@@ -3,16 +3,16 @@
 import sys
 from pathlib import Path
 
-from settings import UserError, read_yaml, resolve
+from ouro.files import UserError, read_yaml
+from ouro.model.loading import load_tokenizer
+from ouro.settings import resolve
+from tools import bench
 
 import matplotlib.image
 import pytest
 import torch
 
-import bench
-from data_config import load_tokenizer
-
-ROOT = Path(bench.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["--config", "tests/smoke.yaml"]
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 @pytest.fixture
 def bench_py(monkeypatch):
     def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["tools/bench.py", *arguments])
         bench.main()
 
     return run

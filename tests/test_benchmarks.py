@@ -5,17 +5,17 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from settings import Settings, UserError
+from ouro.evaluate import benchmarks
+from ouro.evaluate.benchmarks import choose, load, load_items, load_shots, parse_choice, render, table, wilson, windows
+from ouro.files import UserError
+from ouro.settings import Settings
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-import benchmarks
-from benchmarks import choose, load, load_items, load_shots, parse_choice, render, table, wilson, windows
-
-ROOT = Path(benchmarks.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 TABLE = table()
 SPEC, TASKS = TABLE["benchmarks"]["thai_exam"], TABLE["tasks"]
 SAMPLE = str(ROOT / "sample/thai_exam")

@@ -15,19 +15,21 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from settings import Settings, UserError, call, read_yaml
+import data_config
+from ouro import settings
+from ouro.data import cache, chats, sources
+from ouro.data.batches import Rows
+from ouro.data.cache import CHUNK, CODE, prepare
+from ouro.files import UserError, call, read_yaml
+from ouro.model.loading import load_tokenizer
+from ouro.settings import Settings
 
 import numpy as np
 import pytest
 import yaml
 from conftest import PATIENCE
 
-import data_config
-import sources
-from batches import Rows
-from data_config import CHUNK, CODE, load_tokenizer, prepare
-
-ROOT = Path(data_config.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "sample/ouro-tiny")
 LONG = "ช่วยสรุปข้อความต่อไปนี้ให้สั้นลงด้วยค่ะ ร้านของเราเปิดทุกวันตั้งแต่เช้าถึงเย็น มีกาแฟ ขนมปัง และน้ำผลไม้สดให้เลือกมากมาย " * 4
 ASKED = "หากลูกค้าต้องการเปลี่ยนสินค้าที่ซื้อไปเมื่อวานเพราะขนาดไม่พอดี พนักงานควรทำอย่างไรจึงจะเหมาะสมที่สุด"
@@ -142,7 +144,7 @@ def change_benchmark(world, monkeypatch):
 
 def change_entry(world, monkeypatch):
     table = world.folder / "datasets.yaml"
-    entry = read_yaml(sources.DATASETS)["sample"] | {"prompt": ["Instruction"]}
+    entry = read_yaml(settings.DATASETS)["sample"] | {"prompt": ["Instruction"]}
     table.write_text(yaml.safe_dump({"sample": entry}), encoding="utf-8")
     monkeypatch.setattr(sources, "DATASETS", table)
 
@@ -216,15 +218,13 @@ def test_a_special_token_that_only_the_tokenizers_settings_name_makes_a_new_cach
     assert len(new_rows) == len(rows) - 1 and new_report["cache"] != report["cache"]
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", [file.name for file in CODE])
 def test_a_change_of_the_code_makes_the_rows_anew(world, monkeypatch, name):
     root = world.folder / "code"
     root.mkdir()
-    (root / "sample").symlink_to(ROOT / "sample")
-    for file in CODE:
-        shutil.copy(ROOT / file, root)
+    copies = [Path(shutil.copy(file, root)) for file in CODE]
     rows, report = prepared(world)
-    monkeypatch.setattr(data_config, "ROOT", root)
+    monkeypatch.setattr(cache, "CODE", copies)
     assert prepared(world)[1] == report | {"from_cache": True}
     with open(root / name, "a") as file:
         file.write("\n")
@@ -296,8 +296,8 @@ def test_a_second_run_reads_the_cache_and_tokenises_nothing(world, monkeypatch):
     def never(*args):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(data_config, "_encode_batch", never)
-    monkeypatch.setattr(data_config, "Overlap", never)
+    monkeypatch.setattr(chats, "_encode_batch", never)
+    monkeypatch.setattr(cache, "Overlap", never)
     again, other = prepared(world)
     assert not report["from_cache"] and other == report | {"from_cache": True}
     assert again == rows
@@ -325,7 +325,7 @@ def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -
         os.getpid = lambda: pid
     tokenizer = load_tokenizer(MODEL)
     if not builder:
-        data_config._encode_batch = None  # calling it is an error
+        chats._encode_batch = None  # calling it is an error
     connection.send("ready")
     connection.recv()
     try:

@@ -11,19 +11,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import settings
-from settings import UserError, resolve
+from ouro import files
+from ouro.cluster import plan, preflight, sweep
+from ouro.files import UserError
+from ouro.settings import resolve
+from ouro.train import time_limit
 
 import huggingface_hub
 import pytest
 from conftest import PATIENCE
 from test_resume import LATER
 
-import plan
-import preflight
-import status
-
-ROOT = Path(settings.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
 SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
 SMALL += " --model_name_or_path sample/ouro-tiny"
@@ -31,9 +30,9 @@ SLURM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    for name in ("Makefile", "env.sh", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("configs", "sample", "slurm"):
+    for name in ("configs", "ouro", "sample", "slurm", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("logs", "site.env"))
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
@@ -230,7 +229,8 @@ def test_a_time_limit_that_comes_before_the_first_step_fails_instead_of_requeuei
 
 
 def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster):
-    asked = "import preflight, settings; print(preflight.check_slurm(settings.resolve('', [])))"
+    asked = "from ouro.cluster.preflight import check_slurm; from ouro.settings import resolve; "
+    asked += "print(check_slurm(resolve('', [])))"
     ask = f'. slurm/site.sh; SLURM_SAYS=$(slurm_says) "${{python[@]}}" -c "{asked}"'
     for change, told in (
         ("", "partition defq takes 24:00:00 on 1 x 4 H100; "),
@@ -259,7 +259,8 @@ def resolved(*argv: str):
 
 def script(*argv: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "preflight.py", *argv], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+        [sys.executable, "-m", "ouro.cluster.preflight", *argv],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | environment,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -294,7 +295,7 @@ def test_a_job_script_that_runs_in_slurms_spool_folder_says_so(tmp_path):
 
 
 def test_code_that_is_not_all_there_is_refused(in_the_repository, monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight, "HERE", tmp_path)
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
     assert f"no train_qlora.py in {tmp_path}: this is a copy, as in Slurm's spool folder" in refused(
         preflight.check_code
     )
@@ -315,7 +316,7 @@ def test_a_config_or_experiment_that_is_not_there_is_refused(in_the_repository, 
 
 @pytest.mark.parametrize("at_fault", ["proxy", "offline"])
 def test_a_hub_that_cannot_be_reached_is_named_with_its_proxy(in_the_repository, monkeypatch, tmp_path, at_fault):
-    from sources import constants
+    from ouro.data.sources import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", at_fault == "offline")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -568,7 +569,7 @@ def test_a_mistake_about_what_was_submitted_is_refused(tmp_path, command, told):
 def test_a_plan_needs_to_know_the_gpu(monkeypatch):
     monkeypatch.delenv("GPU_TYPE", raising=False)
     with pytest.raises(UserError, match="GPU_TYPE is not set"):
-        status.plan(["exp2-wangchan-ut1"], [], 1, [])
+        sweep.plan(["exp2-wangchan-ut1"], [], 1, [])
 
 
 def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
@@ -578,31 +579,31 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
     argv = ["--config", str(ROOT / "tests/smoke.yaml"), "--output_dir", "runs"]
     argv += ["--paths", f"wangchan={ROOT / 'sample/wangchan'}", "--max_steps", "200"]
     exps, seeds = ["exp2-wangchan-ut1"], ["1", "2", "3", "4"]
-    rows = status.plan(exps, seeds, 1, argv)
+    rows = sweep.plan(exps, seeds, 1, argv)
     assert [row[3] for row in rows] == [f"runs/seed{seed}" for seed in seeds]
     assert {row[7] for row in rows} == {"new"} and {row[8] for row in rows} == {"no"}
     for seed in seeds:
         run = resolve("", [*argv, "--exp", exps[0], "--seed", seed, "--output_dir", f"runs/seed{seed}",
                            "--results_dir", f"results/smoke/seed{seed}"])  # fmt: skip
-        settings.write_atomic(f"runs/seed{seed}/{exps[0]}/config.yaml", run.as_yaml())
+        files.write_atomic(f"runs/seed{seed}/{exps[0]}/config.yaml", run.as_yaml())
     for seed, name in (("1", "completed"), ("2", "checkpoint-9/x"), ("2", "checkpoint-100/x")):
-        settings.write_atomic(f"runs/seed{seed}/{exps[0]}/{name}", "")
-    settings.write_atomic(f"results/smoke/seed1/{exps[0]}/evaluated", "")
-    settings.write_atomic(f"runs/seed4/{exps[0]}/metrics.jsonl", "")
+        files.write_atomic(f"runs/seed{seed}/{exps[0]}/{name}", "")
+    files.write_atomic(f"results/smoke/seed1/{exps[0]}/evaluated", "")
+    files.write_atomic(f"runs/seed4/{exps[0]}/metrics.jsonl", "")
     other = Path(f"runs/seed4/{exps[0]}/config.yaml")
     other.write_text(other.read_text().replace("learning_rate: 0.002", "learning_rate: 0.1"))
-    rows = status.plan(exps, seeds, 1, argv)
+    rows = sweep.plan(exps, seeds, 1, argv)
     assert [row[7] for row in rows[:3]] == ["complete", "resumes at step 100", "new"]
     assert rows[3][7].startswith("refused: ") and "a run with other learning_rate;" in rows[3][7]
     assert [row[8] for row in rows] == ["yes", "no", "no", "no"]
     assert [row[9] == "-" for row in rows] == [True, False, False, True]
     (other.parent / "metrics.jsonl").unlink()
-    assert status.plan(exps, ["4"], 1, argv)[0][7] == "new", "nothing has begun there"
+    assert sweep.plan(exps, ["4"], 1, argv)[0][7] == "new", "nothing has begun there"
     monkeypatch.setattr(plan, "predict", lambda *_: plan.Prediction(0, 0, 0, 200, 20, False))
-    told = [row[9] for row in status.plan(exps, seeds, 1, argv)]
+    told = [row[9] for row in sweep.plan(exps, seeds, 1, argv)]
     assert told == ["-", "10.0, 10 requeues", "20.0, 21 requeues", "20.0, 21 requeues"]
     os.utime(f"runs/seed1/{exps[0]}/completed", (time.time() + 9, time.time() + 9))  # trained again
-    assert status.plan(exps, ["1"], 1, argv)[0][8] == "no"
+    assert sweep.plan(exps, ["1"], 1, argv)[0][8] == "no"
 
 
 @pytest.mark.parametrize(
@@ -610,7 +611,7 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(tmp_path, monkeypatch):
     [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200), ("2-00:00:00", 172800)],
 )
 def test_a_time_limit_is_read_as_slurm_reads_it(text, seconds):
-    assert preflight.seconds(text) == seconds
+    assert time_limit.seconds(text) == seconds
 
 
 def test_preflight_compares_the_limits_with_the_predicted_hours(in_the_repository, monkeypatch, tmp_path):
@@ -632,7 +633,7 @@ def test_preflight_compares_the_limits_with_the_predicted_hours(in_the_repositor
 def test_requeues_are_counted_without_the_seconds_for_saving(monkeypatch, hours, told):
     monkeypatch.setenv("TIME", "12:00:00")
     monkeypatch.setenv("GRACE", "3600")
-    assert preflight.requeues(hours) == told
+    assert plan.requeues(hours) == told
 
 
 def test_the_shell_scripts_are_clean():

@@ -15,7 +15,18 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
-from settings import Settings, UserError, read_yaml, resolve
+from ouro import settings
+from ouro.data import chats, report, sources
+from ouro.data.cache import prepare
+from ouro.data.chats import Tokens, cut_question, encode, split_row, to_chat
+from ouro.data.report import print_report
+from ouro.data.thai import normalise
+from ouro.files import UserError, read_yaml
+from ouro.model.loading import load_tokenizer
+from ouro.model.modeling_ouro import IGNORE
+from ouro.settings import Settings, resolve
+from ouro.train.collate import collate
+from ouro.train.run_folder import model_card
 
 import numpy as np
 import pyarrow as pa
@@ -30,18 +41,10 @@ from pythainlp.tokenize import word_tokenize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import data_config
-import sources
-from batches import collate
-from data_config import Tokens, cut_question, encode, load_tokenizer, prepare, print_report, split_row, to_chat
-from modeling_ouro import IGNORE
-from runs import model_card
-from thai import normalise
-
-ROOT = Path(data_config.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "sample/ouro-tiny"
 END = "<|im_end|>"
-ENTRIES = read_yaml(sources.DATASETS)
+ENTRIES = read_yaml(settings.DATASETS)
 SHARED = next((place for place in (ROOT.parent / "shared/data",) if place.is_dir()), None)
 ROW = {"ID": "1", "Domain": "Legal", "Instruction": "ถามว่าอะไร", "Input": "", "Output": "ตอบว่าอย่างนี้", "Tags": "",
        "Task_type": "open_qa", "License": "Apache-2.0"}  # fmt: skip
@@ -453,7 +456,7 @@ def test_the_shown_row_marks_exactly_what_is_trained(tokenizer):
     labels = np.full(len(tokens.ids), IGNORE)
     for start, stop in zip(tokens.trained[::2], tokens.trained[1::2], strict=True):
         labels[start:stop] = tokens.ids[start:stop]
-    shown = data_config.marked(tokens.ids, labels, tokenizer)
+    shown = report.marked(tokens.ids, labels, tokenizer)
     assert re.findall("⟦(.*?)⟧", shown, re.DOTALL) == ["ขค" + END, "จ" + END]
     assert shown.replace("⟦", "").replace("⟧", "") == tokenizer.decode(tokens.ids)
 
@@ -576,9 +579,9 @@ def test_the_reports_table_is_what_the_policies_then_do(prepared, tokenizer, mon
     ns = [length(row, tokenizer) for row in rows]
     # Round ones; some where just the last newline is too much; some where the question can just be cut short enough.
     limits = {*range(80, 200, 30), *(n - 1 for n in ns[1:4])}
-    limits |= {n - count(q, tokenizer) + data_config.KEPT_QUESTION for n, q in zip(ns[6:11], asked[5:10], strict=True)}
+    limits |= {n - count(q, tokenizer) + chats.KEPT_QUESTION for n, q in zip(ns[6:11], asked[5:10], strict=True)}
     limits = sorted(limits)
-    monkeypatch.setattr(data_config, "LENGTHS", limits)
+    monkeypatch.setattr(report, "LENGTHS", limits)
     told = prepared("wangchan", rows)[1]["too_long"]
     done = {}
     for limit in limits:
@@ -775,7 +778,7 @@ def test_the_tokens_per_character_of_a_large_set_are_estimated_from_all_of_it(pr
     answers = sample_text(400, 60, seed=7) + ["🐝" * 30] * 400
     _, report = prepared("wangchan", [ROW | {"Output": a} for a in answers])
     unit = report["tokens_per_unit"]["Thai"]
-    assert unit["texts"] == data_config.SAMPLE
+    assert unit["texts"] == report.SAMPLE
     whole, thai, emoji = (sum(count(a, tokenizer) for a in part) / sum(map(len, part))
                             for part in (answers, answers[:400], answers[400:]))  # fmt: skip
     assert abs(unit["tokens_per_character"] - whole) < 0.3 * abs(thai - emoji)
@@ -1057,7 +1060,7 @@ def test_predecessor_stale_cache_served_the_old_mapping(tmp_path, tokenizer, mon
     assert now(max_length=length(LONG, tokenizer) - 1) == (before[:1], False)  # the setting
     assert now(system_prompt="ครู") == ([t.replace("You are a helpful assistant.", "ครู") for t in before], False)
 
-    entries = read_yaml(sources.DATASETS)
+    entries = read_yaml(settings.DATASETS)
     entries["wangchan"] |= {"prompt": ["Output"], "completion": "Instruction"}  # the mapping
     (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(entries, allow_unicode=True), encoding="utf-8")
     with monkeypatch.context() as patched:

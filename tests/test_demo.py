@@ -91,7 +91,7 @@ def test_runs_that_learned_no_thai_change_the_verdict(tmp_path):
 
 
 def demo(folder: Path, **environment: str) -> tuple[list[str], dict]:
-    command = [sys.executable, "demo.py", "--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2"]
+    command = [sys.executable, "tools/demo.py", "--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2"]
     command += ["--logging_steps", "1", "--max_new_tokens", "1"]
     command += ["--output_dir", str(folder / "output"), "--results_dir", str(folder / "results")]
     return command, {"cwd": ROOT, "text": True, "env": os.environ | {"DEMO_SEEDS": "1"} | environment}

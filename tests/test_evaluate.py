@@ -9,7 +9,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from settings import Settings, UserError, resolve, write_atomic
+import evaluate
+from evaluate import parse_depths
+from ouro.evaluate import benchmarks, results, subjects, tables, tasks
+from ouro.evaluate.scoring import encode, plan_rows, score
+from ouro.evaluate.tasks import load_task
+from ouro.files import UserError, write_atomic
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.modeling_ouro import exit_distribution
+from ouro.settings import Settings, resolve
 
 import numpy as np
 import pyarrow
@@ -24,15 +32,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import benchmarks
-import evaluate
-import tables
-from data_config import load_tokenizer
-from evaluate import load_task, parse_depths
-from modeling_ouro import exit_distribution, load_ouro
-from scoring import encode, plan_rows, score
-
-ROOT = Path(evaluate.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 PATHS = {
     "thai_exam": str(ROOT / "sample/thai_exam"),
     "thai_text": str(ROOT / "sample/texts/thai.jsonl"),
@@ -101,7 +101,7 @@ def test_batches_and_padding_change_no_prediction(model, tokenizer):
     task.items, task.prompts = task.items[:3], task.prompts[:3]
     found = []
     for budget in (1, 4000):
-        outcomes, scores, _ = evaluate.score_choices(model, tokenizer, task, [1, 4], budget, None, "test")
+        outcomes, scores, _ = tasks.score_choices(model, tokenizer, task, [1, 4], budget, None, "test")
         found.append(([[line["prediction"] for line in o.lines] for o in outcomes], scores))
     for predictions, scores in found[1:]:
         assert predictions == found[0][0]
@@ -141,13 +141,13 @@ def test_a_text_is_scored_once_a_token_whatever_the_window(model, tokenizer):
     long = task.items[0]["text"]
     ids = [0, *tokenizer(long, add_special_tokens=False).input_ids]
     expected = -alone(model, ids, 1, 2) / math.log(2)
-    outcome = evaluate.score_texts(model, tokenizer, task, [2], 4096, None, "test")[0][0]
+    outcome = tasks.score_texts(model, tokenizer, task, [2], 4096, None, "test")[0][0]
     assert outcome.lines[0]["bits"] == pytest.approx(expected, rel=1e-5)
     assert outcome.lines[0]["characters"] == len(long)
     total = sum(line["bits"] for line in outcome.lines) / sum(line["characters"] for line in outcome.lines)
     assert outcome.numbers["value"] == pytest.approx(total)
     task.spec = task.spec | {"window": 32, "stride": 16}
-    short = evaluate.score_texts(model, tokenizer, task, [2], 4096, None, "test")[0][0].lines[0]["bits"]
+    short = tasks.score_texts(model, tokenizer, task, [2], 4096, None, "test")[0][0].lines[0]["bits"]
     assert short != pytest.approx(expected, rel=1e-9) and short == pytest.approx(expected, rel=0.2)
 
 
@@ -192,13 +192,13 @@ def taught(words, answers) -> LlamaForCausalLM:
     raise AssertionError(f"it has not learned: {loss}")
 
 
-def planted(name: str, items: list[dict]) -> evaluate.Task:
+def planted(name: str, items: list[dict]) -> tasks.Task:
     spec = benchmarks.table()["tasks"][name]
-    return evaluate.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
+    return tasks.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
 
 
 def numbers_of(model, words, task) -> dict:
-    return evaluate.score_choices(model, words, task, [1], 8192, None, "test")[0][0].numbers
+    return tasks.score_choices(model, words, task, [1], 8192, None, "test")[0][0].numbers
 
 
 @pytest.mark.parametrize("favourite", ["a", "c", "e"])
@@ -251,9 +251,9 @@ def test_a_model_that_knows_half_of_the_answers_scores_half(words, in_the_reposi
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with two runs of experiments at 1 and 2 loops and one of a seed, as train_qlora.py leaves them."""
-    from peft import LoraConfig, get_peft_model
+    from ouro.model.modeling_ouro import PROJECTIONS
 
-    from modeling_ouro import PROJECTIONS
+    from peft import LoraConfig, get_peft_model
 
     place = tmp_path_factory.mktemp("runs")
     for n, name in enumerate(("exp2-wangchan-ut1", "exp3a-wangchan-ut2", "seed7/exp2-wangchan-ut1")):
@@ -340,7 +340,7 @@ def test_a_repeated_command_computes_nothing_and_a_changed_one_what_changed(stud
     argv = ["--exp", EXPS, "--tasks", "thai_exam-leaderboard,english_text"]
     before = contents(study / "results")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_ouro", lambda *a, **k: pytest.fail("the model is loaded"))
+        patch.setattr(subjects, "load_ouro", lambda *a, **k: pytest.fail("the model is loaded"))
         evaluated(study, *argv)
     printed = capsys.readouterr().out
     assert printed.count("2 of 2 tasks are complete already") == 4 and contents(study / "results") == before
@@ -426,8 +426,8 @@ def test_published_scores_stand_beside_those_of_the_same_benchmark(study, capsys
         },
         {"benchmark": "mt_bench_thai", "mean": "macro", "value": 5.34, "protocol": "x", "source": "elsewhere"},
     ]
-    subject = evaluate.Subject("base-fp32", "baseline", published=tuple(rows))
-    found = {("base-fp32", 1): evaluate.read_result(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")}
+    subject = subjects.Subject("base-fp32", "baseline", published=tuple(rows))
+    found = {("base-fp32", 1): results.read_result(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")}
     tables.print_task(task, [subject], found, [1])
     printed = capsys.readouterr().out
     assert "published for base-fp32: 44.5% (mean of exams; shots not stated; a card)\n" in printed
@@ -489,7 +489,7 @@ def test_replies_are_parsed_kept_and_not_asked_for_again(trained, tmp_path, monk
     before = contents(folder)
     for name in before:
         (folder / name).unlink()
-    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr(tasks, "generate", lambda *a, **k: pytest.fail("asked again"))
     evaluated(tmp_path, *argv)
     assert contents(folder) == before
 
@@ -542,14 +542,14 @@ def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch)
     dense, tokenizer = LlamaForCausalLM(config).eval(), load_tokenizer(MODEL)
     conversations = [[{"role": "user", "content": "ถาม " * n}] for n in (3, 1, 9, 2, 2, 5, 7, 4, 6, 8, 1)]
     for temperature in (0.0, 1.0):
-        chat = evaluate.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=temperature), 12)
-        monkeypatch.setattr(evaluate, "DENSE_BATCH", 8)
+        chat = tasks.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=temperature), 12)
+        monkeypatch.setattr(tasks, "DENSE_BATCH", 8)
         replies = says(chat, conversations)
-        monkeypatch.setattr(evaluate, "DENSE_BATCH", 1)
+        monkeypatch.setattr(tasks, "DENSE_BATCH", 1)
         assert replies == says(chat, conversations)
         assert replies[4:] == says(chat, conversations[4:]), "those that are left are asked for as all were"
         assert len({len(tokenizer(reply).input_ids) for reply in replies}) > 1, "some end before others"
-    other = evaluate.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=1.0, seed=1), 12)
+    other = tasks.chat_with(dense, tokenizer, 1, replace(SETTINGS, temperature=1.0, seed=1), 12)
     assert replies != says(other, conversations)
 
 
@@ -700,7 +700,7 @@ def test_a_full_disk_gives_a_clear_error_and_keeps_what_is_finished(study, tmp_p
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_ouro", lambda *a, **k: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(subjects, "load_ouro", lambda *a, **k: pytest.fail("the model is loaded"))
     (tmp_path / "file").write_text("")
     for place, said in ((tmp_path / "file", "File exists"), (tmp_path / "file/results", "Not a directory")):
         with pytest.raises(UserError, match=f"--results_dir {place}: nothing can be written there: {said}"):
@@ -814,4 +814,4 @@ def test_depths_are_read_in_order():
 def test_a_folder_without_a_model_is_named(folder):
     """transformers would take the folder's name for a model's: SAM is in "sample"."""
     with pytest.raises(UserError, match=f"^cannot load {folder}: there is no config.json in it"):
-        evaluate.read_config(folder, None)
+        subjects.read_config(folder, None)

@@ -17,7 +17,12 @@ import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import settings
+from ouro import files, settings
+from ouro.model.loading import load_ouro
+from ouro.model.modeling_ouro import PROJECTIONS
+from ouro.settings import REVISIONS
+from ouro.train.run_folder import is_good, seal
+from tools.export import load_adapted, merge_adapter
 
 import pytest
 import torch
@@ -26,11 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export import load_adapted, merge_adapter
-from modeling_ouro import PROJECTIONS, REVISIONS, load_ouro
-from runs import is_good, seal
-
-TINY = Path(settings.__file__).parent / "sample/ouro-tiny"
+TINY = Path(__file__).resolve().parents[1] / "sample/ouro-tiny"
 BASE, BASE_COMMIT = "ByteDance/Ouro-2.6B", REVISIONS["ByteDance/Ouro-2.6B"]
 IDS = torch.arange(1, 49).reshape(2, 24) * 17 % 1024
 NF4, DORA, RSLORA = "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3"
@@ -153,7 +154,7 @@ def scripts(hub, tmp_path_factory):
 def another(trained: Path, folder: Path, **changes) -> None:
     """A run as `trained`, but for these settings and an adapter that is drawn, not trained."""
     shutil.copytree(trained, folder)
-    config = settings.read_yaml(folder / "config.yaml") | changes
+    config = files.read_yaml(folder / "config.yaml") | changes
     (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     names = ("r", "lora_alpha", "use_rslora", "use_dora")
     lora = LoraConfig(**{name: config[name] for name in names}, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
@@ -179,7 +180,7 @@ def run(scripts, tmp_path):
     def copy(name: str, **changes) -> Path:
         folder = shutil.copytree(scripts.folder / "output" / name, tmp_path / "output" / name)
         config = folder / "config.yaml"
-        config.write_text(json.dumps(settings.read_yaml(config) | changes), encoding="utf-8")
+        config.write_text(json.dumps(files.read_yaml(config) | changes), encoding="utf-8")
         return folder
 
     return copy
@@ -191,7 +192,7 @@ def reseal(folder: Path) -> None:
 
 
 def trained_with(folder: Path) -> settings.Settings:
-    return settings.Settings(**settings.read_yaml(folder / "config.yaml"))
+    return settings.Settings(**files.read_yaml(folder / "config.yaml"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def trained_with(folder: Path) -> settings.Settings:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_merged_model_is_the_adapted_one_at_every_depth(scripts, run, tmp_path, name):
     folder = run(name)
-    printed = scripts.output("export.py", "merge", *where(tmp_path, name))
+    printed = scripts.output("tools/export.py", "merge", *where(tmp_path, name))
     assert ("unquantised" in printed) == (name == NF4) and f"{folder / 'merged'}, 2 MB" in printed
     base = load_ouro(str(TINY), dtype=torch.float32)
     plain = {k: base(IDS, total_ut_steps=k).logits for k in (1, 2, 3, 4)}
@@ -236,7 +237,7 @@ def test_bf16_weights_are_summed_in_fp32_and_rounded_once(run):
 
 def test_the_merged_folder_is_a_model_folder_like_the_published_one(scripts, run, tmp_path):
     folder = run(RSLORA)
-    scripts.output("export.py", "merge", *where(tmp_path, RSLORA))
+    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
     merged = folder / "merged"
     weights = load_file(merged / "model.safetensors")
     base = load_ouro(str(TINY)).state_dict()
@@ -261,14 +262,14 @@ def test_the_merged_folder_is_a_model_folder_like_the_published_one(scripts, run
 def test_the_card_says_that_an_adapter_trained_on_nf4_was_merged_into_other_weights(scripts, run, tmp_path):
     for name, said in ((NF4, True), (DORA, False)):
         folder = run(name)
-        scripts.output("export.py", "merge", *where(tmp_path, name))
+        scripts.output("tools/export.py", "merge", *where(tmp_path, name))
         card = (folder / "merged/README.md").read_text()
         assert ("trained beside weights in NF4 and is merged into the unquantised ones" in card) == said
 
 
 def test_another_depth_is_written_when_asked_for(scripts, run, tmp_path):
     merged = run(RSLORA) / "merged"
-    command = ["export.py", "merge", *where(tmp_path, RSLORA)]
+    command = ["tools/export.py", "merge", *where(tmp_path, RSLORA)]
     scripts.output(*command, "--total_ut_steps", 2)
     assert load_ouro(str(merged)).config.total_ut_steps == 2
     assert "trained at `total_ut_steps = 3`" in " ".join((merged / "README.md").read_text().split())
@@ -280,7 +281,7 @@ def test_another_depth_is_written_when_asked_for(scripts, run, tmp_path):
 def test_a_merged_folder_is_left_alone_or_refused(scripts, run, tmp_path):
     folder = run(RSLORA)
     merged, weights = folder / "merged", folder / "final_adapter/adapter_model.safetensors"
-    command = ["export.py", "merge", *where(tmp_path, RSLORA)]
+    command = ["tools/export.py", "merge", *where(tmp_path, RSLORA)]
     scripts.output(*command)
     before = (merged / "model.safetensors").stat().st_mtime_ns
     assert "is there already" in scripts.output(*command)
@@ -305,7 +306,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, run, tmp_path):
     folder = run(RSLORA)
     killed = 0
     for moment in (".", "model.safetensors", "tokenizer.json", "merge.json"):
-        process = scripts.start("export.py", "merge", *where(tmp_path, RSLORA))
+        process = scripts.start("tools/export.py", "merge", *where(tmp_path, RSLORA))
         while not (folder / ".merged" / moment).exists() and not (folder / "merged").exists():
             time.sleep(0.0005)
         os.kill(process, signal.SIGKILL)
@@ -317,7 +318,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, run, tmp_path):
             assert code == "-9", err
             killed += 1
     assert killed
-    scripts.output("export.py", "merge", *where(tmp_path, RSLORA))
+    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
     assert is_good(folder / "merged") and not (folder / ".merged").exists()
 
 
@@ -328,7 +329,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(scripts, run, tmp_path):
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     try:
         shutil.copytree(scripts.folder / "output" / RSLORA, folder, dirs_exist_ok=True)
-        code, _, said = scripts.play("export.py", "merge", *where(tmp_path, RSLORA))
+        code, _, said = scripts.play("tools/export.py", "merge", *where(tmp_path, RSLORA))
         assert code == "2" and said.startswith("error: ") and said.count("\n") == 1
         assert "No space left on device" in said and "2 MB are needed" in said
         assert not list(folder.glob("*merged"))
@@ -338,7 +339,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(scripts, run, tmp_path):
 
 def test_an_adapter_that_does_not_fit_is_refused(scripts, run, tmp_path):
     folder = run(RSLORA)
-    command, adapter = ["export.py", "merge", *where(tmp_path, RSLORA)], folder / "final_adapter"
+    command, adapter = ["tools/export.py", "merge", *where(tmp_path, RSLORA)], folder / "final_adapter"
     whole = load_file(adapter / "adapter_model.safetensors")
     first = next(iter(whole))
     others = {
@@ -353,7 +354,7 @@ def test_an_adapter_that_does_not_fit_is_refused(scripts, run, tmp_path):
     save_file(whole, adapter / "adapter_model.safetensors")
     reseal(adapter)
     config = folder / "config.yaml"
-    config.write_text(json.dumps(settings.read_yaml(config) | {"r": 16}))
+    config.write_text(json.dumps(files.read_yaml(config) | {"r": 16}))
     assert "has rank 12, and the run's config.yaml says r: 16" in scripts.refusal(*command)
     assert not list(folder.glob("*merged"))
 
@@ -368,17 +369,17 @@ def test_an_adapter_that_is_not_finite_is_refused(run):
 
 @pytest.mark.parametrize("action", ["merge", "push", "serve"])
 def test_unknown_and_unfinished_experiments_are_refused(scripts, run, tmp_path, action):
-    refused = scripts.refusal("export.py", action, *where(tmp_path, "exp9"))
+    refused = scripts.refusal("tools/export.py", action, *where(tmp_path, "exp9"))
     assert "unknown experiment 'exp9'" in refused and NF4 in refused
     (run(NF4) / "completed").unlink()
-    assert "started but not finished" in scripts.refusal("export.py", action, *where(tmp_path, NF4))
-    refused = scripts.refusal("export.py", action, *where(tmp_path, NF4), "--total_ut_steps", "1,2")
+    assert "started but not finished" in scripts.refusal("tools/export.py", action, *where(tmp_path, NF4))
+    refused = scripts.refusal("tools/export.py", action, *where(tmp_path, NF4), "--total_ut_steps", "1,2")
     assert "total_ut_steps must be a whole number, got '1,2'" in refused
 
 
 def test_a_run_whose_manifest_is_gone_is_refused(scripts, run, tmp_path):
     (run(RSLORA) / "manifest.json").unlink()
-    refused = scripts.refusal("export.py", "merge", *where(tmp_path, RSLORA))
+    refused = scripts.refusal("tools/export.py", "merge", *where(tmp_path, RSLORA))
     assert f"{RSLORA}/manifest.json does not say which base the run was trained on: FileNotFoundError" in refused
 
 
@@ -388,7 +389,7 @@ def test_a_run_whose_manifest_is_gone_is_refused(scripts, run, tmp_path):
 
 def pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environment: str) -> str:
     asked = {"HF_TOKEN": hub.token} | environment
-    printed = scripts.output("export.py", "push", *where(tmp_path, name), *options, **asked)
+    printed = scripts.output("tools/export.py", "push", *where(tmp_path, name), *options, **asked)
     assert hub.token not in printed
     return printed
 
@@ -396,7 +397,7 @@ def pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environm
 def not_pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environment: str) -> str:
     asked = {"HF_TOKEN": hub.token} | environment
     before = dict(hub.committed)
-    refused = scripts.refusal("export.py", "push", *where(tmp_path, name), *options, **asked)
+    refused = scripts.refusal("tools/export.py", "push", *where(tmp_path, name), *options, **asked)
     assert hub.token not in refused and hub.committed == before
     return refused
 
@@ -415,7 +416,7 @@ def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository
 def test_the_merged_model_is_uploaded_on_request(scripts, hub, run, tmp_path):
     folder = run(RSLORA)
     assert f"make merge EXP={RSLORA}" in not_pushed(scripts, hub, tmp_path, "--repo", "somchai/all", "--merged")
-    scripts.output("export.py", "merge", *where(tmp_path, RSLORA))
+    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
     pushed(scripts, hub, tmp_path, "--repo", "somchai/all", "--merged", "--public")
     files = hub.committed["somchai/all"]
     assert files["model.safetensors"] == (folder / "merged/model.safetensors").read_bytes()
@@ -483,7 +484,7 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(scripts, run, tmp_path)
     folder = run(RSLORA, model_name_or_path=BASE, max_length=4096)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"model_commit": BASE_COMMIT}))
-    printed = scripts.output("export.py", "serve", *where(tmp_path, RSLORA))
+    printed = scripts.output("tools/export.py", "serve", *where(tmp_path, RSLORA))
     (arguments,) = commands(printed, tmp_path)
     assert arguments[:2] == ["serve", BASE]
     assert option(arguments, "--revision") == option(arguments, "--code-revision") == BASE_COMMIT
@@ -495,19 +496,19 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(scripts, run, tmp_path)
     assert generation["eos_token_id"] == [0, 2]
     # K and V of 4 layers, 2 heads of 64, 2 bytes: 2048 bytes a loop
     assert "0.00586 MiB a token at depth 3, 0.00195 a loop; 0.0234 GiB for 4096 tokens" in printed
-    deeper = scripts.output("export.py", "serve", *where(tmp_path, RSLORA), "--total_ut_steps", 4)
+    deeper = scripts.output("tools/export.py", "serve", *where(tmp_path, RSLORA), "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper, tmp_path)[0], "--hf-overrides")) == {"total_ut_steps": 4}
     (tmp_path / "output/seed1").mkdir()
     moved = folder.rename(tmp_path / "output/seed1" / RSLORA)  # as a sweep with SEEDS has it
-    (arguments,) = commands(scripts.output("export.py", "serve", *where(tmp_path, f"seed1/{RSLORA}")), tmp_path)
+    (arguments,) = commands(scripts.output("tools/export.py", "serve", *where(tmp_path, f"seed1/{RSLORA}")), tmp_path)
     assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}={moved / 'final_adapter'}"
 
 
 def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):
     folder = run(NF4)
     where_ = where(tmp_path, NF4)
-    scripts.output("export.py", "merge", *where_)
-    printed = scripts.output("export.py", "serve", *where_)
+    scripts.output("tools/export.py", "merge", *where_)
+    printed = scripts.output("tools/export.py", "serve", *where_)
     adapter, merged = commands(printed, tmp_path)
     assert "trained beside NF4 weights" in printed
     assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}=/")
@@ -519,8 +520,8 @@ def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):
 def test_a_dora_adapter_is_served_merged_or_not_at_all(scripts, run, tmp_path):
     run(DORA)
     assert f"vLLM cannot serve adapters with DoRA: make merge EXP={DORA}" in scripts.refusal(
-        "export.py", "serve", *where(tmp_path, DORA)
+        "tools/export.py", "serve", *where(tmp_path, DORA)
     )
-    scripts.output("export.py", "merge", *where(tmp_path, DORA))
-    (merged,) = commands(scripts.output("export.py", "serve", *where(tmp_path, DORA)), tmp_path)
+    scripts.output("tools/export.py", "merge", *where(tmp_path, DORA))
+    (merged,) = commands(scripts.output("tools/export.py", "serve", *where(tmp_path, DORA)), tmp_path)
     assert merged[1].endswith("/merged")

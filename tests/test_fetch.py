@@ -1,6 +1,6 @@
 """make fetch: all that a run needs comes from the Hub once, whole, and nothing else does; jobs then need no network.
 
-sources.py runs in real processes against a local Hub (local_hub.py) whose repositories are laid out like the published
+Fetching runs in real processes against a local Hub (local_hub.py) whose repositories are laid out like the published
 ones, and hold code and pickles besides.
 """
 
@@ -17,7 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-import settings
+from ouro import files
+from ouro.model.loading import load_ouro
+from ouro.settings import DATASETS, EVALS, REVISIONS
 
 import pytest
 import torch
@@ -25,13 +27,10 @@ from conftest import PATIENCE
 from local_hub import LocalHub, Scripts, copy_project, environment, parquet, shards, write
 from safetensors.torch import load_file, save
 
-from modeling_ouro import REVISIONS, load_ouro
-from sources import DATASETS, EVALS
-
-SAMPLE = Path(settings.__file__).parent / "sample"
+SAMPLE = Path(__file__).resolve().parents[1] / "sample"
 TINY = SAMPLE / "ouro-tiny"
 MODEL = "ByteDance/Ouro-2.6B"
-ENTRIES, BENCHMARKS = settings.read_yaml(DATASETS), settings.read_yaml(EVALS)["benchmarks"]
+ENTRIES, BENCHMARKS = files.read_yaml(DATASETS), files.read_yaml(EVALS)["benchmarks"]
 BENCHMARKS = {name: entry for name, entry in BENCHMARKS.items() if "hub_id" in entry}
 TRAINING = ["wangchan", "synthetic", "r1"]
 REPO = {name: f"datasets/{(ENTRIES | BENCHMARKS)[name]['hub_id']}" for name in (*TRAINING, *BENCHMARKS)}
@@ -39,7 +38,7 @@ REPO["model"] = MODEL
 PINNED = {"model": REVISIONS[MODEL], "thai_exam": BENCHMARKS["thai_exam"]["revision"]}
 TOKEN = "hf_" + "SecretOfTheUser" * 2
 UNWANTED = (".py", ".bin", ".pt", ".pkl")
-FETCH = "sources.py"
+FETCH = "tools/fetch.py"
 ROWS = ["data_config.py", "--model_name_or_path", "sample/ouro-tiny", "--overlap", "none"]  # the training set alone
 CHUNK = 10 * 2**20  # bytes that huggingface_hub writes at a time
 
@@ -171,7 +170,7 @@ def test_jobs_write_nothing_into_the_cache_of_downloads(fresh, tmp_path):
 
 LOAD = """
 import sys, torch
-from modeling_ouro import load_ouro
+from ouro.model.loading import load_ouro
 torch.save(load_ouro(sys.argv[1], dtype=torch.float32).state_dict(), sys.argv[2])
 """
 

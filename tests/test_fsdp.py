@@ -11,16 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from settings import resolve
+import train_qlora
+from ouro.model import lora
+from ouro.settings import resolve
+from ouro.train import processes, stopping, trainer
 
 import pytest
 from conftest import PATIENCE
 from test_resume import assert_same, port
 from torch.distributed.tensor import DTensor
 
-import train_qlora
-
-ROOT = Path(train_qlora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 # One row of five is left for the last pass of the held-out loss: one process has none.
 SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "2",
@@ -43,7 +44,7 @@ def frozen_bytes(model) -> int:
 
 def process(folder: Path) -> None:
     """Trains each kind plainly, with fsdp, and with fsdp stopped after its first step; writes down what it held."""
-    held, measure = {}, train_qlora.LoopTrainer.held_out_loss
+    held, measure = {}, trainer.LoopTrainer.held_out_loss
 
     def measured(self):
         """In the middle of training: after a step, and after a forward pass without gradients."""
@@ -51,19 +52,19 @@ def process(folder: Path) -> None:
         held.setdefault(name, []).extend((before, frozen_bytes(self.model)))
         return losses
 
-    train_qlora.LoopTrainer.held_out_loss = measured
+    trainer.LoopTrainer.held_out_loss = measured
     # With fsdp the layers are PEFT's, so here they are without it too: groups have other dropout masks.
-    train_qlora.fuse = lambda *_: None
+    lora.fuse = lambda *_: None
     for kind, argv in KINDS.items():
         for way in ("ddp", "fsdp", "stopped"):
             name = f"{kind} {way}"
             options = [*SMALL, *argv, "--fsdp", str(way != "ddp"), "--cache_dir", str(folder / "cache")]
             options += ["--output_dir", str(folder / kind / way)]
             if way == "stopped":
-                with pytest.raises(train_qlora.Stopped):
+                with pytest.raises(stopping.Stopped):
                     train_qlora.train(resolve("", [*options, "--time_limit", "0"], add_options=train_qlora.options))
             train_qlora.train(resolve("", options, add_options=train_qlora.options))
-    (folder / f"held-{train_qlora.RANK}.json").write_text(json.dumps(held))
+    (folder / f"held-{processes.RANK}.json").write_text(json.dumps(held))
     os._exit(0)
 
 

@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from settings import UserError, resolve
+from ouro.files import UserError
+from ouro.model import kernels
+from ouro.model.generate import Decoder, generate, pick
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.lora import fuse
+from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
+from ouro.settings import resolve
+from ouro.train.run_folder import seal
+from tools.chat import Utf8Stream
 
 import pytest
 import reference_ouro as ref
@@ -15,15 +23,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_ouro import SIZES, assert_close, reference, tiny, tokens
 
-import generate as engine
-from chat import Utf8Stream
-from data_config import load_tokenizer
-from generate import Decoder, generate, pick
-from lora import fuse
-from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, load_ouro
-from runs import seal
-
-ROOT = Path(engine.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "sample/ouro-tiny")
 NEW = 20  # tokens, so that a reply takes several bursts
 PROMPTS = [tokens(n, seed=n).tolist() for n in (2, 6, 3, 1, 9, 70)]
@@ -219,7 +219,8 @@ def test_the_batch_follows_from_free_memory(monkeypatch):
 KERNEL = """
 import sys, torch
 sys.path[:0] = [ROOT, ROOT + "/tests"]
-import generate
+from ouro.model import kernels
+from ouro.model import kernels
 from test_generate import TINY, kernel_agrees, one_row_agrees, products_agree
 from triton.runtime import interpreter
 usual = interpreter._patch_lang_tensor
@@ -231,7 +232,7 @@ kernel_agrees("cpu", torch.float32, 64, 1e-6)
 kernel_agrees("cpu", torch.bfloat16, 128, 1e-2)
 products_agree("cpu", torch.float32, 1e-6)
 products_agree("cpu", torch.bfloat16, 2e-2)
-generate.compiled = lambda function: function
+kernels.compiled = lambda function: function
 one_row_agrees("cpu")
 """
 
@@ -245,17 +246,17 @@ def products_agree(device: str, dtype: torch.dtype, relative: float) -> None:
         before, after, last = (torch.rand(width, **new) + 0.5 for _ in range(3))
         for given in ("", "y last before") if size > 4096 else ("", "before", "y before", "y last before", "y last"):
             has = given.split()
-            state = x + engine.norm(y, after, 1e-6) if "y" in has else x
-            state = engine.norm(state, last, 1e-6) if "last" in has else state
-            row = engine.norm(state, before, 1e-6) if "before" in has else state
+            state = x + kernels.norm(y, after, 1e-6) if "y" in has else x
+            state = kernels.norm(state, last, 1e-6) if "last" in has else state
+            row = kernels.norm(state, before, 1e-6) if "before" in has else state
             options = {"before": before, "last": last, "y": y}
             options = {name: value if name in has else None for name, value in options.items()}
-            ours, out = engine.multiply(x, matrix, 1e-6, after=after if "y" in has else None, **options)
+            ours, out = kernels.multiply(x, matrix, 1e-6, after=after if "y" in has else None, **options)
             assert_close(ours, state, relative)
             assert_close(out.double(), row.double() @ matrix.double().t(), relative)
         gates = torch.randn(1, 2 * width, **new)
         inner = F.silu(gates[:, :width]) * gates[:, width:]
-        assert_close(engine.multiply_gated(gates, matrix).double(), inner.double() @ matrix.double().t(), relative)
+        assert_close(kernels.multiply_gated(gates, matrix).double(), inner.double() @ matrix.double().t(), relative)
 
 
 @torch.no_grad()
@@ -288,8 +289,8 @@ def kernel_agrees(device: str, dtype: torch.dtype, dim: int, relative: float) ->
     slots = torch.randn(2, 2, batch, heads, capacity, dim, **new)
     for splits in (1, 3, 16):
         plain, fast = slots.clone(), slots.clone()
-        expected, _ = engine.attend(qkv, angle.cos(), angle.sin(), *plain[1], position)
-        y, weight = engine.attend_by_kernel(qkv, angle.cos(), angle.sin(), *fast[1], position, splits)
+        expected, _ = kernels.attend(qkv, angle.cos(), angle.sin(), *plain[1], position)
+        y, weight = kernels.attend_by_kernel(qkv, angle.cos(), angle.sin(), *fast[1], position, splits)
         assert (weight is None) == (splits == 1)
         y = y if weight is None else (y * weight.softmax(-1)[..., None]).sum(2, keepdim=True)
         assert_close(y.to(dtype), expected, relative)
@@ -297,7 +298,7 @@ def kernel_agrees(device: str, dtype: torch.dtype, dim: int, relative: float) ->
         assert torch.equal(fast[0], slots[0])
 
 
-@pytest.mark.skipif(engine.triton is None, reason="needs triton")
+@pytest.mark.skipif(kernels.triton is None, reason="needs triton")
 def test_the_kernels_are_right_in_tritons_interpreter():
     code = KERNEL.replace("ROOT", repr(str(ROOT)))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -361,7 +362,7 @@ def test_broken_bytes_special_tokens_and_escape_sequences_are_left_out(tokenizer
 
 
 def talk(*arguments: str, said: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "chat.py", "--config", "tests/smoke.yaml", "--max_new_tokens", "30", *arguments]
+    command = [sys.executable, "tools/chat.py", "--config", "tests/smoke.yaml", "--max_new_tokens", "30", *arguments]
     return subprocess.run(command, input=said.encode(), capture_output=True, cwd=ROOT, env=os.environ | environment)
 
 

@@ -1,13 +1,13 @@
 """The cache and `generate`: whatever is kept from earlier tokens, the logits are those of one uncached pass."""
 
+from ouro.model.modeling_ouro import OuroForCausalLM
+
 import pytest
 import reference_ouro as ref
 import torch
 from tiny_ouro import MEDIUM, SIZES, assert_close, pad_rows, reference, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache
-
-from modeling_ouro import OuroForCausalLM
 
 NEW = 7  # tokens to generate
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")

@@ -2,15 +2,15 @@
 
 from contextlib import nullcontext
 
+from ouro.model import graphs
+from ouro.model.graphs import replay_layers, replay_loops
+from ouro.model.lora import fuse, refresh
+
 import pytest
 import torch
 from test_lora import adapted, fused, loss_and_gradients, moved
 from tiny_ouro import SIZES, assert_close, assert_same_gradients, gradients, rows, tokens
 from torch.nn.parallel import DistributedDataParallel
-
-import graphs
-from graphs import replay_layers, replay_loops
-from lora import fuse, refresh
 
 TOKENS = 4 * 128
 

@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from settings import Settings, UserError, resolve
+import train_qlora
+from ouro.data.batches import EpochOrder, Rows
+from ouro.data.cache import prepare
+from ouro.files import UserError
+from ouro.model import cost
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
+from ouro.settings import Settings, resolve
+from ouro.train import build, collate, processes
+from ouro.train.trainer import LoopTrainer
 
 import pytest
 import torch
@@ -22,14 +31,7 @@ from conftest import PATIENCE
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-import plan
-import train_qlora
-from batches import EpochOrder, Rows
-from data_config import load_tokenizer, prepare
-from modeling_ouro import IGNORE, PROJECTIONS, load_ouro
-from train_qlora import LoopTrainer
-
-ROOT = Path(train_qlora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 MODEL = "sample/ouro-tiny"
 SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none"]
 PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--activation_checkpointing", "none"]
@@ -495,7 +497,7 @@ def test_model_flop_use_is_what_the_rows_take_of_the_rate_measured(tmp_path, mon
         tokens, step = sum(len(ids) for ids, _ in documents), line["step"]
         pairs_of = sum(len(ids) * (len(ids) + 1) // 2 for ids, _ in documents)
         targets = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
-        flops = plan.training_flops(config, 2, 8, tokens, pairs_of, 2 * targets)
+        flops = cost.training_flops(config, 2, 8, tokens, pairs_of, 2 * targets)
         spent = tokens / line["tokens_per_second"]
         assert line["model_flop_use"] == pytest.approx(flops / spent / 1e6, rel=1e-3)
         padded = tokens / (1 - line["padding"])
@@ -566,11 +568,11 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
     model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     before = {name: p.dtype for name, p in model.named_parameters()}
     run, rows = resolved("--optim", "adamw_torch"), prepared("--dataset", "sample", "--cache_dir", str(tmp_path))
-    arguments = train_qlora.trainer_arguments(run, tmp_path, use_cpu=True)
+    arguments = build.trainer_arguments(run, tmp_path, use_cpu=True)
     arguments.bf16 = True
     trainer = LoopTrainer(
         model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments, train_dataset=rows,
-        data_collator=train_qlora.collate, processing_class=load_tokenizer(MODEL),
+        data_collator=collate.collate, processing_class=load_tokenizer(MODEL),
     )  # fmt: skip
     assert {name: p.dtype for name, p in trainer.model.named_parameters()} == before
     assert {str(dtype) for name, dtype in before.items() if "lora_" in name} == {"torch.float32"}
@@ -582,21 +584,21 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
 def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
     """Else transformers splits each batch over all of them, in this process."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = train_qlora.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
+    arguments = build.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size == 2
 
 
 def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
     """Taking gloo's down waits for its thread, which may wait for Python: for ever, after a run that was complete."""
     ended = []
-    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 2)
+    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
     monkeypatch.setattr(train_qlora, "train", lambda run: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("taken down"))
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMOKE])
     train_qlora.main()
     assert ended == [0]
-    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 1)
+    monkeypatch.setattr(processes, "WORLD_SIZE", 1)
     train_qlora.main()
     assert ended == [0], "one that is alone returns"
 
@@ -614,20 +616,20 @@ def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])
     idle = "3 of the 4 GPUs here are idle; all of them: torchrun --nproc_per_node 4 train_qlora.py --exp 'a b'"
-    assert train_qlora.unused(Settings(), 0) == [idle]
-    assert train_qlora.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
-    monkeypatch.setattr(train_qlora, "WORLD_SIZE", 4)
-    monkeypatch.setattr(train_qlora, "LOCAL_WORLD_SIZE", 4)
-    assert train_qlora.unused(Settings(), 0) == train_qlora.unused(Settings(fsdp=True, torch_compile=False), 0) == []
-    assert train_qlora.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
+    assert build.unused(Settings(), 0) == [idle]
+    assert build.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
+    monkeypatch.setattr(build, "WORLD_SIZE", 4)
+    monkeypatch.setattr(build, "LOCAL_WORLD_SIZE", 4)
+    assert build.unused(Settings(), 0) == build.unused(Settings(fsdp=True, torch_compile=False), 0) == []
+    assert build.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
 
 
 def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(train_qlora, "LOCAL_WORLD_SIZE", 3)
+    monkeypatch.setattr(build, "LOCAL_WORLD_SIZE", 3)
     with pytest.raises(UserError, match=r"^3 processes on \S+ and 2 GPUs: start one for each GPU$"):
-        train_qlora.check_device(Settings())
+        build.check_device(Settings())
 
 
 def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
@@ -635,33 +637,33 @@ def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(train_qlora.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(train_qlora.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(build.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match=rf"^torch_compile needs {tmp_path}/Python.h: apt-get install python3-dev"):
-        train_qlora.check_device(Settings())
-    assert train_qlora.check_device(Settings(torch_compile=False)) == 0
+        build.check_device(Settings())
+    assert build.check_device(Settings(torch_compile=False)) == 0
     (tmp_path / "Python.h").touch()
-    assert train_qlora.check_device(Settings()) == 0
+    assert build.check_device(Settings()) == 0
 
 
 def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False, activation_checkpointing="3")
-    model, free = train_qlora.build(s, "cpu"), 78 * 2**30
-    monkeypatch.setattr(train_qlora, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
-    planned = train_qlora.planned_memory(s, model, free)
+    model, free = build.build(s, "cpu"), 78 * 2**30
+    monkeypatch.setattr(build, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
+    planned = build.planned_memory(s, model, free)
     assert planned == {"recomputed_layers": 3, "estimated_gib": 70.3}
     assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed; estimate 70.3 GiB of 78.0 free\n"
     s.torch_compile = False  # of which there is no estimate
-    assert train_qlora.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
+    assert build.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
     assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed\n"
 
 
 def test_deterministic_asks_for_sums_in_one_order_and_does_not_only_warn():
     s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False)
-    train_qlora.build(s, "cpu")
+    build.build(s, "cpu")
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        train_qlora.build(replace(s, deterministic=True), "cpu")
+        build.build(replace(s, deterministic=True), "cpu")
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -710,7 +712,7 @@ def test_a_gpu_that_is_full_before_the_first_step_is_said(tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(train_qlora, "load_ouro", full)
+    monkeypatch.setattr(build, "load_ouro", full)
     message = r"^CUDA out of memory\. .* 1.00 GiB free\.: does another process use this GPU \(nvidia-smi\)\?$"
     with pytest.raises(UserError, match=message):
         trained(tmp_path, *pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, "--eval_steps", "0")

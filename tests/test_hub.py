@@ -14,7 +14,11 @@ import tarfile
 import threading
 from pathlib import Path
 
-import settings
+from ouro import files
+from ouro.data.batches import Rows
+from ouro.evaluate.benchmarks import load_items
+from ouro.model.loading import load_tokenizer
+from ouro.settings import DATASETS, EVALS, REVISIONS
 
 import pytest
 import torch
@@ -22,20 +26,14 @@ from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
 from safetensors.torch import save_file
 from tiny_ouro import tiny
 
-from batches import Rows
-from benchmarks import load_items
-from data_config import load_tokenizer
-from modeling_ouro import REVISIONS
-from sources import DATASETS, EVALS
-
-ROOT = Path(settings.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "sample"
 TINY = {file.name: file.read_bytes() for file in (SAMPLE / "ouro-tiny").iterdir()}
 MODEL, OTHER_MODEL = "ByteDance/Ouro-2.6B", "ByteDance/Ouro-1.4B"
 WANGCHAN, EXAM = "datasets/airesearch/WangchanThaiInstruct", "datasets/scb10x/thai_exam"
 OPEN, BENCH = "datasets/iapp/openthaieval", "datasets/ThaiLLM-Leaderboard/mt-bench-thai"
 OTHER_COMMIT = "0" * 40
-SPEC = settings.read_yaml(EVALS)["benchmarks"]["thai_exam"]
+SPEC = files.read_yaml(EVALS)["benchmarks"]["thai_exam"]
 PINNED = REVISIONS | {EXAM: SPEC["revision"]}
 CHAT = [{"role": "user", "content": "สวัสดี"}, {"role": "assistant", "content": "ค่ะ"}]
 LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny"]
@@ -45,11 +43,13 @@ TEST = [json.loads(line) for line in (SAMPLE / "wangchan/test.jsonl").read_text(
 
 LOAD = f"""
 import sys, torch
-from data_config import load_tokenizer
-from benchmarks import EVALS, load_items
-from modeling_ouro import load_ouro
-from settings import Settings, read_yaml
-from sources import find_source, read_file
+from ouro.model.loading import load_tokenizer
+from ouro.evaluate.benchmarks import load_items
+from ouro.settings import EVALS
+from ouro.model.loading import load_ouro
+from ouro.files import read_yaml
+from ouro.settings import Settings
+from ouro.data.sources import find_source, read_file
 name, file = sys.argv[1:]
 model = load_ouro(name)
 result = {{"weights": model.state_dict(), "logits": model(torch.arange(1, 25).reshape(2, 12)).logits}}
@@ -87,7 +87,7 @@ def tokens(report: dict) -> bytes:
 
 def configure(scripts: Scripts, **revisions: str) -> None:
     """Pins training sets in the project's configs/datasets.yaml, as a user would; all others are as published."""
-    entries = settings.read_yaml(DATASETS)
+    entries = files.read_yaml(DATASETS)
     for name, revision in revisions.items():
         entries[name]["revision"] = revision
     (scripts.folder / "project/configs/datasets.yaml").write_text(json.dumps(entries), encoding="utf-8")
@@ -398,7 +398,7 @@ CHECKED = ["data_config.py", *LOCAL_MODEL, "--dataset", "sample", "--overlap"]
 @pytest.mark.parametrize("benchmark", ["thai_exam", "openthaieval", "mt_bench_thai"])
 def test_a_benchmark_that_cannot_be_read_stops_the_run_and_names_the_way_around(empty, benchmark):
     hub, online, offline = empty
-    name = settings.read_yaml(EVALS)["benchmarks"][benchmark]["hub_id"]
+    name = files.read_yaml(EVALS)["benchmarks"][benchmark]["hub_id"]
     for scripts in (online, offline):
         message = scripts.refusal(*CHECKED, benchmark)
         assert f"cannot load {name} from the Hub" in message and f"{benchmark} is needed to find" in message

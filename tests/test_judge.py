@@ -17,16 +17,18 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import settings
-from settings import UserError
+import evaluate
+from ouro import files, settings
+from ouro.evaluate import endpoint, judge, replies
+from ouro.evaluate.endpoint import find_endpoint, find_judge
+from ouro.evaluate.judge import is_thai, judge_prompt, load_questions, parse_rating, run_mt_bench
+from ouro.evaluate.replies import Cache
+from ouro.files import UserError
+from tools import judge as command
 
 import httpx
 import pytest
 from conftest import PATIENCE
-
-import evaluate
-import judge
-from judge import Cache, find_endpoint, find_judge, is_thai, judge_prompt, load_questions, parse_rating, run_mt_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "sample" / "mt_bench_thai"
@@ -127,7 +129,7 @@ def server(monkeypatch):
     monkeypatch.setenv("JUDGE_BASE_URL", fake.url)
     monkeypatch.setenv("JUDGE_MODEL", "a-judge")
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
     yield fake
     fake.close()
 
@@ -440,7 +442,7 @@ def test_a_judge_that_stays_ill_is_given_up_and_what_is_judged_is_kept(server, q
     grader.threads = 1
     with pytest.raises(UserError, match=r"500: oh dear; given up after 8 attempts\n5 of 18 are saved"):
         run(questions, tmp_path, grader)
-    assert len(server.bodies) == 5 + judge.ATTEMPTS
+    assert len(server.bodies) == 5 + endpoint.ATTEMPTS
     server.answer = rate
     server.faults.clear()
     server.bodies.clear()
@@ -455,13 +457,13 @@ def test_a_judge_that_is_not_there_is_found_before_the_generation(server, monkey
         with pytest.raises(UserError, match=r"judge a-judge at .*refused; given up after 8 attempts"):
             find_judge().check()
     monkeypatch.setenv("JUDGE_BASE_URL", server.url)
-    server.faults = list(FAULTS.values())[: judge.ATTEMPTS - 1]
+    server.faults = list(FAULTS.values())[: endpoint.ATTEMPTS - 1]
     find_judge().check()
-    assert len(server.bodies) == judge.ATTEMPTS, "as many faults as later on are no reason to give up"
+    assert len(server.bodies) == endpoint.ATTEMPTS, "as many faults as later on are no reason to give up"
 
 
 def test_a_judge_that_says_nothing_is_asked_again(server, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "TIMEOUT", httpx.Timeout(0.5))
+    monkeypatch.setattr(endpoint, "TIMEOUT", httpx.Timeout(0.5))
     server.faults = ["says nothing"]
     assert parse_rating(find_judge().complete([]))
     assert "judge: ReadTimeout" in capsys.readouterr().err and len(server.bodies) > 1
@@ -475,8 +477,8 @@ def test_waits_double_up_to_a_minute_unless_the_server_says_how_long(server, mon
 
     waits = []
     grader = find_judge()
-    monkeypatch.setattr(judge, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(judge.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
     grader.stop = Waits()
     server.faults = [FAULTS["500"]] * 7
     grader.complete([])
@@ -661,7 +663,7 @@ def visible(bar, **how):
 
 
 def test_replies_are_saved_as_each_ends_and_their_progress_is_shown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "tqdm", functools.partial(visible, judge.tqdm))
+    monkeypatch.setattr(replies, "tqdm", functools.partial(visible, replies.tqdm))
     jobs = {name: [{"role": "user", "content": name}] for name in "abcd"}
     kept = []
     with Cache(tmp_path / ".cache.jsonl") as cache:
@@ -673,7 +675,7 @@ def test_replies_are_saved_as_each_ends_and_their_progress_is_shown(tmp_path, mo
             raise UserError("it is gone")
 
         with pytest.raises(UserError, match=r"it is gone\n2 of 4 are saved in .*: the same command goes on from there"):
-            judge.fill(cache, jobs, dies, "a model, turn 1")
+            replies.fill(cache, jobs, dies, "a model, turn 1")
         assert kept == [1, 2] and cache.texts == {"c": "C", "a": "A"}
 
         def lives(conversations, done):
@@ -681,7 +683,7 @@ def test_replies_are_saved_as_each_ends_and_their_progress_is_shown(tmp_path, mo
             for number in range(2):
                 done(number, "later")
 
-        judge.fill(cache, jobs, lives, "a model, turn 1")
+        replies.fill(cache, jobs, lives, "a model, turn 1")
     shown = capsys.readouterr().err
     assert "a model, turn 1" in shown and "2/4 [" in shown and "1/2 [00:00<00:0" in shown and "2/2 [" in shown
 
@@ -697,8 +699,8 @@ def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
             done(n, tokenizer("ตอบแล้ว<|im_end|>").input_ids)
 
     conversations = [[{"role": "user", "content": q["turns"][0]}] for q in questions[:2]]
-    assert says(judge.local_chat(tokenizer, generate), conversations) == ["ตอบแล้ว"] * 2
-    assert says(judge.local_chat(tokenizer, generate, system="ตอบสั้น ๆ"), conversations) == ["ตอบแล้ว"] * 2
+    assert says(endpoint.local_chat(tokenizer, generate), conversations) == ["ตอบแล้ว"] * 2
+    assert says(endpoint.local_chat(tokenizer, generate, system="ตอบสั้น ๆ"), conversations) == ["ตอบแล้ว"] * 2
     turn = f"<|im_start|>user\n{questions[1]['turns'][0]}<|im_end|>\n<|im_start|>assistant\n"
     assert prompts[1] == f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}"
     assert prompts[3] == f"<|im_start|>system\nตอบสั้น ๆ<|im_end|>\n{turn}"
@@ -734,13 +736,13 @@ def result(server, questions, tmp_path):
     results = {"mt_bench_thai": {"alias": "mt_bench_thai", "rating,none": None, "rating_stderr,none": None},
                "mt_bench_thai_Math": {"rating,none": None}}  # fmt: skip
     judge.write_items(folder / "mt_bench_thai-ut2.items.jsonl", lines)
-    judge.write_json(folder / "mt_bench_thai-ut2.json", {"results": results, "study": study | numbers})
+    files.write_json(folder / "mt_bench_thai-ut2.json", {"results": results, "study": study | numbers})
     return folder / "mt_bench_thai-ut2.json"
 
 
 def judge_script(*files, **rest):
     return subprocess.Popen(
-        [sys.executable, "judge.py", *map(str, files)], cwd=ROOT, text=True,
+        [sys.executable, "tools/judge.py", *map(str, files)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **rest,
     )  # fmt: skip
 
@@ -832,9 +834,9 @@ def test_two_processes_on_the_same_result_pay_once(server, result):
 
 
 def test_a_file_that_is_not_there_is_said_before_a_judge_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["judge.py", str(tmp_path / "nofile")])
+    monkeypatch.setattr(sys, "argv", ["tools/judge.py", str(tmp_path / "nofile")])
     with pytest.raises(UserError, match="no file .*nofile: replies are in"):
-        judge.main()
+        command.main()
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,16 @@ import os
 import subprocess
 from pathlib import Path
 
-from settings import Settings
+from ouro.evaluate import results, subjects, tasks
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.settings import Settings
 
 import pytest
 import torch
 import yaml
 from conftest import PATIENCE
 
-import evaluate
-from data_config import load_tokenizer
-from modeling_ouro import load_ouro
-
-ROOT = Path(evaluate.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers/bin/python"
 MODEL = ROOT / "sample/ouro-tiny"
 DEPTH = 2
@@ -25,8 +23,8 @@ DEPTH = 2
 PROGRAM = """
 import json, sys, torch
 sys.path[:0] = sys.argv[1:2]
-import settings  # noqa: F401
-from modeling_ouro import load_ouro
+from ouro import settings
+from ouro.model.loading import load_ouro
 from transformers import AutoTokenizer
 import lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -55,18 +53,18 @@ def peers() -> Path:
 
 
 @pytest.fixture(scope="module")
-def tasks():
+def two_tasks():
     paths = {"thai_exam": str(ROOT / "sample/thai_exam"), "thai_text": str(ROOT / "sample/texts/thai.jsonl")}
     settings = Settings(paths=paths)
-    letters = evaluate.load_task("thai_exam-leaderboard", settings, 3, [])
-    text = evaluate.load_task("thai_text", settings, 4, [])
+    letters = tasks.load_task("thai_exam-leaderboard", settings, 3, [])
+    text = tasks.load_task("thai_text", settings, 4, [])
     text.items = [item | {"text": item["text"][:150]} for item in text.items]  # one window in both
     return letters, text
 
 
 @pytest.fixture(scope="module")
-def theirs(tasks, tmp_path_factory):
-    letters, text = tasks
+def theirs(two_tasks, tmp_path_factory):
+    letters, text = two_tasks
     place = tmp_path_factory.mktemp("lm_eval")
     rows = [
         {"prompt": question[0][0], "choices": [c.strip() for c in question[0][1]], "gold": "abcde".index(item["gold"])}
@@ -94,10 +92,10 @@ def theirs(tasks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(tasks):
+def ours(two_tasks):
     model, tokenizer = load_ouro(str(MODEL), dtype=torch.float32).eval(), load_tokenizer(str(MODEL))
-    (choices,), _, _ = evaluate.score_choices(model, tokenizer, tasks[0], [DEPTH], 4096, None, "test")
-    (texts,), _, _ = evaluate.score_texts(model, tokenizer, tasks[1], [DEPTH], 4096, None, "test")
+    (choices,), _, _ = tasks.score_choices(model, tokenizer, two_tasks[0], [DEPTH], 4096, None, "test")
+    (texts,), _, _ = tasks.score_texts(model, tokenizer, two_tasks[1], [DEPTH], 4096, None, "test")
     return choices, texts
 
 
@@ -110,18 +108,18 @@ def test_every_letter_of_every_item_has_their_log_likelihood(ours, theirs):
     assert choices.numbers["value"] == theirs["results"]["letters"]["acc,none"]
 
 
-def test_every_text_has_their_log_likelihood(ours, theirs, tasks):
+def test_every_text_has_their_log_likelihood(ours, theirs, two_tasks):
     _, texts = ours
     for line, value in zip(texts.lines, theirs["text"], strict=True):
         assert line["resps"][0][0] == pytest.approx(value, rel=1e-5)
-    size = sum(len(item["text"].encode()) for item in tasks[1].items)
+    size = sum(len(item["text"].encode()) for item in two_tasks[1].items)
     bits = sum(line["bits"] for line in texts.lines)
     assert theirs["results"]["text"]["bits_per_byte,none"] == pytest.approx(bits / size, rel=1e-5)
 
 
-def test_their_tables_are_made_from_our_files(ours, tasks, tmp_path):
+def test_their_tables_are_made_from_our_files(ours, two_tasks, tmp_path):
     peers()
-    task = tasks[0]
+    task = two_tasks[0]
     study = {
         "metric": "accuracy",
         "higher_is_better": True,
@@ -129,8 +127,8 @@ def test_their_tables_are_made_from_our_files(ours, tasks, tmp_path):
         "total_ut_steps": DEPTH,
         "prompt_sha256": "0",
     }
-    model = evaluate.Model("sample/ouro-tiny", None, "fp32")
-    write = evaluate.result(task, study | ours[0].numbers, model)
+    model = subjects.Model("sample/ouro-tiny", None, "fp32")
+    write = results.result(task, study | ours[0].numbers, model)
     (tmp_path / "result.json").write_text(json.dumps(write))
     program = (
         "import json, sys\nfrom lm_eval.utils import make_table\n"

@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+from ouro.model import modeling_ouro
+from ouro.model.loading import load_ouro
+from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -11,9 +15,6 @@ from safetensors.torch import load_file, save_file
 from tiny_ouro import MEDIUM, SIZES, VOCAB, assert_close, randomise, tiny, tiny_config, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-import modeling_ouro
-from modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel, load_ouro
 
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
 IDS = tokens(2, 9)

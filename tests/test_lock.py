@@ -27,7 +27,7 @@ CUDA = ("nvidia-", "triton")
 
 
 def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "lock.py", "--render", folder / "pixi.lock", *options]
+    command = [sys.executable, ROOT / "tools/lock.py", "--render", folder / "pixi.lock", *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -190,7 +190,7 @@ def test_the_manifest_asks_for_what_requirements_in_asks_for(manifest):
 
 def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
     """With pip's answers replayed from the lock, and uv's from requirements.txt: neither can be asked offline."""
-    import lock as tool
+    from tools import lock as tool
 
     entries = {
         (e["name"], e["version"]): e for e in yaml.load(lock, Loader=yaml.CSafeLoader)["packages"] if "pypi" in e
@@ -255,8 +255,9 @@ def test_pixi_has_a_task_for_every_verb(manifest):
 
 def test_make_takes_pixi_where_it_is_found(tmp_path):
     """With a stand-in for pixi that prints its arguments; inside `pixi run` the environment's own Python is taken."""
-    for name in ("Makefile", "pixi.lock.in", "lock.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("Makefile", "pixi.lock.in", "tools/lock.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "pixi").write_text('#!/bin/sh\necho pixi "$@"\n')
     (tmp_path / "pixi").chmod(0o755)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PIXI", "MAKE", "MFLAGS"))}

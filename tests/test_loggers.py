@@ -10,7 +10,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from settings import Settings, UserError, resolve
+import train_qlora
+from ouro.files import UserError
+from ouro.settings import Settings, resolve
+from ouro.train import loggers, stopping
 
 import pytest
 import wandb
@@ -20,10 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
-import loggers
-import train_qlora
-
-ROOT = Path(train_qlora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 KEY, OTHER_KEY = "0123456789abcdef" * 3, "fedcba9876543210" * 3
 SMALL = ["--config", "tests/smoke.yaml", "--total_ut_steps", "2", "--overlap", "none", "--eval_rows", "4",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "3",
@@ -175,7 +175,7 @@ def test_tensorboard_gets_every_number_of_metrics_jsonl(tmp_path, caplog):
 
 
 def test_tensorboard_drops_what_was_logged_after_the_checkpoint_that_a_run_continues_from(tmp_path):
-    with pytest.raises(train_qlora.Stopped):
+    with pytest.raises(stopping.Stopped):
         trained(tmp_path, "--report_to", "tensorboard", "--time_limit", "0")
     with SummaryWriter(str(tmp_path / "smoke/tensorboard")) as writer:  # as before a kill
         for step in (1, 2, 3):
@@ -211,7 +211,7 @@ def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_hold
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     before = set(ROOT.iterdir())
-    with pytest.raises(train_qlora.Stopped):
+    with pytest.raises(stopping.Stopped):
         trained(tmp_path, "--report_to", "wandb", "--time_limit", "0")
     run = trained(tmp_path, "--report_to", "wandb")
     assert set(ROOT.iterdir()) == before, "nothing in the working directory"

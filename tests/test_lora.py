@@ -8,7 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from settings import UserError, call, resolve
+import train_qlora
+from ouro.files import UserError, call
+from ouro.model import fp8
+from ouro.model.fp8 import by_row, by_row_in_one_kernel
+from ouro.model.loading import load_ouro
+from ouro.model.lora import Group, fuse, refresh
+from ouro.model.modeling_ouro import PROJECTIONS
+from ouro.model.nf4 import nf4_state, nf4_weight
+from ouro.settings import resolve
+from ouro.train import build, stopping
 
 import bitsandbytes
 import pytest
@@ -21,12 +30,7 @@ from safetensors.torch import load_file
 from tiny_ouro import MEDIUM, SIZES, assert_close, assert_same_gradients, gradients, rows, tiny, tokens
 from torch import Tensor, nn
 
-import lora
-import train_qlora
-from lora import Group, by_row, by_row_in_one_kernel, fuse, nf4_state, nf4_weight, refresh
-from modeling_ouro import PROJECTIONS, load_ouro
-
-ROOT = Path(lora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 NOISE = 5e-4  # of fp32 sums in another order, relative to the largest number
 KINDS = {  # name -> (how it is loaded, what fuse is told)
     "fp32": (None, "bf16"),
@@ -457,7 +461,7 @@ def test_training_ends_with_the_adapter_that_pefts_layers_give(tmp_path, cache, 
     argv = ["--max_steps", "4", "--lora_dropout", "0", "--optim", "adamw_torch", "--use_qlora", nf4]
     ours = adapter(trained(tmp_path / "ours", cache, *argv))
     fused_kinds = []
-    monkeypatch.setattr(train_qlora, "fuse", lambda model, kind: fused_kinds.append(kind))
+    monkeypatch.setattr(build, "fuse", lambda model, kind: fused_kinds.append(kind))
     theirs = adapter(trained(tmp_path / "theirs", cache, *argv))
     assert fused_kinds == ["nf4" if nf4 == "true" else "bf16"]
     assert ours.keys() == theirs.keys()
@@ -471,7 +475,7 @@ def test_training_ends_with_the_adapter_that_pefts_layers_give(tmp_path, cache, 
 def test_a_continued_run_begins_with_the_adapter_of_its_checkpoint(tmp_path, cache):
     argv = ["--max_steps", "3", "--optim", "adamw_torch", "--use_qlora", "false"]
     whole = trained(tmp_path / "whole", cache, *argv)
-    with pytest.raises(train_qlora.Stopped, match="after step 1"):
+    with pytest.raises(stopping.Stopped, match="after step 1"):
         trained(tmp_path / "parts", cache, *argv, "--time_limit", "0")
     parts = trained(tmp_path / "parts", cache, *argv)
     read = [[json.loads(x)["loss"] for x in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, parts)]
@@ -507,11 +511,11 @@ def test_fp8_where_it_cannot_be_is_exit_code_2(tmp_path, cache, monkeypatch, cap
 def test_fp8_on_a_cpu_is_refused_by_build():
     run = resolve("", [*SMALL, "--frozen_weights", "fp8", "--use_qlora", "false", "--bf16", "true"])
     with pytest.raises(UserError, match=r"fp8 needs a Hopper GPU \(H100, H200\) or a later one; set it to auto"):
-        train_qlora.build(run.settings, "cpu")
+        build.build(run.settings, "cpu")
 
 
 def test_as_many_layers_are_recomputed_as_asked():
-    model = train_qlora.build(
+    model = build.build(
         resolve("", ["--config", "tests/smoke.yaml", "--activation_checkpointing", "3"]).settings, "cpu"
     )
     recomputed = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
@@ -530,7 +534,7 @@ def one_kernel_puts_rows_into_fp8(device: str, widths: tuple[int, ...], differin
         assert (got.float() != expected.float()).float().mean() <= differing
 
 
-@pytest.mark.skipif(lora.triton is None, reason="needs triton")
+@pytest.mark.skipif(fp8.triton is None, reason="needs triton")
 def test_one_kernel_puts_gradients_into_fp8_as_torch_does_in_tritons_interpreter():
     # The interpreter loses the carry where rounding reaches the next power of two.
     code = f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import conftest; import test_lora"

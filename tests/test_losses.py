@@ -2,6 +2,9 @@
 
 import functools
 
+from ouro.model import modeling_ouro
+from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
+
 import pytest
 import reference_ouro as ref
 import torch
@@ -27,9 +30,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import modeling_ouro
-from modeling_ouro import IGNORE, PROJECTIONS
 
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])

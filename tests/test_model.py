@@ -7,6 +7,8 @@ import functools
 import json
 from pathlib import Path
 
+from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM, OuroRMSNorm, exit_distribution
+
 import pytest
 import reference_ouro as ref
 import torch
@@ -14,8 +16,6 @@ from safetensors.torch import load_file
 from tiny_ouro import LAYOUTS, MEDIUM, SIZES, assert_close, documents, reference, rows, tiny, tokens, without
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from modeling_ouro import OuroConfig, OuroForCausalLM, OuroRMSNorm, exit_distribution
 
 GOLDEN = Path(__file__).parent / "parity"
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")

@@ -4,13 +4,13 @@ import json
 import math
 from collections import Counter
 
+from ouro.files import ROOT
+from ouro.model.loading import load_ouro
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
-
-from modeling_ouro import load_ouro
-from sources import ROOT
 
 NANO = ROOT / "sample/ouro-nano"
 THAI = [chr(c) for c in (*range(0x0E01, 0x0E3B), *range(0x0E3F, 0x0E5C))]

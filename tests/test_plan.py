@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from settings import EXPERIMENTS, Settings, UserError, resolve
+from ouro.cluster.plan import predict
+from ouro.data.sources import cache_only
+from ouro.files import UserError
+from ouro.model.cost import GPUS, REACHED, layers_to_recompute, product_sizes, sizes, training_flops, training_memory
+from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
+from ouro.settings import EXPERIMENTS, Settings, resolve
 
 import pytest
 import requests
@@ -14,10 +19,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_ouro import SIZES, tiny, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-from modeling_ouro import PROJECTIONS, OuroConfig
-from plan import GPUS, REACHED, layers_to_recompute, predict, product_sizes, sizes, training_flops, training_memory
-from sources import cache_only
 
 GIB = 2**30
 SEQ = 2048

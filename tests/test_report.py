@@ -8,24 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ouro.evaluate import benchmarks
+from ouro.verdict import plots, rule, stats, study, tables
+
 import fabricate
 import numpy as np
 import pytest
 from conftest import PATIENCE
 
-import benchmarks
-import plots
-import report
-import stats
-import study
-
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = (0.5, 0.5, 0.5, 0.5)
 
 
-def verdicts(root: Path, **how) -> tuple[dict[str, study.Verdict], study.Reader]:
+def verdicts(root: Path, **how) -> tuple[dict[str, rule.Verdict], study.Reader]:
     reader = study.Reader(*fabricate.study(root, **how))
-    return {v.aspect: v for v in study.verdicts(study.panels(reader))}, reader
+    return {v.aspect: v for v in rule.verdicts(study.panels(reader))}, reader
 
 
 def command(root: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -121,7 +118,7 @@ def test_false_helps_and_hurts_are_rare_where_the_base_alone_is_worse_at_one_loo
 
         bases = [result(None, depth, None, base[depth - 1]) for depth in fabricate.DEPTHS]
         adapted = [result(d, d, seed, base[d - 1] - 0.5) for seed in range(3) for d in fabricate.DEPTHS]
-        called.append(study.judge("thai_text", "wangchan", study.Panel(adapted, bases, weights)).label)
+        called.append(rule.judge("thai_text", "wangchan", study.Panel(adapted, bases, weights)).label)
     assert called.count("helps") + called.count("hurts") <= 5
     assert called.count("no evidence") >= 90
 
@@ -141,7 +138,7 @@ def test_one_seed_is_said_in_the_verdict_and_as_missing(tmp_path):
 def test_a_depth_a_base_and_a_benchmark_that_are_missing_are_named(tmp_path):
     output, results = fabricate.study(tmp_path, depths=(1, 4), tasks=("thai_text",))
     (results / "base-bf16" / "thai_text-ut1.json").unlink()
-    found = {v.aspect: v for v in study.verdicts(study.panels(study.Reader(output, results)))}
+    found = {v.aspect: v for v in rule.verdicts(study.panels(study.Reader(output, results)))}
     assert found["thai_text"].label == "no comparison"
     assert {"a model trained at 2 loops", "a model trained at 3 loops", "the base at 1 loop"} <= set(
         found["thai_text"].missing
@@ -215,7 +212,7 @@ def test_training_sets_are_judged_apart(tmp_path):
     found = study.Reader(
         *fabricate.study(tmp_path, tasks=("thai_text",), items=100, lines=2, dataset="r1", depths=(1, 4))
     )
-    made = study.verdicts(study.panels(found))
+    made = rule.verdicts(study.panels(found))
     assert [(v.dataset, v.aspect) for v in made if v.label != "no comparison"] == [
         ("wangchan", "thai_text"),
         ("r1", "thai_text"),
@@ -429,7 +426,7 @@ def baselines(root: Path, *blocks: dict) -> tuple[list[dict[str, str]], study.Re
         characters = np.full(10, 100) if block["metric"] == "bits_per_character" else None
         fabricate.write_result(root / "results", block, block.pop("values"), characters)
     reader = study.Reader(root / "output", root / "results")
-    table = next(t for t in report.tables(reader, study.panels(reader)) if t.name == "baselines")
+    table = next(t for t in tables.tables(reader, study.panels(reader)) if t.name == "baselines")
     return [dict(zip(table.columns, row, strict=True)) for row in table.texts()], reader
 
 
@@ -497,10 +494,10 @@ def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_
         assert base.value == pytest.approx(english.base[k].values[0] - thai.base[k].values[0])
         apart = np.hypot(*(level.estimate(level.base[k]).stderr for level in (thai, english)))
         assert base.stderr < 0.95 * apart  # paired
-    shown = report.gap_table(reader, study.panels(reader)).texts()
+    shown = tables.gap_table(reader, study.panels(reader)).texts()
     assert [row[:3] for row in shown[:5]] == [["base model", "–", d] for d in "1234"] + [["wangchan", "1", "1"]]
     assert len(shown) == 20 and all((row[-1] == "–") == (row[0] == "base model") for row in shown)
-    assert {v.label for v in study.verdicts(study.panels(reader))} == {"no comparison"}  # it is a description
+    assert {v.label for v in rule.verdicts(study.panels(reader))} == {"no comparison"}  # it is a description
 
 
 def test_questions_are_paired_by_their_number_and_not_by_their_place(tmp_path):

@@ -15,7 +15,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from settings import UserError, read_yaml, resolve
+import train_qlora
+from ouro.files import UserError, read_yaml
+from ouro.model.loading import load_ouro
+from ouro.settings import resolve
+from ouro.train import processes, run_folder, stopping, trainer
 
 import pytest
 import torch
@@ -23,11 +27,7 @@ from conftest import PATIENCE
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import runs
-import train_qlora
-from modeling_ouro import load_ouro
-
-ROOT = Path(train_qlora.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "1", "--overlap", "none",
          "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_rows", "4"]  # fmt: skip
 SIX = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--logging_steps", "2", "--eval_steps", "3"]
@@ -68,7 +68,7 @@ def trained(folder: Path, cache: str, *argv: str) -> Path:
 
 def one_step(folder: Path, cache: str, *argv: str) -> int:
     """Goes on for one step in this process; the step that it stopped after."""
-    with pytest.raises(train_qlora.Stopped, match="the time limit: stopped after step") as stopped:
+    with pytest.raises(stopping.Stopped, match="the time limit: stopped after step") as stopped:
         trained(folder, cache, "--time_limit", "0", *argv)
     return int(re.search(r"after step (\d+), which is saved", str(stopped.value))[1])
 
@@ -116,7 +116,7 @@ class Script:
 
 
 def names(run: Path) -> list[str]:
-    return [path.name for path in runs.checkpoints(run)]
+    return [path.name for path in run_folder.checkpoints(run)]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -221,7 +221,7 @@ def test_killed_in_every_step_a_run_ends_in_the_same_bytes(cache, tmp_path):
         code = script.kill_when(lambda step=step, script=script: f"step     {step}/3" in script.printed)
         assert code == -signal.SIGKILL and not (run / "completed").exists()
         kept = [int(name.split("-")[1]) for name in names(run)]
-        assert kept[:1] in ([step], [step - 1], []) and all(map(runs.is_good, runs.checkpoints(run)))
+        assert kept[:1] in ([step], [step - 1], []) and all(map(run_folder.is_good, run_folder.checkpoints(run)))
         assert kept or step == 1, "a run starts anew only where nothing was saved"
     assert_same(trained(tmp_path / "parts", cache, *argv), whole)
 
@@ -231,7 +231,7 @@ def test_a_first_signal_in_evaluation_or_while_saving_ends_the_run_after_the_nex
     whole, cache, tmp_path, monkeypatch, where, last
 ):
     """The held-out loss is due in step 3, a checkpoint in step 2."""
-    work, sent = getattr(train_qlora.LoopTrainer, where), []
+    work, sent = getattr(trainer.LoopTrainer, where), []
 
     def signalled(self, *args):
         if self.state.global_step == last - 1 and not sent:
@@ -239,12 +239,12 @@ def test_a_first_signal_in_evaluation_or_while_saving_ends_the_run_after_the_nex
         return work(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_qlora.LoopTrainer, where, signalled)
-        with pytest.raises(train_qlora.Stopped, match=f"^SIGTERM: stopped after step {last}, which is saved"):
+        patch.setattr(trainer.LoopTrainer, where, signalled)
+        with pytest.raises(stopping.Stopped, match=f"^SIGTERM: stopped after step {last}, which is saved"):
             trained(tmp_path, cache)
     run = tmp_path / "smoke"
     assert sent and names(run)[0] == f"checkpoint-{last}"
-    assert all(map(runs.is_good, runs.checkpoints(run)))
+    assert all(map(run_folder.is_good, run_folder.checkpoints(run)))
     assert_same(trained(tmp_path, cache), whole)
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_newer_checkpoint_does_not_outlive_the_one_that_is_saved(stopp
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("save_total_limit: 2", "save_total_limit: 1"))
     assert one_step(tmp_path, cache, "--save_total_limit", "1") == 4
-    assert names(run) == ["checkpoint-4"] and runs.is_good(run / "checkpoint-4")
+    assert names(run) == ["checkpoint-4"] and run_folder.is_good(run / "checkpoint-4")
 
 
 def test_older_checkpoints_go_only_after_the_new_one_is_there(stopped, cache, tmp_path, monkeypatch):
@@ -308,10 +308,10 @@ def test_older_checkpoints_go_only_after_the_new_one_is_there(stopped, cache, tm
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_qlora, "seal", full)
+        patch.setattr(trainer, "seal", full)
         with pytest.raises(UserError, match="^step 4: the checkpoint could not be written"):
             trained(tmp_path, cache, "--save_total_limit", "1")
-    assert names(run) == ["checkpoint-3", "checkpoint-2"] and all(map(runs.is_good, runs.checkpoints(run)))
+    assert names(run) == ["checkpoint-3", "checkpoint-2"] and all(map(run_folder.is_good, run_folder.checkpoints(run)))
     assert one_step(tmp_path, cache, "--save_total_limit", "1") == 4 and names(run) == ["checkpoint-4"]
 
 
@@ -330,8 +330,8 @@ def test_guards_go_on_with_what_they_had_seen(whole, cache, tmp_path, monkeypatc
     there = json.loads(progress.read_text())
     assert len(there["recent"]) == 3 and len(there["rates"]) == 2 and there["since_log"] < 60
     progress.write_text(json.dumps(there | {"since_log": 1000.0}))
-    (progress.parent / runs.SUMS).unlink()
-    runs.seal(progress.parent)
+    (progress.parent / run_folder.SUMS).unlink()
+    run_folder.seal(progress.parent)
     monkeypatch.setattr(train_qlora.SFTTrainer, "train", kept)
     run = trained(tmp_path, cache)
     ((recent, rates, since),) = seen
@@ -485,7 +485,7 @@ def test_a_second_run_of_the_same_folder_is_refused_while_the_first_is_there(who
 
 
 def hold_for(folder: Path, seconds: float, held) -> None:
-    runs.hold(folder)
+    run_folder.hold(folder)
     held.set()
     time.sleep(seconds)
 
@@ -495,11 +495,11 @@ def test_only_a_requeued_job_waits_for_the_lock_of_a_node_that_has_failed(tmp_pa
     other = FORKS.Process(target=hold_for, args=(tmp_path / "run", 5, held))
     other.start()
     assert held.wait(PATIENCE)
-    with runs.letting_go(), pytest.raises(UserError, match=f"^process {other.pid} on .* trains into"):
-        runs.hold(tmp_path / "run")
-    monkeypatch.setattr(runs, "REQUEUED", True)
-    with runs.letting_go():
-        runs.hold(tmp_path / "run")
+    with run_folder.letting_go(), pytest.raises(UserError, match=f"^process {other.pid} on .* trains into"):
+        run_folder.hold(tmp_path / "run")
+    monkeypatch.setattr(run_folder, "REQUEUED", True)
+    with run_folder.letting_go():
+        run_folder.hold(tmp_path / "run")
         assert f"process {os.getpid()} on " in (tmp_path / ".run.lock").read_text()
     other.join(PATIENCE)
     assert other.exitcode == 0
@@ -509,9 +509,9 @@ def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatc
     def refuse(*args) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "lockf", refuse)
-    with runs.letting_go():
-        runs.hold(tmp_path / "run")
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    with run_folder.letting_go():
+        run_folder.hold(tmp_path / "run")
     assert "nothing keeps a second run out of it: no locks on its file system (No locks" in capsys.readouterr().out
 
 
@@ -606,7 +606,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_the_run_goes_on_after(whole,
             r"continues from the last good checkpoint\n", errors
         )  # fmt: skip
         assert "Traceback" not in script.printed
-        assert names(run) == ["checkpoint-2"] and runs.is_good(run / "checkpoint-2")
+        assert names(run) == ["checkpoint-2"] and run_folder.is_good(run / "checkpoint-2")
         assert not (run / ".saving").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
         assert_same(trained(folder, cache), whole)
@@ -619,7 +619,7 @@ def test_a_disk_that_the_adapter_fills_keeps_the_last_checkpoint(whole, stopped,
         told = rf"^the adapter could not be written to {run}: .+ \(\d+ MB free\); the same command continues from the"
         with pytest.raises(UserError, match=told):
             trained(folder, cache, "--save_steps", "6")
-        assert names(run) == ["checkpoint-6"] and runs.is_good(run / "checkpoint-6")
+        assert names(run) == ["checkpoint-6"] and run_folder.is_good(run / "checkpoint-6")
         assert not (run / "final_adapter").exists() and not (run / ".final_adapter").exists()
         subprocess.run(["mount", "-o", f"remount,size={size * 6}", folder], check=True)
         assert_same(trained(folder, cache, "--save_steps", "6"), whole)
@@ -706,7 +706,7 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(cache, 
     code, printed = torchrun(tmp_path / "term.txt", argv, signal.SIGTERM)
     assert code != 0
     step = int(re.search(r"stopped after step (\d), which is saved; the same command", printed)[1])
-    assert names(run)[0] == f"checkpoint-{step}" and step < 4 and runs.is_good(run / f"checkpoint-{step}")
+    assert names(run)[0] == f"checkpoint-{step}" and step < 4 and run_folder.is_good(run / f"checkpoint-{step}")
     assert not (run / "completed").exists()
     shutil.copytree(run, tmp_path / "stopped")
 
@@ -770,15 +770,15 @@ def test_of_two_processes_that_fail_with_a_full_disk_one_says_so_and_neither_han
 
 def test_of_processes_that_fail_the_first_speaks(monkeypatch):
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(train_qlora, "_get_default_store", lambda: store)
-    assert [train_qlora.speaks(UserError(text)) for text in "abc"] == [True] * 3, "before they know of each other"
-    monkeypatch.setattr(train_qlora, "LOCAL_RANK", 1)
-    assert not train_qlora.speaks(UserError("that process 0 says too")) and train_qlora.speaks(RuntimeError("not ours"))
+    monkeypatch.setattr(processes, "_get_default_store", lambda: store)
+    assert [processes.speaks(UserError(text)) for text in "abc"] == [True] * 3, "before they know of each other"
+    monkeypatch.setattr(processes, "LOCAL_RANK", 1)
+    assert not processes.speaks(UserError("that process 0 says too")) and processes.speaks(RuntimeError("not ours"))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert [train_qlora.speaks(RuntimeError(text)) for text in "abc"] == [True, False, False]
+    assert [processes.speaks(RuntimeError(text)) for text in "abc"] == [True, False, False]
 
     def gone():
         raise torch.distributed.DistNetworkError("Connection reset by peer")
 
-    monkeypatch.setattr(train_qlora, "_get_default_store", gone)
-    assert not train_qlora.speaks(RuntimeError("Connection closed by peer"))
+    monkeypatch.setattr(processes, "_get_default_store", gone)
+    assert not processes.speaks(RuntimeError("Connection closed by peer"))

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import settings
-from settings import FIELDS, Settings, UserError, call, parse, read_yaml, resolve, seconds, write_atomic
+from ouro import settings
+from ouro.files import UserError, call, read_yaml, write_atomic
+from ouro.settings import FIELDS, Settings, parse, resolve
+from ouro.train.time_limit import seconds
+from tools import demo
 
 import pytest
 import yaml
 
-ROOT = Path(settings.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ["default", "a100", "smoke"]
 
 
@@ -191,7 +194,7 @@ def test_what_is_no_time_is_refused(text):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file.json"
     write_atomic(path, "first")
-    monkeypatch.setattr(settings.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(demo.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "second")
     assert path.read_text() == "first"

@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import settings
-from settings import UserError, read_yaml, resolve
+import evaluate
+import train_qlora
+from ouro import files
+from ouro.files import UserError, read_yaml
+from ouro.model.loading import load_ouro
+from ouro.settings import resolve
+from ouro.train import run_folder
 
 import pytest
 import torch
@@ -18,12 +23,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from test_resume import port
 
-import evaluate
-import runs
-import train_qlora
-from modeling_ouro import load_ouro
-
-ROOT = Path(settings.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["--config", "tests/smoke.yaml", "--report_to", "none", "--logging_steps", "1"]
 
 
@@ -50,7 +50,8 @@ def losses(run: Path) -> list[float]:
 def smoke(tmp_path_factory):
     """`make smoke`, once, as a user types it; the folder that holds output/ and results/, and what it printed."""
     folder = tmp_path_factory.mktemp("smoke")
-    for name in ("Makefile", "env.sh", "requirements.txt", "configs", "sample", *(p.name for p in ROOT.glob("*.py"))):
+    scripts = [path.name for path in ROOT.glob("*.py")]
+    for name in ("Makefile", "requirements.txt", "configs", "ouro", "sample", "tools", *scripts):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     done = subprocess.run(["make", "smoke"], capture_output=True, text=True, cwd=folder, timeout=PATIENCE)
@@ -87,12 +88,14 @@ def test_the_manifest_says_what_is_needed_to_repeat_the_run(smoke):
 
 @pytest.mark.parametrize("git", [True, False])
 def test_without_a_repository_the_commit_is_what_the_image_or_the_login_node_said(tmp_path, git):
-    shutil.copy(ROOT / "settings.py", tmp_path)
+    (tmp_path / "ouro").mkdir()
+    for name in ("__init__.py", "files.py"):
+        shutil.copy(ROOT / "ouro" / name, tmp_path / "ouro")
     path = str(Path(shutil.which("git")).parent) if git else str(tmp_path)
 
     def version(**environment: str) -> tuple[str, bool | None]:
         done = subprocess.run(
-            [sys.executable, "-c", "import json, settings; print(json.dumps(settings.code_version()))"],
+            [sys.executable, "-c", "import json; from ouro import files; print(json.dumps(files.code_version()))"],
             capture_output=True, text=True, cwd=tmp_path, env={"PATH": path} | environment,
         )  # fmt: skip
         return tuple(json.loads(done.stdout).values())
@@ -206,7 +209,7 @@ def test_a_run_refused_before_its_manifest_has_not_begun(tmp_path):
         shutil.copy(run / "config.yaml", place)
         (place / name).touch()
         with pytest.raises(UserError, match="holds a run with other settings:\n  max_steps: 1 there, 2 asked"):
-            runs.claim(place, resolve("", [*SMOKE, "--output_dir", str(tmp_path), "--max_steps", "2"]), False)
+            run_folder.claim(place, resolve("", [*SMOKE, "--output_dir", str(tmp_path), "--max_steps", "2"]), False)
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
@@ -274,7 +277,7 @@ def test_an_output_folder_that_is_a_file_is_refused_with_one_message(tmp_path, m
     argv = ["--output_dir", f"{tmp_path}/file{below}", "--cache_dir", str(tmp_path / "cache"), "--overlap", "none"]
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMOKE, *argv])
     with pytest.raises(SystemExit) as ended:
-        settings.call(train_qlora.main)
+        files.call(train_qlora.main)
     told = f"error: a file is where a folder is wanted: {tmp_path}/file"
     assert ended.value.code == 2 and capsys.readouterr().err.startswith(told)
 
@@ -354,12 +357,13 @@ def test_make_alone_prints_every_target_with_its_help():
     [("2.7", "Python 2.7 is too old or too new"), ("3.14", "Python 3.14 is too old or too new")],
 )
 def test_another_python_gets_a_clear_error(tmp_path, version, message):
-    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/env.sh", tmp_path / "tools")
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {version} && exit 0\nexit 1\n')
     fake.chmod(0o755)
-    done = subprocess.run([tmp_path / "env.sh", fake], capture_output=True, text=True)
+    done = subprocess.run([tmp_path / "tools/env.sh", fake], capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr and "make env PYTHON=python3.12" in done.stderr
     assert not (tmp_path / ".venv").exists()
 

@@ -5,11 +5,11 @@ import os
 import subprocess
 from pathlib import Path
 
+from ouro.verdict import stats
+
 import numpy as np
 import pytest
 from conftest import PATIENCE
-
-import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"

@@ -6,7 +6,14 @@ import re
 import unicodedata
 from pathlib import Path
 
-from settings import Settings, read_yaml
+from ouro.data.cache import prepare
+from ouro.data.chats import END_OF_TURN
+from ouro.data.sources import strings
+from ouro.data.thai import WINDOW, Overlap, normalise, squash, window_hashes
+from ouro.evaluate.benchmarks import load_items
+from ouro.files import ROOT, read_yaml
+from ouro.model.loading import load_tokenizer
+from ouro.settings import EVALS, Settings
 
 import numpy as np
 import pytest
@@ -14,11 +21,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pythainlp.util import remove_zw, reorder_vowels
-
-from benchmarks import load_items
-from data_config import END_OF_TURN, load_tokenizer, prepare
-from sources import EVALS, ROOT, strings
-from thai import WINDOW, Overlap, normalise, squash, window_hashes
 
 EXAM = ROOT / "sample/thai_exam"
 SPEC = read_yaml(EVALS)["benchmarks"]["thai_exam"]

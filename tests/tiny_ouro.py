@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from ouro.model.modeling_ouro import IGNORE, OuroConfig, OuroForCausalLM
+
 import reference_ouro as ref
 import torch
 from torch import Tensor
-
-from modeling_ouro import IGNORE, OuroConfig, OuroForCausalLM
 
 VOCAB = 61  # no other size of the models, so that a tensor of this width is one over the vocabulary
 SIZES = [

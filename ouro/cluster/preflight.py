@@ -1,0 +1,354 @@
+"""What a job needs, checked before it is queued for hours: one line a check, and what to do where one fails.
+
+    python -m ouro.cluster.preflight --config configs/a100.yaml --exp exp1-wangchan-ut4     # each job begins so
+    python -m ouro.cluster.preflight --config configs/default.yaml --gpu     # and one real step, and one exam item
+
+Any setting can follow, as for train_qlora.py. Exit code 0, or 2 when a check failed. Downloads nothing but the model's
+tokenizer: `make fetch` does.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from ouro.cluster.plan import limits, requeues
+from ouro.files import ROOT, UserError, call, nearest, read_yaml
+from ouro.settings import Resolved, resolve
+from ouro.train.time_limit import seconds
+
+ROWS = 200  # of a training set that are looked at
+DISK = 3e9  # free bytes that checkpoints (0.4 GB each with r = 16) and the cache of rows need
+MEMORY = 2e9  # bytes that a process needs beside the weights
+
+
+class Skip(Exception):
+    """A check that does not apply here."""
+
+
+def check_code(run: Resolved) -> str:
+    for name in ("train_qlora.py", "evaluate.py", "configs/experiments.yaml", "requirements.txt"):
+        if not (ROOT / name).exists():
+            raise UserError(
+                f"no {name} in {ROOT}: this is a copy, as in Slurm's spool folder, or the code is not mounted in the "
+                "container; run in the repository (make cluster-sweep does)"
+            )
+    return str(ROOT)
+
+
+def check_versions(run: Resolved) -> str:
+    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    wrong = []
+    for name, wanted in pins:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found != wanted:
+            wrong.append(f"{name} {found}, locked {wanted}")
+    if wrong:
+        raise UserError(f"{'; '.join(wrong[:4])} ({len(wrong)} of {len(pins)} packages): make env, or build the image")
+    return f"Python {platform.python_version()}, {len(pins)} packages as in requirements.txt"
+
+
+def check_imports(run: Resolved) -> str:
+    try:
+        import bitsandbytes  # noqa: F401
+        from peft import LoraConfig  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+        from trl import SFTConfig, SFTTrainer  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise RuntimeError
+        what = " ".join(str(error).split())
+        raise UserError(f"{what}; does PYTHONPATH or ~/.local shadow a package? else: make env") from None
+    return "torch, transformers, trl, peft, bitsandbytes"
+
+
+def check_gpu(run: Resolved) -> str:
+    from ouro.train.build import check_device
+
+    import torch
+
+    if os.environ.get("SLURM_SAYS") and not torch.cuda.is_available():
+        raise Skip("a login node: each job looks at its own GPUs")
+    device = check_device(run.settings)
+    if device == "cpu":
+        return f"none; {run.config} computes on the CPU"
+    count, wanted = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
+    if count < wanted:
+        raise UserError(f"{count} of the job's {wanted} GPUs seen on {platform.node()}: is one broken (nvidia-smi)?")
+    major, minor = torch.cuda.get_device_capability()
+    built = [int(arch.removeprefix("sm_")) // 10 for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
+    if major not in built:
+        raise UserError(
+            f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) is not one that torch "
+            f"{torch.__version__} was built for: use another partition"
+        )
+    for index in range(count):
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            torch.ones(2, 2, device=index).mm(torch.ones(2, 2, device=index)).sum().item()
+        except RuntimeError as error:
+            raise UserError(f"GPU {index}: {str(error).splitlines()[0]}") from None
+        if free < 0.8 * total:  # a desktop takes a tenth of a small one
+            raise UserError(f"GPU {index}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free: what else uses it?")
+    return f"{count} x {torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def check_memory(run: Resolved) -> str:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if limit := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
+        free = min(free, limit * 2**20)
+    processes = int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
+    if free < processes * MEMORY:
+        raise UserError(
+            f"{free / 1e9:.1f} GB for {processes} processes, {processes * MEMORY / 1e9:.0f} GB are needed: raise MEM"
+        )
+    return f"{free / 1e9:.0f} GB"
+
+
+def check_disk(run: Resolved) -> str:
+    s, said = run.settings, []
+    for name in ("output_dir", "results_dir", "cache_dir"):
+        folder = Path(getattr(s, name)).absolute()
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(b"0")
+        except OSError as error:
+            raise UserError(f"{name} = {folder}: {error.strerror} in {there}: choose another --{name}") from None
+        free = shutil.disk_usage(there).free
+        if free < DISK:
+            raise UserError(f"{name} = {folder}: {free / 1e9:.1f} GB free, {DISK / 1e9:.0f} GB are needed")
+        said.append(f"{getattr(s, name)} {free / 1e9:.0f} GB")
+    return ", ".join(said)
+
+
+def proxies() -> str:
+    found = sorted({os.environ[name] for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)})
+    return f" through the proxy {', '.join(re.sub('//.*@', '//…@', proxy) for proxy in found)}" if found else ""
+
+
+def on_hub(name: str, settings) -> Path | None:
+    """The cached snapshot of what the settings name so; None where it is not in the cache, but can be had.
+
+    Raises:
+        UserError: neither cached nor to be had.
+    """
+    from ouro.data.fetch import wanted
+
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    download = next(d for d in wanted(settings) if d.name == name)
+    try:
+        return Path(
+            snapshot_download(
+                download.hub_id,
+                repo_type=download.repo_type,
+                revision=download.revision,
+                allow_patterns=download.patterns,
+                local_files_only=True,
+            )
+        )
+    except (OSError, ValueError):
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{download.hub_id} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: make fetch where "
+                "there is a network, with the same HF_HOME"
+            ) from None
+    try:
+        HfApi().repo_info(download.hub_id, revision=download.revision, repo_type=download.repo_type, timeout=20)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{download.hub_id} is not in {constants.HF_HUB_CACHE}, and cannot be reached{proxies()} "
+            f"({type(error).__name__}): make fetch on the login node, and HF_HUB_OFFLINE=1 in the jobs (slurm/site.env)"
+        ) from None
+    return None
+
+
+def check_model(run: Resolved) -> str:
+    from ouro.model.loading import load_tokenizer
+
+    s, said = run.settings, ""
+    folder = Path(s.model_name_or_path)
+    if not folder.exists() and not folder.is_absolute() and not (folder.parent.is_dir() and folder.parent != Path()):
+        folder = on_hub("model", s)
+    load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
+    if folder is None:
+        return f"{s.model_name_or_path}: to be downloaded (make fetch), tokenizer and chat template found"
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    missing = sorted(name for name in names if not (folder / name).exists())
+    if missing and "init_seed" not in json.loads((folder / "config.json").read_text()):  # a random model needs no file
+        raise UserError(f"{folder} lacks {', '.join(missing)}: make fetch downloads it")
+    if not missing:
+        said = f", {sum((folder / name).stat().st_size for name in names) / 1e9:.1f} GB of weights"
+    return f"{s.model_name_or_path}{said}, chat template found"
+
+
+def check_data(run: Resolved) -> str:
+    from ouro.data.chats import to_chat
+    from ouro.data.sources import find_source, read_file
+    from ouro.settings import DATASETS
+
+    s, entries = run.settings, read_yaml(DATASETS)
+    entry = entries.get(s.dataset)
+    if entry is None:
+        raise UserError(f"unknown dataset {s.dataset!r}{nearest(s.dataset, entries)}")
+    local = s.dataset_path or s.dataset in s.paths or "path" in entry
+    if not local and "hub_id" in entry and on_hub(s.dataset, s) is None:
+        return f"{entry['hub_id']}: to be downloaded; its columns cannot be looked at before (make fetch)"
+    source = find_source(s)
+    rows = (row for file in source.part("train") for row in read_file(file, source.columns))
+    looked = [(where, *to_chat(row, source.entry, s, where)) for where, row in islice(rows, ROWS)]
+    bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None]
+    if not looked:
+        raise UserError(f"{source.place} has no rows")
+    if len(bad) > max(s.max_empty_share, s.max_garbled_share, s.max_unbalanced_share) * len(looked):
+        raise UserError(
+            f"{len(bad)} of the first {len(looked)} rows cannot be trained on, the first: {bad[0]}; are the columns of "
+            f"{s.dataset} in configs/datasets.yaml the right ones?"
+        )
+    return f"{s.dataset} from {source.place}, columns {', '.join(source.columns)}, {len(looked)} rows read"
+
+
+def check_benchmarks(run: Resolved) -> str:
+    from ouro.data.sources import benchmark_items
+    from ouro.evaluate.benchmarks import load, table, task_names
+
+    s, specs, said = run.settings, table(), []
+    used = {} if s.overlap in ("", "none") else dict.fromkeys(s.overlap.split(","))
+    for name in used:
+        if "hub_id" in specs["benchmarks"].get(name, {}) and name not in s.paths and on_hub(name, s) is None:
+            said.append(f"{name} to be downloaded")
+        else:
+            said.append(f"{name} {len(benchmark_items(replace(s, overlap=name)))} items")
+    for task in task_names(s.tasks, specs["tasks"]):
+        spec = specs["tasks"][task]
+        name = specs["benchmarks"][spec["benchmark"]].get("dataset", spec["benchmark"])
+        if not {task, name} & s.paths.keys() and on_hub(name, s) is None:
+            said.append(f"{task} to be downloaded")
+        elif spec["protocol"] != "mt_bench":  # which judge.py reads
+            said.append(f"{task} {len(load(task, spec, s))} items")
+    return ", ".join(said)
+
+
+def check_logger(run: Resolved) -> str:
+    from ouro.train.loggers import check_logger
+
+    if run.settings.report_to == "none":
+        return "metrics.jsonl"
+    check_logger(run.settings)
+    return f"metrics.jsonl and {run.settings.report_to}"
+
+
+def check_container(run: Resolved) -> str:
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    if not image:
+        raise Skip("none: IMAGE is not set")
+    return image
+
+
+def check_slurm(run: Resolved) -> str:
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"job {job} on {platform.node()}"
+    says = os.environ.get("SLURM_SAYS")
+    if not says:
+        raise Skip("no sbatch here")
+    if "to start at" not in says:
+        reason = " ".join(says.partition("PartitionName")[0].split())
+        raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
+    wanted, (limit, grace) = os.environ["TIME"], limits()
+    most = re.search(r"MaxTime=(\S+)", says)
+    if most and seconds(most[1]) < limit:
+        raise UserError(f"TIME = {wanted} is more than the partition's {most[1]}: such a job waits for ever; set TIME")
+    if limit <= grace:
+        raise UserError(f"TIME = {wanted} leaves nothing after the GRACE = {grace} s for saving: raise TIME")
+    from ouro.cluster.plan import predict
+
+    nodes, gpus, gpu = os.environ["NODES"], os.environ["GPUS"], os.environ["GPU_TYPE"]
+    p = predict(run.settings, gpu, int(nodes) * int(gpus))
+    most, step = "at most " * p.at_most, p.hours * 3600 / max(p.steps, 1)
+    if step > grace:
+        raise UserError(f"a step is predicted to take {most}{step:.0f} s, more than GRACE = {grace} s: raise GRACE")
+    hours = f"{most}{p.hours:.1f} hours predicted{requeues(p.hours)}"
+    return f"partition {os.environ['PARTITION']} takes {wanted} on {nodes} x {gpus} {gpu}; {hours}"
+
+
+def check_step(run: Resolved) -> str:
+    argv = [word for word in sys.argv[1:] if word != "--gpu"]
+    with tempfile.TemporaryDirectory() as folder:
+        argv += ["--output_dir", folder, "--results_dir", folder, "--report_to", "none"]
+        for command in (
+            ["train_qlora.py", *argv, "--max_steps", "1"],
+            ["evaluate.py", *argv, "--limit", "1", "--tasks", "thai_exam"],
+        ):
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "rror" in line]
+                raise UserError(f"{command[0]}: {[f'exit code {done.returncode}', *lines][-1]}")
+        log = json.loads((Path(folder) / run.run / "metrics.jsonl").read_text().splitlines()[0])
+    return f"loss {log['loss']:.4f}, {log['tokens_per_second']:,.0f} tokens/s, {log['memory_gib']} GiB; one item scored"
+
+
+CHECKS: dict[str, Callable[[Resolved], str]] = {
+    "code": check_code,
+    "versions": check_versions,
+    "imports": check_imports,
+    "GPU": check_gpu,
+    "memory": check_memory,
+    "disk": check_disk,
+    "model": check_model,
+    "data": check_data,
+    "benchmarks": check_benchmarks,
+    "logger": check_logger,
+    "container": check_container,
+    "Slurm": check_slurm,
+}
+
+
+def line(mark: str, name: str, text: str) -> None:
+    colour = {"ok": "32", "FAIL": "31"}.get(mark) if sys.stdout.isatty() else None
+    shown = f"\033[{colour}m{mark:<5}\033[0m" if colour else f"{mark:<5}"
+    print(f"{shown} {name:<11} {'; '.join(text.splitlines())}", flush=True)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", action="store_true", help="also train one step and score one item")
+
+
+def main() -> None:
+    try:
+        run = resolve(__doc__, add_options=options, several=True)
+    except UserError as error:
+        line("FAIL", "settings", str(error))
+        raise UserError(f"preflight: settings: {error}") from None
+    line("ok", "settings", f"{run.config or 'defaults'}, {run.run}")
+    failed = []
+    checks = CHECKS | {"step": check_step} if run.options.gpu else CHECKS
+    for name, check in checks.items():
+        try:
+            line("ok", name, check(run))
+        except Skip as why:
+            line("-", name, str(why))
+        except UserError as error:
+            line("FAIL", name, str(error))
+            failed.append(f"{name}: {str(error).splitlines()[0]}")
+            if name in ("versions", "imports"):
+                break  # the others would only repeat it
+    if failed:
+        raise UserError(f"preflight: {len(failed)} of {len(checks)} checks failed, the first: {failed[0]}")
+
+
+if __name__ == "__main__":
+    call(main)

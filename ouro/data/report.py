@@ -1,0 +1,285 @@
+"""The data report: what was read, kept, dropped and trained of a training set, and why that is refused."""
+
+import io
+import json
+import math
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ouro.data.batches import IGNORE, Rows, trained_mask
+from ouro.data.chats import END_OF_TURN, Chat, Tokens, _encode_batch, stretches
+from ouro.data.sources import read_file
+from ouro.data.thai import count_letters
+from ouro.files import ROOT, write_atomic, write_json
+from ouro.settings import Settings
+
+import numpy as np
+from pythainlp.tokenize import word_tokenize
+from transformers import PreTrainedTokenizerBase
+
+LENGTHS = (1024, 2048, 4096, 8192)
+
+
+@dataclass
+class Tally:
+    """What a data report is made of, counted row by row."""
+
+    rows_in: int = 0
+    kept: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    examples: dict = field(default_factory=dict)  # reason -> the first rows dropped for it
+    licences: Counter = field(default_factory=Counter)
+    filtered: Counter = field(default_factory=Counter)
+    overlap: list = field(default_factory=list)
+    touched: Counter = field(default_factory=Counter)  # kept rows that the length policy changed
+    duplicates: Counter = field(default_factory=Counter)
+    thai: int = 0
+    letters: int = 0
+    ended: int = 0
+    trained_tokens: int = 0
+    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
+    answers: list = field(default_factory=list)  # a random sample of them
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        if len(examples := self.examples.setdefault(reason, [])) < 5:
+            examples.append(where)
+
+    def count(
+        self, where: str, chat: Chat, pieces: list[Tokens], what: str, licence: str, chance: random.Random
+    ) -> None:
+        """A row that is trained, as `pieces`; `what` the length policy did to it."""
+        self.kept += 1
+        self.licences[licence] += 1
+        if what:
+            self.touched[what] += 1
+            if len(examples := self.examples.setdefault(what, [])) < 5:
+                examples.append(where)
+        self.trained_tokens += sum(sum(p.trained[1::2]) - sum(p.trained[::2]) for p in pieces)
+        self.ended += what != "answer cut"
+        answer = chat[-1]["content"]
+        thai, letters = count_letters(answer)
+        self.thai += thai
+        self.letters += letters
+        if len(self.answers) < SAMPLE:  # Vitter's algorithm R: each row is as likely to be in the sample
+            self.answers.append(answer)
+        elif (at := chance.randrange(self.kept)) < SAMPLE:
+            self.answers[at] = answer
+
+
+SAMPLE = 200  # answers whose tokens per character and word are measured
+
+
+def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The data report, but for what the cache does not depend on."""
+    lengths, before = rows.lengths, np.array([r[:2] for r in tally.lengths] or np.zeros((0, 2)), int)
+    tokens = int(lengths.sum())
+    counts, edges = np.histogram(before[:, 0], bins=40, range=(0, max(before[:, 0].max(initial=1), 1)))
+    order = np.argsort(lengths, kind="stable")
+    shown = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])]) if len(order) else ()
+    english = [row["text"] for _, row in read_file(ROOT / "sample/texts/english.jsonl")]
+    return {
+        "rows_in": tally.rows_in,
+        "rows_kept": tally.kept,
+        "rows_dropped": dict(tally.dropped),
+        "first_dropped": tally.examples,
+        "rows_touched": dict(tally.touched),
+        "rows_written": len(lengths),
+        "tokens": tokens,
+        "trained_tokens": tally.trained_tokens,
+        "trained_share": tally.trained_tokens / max(tokens, 1),
+        "end_token_survival": tally.ended / max(tally.kept, 1),
+        "tokens_per_row": {
+            f"p{q}": int(np.percentile(before[:, 0], q)) if len(before) else 0 for q in (5, 50, 95, 100)
+        },
+        "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
+        "too_long": {str(limit): policies(tally.lengths, limit) for limit in LENGTHS},
+        "thai_share_of_letters": round(tally.thai / max(tally.letters, 1), 3),
+        "tokens_per_unit": {
+            "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
+            "English": density(english, tokenizer, str.split),
+        },
+        "licences": dict(tally.licences.most_common()),
+        "licences_left_out": dict(tally.filtered.most_common()),
+        "duplicates": dict(tally.duplicates),
+        "examples": [marked(*rows.row(i), tokenizer, 600) for i in shown],
+    }
+
+
+POLICIES = {  # as the report shows them
+    "drop": "drop: rows left out",
+    "truncate_prompt_cut": "truncate_prompt: shortened",
+    "truncate_prompt_dropped": "truncate_prompt: left out",
+    "split_pieces": "split: pieces made of them",
+    "truncate_ends_lost": "truncate: ends lost",
+}
+
+
+def policies(lengths: list[tuple], limit: int) -> dict[str, int]:
+    """How many rows each length policy would touch at `limit` tokens; lengths: see Tally."""
+    long = [row for row in lengths if row[0] > limit]
+    savable = sum(n - limit <= most for n, most, _ in long)
+    pieces = 0
+    for n, _, trained in long:
+        mask = trained_mask(n, trained)
+        pieces += sum(bool(mask[fresh:stop].any()) for _, fresh, stop in stretches(n, limit))
+    return {
+        "drop": len(long),
+        "truncate_prompt_cut": savable,
+        "truncate_prompt_dropped": len(long) - savable,
+        "split_pieces": pieces,
+        "truncate_ends_lost": sum(trained[-1] > limit for *_, trained in long),
+    }
+
+
+def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words) -> dict[str, float]:
+    """Tokens a character and a word; words by PyThaiNLP's newmm for Thai, by spaces for English."""
+    tokens = sum(len(e.ids) for e in _encode_batch(texts, tokenizer)) if texts else 0
+    characters, count = sum(map(len, texts)), sum(len(words(text)) for text in texts)
+    return {
+        "tokens_per_character": round(tokens / max(characters, 1), 3),
+        "tokens_per_word": round(tokens / max(count, 1), 2),
+        "texts": len(texts),
+    }
+
+
+def refusals(report: dict, s: Settings) -> list[str]:
+    """Why this data would waste a training run: each floor of the settings that it falls through."""
+
+    def share(prefix: str) -> tuple[int, float, str]:
+        count = sum(n for reason, n in report["rows_dropped"].items() if reason.startswith(prefix))
+        first = [f"{where}: {r}" for r, places in report["first_dropped"].items() if r.startswith(prefix)
+                 for where in places[:2]]  # fmt: skip
+        return count, count / max(report["rows_in"], 1), "".join(f"\n  {line}" for line in first[:3])
+
+    rows, place, reasons = report["rows_in"], report["source"], []
+    for prefix, floor, what, advice in (
+        ("empty", "max_empty_share", "have an empty question or answer", "are the columns right?"),
+        ("garbled", "max_garbled_share", "hold U+FFFD or mojibake", "was the file written in another encoding?"),
+        ("unbalanced", "max_unbalanced_share", "have <think> tags that do not pair", "is it another format?"),
+    ):
+        count, fraction, first = share(prefix)
+        if fraction > getattr(s, floor):
+            reasons.append(f"{count} of {rows} rows of {place} {what}, more than {floor} = {getattr(s, floor):g}; "
+                           f"{advice}{first}")  # fmt: skip
+    dropped, _, _ = share("longer")
+    touched = dropped + sum(report["rows_touched"].get(what, 0) for what in ("question cut", "answer cut"))
+    if touched > s.max_too_long_share * (report["rows_kept"] + dropped):
+        reasons.append(
+            f"{touched} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be "
+            f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
+            "another --length_policy, or raise --max_too_long_share to train so"
+            + "".join(f"\n  {p}" for p in report["first_dropped"].get(f"longer than {s.max_length} tokens", [])[:2])
+        )
+    if not rows:
+        reasons.append(f"{place} has no rows")
+    elif not report["trained_tokens"]:
+        reasons.append(f"no row of {place} is left to train on: {json.dumps(report['rows_dropped'])}")
+    elif report["trained_share"] < s.min_trained_share:
+        reasons.append(
+            f"only {report['trained_share']:.2%} of the tokens of {place} are trained, less than min_trained_share = "
+            f"{s.min_trained_share:g}; are question and answer swapped?"
+        )
+    if report["trained_tokens"] and report["end_token_survival"] < s.min_end_survival:
+        reasons.append(
+            f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}, "
+            f"less than min_end_survival = {s.min_end_survival:g}: the model would not learn to stop"
+            + "".join(f"\n  {p}" for p in report["first_dropped"].get("answer cut", [])[:2])
+        )
+    return reasons
+
+
+def save_report(path: Path, report: dict) -> None:
+    """Without what differs when the same is done again."""
+    write_json(path, {name: value for name, value in report.items() if name != "from_cache"})
+
+
+def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, limit: int = sys.maxsize) -> str:
+    """A row as text with its trained tokens between ⟦ and ⟧; each stretch at most about `limit` characters."""
+    trained = np.asarray(labels) != IGNORE
+    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1), len(trained)]
+    pieces = []
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        text = abridge(tokenizer.decode(ids[start:stop]), limit)
+        pieces.append(f"⟦{text}⟧" if trained[start] else text)
+    return "".join(pieces)
+
+
+def abridge(text: str, limit: int) -> str:
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} … {len(text) - limit:,} characters … {text[-half:]}"
+
+
+def bars(counts: list[int]) -> str:
+    return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * count / max(*counts, 1))] for count in counts)
+
+
+def print_report(report: dict, rows: int = 3) -> None:
+    """The report for people, with the first of the decoded rows."""
+    r, survival = report, report["end_token_survival"]
+    print(f"data: {r['dataset']} from {r['source']}, {r['data_revision'][:19]}{', cached' * r['from_cache']}")
+    if r["rows_when_described"] not in (None, r["rows_in"]):
+        print(f"  note             {r['rows_when_described']:,} rows when configs/datasets.yaml was written")
+    print(f"  licence          {', '.join(f'{name} ({count:,} rows)' for name, count in r['licences'].items())}")
+    if r["note"]:
+        print(f"                   {r['note']}")
+    print(f"  rows             {r['rows_in']:,} in, {r['rows_kept']:,} kept")
+    for why, count in (r["rows_dropped"] | r["rows_touched"]).items():
+        print(f"    {count:>12,}   {'' if why in r['rows_touched'] else 'dropped: '}{why}")
+    print(
+        f"  tokens           {r['tokens']:,}; trained {r['trained_share']:.1%}; answers with their end {survival:.1%}"
+    )
+    print(f"  tokens a row     {'  '.join(f'{q} {n:,}' for q, n in r['tokens_per_row'].items())}")
+    print(f"                   0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
+    for language, unit in r["tokens_per_unit"].items():
+        character, word = unit["tokens_per_character"], unit["tokens_per_word"]
+        print(f"  {language:<17}{character:.2f} tokens a character, {word:.1f} a word")
+    print(f"  letters          {r['thai_share_of_letters']:.0%} Thai")
+    duplicates = r["duplicates"]
+    print(f"  duplicates       {duplicates.get('rows', 0):,} rows, {duplicates.get('questions', 0):,} questions")
+    if r["split"] == "train":
+        overlap = r["overlap"]
+        print(f"  overlap          {len(overlap['rows']):,} rows repeat one of {overlap['items']:,} benchmark items "
+              f"({overlap['benchmarks']})")  # fmt: skip
+        for hit in overlap["rows"][:5]:
+            print(f"                   {hit['row']} and {hit['item']}: {hit['shared'][:40]}…")
+    print(f"  rows longer than             {''.join(f'{int(limit):>9,}' for limit in r['too_long'])}  tokens")
+    for name, label in POLICIES.items():
+        print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))
+    if "padding" in r:
+        shares = {k.replace("_", " "): v for k, v in r["padding"].items() if k not in ("packs", "used")}
+        used = r["padding"]["used"].replace("_", " ")
+        print(f"  padding          {', '.join(f'{k} {v:.1%}{chr(42) * (k == used)}' for k, v in shares.items())}"
+              "  (* used)")  # fmt: skip
+    colour = sys.stdout.isatty()
+    for text in r["examples"][:rows]:
+        print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")
+        text = text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if colour else text
+        print("    " + text.replace("\n", "\n    "), flush=True)
+
+
+def plot(report: dict, path: Path) -> None:
+    """The histogram of tokens per row, as a picture."""
+    import matplotlib  # here: it takes a second, and training does not need it
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    edges, rows = report["histogram"]["edges"], report["histogram"]["rows"]
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.stairs(rows, edges, fill=True, color="#4477aa")
+    limit = report["settings"]["max_length"]
+    if limit < edges[-1]:
+        axes.axvline(limit, color="#cc3311")
+        axes.annotate(f"max_length {limit:,}", (limit, max(rows)), (4, -4), textcoords="offset points", va="top")
+    axes.set(
+        xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=f"{report['dataset']}: {sum(rows):,} rows"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    write_atomic(path, picture.getvalue())

@@ -1,0 +1,345 @@
+"""Where training sets and benchmarks come from: the Hub's repositories or local copies of them, read row by row."""
+
+import hashlib
+import json
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ouro.files import ROOT, UserError, nearest, read_yaml
+from ouro.settings import DATASETS, EVALS, Settings
+
+import pyarrow as pa
+import pyarrow.parquet
+import requests
+from datasets import load_dataset_builder
+from datasets.exceptions import DatasetsError
+from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
+
+PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, no pickles
+ROWS = 256  # read from a Parquet file at a time
+
+
+class _Patience(requests.adapters.HTTPAdapter):
+    """The Hub's library asks for a repository's commit without a timeout: a network that drops packets would hang."""
+
+    def send(self, request, *args, timeout=None, **kwargs):
+        return super().send(request, *args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
+
+
+def _session() -> requests.Session:
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, _Patience())
+    return session
+
+
+if not constants.HF_HUB_OFFLINE:  # offline the library's own session refuses each request at once
+    configure_http_backend(_session)
+
+
+def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
+    copy = "--model_name_or_path FOLDER" if name == "model" else f"--paths {name}=FOLDER"
+    return UserError(
+        f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
+        f"without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), {copy} a copy of your own"
+    )
+
+
+@dataclass
+class Source:
+    """A training set as found: its row of datasets.yaml, where it is, and the files of its two parts."""
+
+    name: str
+    entry: dict
+    place: Path
+    commit: str | None  # of a Hub repository
+    files: dict[str, list[Path]]  # "train" and, where that is a split of its own, "held_out"
+
+    @property
+    def columns(self) -> list[str]:
+        e = self.entry
+        named = [*e.get("prompt", ()), e.get("completion"), e.get("messages"), e.get("answer")]
+        named += [e["held_out"].get("hash"), e["licence"].get("column") if isinstance(e["licence"], dict) else None]
+        return list(dict.fromkeys(name for name in named if name))
+
+    def part(self, split: str) -> list[Path]:
+        """The files that "train" or "held_out" is read from: with a hash split, the same ones."""
+        return self.files["held_out" if split == "held_out" and "split" in self.entry["held_out"] else "train"]
+
+    def fingerprint(self) -> str:
+        """The commit, or for a local copy the SHA-256 of its files' contents."""
+        if self.commit:
+            return self.commit
+        digest = hashlib.sha256()
+        for file in [f for part in self.files.values() for f in part]:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return f"sha256:{digest.hexdigest()}"
+
+
+KEYS = {
+    "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think", "answer",
+    "licence", "note",
+}  # fmt: skip
+
+
+def entry_of(name: str) -> dict:
+    """A training set's row of datasets.yaml.
+
+    Raises:
+        UserError: an unknown name, or a key of its row that means nothing.
+    """
+    entries = read_yaml(DATASETS)
+    if name not in entries:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
+    for key in entries[name].keys() - KEYS:
+        raise UserError(f"{DATASETS.name}, {name}: unknown key {key!r}{nearest(key, KEYS)}")
+    return entries[name]
+
+
+def find_source(settings: Settings) -> Source:
+    """The training set that the settings name: a local folder or file, else the Hub's (or its cache's) snapshot.
+
+    Raises:
+        UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
+            configuration that does not exist, a missing shard.
+    """
+    name, entry = settings.dataset, entry_of(settings.dataset)
+    local, commit = settings.dataset_path or settings.paths.get(name), None
+    if local is None and "path" in entry:
+        local = ROOT / entry["path"]
+    if local is None and "hub_id" not in entry:
+        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path")
+    if local is None:
+        place = fetch_dataset(name, entry)
+        commit = place.name
+    else:
+        place = Path(local)
+        if not place.exists():
+            raise UserError(f"dataset {name}: no such file or folder: {local}")
+    held_out = entry["held_out"].get("split")
+    files = {
+        "train": split_files(place, entry.get("config"), "train"),
+        "held_out": split_files(place, entry.get("config"), held_out, may_lack=True) if held_out else [],
+    }
+    return Source(name, entry, place, commit, files)
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set."""
+    if constants.HF_HUB_OFFLINE:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    configure_http_backend()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+        configure_http_backend(_session)
+
+
+def fetch_dataset(name: str, entry: dict) -> Path:
+    """Folder of a dataset repository's snapshot, downloaded where the cache lacks it; it is named by the commit."""
+    try:
+        folder = snapshot_download(
+            entry["hub_id"], repo_type="dataset", revision=entry.get("revision"), allow_patterns=PATTERNS
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(name, entry["hub_id"], error) from None
+    return Path(folder)
+
+
+def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
+    """The files of a split, by the folder's README.md or by their names, as the datasets library has it; a file is
+    all of the training split."""
+    if place.is_file():
+        files = [place.absolute()] if split == "train" else []
+    else:
+        try:
+            with tempfile.TemporaryDirectory() as nowhere:  # it wants a cache, and the user's may be read-only
+                builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
+        except (OSError, ValueError, DatasetsError) as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"{place}: {what} (is every file there that its README.md names?)") from None
+        found = builder.config.data_files or {}
+        files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
+    if wrong := [file.name for file in files if file.suffix not in (".jsonl", ".json", ".parquet")]:
+        raise UserError(f"{place}: a training set is JSONL, JSON or Parquet; found {', '.join(wrong[:5])}")
+    if not files and not may_lack:
+        raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
+    for file in files:  # a copy or a download that lacks a shard would train on less without a word
+        if shard := re.search(r"-(\d+)-of-(\d+)\.\w+$", file.name):
+            count = sum(bool(re.search(rf"-of-{shard[2]}\.\w+$", other.name)) for other in files)
+            if count != int(shard[2]):
+                raise UserError(f"{place}: {count} of the {int(shard[2])} files of split {split} are there")
+    return files
+
+
+def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSONL, JSON or Parquet file, each with where it stands; never the whole file in memory, but for
+    JSON that is one list.
+
+    Raises:
+        UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing.
+    """
+    if file.suffix == ".parquet":
+        try:
+            with pa.parquet.ParquetFile(file) as parquet:
+                number = 0
+                _columns_there(f"{file}", parquet.schema_arrow.names, columns)
+                for batch in parquet.iter_batches(ROWS, columns=list(columns) or None):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{file}, row {number}", row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+        return
+    with open(file, "rb") as opened:
+        is_list = file.suffix == ".json" and opened.read(1) == b"["
+        opened.seek(0)
+        if is_list:
+            items = enumerate(_json(f"{file}", opened.read()), 1)
+            yield from _objects(((f"{file}, item {n}", item) for n, item in items), columns)
+        else:
+            yield from read_lines(f"{file}", opened, columns)
+
+
+def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The objects of JSON Lines, which end at \\n alone: U+2028 may stand inside a string. Errors as `read_file`."""
+    places = ((f"{name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
+    yield from _objects(((where, _json(where, line)) for where, line in places), columns)
+
+
+def _objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+        _columns_there(where, row, columns)
+        yield where, row
+
+
+def _json(where: str, line: bytes):
+    try:
+        return json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        where += f", line {error.lineno}" * (b"\n" in line.strip())
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+
+
+def _columns_there(where: str, found: Iterable[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in found:
+            close = nearest(column, found).partition("; known")[0]
+            raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}")
+
+
+def benchmark_files(spec: dict) -> list[str]:
+    """The files of a benchmark in its repository, archive or folder."""
+    return [spec["file"].format(subset=subset, split=spec.get("split")) for subset in spec.get("subsets", [""])]
+
+
+def benchmark_place(spec: dict, local: str) -> Path | None:
+    """The first of a benchmark's files in a local folder, or the archive that holds it; None if neither is there."""
+    file = benchmark_files(spec)[0]
+    places = [Path(local) / place for place in (file, f"data/{file}", spec.get("archive", file))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def benchmark_path(name: str, spec: dict, local: str | None, file: str) -> Path:
+    """One of a benchmark's files, or the archive that holds it: in `local`, else from the Hub.
+
+    Raises:
+        UserError: no network and no copy, or the file is missing.
+    """
+    if local is not None:
+        if found := benchmark_place(spec | {"file": file}, local):
+            return found
+        archive = f", nor {spec['archive']}" if "archive" in spec else ""
+        raise UserError(f"paths: {name}={local}: no {file} in it, nor data/{file}{archive}")
+    file = spec.get("archive", file)
+    try:
+        return Path(hf_hub_download(spec["hub_id"], file, revision=spec["revision"], repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise hub_error(name, spec["hub_id"], error) from None
+
+
+def benchmark_commit(name: str, spec: dict) -> str:
+    """What a benchmark's revision on the Hub is now: the snapshot that its first file is in. Errors as above."""
+    file = benchmark_files(spec)[0]
+    return Path(str(benchmark_path(name, spec, None, file)).removesuffix(spec.get("archive", file))).name
+
+
+def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Iterator[tuple[str, dict]]:
+    """The rows of one of a benchmark's files, each with where it stands: from `local`, else from the Hub.
+
+    Raises:
+        UserError: no network and no copy, the file is missing or damaged.
+    """
+    path = benchmark_path(name, spec, local, file)
+    if path.name != spec.get("archive"):
+        yield from read_file(path)
+        return
+    try:
+        with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk
+            member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
+            if member is None:
+                raise UserError(f"{path} holds no {file}")
+            lines = tar.extractfile(member).read().split(b"\n")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    yield from read_lines(f"{spec['archive']}, {member.name}", lines)
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text inside a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def benchmark_items(settings: Settings) -> list[tuple[str, str]]:
+    """Where each item of the benchmarks in `overlap` stands, and all its text."""
+    names = [] if settings.overlap in ("", "none") else settings.overlap.split(",")
+    specs, items = read_yaml(EVALS)["benchmarks"], []
+    for name in names:
+        if name not in specs:
+            raise UserError(f"overlap: unknown benchmark {name!r}{nearest(name, specs)}")
+        if "file" not in specs[name]:
+            raise UserError(f"overlap: {name} is a part of a training set, which is held out already")
+        try:
+            for file in benchmark_files(specs[name]):
+                rows = read_benchmark(name, specs[name], settings.paths.get(name), file)
+                items += [(f"{name}, {Path(file).name}, item {n}", "\n".join(strings(row)))
+                          for n, (_, row) in enumerate(rows, 1)]  # fmt: skip
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{name} is needed to find training rows that repeat its items; --overlap names fewer "
+                "benchmarks, --overlap none does without the check"
+            ) from None
+    return items
+
+
+def count_rows(file: Path) -> int:
+    if file.suffix == ".parquet":
+        try:
+            return pa.parquet.read_metadata(file).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+    with open(file, "rb") as opened:
+        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))

@@ -1,0 +1,450 @@
+"""What is asked and how answers are read: items of the benchmarks, prompts, parsers, accuracies. No model in here.
+
+    python -c "import benchmarks as b; t = b.table()['tasks']['thai_exam']; print(b.load('thai_exam', t)[0])"
+
+configs/evals.yaml says what there is. A question is a list of (prompt, continuations), whose log-probabilities
+evaluate.py finds; `choose` makes them into one score a letter and one prediction.
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from ouro.data.sources import (
+    benchmark_commit,
+    benchmark_files,
+    benchmark_path,
+    benchmark_place,
+    count_rows,
+    find_source,
+    read_benchmark,
+    read_file,
+    split_files,
+)
+from ouro.data.thai import normalise
+from ouro.files import UserError, nearest, read_yaml
+from ouro.settings import EVALS, Settings
+
+LETTERS = "abcde"
+PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
+
+
+def table() -> dict[str, dict]:
+    """configs/evals.yaml: benchmarks, tasks, baselines."""
+    return read_yaml(EVALS)
+
+
+def subset_names(text: str | None, tasks: dict) -> list[str]:
+    """The subsets that a comma-separated list names; a task of none of them is scored on all of its own.
+
+    Raises:
+        UserError: one that no task has.
+    """
+    known = {s: 1 for spec in tasks for s in table()["benchmarks"][spec["benchmark"]].get("subsets", ())}
+    names = [name for name in (text or "").split(",") if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown subset {name!r}{nearest(name, known) if known else ': these tasks have none'}")
+    return names
+
+
+def task_names(text: str, tasks: dict) -> list[str]:
+    """The tasks that a comma-separated list names.
+
+    Raises:
+        UserError: an unknown one, or the same twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in tasks:
+            raise UserError(
+                f"unknown task {name!r}{nearest(name, tasks)}\nconfigs/evals.yaml holds: {', '.join(tasks)}"
+            )
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"tasks must be different names of configs/evals.yaml, got {text!r}")
+    return names
+
+
+def row_of(task: str, spec: dict, settings: Settings) -> dict:
+    """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
+    are read at that one; None for a local copy.
+
+    Raises:
+        UserError: no network and no copy.
+    """
+    name = spec["benchmark"]
+    row = table()["benchmarks"][name] | {"name": name}
+    if "subsets" in spec:
+        row["subsets"] = spec["subsets"]
+    if {task, name} & settings.paths.keys():
+        return row | {"revision": None}
+    if "dataset" in row:
+        source = find_source(replace(settings, dataset=row["dataset"], dataset_path=None))
+        return row | {"source": source, "revision": source.commit}
+    return row | {"revision": benchmark_commit(name, row)}
+
+
+def load(
+    task: str, spec: dict, settings: Settings | None = None, limit: int | None = None, subsets: Iterable[str] = ()
+) -> list[dict]:
+    """The items of a task: {id, subset, …}, in the spelling that the settings say. `limit`: the first of each subset.
+
+    Raises:
+        UserError: no such file or folder, an item that is not one of this benchmark.
+    """
+    settings = settings or Settings()
+    return read(task, row_of(task, spec, settings), settings, limit, subsets)[0]
+
+
+def read(
+    task: str, benchmark: dict, settings: Settings, limit: int | None = None, subsets: Iterable[str] = ()
+) -> tuple[list[dict], int]:
+    """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
+    name = benchmark["name"]
+    local, normalised = settings.paths.get(name), settings.normalise_thai
+    if "item" in benchmark:
+        chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
+        there = [subset for subset in chosen if local and benchmark_place(benchmark | {"subsets": [subset]}, local)]
+        if local and 0 < len(there) < len(chosen):
+            raise UserError(
+                f"paths: {name}={local}: no {', '.join(s for s in chosen if s not in there)} in it; "
+                f"--subsets {','.join(there)} scores what is there, and the results say so"
+            )
+        return load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised), 0
+    if "exams" in benchmark:
+        return load_exams(name, benchmark, local, limit, normalised), 0
+    return load_texts(task, benchmark, settings, limit)
+
+
+def miscounted(items: list[dict], benchmark: dict) -> str:
+    """Where a whole benchmark has other numbers of items than evals.yaml says; empty if nowhere."""
+    found = Counter(item.get("subset", item.get("category")) for item in items)
+    wanted = {name: n for name, n in benchmark.get("items", {}).items() if name in benchmark.get("subsets", (name,))}
+    names = dict.fromkeys((*wanted, *found)) if wanted else ()
+    wrong = [name for name in names if found[name] != wanted.get(name, 0)]
+    return ", ".join(f"{name} {found[name]} items ({wanted.get(name, 0)} expected)" for name in wrong)
+
+
+def load_items(
+    name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
+) -> list[dict]:
+    """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
+
+    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped. Where `item`
+    has an `order`, rows stand by these columns, so that files of the same questions have them at the same numbers.
+
+    Raises:
+        UserError: a file is missing, or an item has no question, fewer than two options, something that is no text, or
+            a gold letter that is not among them; or a file lacks an option's column, but for the last.
+    """
+    spell, columns, items = normalise if normalise_thai else str, spec["item"], []
+    for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
+        place = f"{local or spec['hub_id']}, {file}"
+        rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
+        for column in columns["options"][:-1]:
+            if rows and not any(column in row for _, row in rows):
+                raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
+        rows.sort(key=lambda pair: [str(pair[1].get(column)) for column in columns.get("order", ())])
+        for number, (where, row) in enumerate(rows, 1):
+            used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
+            texts = {column: text_of(row.get(column), column, where) for column in (*used, *columns["options"])}
+            for column in used:
+                if not texts[column].strip():
+                    raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
+            found = zip(LETTERS, (texts[column] for column in columns["options"]), strict=False)
+            options = {letter: spell(text) for letter, text in found if text.strip()}
+            gold = texts[columns["answer"]]
+            if gold.isdecimal():
+                gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
+            if len(options) < 2 or gold not in options:
+                raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
+            items.append(
+                {"id": f"{subset}-{number}", "subset": subset, "passage": spell(texts.get(columns.get("passage"), "")),
+                 "question": spell(texts[columns["question"]]), "options": options, "gold": gold}
+            )  # fmt: skip
+            if number == limit:
+                break
+    if not items:
+        raise UserError(f"{local or spec['hub_id']}: no items of {name}")
+    return items
+
+
+def text_of(value: object, column: str, where: str) -> str:
+    """A text or number of a row; null is an empty text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+        raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
+    return "" if value is None else str(value)
+
+
+def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
+    """OpenThaiEval's items that can be answered by one choice, each {id, subset, question, options, gold: "1" … "5"};
+    `options` is the text that lists them.
+
+    Raises:
+        UserError: a column or exam that there is none of, or an answer without a number.
+    """
+    spell, items, count = normalise if normalise_thai else str, [], Counter()
+    for where, row in read_benchmark(name, spec, local, spec["file"]):
+        for key in ("exam_type", "instruction", "input", "result", *FLAGS):
+            if key not in row:
+                raise UserError(f"{where}: no column {key!r}; columns found: {', '.join(row)}")
+        exam = row["exam_type"]
+        if exam not in spec["exams"]:
+            raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
+        if not all(str(row[flag]).lower() == "true" for flag in FLAGS) or count[exam] == limit:
+            continue
+        count[exam] += 1
+        gold = re.search(ANSWER, str(row["result"]))
+        if gold is None:
+            raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
+        question, options = (spell(str(row[key]).replace("\t", " ").strip()) for key in ("instruction", "input"))
+        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "question": question, "options": options,
+                      "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
+    if not items:
+        raise UserError(f"{local or spec['hub_id']}: no items of {name} that one choice answers")
+    return items
+
+
+def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
+    """The examples before each item, by subset: the first `shots` items of the train split.
+
+    Raises:
+        UserError: no train split, or fewer items in it.
+    """
+    if "shots" not in spec:
+        return {}
+    name = spec["benchmark"]
+    train = benchmark | {"split": "train", "subsets": list(subsets)}
+    items = load_items(name, train, settings.paths.get(name), spec["shots"], settings.normalise_thai)
+    shots = {subset: [item for item in items if item["subset"] == subset] for subset in subsets}
+    if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
+        raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")
+    return shots
+
+
+FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")
+ANSWER = r"\(([1-5])\)"
+
+
+def parse_choice(reply: str) -> str | None:
+    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none."""
+    reply = reply.strip()
+    reply = {"entailment": "(1)", "neutral": "(2)", "contradiction": "(3)"}.get(reply, reply)
+    for phrase in ("คำตอบที่ถูกต้องคือ", "คำตอบคือ", "ตอบว่า:"):
+        if phrase in reply:
+            reply = reply.split(phrase)[-1]
+            break
+    found = re.search(ANSWER, reply)
+    return found and found[1]
+
+
+def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
+    """Texts, each {id, subset, text}, and how many were empty and passed over: all of a local file or folder that is
+    named for the task (JSONL, JSON, Parquet), else `take` of the held-out part of a training set or of the benchmark's
+    file, evenly spaced: files are often sorted. The number in an id is the row's.
+
+    Raises:
+        UserError: no such file, a row without that column, or more empty ones than `max_empty_share`.
+    """
+    spell, local, key = normalise if settings.normalise_thai else str, settings.paths.get(task), spec["text"]
+    if local is not None:
+        if not Path(local).exists():
+            raise UserError(f"paths: {task}={local}: no such file or folder")
+        files = split_files(Path(local), None, "train")
+    elif "source" in spec:
+        files = spec["source"].part("held_out")
+    else:
+        (file,) = benchmark_files(spec)
+        files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
+    take, columns = (None, []) if local else (spec["take"], [key])
+    step = max(1, sum(map(count_rows, files)) / take) if take else 1
+    rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
+    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
+    items, empty = [], []
+    for number, where, row in islice(sample, limit):
+        text = row.get("text", row.get(key))
+        if not {"text", key} & row.keys() or not isinstance(text, str | None):
+            raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
+        if text and text.strip():
+            items.append({"id": f"{task}-{number}", "subset": task, "text": spell(text)})
+        else:
+            empty.append(where)
+    if len(empty) > settings.max_empty_share * (len(items) + len(empty)):
+        raise UserError(
+            f"{empty[0]}: no text in {key!r}, like {len(empty)} of {len(items) + len(empty)} rows; more than "
+            f"max_empty_share = {settings.max_empty_share:g}"
+        )
+    if not items:
+        raise UserError(f"{local or task}: no rows")
+    return items, len(empty)
+
+
+def listing(item: dict, spec: dict, turn: int = 0) -> str:
+    """The item's options a line each, the texts moved on by `turn` places below the letters that stay."""
+    letters = list(item["options"])
+    texts = [item["options"][letters[(i + turn) % len(letters)]] for i in range(len(letters))]
+    lines = zip(letters, texts, strict=True)
+    return "\n".join(spec["option"].format(letter=shown(letter, spec), text=text) for letter, text in lines)
+
+
+def shown(letter: str, spec: dict) -> str:
+    return spec.get("letters", LETTERS)[LETTERS.index(letter)]
+
+
+def prompt(item: dict, spec: dict, options: str) -> str:
+    return spec["prompt"].format(passage=item.get("passage"), question=item["question"], options=options)
+
+
+def labels(item: dict, spec: dict) -> list[str]:
+    """The letters that are scored: the options', or all."""
+    return list(LETTERS) if spec.get("labels") == "all" else list(item["options"])
+
+
+def render(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[str, list[str]]]:
+    """What is asked about an item: for each prompt, the continuations that stand for its letters, in their order.
+
+    ours: a prompt for each rotation of the options, and the options' texts after each. labels: one, and the letters.
+    generate: one, and nothing.
+    """
+    if spec["protocol"] == "ours":
+        texts = [f" {text}" for text in item["options"].values()]
+        return [(prompt(item, spec, listing(item, spec, turn)), texts) for turn in range(len(item["options"]))]
+    if spec["protocol"] == "generate":
+        return [(prompt(item, spec, item["options"]), [])]
+    examples = [f"{prompt(i, spec, listing(i, spec))} {shown(i['gold'], spec)}\n\n" for i in shots]
+    text = spec.get("instructions", "") + "".join(examples) + prompt(item, spec, listing(item, spec))
+    return [(text, [f" {shown(letter, spec)}" for letter in labels(item, spec)])]
+
+
+def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str, float], str]:
+    """One score a letter from the log-probabilities [prompt][letter], and the letter with the highest.
+
+    Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter.
+    """
+    letters = labels(item, spec)
+    if spec["protocol"] == "ours":
+        texts = list(item["options"].values())
+        scores = [[value / len(text) for value, text in zip(row, texts, strict=True)] for row in scores]
+    by_letter = {letter: math.fsum(row[i] for row in scores) / len(scores) for i, letter in enumerate(letters)}
+
+    def rank(letter: str) -> tuple[float, str]:
+        return by_letter[letter], hashlib.sha256(f"{item['id']} {letter}".encode()).hexdigest()
+
+    return by_letter, max(letters, key=rank)
+
+
+def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small n)."""
+    p, shrink = successes / trials, 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def chance_of(item: dict, spec: dict) -> float:
+    return 1 / {"options": len(item["options"]), "labels": len(LETTERS), "exams": item.get("choices")}[spec["chance"]]
+
+
+def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
+    """Accuracy with its interval, beside what guessing and always answering the commonest letter would reach."""
+    hits = [float(item["gold"] == p) for item, p in zip(items, predictions, strict=True)]
+    n, value = len(hits), math.fsum(hits) / len(hits)
+    subsets = {}
+    for subset in dict.fromkeys(item["subset"] for item in items):
+        own = [i for i, item in enumerate(items) if item["subset"] == subset]
+        subsets[subset] = {
+            "value": math.fsum(hits[i] for i in own) / len(own),
+            "items": len(own),
+            "chance": math.fsum(chance_of(items[i], spec) for i in own) / len(own),
+            "majority": majority([items[i] for i in own]),
+        }
+    means = {
+        key: macro({subset: row[key] for subset, row in subsets.items()}) for key in ("value", "chance", "majority")
+    }
+    return {
+        "items": n,
+        "value": value,
+        "ci95": list(wilson(sum(hits), n)),
+        "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
+        "chance": math.fsum(chance_of(item, spec) for item in items) / n,
+        "majority": majority(items),
+        "macro": means["value"],
+        "macro_chance": means["chance"],
+        "macro_majority": means["majority"],
+        "subsets": subsets,
+        "predicted": dict(sorted(Counter(p for p in predictions if p is not None).items())),
+        "unparsed": predictions.count(None),
+    }
+
+
+def majority(items: list[dict]) -> float:
+    """What always answering the commonest letter reaches."""
+    return Counter(item["gold"] for item in items).most_common(1)[0][1] / len(items)
+
+
+def macro(by_subset: dict[str, float]) -> float:
+    """The mean over exams; OpenThaiEval's ten ONET ones count as two, M3 and M6, as in its tables of 2024."""
+    groups: dict[str, list[float]] = {}
+    for subset, value in by_subset.items():
+        groups.setdefault(subset[:7] if subset.startswith("onet_m") else subset, []).append(value)
+    return math.fsum(math.fsum(group) / len(group) for group in groups.values()) / len(groups)
+
+
+def pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
+    """Whether each question that both have was answered rightly (in Thai, in English), from the lines of items.jsonl.
+    The number after the "-" of an id is the question's.
+
+    Raises:
+        ValueError: two of a number have different answers, so they are not the same question.
+    """
+    other, found = {line["id"].rpartition("-")[2]: line for line in english}, []
+    for line in thai:
+        twin = other.get(line["id"].rpartition("-")[2])
+        if twin and twin["gold"] != line["gold"]:
+            raise ValueError(f"{line['id']} and {twin['id']} have different answers: they are not the same question")
+        if twin:
+            found.append((line["value"] == 1, twin["value"] == 1))
+    return found
+
+
+def paired_gap(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
+    """English - Thai accuracy with its 95 % interval, of what `pairs` gives.
+
+    Bonett and Price (2012): Wald's interval after one more disagreement of either kind, which covers in small samples.
+    """
+    n, z = len(pairs), 1.959964
+    gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return (gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half)
+
+
+def bits_per_character(bits: list[float], characters: list[int]) -> dict:
+    """The ratio of the sums, with the interval of a ratio estimator (Cochran 1977, 6.4) over texts."""
+    n, total = len(bits), sum(characters)
+    value = math.fsum(bits) / total
+    rest = math.fsum((b - value * c) ** 2 for b, c in zip(bits, characters, strict=True))
+    stderr = math.sqrt(rest * n / (n - 1)) / total if n > 1 else None
+    interval = [value - 1.959964 * stderr, value + 1.959964 * stderr] if n > 1 else [value, value]
+    return {"items": n, "value": value, "ci95": interval, "stderr": stderr, "chance": None, "majority": None,
+            "macro": None, "macro_chance": None, "macro_majority": None, "subsets": {}, "predicted": None,
+            "unparsed": 0}  # fmt: skip
+
+
+def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
+    """A text as (tokens, where the scored ones begin): each is scored once, after at least window - stride others where
+    there are so many; the first ones after `prefix`."""
+    ids = prefix + tokens
+    if len(ids) <= window:
+        return [(ids, len(prefix))]
+    pieces, done = [(ids[:window], len(prefix))], window
+    while done < len(ids):
+        end = min(done + stride, len(ids))
+        pieces.append((ids[max(end - window, 0) : end], done - max(end - window, 0)))
+        done = end
+    return pieces

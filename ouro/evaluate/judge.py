@@ -1,0 +1,405 @@
+"""MT-Bench-Thai: the questions, a model's replies to both turns, and a judge's rating of each from 1 to 10.
+
+    export JUDGE_BASE_URL=https://host/v1 JUDGE_MODEL=gpt-4o-2024-05-13 JUDGE_PRICE=2.5,10
+    read -rs JUDGE_API_KEY && export JUDGE_API_KEY
+    python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
+
+evaluate.py calls `run_mt_bench`. As a script this rates replies that were made with `--judge none`, without model and
+GPU: on a cluster's login node, for jobs without a network. The judge is anything that answers OpenAI's
+/chat/completions. JUDGE_PRICE is dollars per million tokens in and out. The key is read from the environment alone.
+
+The protocol is the published one (single-answer grading of FastChat's MT-Bench, English instructions in our own words,
+the reference shown wherever there is one, temperature 0) but for this: a judgement without a readable rating, or with
+two different ones, is asked for once more and then left out, where the published harness takes the first and averages
+in a -1 for none; replies are greedy and may have 1,024 tokens, where it samples at temperature 0.2 and cuts at 512
+(about 270 Thai characters); what stands before </think> is not shown to the judge.
+
+Each reply and judgement is appended to a cache file beside the results as soon as it is there: what was killed goes on
+without paying twice.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+from pathlib import Path
+
+from ouro.data.thai import count_letters, normalise
+from ouro.evaluate.endpoint import JUDGEMENT_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, Chat, Messages, Server, _user
+from ouro.evaluate.replies import Cache, _hash, answer, fill
+from ouro.files import UserError, write_atomic, write_json
+
+import numpy as np
+
+TYPICAL_JUDGEMENT = 300  # for the estimate of the cost
+THAI_SHARE = 0.7  # of a reply's letters: Thai prose with English terms has more (0.83 at the least in 500 texts)
+RESAMPLES = 10_000
+
+
+def load_questions(
+    name: str, spec: dict, local: str | None = None, limit: int | None = None, normalise_thai: bool = True
+) -> list[dict]:
+    """The benchmark's questions: {id, question_id, category, turns: [2 texts], reference: [2 texts or null] or null}.
+
+    `local` is a folder of the repository's layout, or one JSON or JSONL file. With `limit`, the first of each category.
+
+    Raises:
+        UserError: naming file and item: not two turns, no category, a repeated id, a reference of another shape.
+    """
+    from ouro.data.sources import read_benchmark, read_file
+
+    if local is not None and Path(local).is_file():
+        rows = read_file(Path(local))
+    else:
+        rows = read_benchmark(name, spec, local, spec["file"])
+    spell = normalise if normalise_thai else str
+    questions, seen, taken = [], set(), {}
+    for place, row in rows:
+        where = f"{place} (question_id {row.get('question_id')!r})"
+        turns, reference = row.get("turns"), row.get("reference")
+        if not isinstance(row.get("question_id"), int | str) or row["question_id"] in seen:
+            raise UserError(f"{where}: question_id must be a number or text that no other item has")
+        if not _texts(turns) or not all(turn.strip() for turn in turns):
+            raise UserError(f"{where}: 'turns' must be two texts, found {_short(turns)}; keys: {', '.join(row)}")
+        if reference is not None and not _texts(reference, or_null=True):
+            raise UserError(f"{where}: 'reference' must be two texts or null, found {_short(reference)}")
+        if not isinstance(row.get("category"), str) or not row["category"].strip():
+            raise UserError(f"{where}: no text in 'category'; keys: {', '.join(row)}")
+        seen.add(row["question_id"])
+        taken[row["category"]] = taken.get(row["category"], 0) + 1
+        if limit is not None and taken[row["category"]] > limit:
+            continue
+        if reference is not None:
+            reference = [spell(text) if text and text.strip() else None for text in reference]
+        questions.append(
+            {"id": f"{name}-{row['question_id']}", "question_id": row["question_id"], "category": row["category"],
+             "turns": [spell(turn) for turn in turns], "reference": reference if any(reference or ()) else None}
+        )  # fmt: skip
+    if not questions:
+        raise UserError(f"{local or spec['hub_id']}, {spec['file']}: no questions in it")
+    return questions
+
+
+def _texts(value: object, or_null: bool = False) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(text, str) or (or_null and text is None) for text in value)
+    )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+INSTRUCTION = """\
+Act as an impartial judge of {what} that an AI assistant gave to {whom}. Weigh how helpful, relevant, accurate, \
+deep, creative and detailed the answer is.{extra} Begin with a short explanation of your verdict, and be as objective \
+as possible. After the explanation, rate the answer on a scale from 1 to 10, in exactly this format: "[[rating]]", for \
+example: "Rating: [[5]]"."""
+REFERENCE = " You are also given a reference answer. Compare the two, and find and correct the assistant's mistakes."
+SECOND = " Rate the assistant's answer to the second question only."
+AGAIN = 'That has no rating that can be read. Give it alone, as one number from 1 to 10, like this: "Rating: [[5]]".'
+
+
+def judge_prompt(question: dict, replies: list[str], turn: int) -> Messages:
+    """What the judge is sent about turn 0 or 1; about the second, it sees both."""
+    reference = question["reference"] and question["reference"][turn] and question["reference"]
+    if turn == 0:
+        extra = REFERENCE if reference else ""
+        parts = [INSTRUCTION.format(what="the answer", whom="the user's question below", extra=extra)]
+        parts += [f"[Question]\n{question['turns'][0]}"]
+        if reference:
+            parts += [_block("Reference Answer", reference[0])]
+        parts += [_block("Assistant's Answer", replies[0])]
+        return [{"role": "system", "content": "You are a helpful assistant."}, _user("\n\n".join(parts))]
+    extra = (REFERENCE if reference else "") + SECOND
+    system = INSTRUCTION.format(what="the answers", whom="the user's questions", extra=extra)
+    parts = []
+    if reference:
+        parts += [_conversation("Reference Answer", "Reference answer", question["turns"], reference)]
+    parts += [_conversation("Assistant's Conversation with User", "Assistant", question["turns"], replies)]
+    return [{"role": "system", "content": system}, _user("\n\n\n".join(parts))]
+
+
+def _block(title: str, text: str) -> str:
+    return f"[The Start of {title}]\n{text}\n[The End of {title}]"
+
+
+def _conversation(title: str, speaker: str, turns: list[str], answers: list[str | None]) -> str:
+    text = "\n\n".join(
+        f"### User:\n{turn}\n\n### {speaker}:\n{answer or ''}" for turn, answer in zip(turns, answers, strict=True)
+    )
+    return f"<|The Start of {title}|>\n\n{text}\n\n<|The End of {title}|>"
+
+
+NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+
+
+def parse_rating(text: str) -> float | None:
+    """The number in [[n]], else in [n]: from 1 to 10, and no two different ones (the judge may quote the reply's)."""
+    found = re.findall(rf"\[\[{NUMBER}\]\]", text) or re.findall(rf"\[{NUMBER}\]", text)
+    ratings = {float(number) for number in found}
+    return ratings.pop() if len(ratings) == 1 and 1 <= min(ratings) <= 10 else None
+
+
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
+QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|\([^()\n]*\)|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]', re.DOTALL)
+
+
+def is_thai(reply: str) -> bool | None:
+    """Whether at least 70 % of a reply's letters are Thai; None if it has code or digits alone, in no language.
+
+    Left out: code, addresses, formulas, and quotations and brackets without a Thai letter, unless nothing else is
+    there. Vowel and tone marks count as letters. An empty reply is not Thai.
+    """
+    text = CODE.sub(" ", reply)
+    outside = QUOTED.sub(lambda found: found[0] if count_letters(found[0])[0] else " ", text)
+    thai, letters = count_letters(outside)
+    if not letters:
+        thai, letters = count_letters(text)
+    if not letters:
+        return None if reply.strip() else False
+    return thai >= THAI_SHARE * letters
+
+
+def _tokens(text: str) -> int:
+    """An estimate without the judge's tokenizer: four bytes a token, in English and (0.75 a character) in Thai."""
+    return len(text.encode()) // 4
+
+
+def _cost(grader: Server, calls: int, tokens_in: int) -> str:
+    typical, most = calls * TYPICAL_JUDGEMENT, calls * JUDGEMENT_TOKENS
+    text = f"about {tokens_in:,} tokens in and {typical:,} out (at most {most:,})"
+    if grader.price:
+        a, b = grader.price
+        dollars = [(tokens_in * a + out * b) / 1e6 for out in (typical, most)]
+        text += f", about ${dollars[0]:,.2f} (at most ${dollars[1]:,.2f})"
+    return text
+
+
+def announce(questions: list[dict], grader: Server | None, runs: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+    """Prints what judging so many results will take, if no reply is rated yet and each is as long as it may be."""
+    if grader is None:
+        print(f"{len(questions)} questions of two turns; the replies are not judged (--judge none)")
+        return
+    prompts = [
+        _tokens("".join(m["content"] for m in judge_prompt(q, ["", ""], turn))) for q in questions for turn in (0, 1)
+    ]
+    calls = 2 * len(questions) * runs
+    tokens = (sum(prompts) + 3 * max_new_tokens * len(questions)) * runs
+    print(f"judge {grader.model} at {grader.url}: at most {calls:,} calls, {_cost(grader, calls, tokens)}")
+
+
+def run_mt_bench(
+    questions: list[dict],
+    chat: Chat,
+    grader: Server | None,
+    *,
+    who: str,
+    cache: Path,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    name: str = "mt_bench_thai",
+) -> tuple[dict, list[dict]]:
+    """The numbers of one run at one depth, and a line an item, both in the contract of evaluate.py's results.
+
+    `who` holds all that the replies depend on besides the questions, `max_new_tokens` and `temperature`.
+
+    Raises:
+        UserError: the judge or the endpoint fails for good; what it answered before is kept in `cache`.
+    """
+    replies: list[list[str]] = [[] for _ in questions]
+    with Cache(cache) as saved:
+        for turn in (0, 1):
+            conversations = []
+            for question, earlier in zip(questions, replies, strict=True):
+                conversations.append([_user(question["turns"][0])])
+                for reply in earlier:
+                    conversations[-1] += [{"role": "assistant", "content": reply}, _user(question["turns"][1])]
+            what = f"{name}, turn {turn + 1}"
+            texts = answer(conversations, chat, saved, what, who=who, max_new_tokens=max_new_tokens,
+                           temperature=temperature)  # fmt: skip
+            for text, earlier in zip(texts, replies, strict=True):
+                earlier.append(text.rpartition("</think>")[2].strip())  # the answer, not the thought
+        return judge_replies(questions, replies, grader, saved, name)
+
+
+def judge_replies(
+    questions: list[dict], replies: list[list[str]], grader: Server | None, saved: Cache, name: str
+) -> tuple[dict, list[dict]]:
+    """As `run_mt_bench`, of replies that are there."""
+    judgements: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
+    if grader is not None:
+        judgements = _judge(questions, replies, grader, saved, name)
+    lines = []
+    for number, (question, pair) in enumerate(zip(questions, replies, strict=True)):
+        turns = [
+            {"prompt": prompt, "reply": reply, "rating": rating, "judgement": judgement, "thai": is_thai(reply)}
+            for prompt, reply, (rating, judgement) in zip(
+                question["turns"], pair, judgements[2 * number : 2 * number + 2], strict=True
+            )
+        ]
+        ratings = [turn["rating"] for turn in turns if turn["rating"] is not None]
+        lines.append(
+            {"doc_id": number, "doc": {"question_id": question["question_id"]}, "target": question["reference"],
+             "arguments": {}, "resps": [[reply] for reply in pair], "filtered_resps": pair, "id": question["id"],
+             "subset": question["category"], "category": question["category"],
+             "prompt_sha256": _hash(question["turns"]), "turns": turns,
+             "value": statistics.fmean(ratings) if ratings else None}
+        )  # fmt: skip
+    numbers = summarise(lines) | {"judge": grader and grader.model}
+    if grader is None:
+        numbers["unparsed"] = 0  # nothing was asked
+    print_summary(name, numbers)
+    return numbers, lines
+
+
+def _judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str]]:
+    """Rating and judgement of each turn, in the questions' order."""
+    prompts = [judge_prompt(q, pair, turn) for q, pair in zip(questions, replies, strict=True) for turn in (0, 1)]
+
+    def key(messages: Messages) -> str:
+        return _hash("judgement", grader.model, grader.max_tokens, grader.temperature, messages)
+
+    jobs = {key(prompt): prompt for prompt in prompts}
+    missing = [prompt for k, prompt in jobs.items() if k not in saved.texts]
+    if missing:
+        tokens = sum(_tokens(m["content"]) for prompt in missing for m in prompt)
+        print(
+            f"{name}: {len(missing)} of {len(jobs)} judge calls to make, {_cost(grader, len(missing), tokens)}",
+            flush=True,
+        )
+    fill(saved, jobs, grader, f"{name}, judge")
+    texts = [saved.texts[key(prompt)] for prompt in prompts]
+    again = {
+        n: [*prompt, {"role": "assistant", "content": text.strip() or "(empty)"}, _user(AGAIN)]
+        for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        if parse_rating(text) is None
+    }
+    fill(saved, {key(prompt): prompt for prompt in again.values()}, grader, f"{name}, judge again")
+    result = [(parse_rating(text), text) for text in texts]
+    for n, prompt in again.items():
+        second = saved.texts[key(prompt)]
+        result[n] = parse_rating(second), f"{texts[n]}\n\n[asked again]\n{second}"
+        if result[n][0] is None:
+            question = questions[n // 2]["id"]
+            print(f"{name}: {question}, turn {n % 2 + 1}: no rating from 1 to 10 in {_short(second)}; left out")
+    return result
+
+
+def summarise(lines: list[dict]) -> dict:
+    """The study block's numbers: `value` is the mean over questions, `macro` that over categories (as published)."""
+    rated = [line["value"] for line in lines if line["value"] is not None]
+    subsets = {}
+    for category in dict.fromkeys(line["category"] for line in lines):
+        some = [line for line in lines if line["category"] == category]
+        subsets[category] = {"value": _mean(_ratings(some)), "items": len(some), "chance": None, "majority": None}
+    interval = stderr = None
+    if len(rated) > 1:
+        draws = np.random.default_rng(0).integers(0, len(rated), (RESAMPLES, len(rated)))
+        interval = np.percentile(np.array(rated)[draws].mean(1), [2.5, 97.5]).tolist()
+        stderr = statistics.stdev(rated) / math.sqrt(len(rated))
+    turns = [turn for line in lines for turn in line["turns"]]
+    return {
+        "metric": "rating",
+        "higher_is_better": True,
+        "items": len(lines),
+        "value": _mean(rated),
+        "ci95": interval,
+        "stderr": stderr,
+        "chance": None,
+        "majority": None,
+        "macro": _mean([s["value"] for s in subsets.values() if s["value"] is not None]),
+        "macro_chance": None,
+        "macro_majority": None,
+        "subsets": subsets,
+        "turns": [_mean(_ratings(lines, turn)) for turn in (0, 1)],
+        "predicted": None,
+        "unparsed": sum(turn["rating"] is None for turn in turns),
+        "thai_share": _mean([turn["thai"] for turn in turns if turn["thai"] is not None]),
+    }
+
+
+def _ratings(lines: list[dict], *which: int) -> list[float]:
+    found = [line["turns"][turn]["rating"] for line in lines for turn in which or (0, 1)]
+    return [rating for rating in found if rating is not None]
+
+
+def _mean(values: list) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def print_summary(name: str, numbers: dict) -> None:
+    def show(value: float | None, form: str = ".2f") -> str:
+        return "–" if value is None else format(value, form)
+
+    share = f"replies in Thai {show(numbers['thai_share'], '.1%')}"
+    if numbers["judge"] is None:
+        print(f"{name}: {numbers['items']} questions answered, not judged; {share}")
+        return
+    low, high = numbers["ci95"] or (None, None)
+    print(
+        f"{name}: rating {show(numbers['value'])} (95 % {show(low)} – {show(high)}), mean of categories "
+        f"{show(numbers['macro'])}, turns {' and '.join(map(show, numbers['turns']))}; {share}"
+    )
+    print("  " + ", ".join(f"{category} {show(s['value'])}" for category, s in numbers["subsets"].items()))
+    if numbers["unparsed"]:
+        print(f"  {numbers['unparsed']} judgements without a rating, asked for twice, are in none of these means")
+
+
+def result_key(generation_key: str, model: str | None) -> str:
+    """A result's `key`: what its replies depend on, and the judge."""
+    return _hash(generation_key, model and [model, TEMPERATURE, JUDGEMENT_TOKENS, INSTRUCTION, AGAIN])
+
+
+def is_rated(study: dict, choice: str) -> bool:
+    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL; of any judge, if none is named."""
+    model = os.environ.get("JUDGE_MODEL", "").strip()
+    if choice == "none":
+        return True
+    return study["key"] == result_key(study["generation_key"], model) if model else study.get("judge") is not None
+
+
+def judge_file(file: Path, grader: Server) -> None:
+    """Rates the replies of a result that was made with `--judge none`, and writes it again.
+
+    Raises:
+        UserError: not such a result; the judge's errors.
+    """
+    items = file.with_suffix(".items.jsonl")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        study = result["study"]
+        if study["metric"] != "rating":
+            raise UserError(f"{file} holds no conversations: its metric is {study['metric']!r}")
+        old = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line]
+        questions = [
+            {"id": line["id"], "question_id": line["doc"]["question_id"], "category": line["category"],
+             "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}
+            for line in old
+        ]  # fmt: skip
+        replies = [[turn["reply"] for turn in line["turns"]] for line in old]
+        key = result_key(study["generation_key"], grader.model)
+        done, task, name = study.get("key") == key, study["task"], f"{study['run']} at {study['total_ut_steps']} loops"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {what}") from None
+    if done:
+        print(f"{file}: rated by {grader.model} already")
+        return
+    with Cache(file.with_name(f".{file.stem}.cache.jsonl")) as saved:
+        numbers, lines = judge_replies(questions, replies, grader, saved, name)
+    result["study"] = study | numbers | {"key": key}
+    rows = {task: numbers} | {f"{task}_{category}": s for category, s in numbers["subsets"].items()}
+    for row, part in rows.items():
+        if row in result.get("results", {}):
+            result["results"][row] |= {"rating,none": part["value"], "rating_stderr,none": part.get("stderr")}
+    write_items(items, lines)
+    write_json(file, result)
+
+
+def write_items(path: Path, lines: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -1,0 +1,106 @@
+"""Replies and judgements that are paid for once: kept in a file, asked for where it lacks them."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from ouro.evaluate.endpoint import MAX_NEW_TOKENS, Chat, Messages, Server
+from ouro.files import UserError, sync_folder
+
+from tqdm import tqdm
+
+
+class Cache:
+    """Texts by key, in a file of JSON lines; each is on the disk when `add` returns. One process at a time: another
+    waits, and then finds what the first one has paid for."""
+
+    def __init__(self, path: Path):
+        self.path, self.texts, self.lock = Path(path), {}, threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that is at work on {self.path}", flush=True)
+                fcntl.flock(self.file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(f"warning: no locks on this file system: let one process at a time work on {self.path}")
+        sync_folder(self.path.parent)
+        self.file.seek(0)
+        lines = self.file.read().split(b"\n")
+        if lines[-1]:  # torn when its process was killed
+            self.file.truncate(os.fstat(self.file.fileno()).st_size - len(lines[-1]))
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                entry = json.loads(line)
+                self.texts[entry["key"]] = entry["text"]
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{self.path}, line {number} is damaged: delete the line, or the file") from None
+
+    def add(self, key: str, text: str) -> None:
+        line = (json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n").encode()
+        with self.lock:
+            descriptor = self.file.fileno()
+            end = os.fstat(descriptor).st_size
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.write(descriptor, line[written:])
+                os.fsync(descriptor)
+            except OSError as error:
+                os.ftruncate(descriptor, end)
+                raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+            self.texts[key] = text
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None:
+    """Puts into the cache what it lacks of `jobs`, each text as soon as it is there.
+
+    Raises:
+        UserError: the server's or the disk's errors; what came before is in the cache.
+    """
+    missing = {key: messages for key, messages in jobs.items() if key not in cache.texts}
+    if not missing:
+        return
+    keys = list(missing)
+    try:
+        with tqdm(total=len(missing), desc=what, unit=" replies", leave=False, disable=None) as progress:
+
+            def done(number: int, text: str) -> None:
+                cache.add(keys[number], text)
+                progress.update()
+
+            chat(list(missing.values()), done)
+    except UserError as error:
+        kept = sum(key in cache.texts for key in jobs)
+        goes_on = f"\n{kept} of {len(jobs)} are saved in {cache.path}: the same command goes on from there"
+        raise UserError(f"{error}{goes_on if kept else ''}") from None
+
+
+def answer(
+    conversations: list[Messages], chat: Chat, saved: Cache, what: str, *, who: str,
+    max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0,
+) -> list[str]:  # fmt: skip
+    """A model's next turn in each conversation; `who` holds what else the replies depend on. Errors as `fill`."""
+    if isinstance(chat, Server):
+        who, max_new_tokens, temperature = f"{chat.model} {chat.seed} {who}", chat.max_tokens, chat.temperature
+    keys = [_hash("reply", who, max_new_tokens, temperature, messages) for messages in conversations]
+    fill(saved, dict(zip(keys, conversations, strict=True)), chat, what)
+    return [saved.texts[key] for key in keys]

@@ -1,0 +1,136 @@
+"""What every room shares: the repository's folder, errors meant for people, files that are written whole."""
+
+import argparse
+import difflib
+import errno
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ouro import COLLECT_AT
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository
+
+# Of a full or read-only disk, and of a path that leads through a file: OSErrors that are the user's to mend.
+THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one message without a traceback, exit code 2."""
+
+
+def nearest(name: str, known) -> str:
+    """ "; did you mean 'x'?" for a typing error, else the names there are."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: no such file, broken YAML (with the line), or something other than a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path} must hold 'setting: value' lines, found a {type(content).__name__}")
+    return content or {}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse would print all options before the one line that matters
+        raise UserError(f"command line: {message}")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Writes a file that is either there whole or not at all, also across a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was created, renamed or deleted in a folder last across a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def code_version() -> dict[str, str | bool | None]:
+    """git_commit and git_dirty of this code, for manifests: by git; else by the file COMMIT that an image has beside
+    the code; else by what slurm/site.sh found where the job was submitted; else "unknown"."""
+    def git(*args: str) -> str | None:
+        if shutil.which("git") is None:
+            return None
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    reports = (":(exclude)RESULTS.md", ":(exclude)report.html")  # which `make report` writes
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", *reports)
+    if commit and changes is not None:
+        return {"git_commit": commit, "git_dirty": bool(changes)}
+    file = ROOT / "COMMIT"
+    said = file.read_text(encoding="utf-8").strip() if file.exists() else os.environ.get("OURO_THAI_COMMIT")
+    if said in (None, "", "unknown"):
+        return {"git_commit": "unknown", "git_dirty": None}
+    return {"git_commit": said.removesuffix("-dirty"), "git_dirty": said.endswith("-dirty")}
+
+
+def explain(error: BaseException) -> int | None:
+    """Prints what a user can do something about as one message; the exit code, None for any other exception."""
+    match error:
+        case UserError():
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        case BrokenPipeError():  # as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        case OSError() if error.errno in THEIRS:
+            blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
+            reason = "a file is where a folder is wanted" if blocked else error.strerror
+            print(f"error: {reason}: {error.filename or 'writing a file'}", file=sys.stderr)
+            return 2
+        case KeyboardInterrupt():
+            return 130
+    return None
+
+
+def call(main: Callable[[], None]) -> None:
+    """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
+    gc.freeze()  # what was imported stays: each full collection would take 0.3 s among it
+    gc.set_threshold(*COLLECT_AT)
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        code = explain(error)
+        if code is None:
+            raise
+        sys.exit(code)

@@ -1,0 +1,319 @@
+"""The one settings layer.
+
+    python train_qlora.py --config configs/default.yaml --exp exp2-wangchan-ut1 --learning_rate 1e-4
+
+Order, the later one wins: the defaults below, the --config file, the experiment's row in configs/experiments.yaml, the
+environment (CONFIG, OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS), the command line. Names are those of TRL's SFTConfig and
+PEFT's LoraConfig wherever the setting exists there.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from ouro.files import ROOT, Parser, UserError, nearest, read_yaml
+
+import yaml
+
+REVISIONS = {
+    "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
+    "ByteDance/Ouro-1.4B": "574fa66cb8bf5abdc979642d01cf2b79b16bfab1",
+}
+CONFIGS = ROOT / "configs"
+EXPERIMENTS, DATASETS, EVALS = (CONFIGS / name for name in ("experiments.yaml", "datasets.yaml", "evals.yaml"))
+FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
+
+
+def setting(
+    default,
+    text: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    one_of: tuple = (),
+    or_number: bool = False,
+    but_not: float | None = None,
+    trains: bool = True,
+):
+    """trains: whether it changes what is trained; a run goes on, or counts as done, under other values of the rest."""
+    metadata = {"help": text, "at_least": at_least, "at_most": at_most, "one_of": one_of, "or_number": or_number}
+    metadata |= {"but_not": but_not, "trains": trains}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Settings:
+    # model
+    model_name_or_path: str = setting("ByteDance/Ouro-2.6B", "Hub id or folder of an Ouro checkpoint")
+    model_revision: str | None = setting(None, "commit of the checkpoint; none: the pinned one")
+    total_ut_steps: int = setting(4, "loops in training", at_least=1)
+    loss: str = setting(
+        "last", "which loops' logits are trained, see ouro/model/modeling_ouro.py", one_of=("last", "mixture", "all")
+    )
+    use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
+    frozen_weights: str = setting(
+        "auto",
+        "auto: as use_qlora says; fp8: bf16 LoRA beside weights in e4m3, Hopper and later",
+        one_of=("auto", "fp8"),
+    )
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
+    bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")
+    # adapter
+    r: int = setting(16, "rank of LoRA on the seven projections", at_least=1, at_most=2048)
+    lora_alpha: int = setting(32, "LoRA's scale is lora_alpha / r", at_least=1)
+    lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0, at_most=0.9)
+    use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
+    use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
+    loraplus_lr_ratio: float = setting(
+        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0
+    )
+    # data
+    dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
+    dataset_path: str | None = setting(None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id")
+    paths: dict = setting(
+        {}, "the same for several at once, name=folder for datasets and benchmarks; adds to a config's"
+    )
+    system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
+    normalise_thai: bool = setting(
+        True, "remove zero-width characters, compose sara am, order tone marks; in training and evaluation alike"
+    )
+    licence: str = setting(
+        "all", "which rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive")
+    )
+    overlap: str = setting(
+        "thai_exam,openthaieval,mt_bench_thai",
+        "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
+    )
+    drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
+    max_length: int = setting(4096, "longest row in tokens; length_policy says what happens to longer ones", at_least=8)
+    length_policy: str = setting(
+        "drop",
+        "rows longer than max_length: leave out (drop), shorten the question (truncate_prompt), train in pieces, each "
+        "after what fits of the text before it (split), lose the answer's end (truncate), or refuse to start (error)",
+        one_of=("drop", "truncate_prompt", "split", "truncate", "error"),
+    )
+    packing: bool = setting(
+        False,
+        "put several rows, apart in attention and positions, into one of max_length; false: batches of like length",
+    )
+    cache_dir: str = setting("cache", "tokenised rows are kept here", trains=False)
+    # floors below which training is refused
+    max_empty_share: float = setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
+    max_garbled_share: float = setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
+    max_unbalanced_share: float = setting(
+        0.01, "more rows with <think> tags that do not pair: wrong format", at_least=0
+    )
+    max_too_long_share: float = setting(0.2, "more rows dropped or cut by length: wrong max_length", at_least=0)
+    min_trained_share: float = setting(0.02, "a smaller share of trained tokens: swapped columns or a mask", at_least=0)
+    min_end_survival: float = setting(
+        0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
+    )
+    # optimisation
+    num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
+    max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
+    per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1, at_most=4096)
+    gradient_accumulation_steps: int = setting(
+        32, "forward passes per step, summed over all GPUs", at_least=1, at_most=10**5
+    )
+    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
+    lr_scheduler_type: str = setting("cosine", "as in transformers")
+    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
+    max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", at_least=0)
+    optim: str = setting("paged_adamw_8bit", "as in transformers")
+    activation_checkpointing: str = setting(
+        "auto",
+        "layers recomputed in the backward pass, for less memory and more time: none, all, so many; auto: as few as "
+        "the GPU's free memory allows by the estimate of ouro/model/cost.py",
+        one_of=("auto", "none", "full"),
+        or_number=True,
+    )
+    torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
+    fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
+    seed: int = setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
+    deterministic: bool = setting(False, "the same bytes from the same command on a GPU, too; slower")
+    # while it runs
+    save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)
+    save_total_limit: int = setting(2, "checkpoints kept, the newest", at_least=1)
+    eval_steps: int = setting(100, "optimizer steps per measurement of the held-out loss; 0: never", at_least=0)
+    eval_rows: int = setting(64, "rows that the held-out loss is measured on", at_least=1)
+    # numbers that stop a run
+    collapse_steps: int = setting(100, "the next two hold up to this step", at_least=0)
+    min_loss: float = setting(0.02, "a smaller loss so soon: there is nothing to learn in the rows", at_least=0)
+    max_token_accuracy: float = setting(0.995, "a higher token accuracy so soon: the same", at_least=0)
+    max_loss_spike: float = setting(3.0, "a loss more than this many times the median of 50 steps", at_least=1)
+    # evaluation
+    tasks: str = setting(
+        "thai_exam,thai_exam-helm,thai_exam-leaderboard,belebele_thai,belebele_english,thai_text,english_text",
+        "what evaluate.py scores, tasks of configs/evals.yaml",
+        trains=False,
+    )
+    max_new_tokens: int = setting(
+        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1, trains=False
+    )
+    temperature: float = setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0, trains=False)
+    eval_batch_tokens: int = setting(8192, "tokens per forward pass in evaluate.py", at_least=1, trains=False)
+    # places and logs
+    output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>", trains=False)
+    results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>", trains=False)
+    logging_steps: int = setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
+    report_to: str = setting(
+        "none",
+        "where else the metrics go; needs that package",
+        one_of=("none", "tensorboard", "wandb"),
+        trains=False,
+    )
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=folder, …"}
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+TYPES = typing.get_type_hints(Settings)
+
+
+@dataclasses.dataclass
+class Resolved:
+    """The settings of one run, where each came from, the run's name, and the script's own options."""
+
+    settings: Settings
+    origins: dict[str, str]
+    run: str
+    config: str | None
+    options: argparse.Namespace
+
+    def as_yaml(self) -> str:
+        """config.yaml of a run: itself a valid --config file, the origins as comments."""
+        lines = [f"# run {self.run}: every setting as resolved, and where it came from"]
+        for name, value in dataclasses.asdict(self.settings).items():
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[name]}")  # JSON is YAML
+        return "\n".join(lines) + "\n"
+
+
+def parse(name: str, value: object, origin: str) -> object:
+    """`value` (from YAML, the environment or the command line) as the type of setting `name`.
+
+    Raises:
+        UserError: not of that type, or outside the setting's range.
+    """
+    kind, meta = TYPES[name], FIELDS[name].metadata
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        kind = typing.get_args(kind)[0]
+    wrong = UserError(f"{origin}: {name} must be {KINDS[kind]}{' or null' if optional else ''}, got {value!r}")
+    if value is None or (optional and value in ("null", "none", "")):
+        if optional:
+            return None
+        raise wrong
+    try:
+        if kind is bool:
+            result = {"true": True, "false": False}[str(value).lower()]
+        elif isinstance(value, bool) or (kind is not dict and isinstance(value, dict | list)):
+            raise wrong
+        elif kind is dict:
+            result = value if isinstance(value, dict) else dict(pair.split("=", 1) for pair in value.split(",") if pair)
+        elif kind is int:
+            result = int(float(value))
+            if result != float(value):
+                raise wrong
+        else:
+            result = kind(value)  # YAML reads 2e-4 as a string; float() does not mind
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        raise wrong from None
+    if meta["one_of"] and result not in meta["one_of"] and not (meta["or_number"] and result.isdecimal()):
+        choices = ", ".join((*meta["one_of"], "a number") if meta["or_number"] else meta["one_of"])
+        raise UserError(f"{origin}: {name} must be one of {choices}, got {result!r}")
+    if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
+        raise UserError(f"{origin}: {name} must be at least {meta['at_least']}, got {result!r}")
+    if meta["at_most"] is not None and result > meta["at_most"]:
+        raise UserError(f"{origin}: {name} must be at most {meta['at_most']}, got {result!r}")
+    if result == meta["but_not"]:
+        raise UserError(f"{origin}: {name} must not be {result:g} ({meta['help']})")
+    return result
+
+
+def resolve(
+    description: str,
+    argv: list[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    several: bool = False,
+) -> Resolved:
+    """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
+
+    several: --exp may name several, comma-separated, whose rows are then not applied, and runs of a seed, seed0/NAME.
+
+    Raises:
+        UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
+            experiment (listing those there are).
+    """
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of settings (environment: CONFIG)")
+    parser.add_argument("--exp", help="an experiment of configs/experiments.yaml; also names the run's folders")
+    if add_options:
+        add_options(parser)
+    group = parser.add_argument_group("settings, see ouro/settings.py")
+    for name, field in FIELDS.items():
+        kind, default = getattr(TYPES[name], "__name__", "str"), getattr(Settings(), name)
+        choices = f"; one of {', '.join(field.metadata['one_of'])}" if field.metadata["one_of"] else ""
+        text = f"{field.metadata['help']}{choices} (default: {default})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.upper(), help=text)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise UserError(f"command line: unknown argument {unknown[0]!r}{nearest(unknown[0].lstrip('-'), known)}")
+
+    config = options.config or os.environ.get("CONFIG")
+    sources: list[tuple[str, dict]] = []
+    if config:
+        sources.append((config, read_yaml(config)))
+    if options.exp:
+        experiments = read_yaml(EXPERIMENTS)
+        names = options.exp.split(",") if several else [options.exp]
+        for name in names:
+            row = name.rpartition("/")[2] if several else name
+            if row not in experiments:
+                close = nearest(row, experiments).partition("; known")[0]
+                raise UserError(
+                    f"unknown experiment {name!r}{close}\nconfigs/experiments.yaml holds: {', '.join(experiments)}"
+                )
+        if len(names) == 1:
+            sources.append((f"experiment {options.exp}", experiments[row]))
+    sources += [
+        (f"environment {name.upper()}", {name: os.environ[name.upper()]})
+        for name in FROM_ENVIRONMENT
+        if os.environ.get(name.upper())
+    ]
+    sources.append(("command line", {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}))
+
+    values, origins = {}, dict.fromkeys(FIELDS, "default")
+    for origin, source in sources:
+        for name, value in source.items():
+            if name not in FIELDS:
+                raise UserError(f"{origin}: unknown setting {name!r}{nearest(str(name), FIELDS)}")
+            parsed = parse(name, value, origin)
+            values[name] = values.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
+            origins[name] = origin
+    if paths := values.get("paths"):
+        evals = read_yaml(EVALS)
+        known = {**read_yaml(DATASETS), **evals["benchmarks"], **evals["tasks"]}
+        for name in paths.keys() - known.keys():
+            raise UserError(f"{origins['paths']}: paths: unknown dataset or benchmark {name!r}{nearest(name, known)}")
+    run = options.exp or (Path(config).stem if config else "run")
+    return Resolved(Settings(**values), origins, run, config, options)
+
+
+def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
+    """By name, what config.yaml in a run's folder says and what is asked now, where they would train differently."""
+    used = {run.settings.dataset, *run.settings.overlap.split(",")}
+
+    def training(values: dict) -> dict:
+        paths = {name: path for name, path in (values.get("paths") or {}).items() if name in used}
+        return {n: x for n, x in values.items() if n not in FIELDS or FIELDS[n].metadata["trains"]} | {"paths": paths}
+
+    there, asked = training(read_yaml(folder / "config.yaml")), training(yaml.safe_load(run.as_yaml()))
+    names = sorted(there.keys() | asked.keys())
+    return {name: (there.get(name), asked.get(name)) for name in names if there.get(name) != asked.get(name)}

@@ -1,0 +1,59 @@
+"""One of several training processes: its rank, and how it speaks, waits and leaves."""
+
+import os
+import sys
+import time
+
+from ouro.files import UserError
+
+import torch
+from torch.distributed.distributed_c10d import _get_default_store
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
+REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def wait_for_data() -> None:
+    """A moment, while another process of this node tokenises.
+
+    Raises:
+        UserError: a process has failed, which says why.
+    """
+    time.sleep(0.2)
+    try:
+        failed = _get_default_store().add("failed", 0) if torch.distributed.is_initialized() else 0
+    except RuntimeError:  # process 0, which keeps the store, has ended
+        failed = 1
+    if failed:
+        raise UserError("another process failed")
+
+
+def speaks(error: BaseException) -> bool:
+    """Whether this process is the one to say why the run ends: the first that fails, as others then fail with it."""
+    if not torch.distributed.is_initialized():  # a mistake that all of them see
+        return LOCAL_RANK == 0 or not isinstance(error, UserError)
+    try:
+        return _get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # process 0, which may be the one that keeps the store, has ended
+        return False
+
+
+def among_others() -> bool:
+    """Whether this process belongs to a group, if only of one."""
+    return WORLD_SIZE > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def leave(code: int) -> None:
+    """Ends this process with its exit code."""
+    if not among_others():
+        sys.exit(code)
+    # The interpreter's end, and that of the process group, may wait for processes that are gone or wait themselves; and
+    # for a thread of gloo's that waits for this one to let go of Python.
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,376 @@
+"""What a trained run becomes elsewhere: a merged model, a repository on the Hub, a server.
+
+    python tools/export.py merge --config configs/default.yaml --exp exp2-wangchan-ut1
+    python tools/export.py push --config configs/default.yaml --exp exp2-wangchan-ut1 --repo USER/NAME [--merged]
+    python tools/export.py serve --config configs/default.yaml --exp exp2-wangchan-ut1        # prints the vLLM command
+
+merge writes OUTPUT_DIR/<experiment>/merged, on the CPU: a bf16 model folder for load_ouro, the published code and vLLM.
+push uploads the adapter, or the merged model, to a private repository. Model and server have the depth that the run was
+trained at; --total_ut_steps names another.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
+
+from ouro.data.chats import END_OF_TURN
+from ouro.files import UserError, call, sync_folder, write_atomic, write_json
+from ouro.model.loading import load_ouro
+from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
+from ouro.settings import REVISIONS, Resolved, Settings, resolve
+from ouro.train.run_folder import SUMS, is_good, run_settings, seal
+
+import torch
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GenerationConfig
+
+MERGE = "merge.json"  # of a merged folder: what it was made from
+WEIGHTS = "adapter_model.safetensors"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank can be
+EXACT = ("bf16", "fp32")  # frozen weights as they are in the checkpoint
+
+
+def whole(folder: Path, how: str) -> Path:
+    """`folder`, if it is as it was written; `how` is what makes it.
+
+    Raises:
+        UserError: it is not there, or its files are not those that were written.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no {folder}: {how}")
+    if not is_good(folder):
+        raise UserError(f"{folder} is damaged or was changed, its files are not those of its {SUMS}: {how}")
+    return folder
+
+
+def finished(run: Resolved) -> tuple[Path, Settings, Path]:
+    """A run's folder, the settings it was trained with, and its adapter.
+
+    Raises:
+        UserError: it is not trained, or the adapter is damaged.
+    """
+    folder, trained = run_settings(run, run.run)
+    return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
+
+
+def base_revision(folder: Path, trained: Settings) -> str | None:
+    """The commit of the base that the run was trained on; None for a folder.
+
+    Raises:
+        UserError: the run's manifest does not say.
+    """
+    file = folder / "manifest.json"
+    try:
+        commit = json.loads(file.read_text(encoding="utf-8"))["model_commit"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} does not say which base the run was trained on: {error!r}") from None
+    return commit or trained.model_revision or REVISIONS.get(trained.model_name_or_path)
+
+
+def depth(run: Resolved, trained: Settings) -> int:
+    asked = run.origins["total_ut_steps"] in ("command line", "environment TOTAL_UT_STEPS")
+    return run.settings.total_ut_steps if asked else trained.total_ut_steps
+
+
+def frozen_weights(trained: Settings) -> str:
+    if trained.frozen_weights != "auto":
+        return trained.frozen_weights
+    return "NF4" if trained.use_qlora else "bf16" if trained.bf16 else "fp32"
+
+
+def load_adapted(trained: Settings, revision: str | None, loops: int, adapter: Path) -> PeftModel:
+    """The unquantised base, in the dtype of the training, with the adapter, on the CPU.
+
+    Raises:
+        UserError: one of them cannot be read, or the adapter is not one of this base and these settings.
+    """
+    name = trained.model_name_or_path
+    dtype = torch.bfloat16 if trained.bf16 else torch.float32
+    try:
+        base = load_ouro(name, revision, total_ut_steps=loops, dtype=dtype)
+        model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            there = set(file.keys())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise UserError(f"cannot load {name} with the adapter {adapter}: {text}") from None
+    expected = set(get_peft_model_state_dict(model))
+    if there != expected:  # PEFT leaves out what does not fit
+        some = sorted(there ^ expected)[0]
+        raise UserError(
+            f"{adapter} does not fit {name}: {len(there)} tensors where {len(expected)} belong, {some} is only in "
+            f"{'the adapter' if some in there else 'the model'}"
+        )
+    rank = model.peft_config["default"].r
+    if rank != trained.r:
+        raise UserError(f"{adapter} has rank {rank}, and the run's config.yaml says r: {trained.r}")
+    return model
+
+
+@torch.no_grad()
+def merge_adapter(model: PeftModel) -> OuroForCausalLM:
+    """The model with the adapter in its weights: each sum in fp32, and rounded once to the weight's dtype.
+
+    Raises:
+        ValueError: a sum that is not finite.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        weight = layer.get_base_layer().weight
+        dtype, weight.data = weight.dtype, weight.data.float()
+        layer.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
+    return model.unload()
+
+
+def generation_config(adapter: Path) -> GenerationConfig:
+    """Generation ends with the text or the turn; the base's own config knows only the first."""
+    text, turn = AutoTokenizer.from_pretrained(adapter).convert_tokens_to_ids(["<|endoftext|>", END_OF_TURN])
+    return GenerationConfig(bos_token_id=text, eos_token_id=[text, turn], pad_token_id=text)
+
+
+def merged_card(record: dict, adapter: Path) -> str:
+    """The model card: what was merged, then the adapter's own without its YAML."""
+    text = (adapter / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    text = text.replace("\n# ", "\n## ", 1)
+    base, place = record["base"], f"base_model: {record['base']}\nbase_model_relation: finetune\n"
+    if Path(base).exists():  # nobody else has it, and its path is nobody else's business
+        base, place, text = Path(base).name, "", text.replace(base, Path(base).name)
+    differs = ""
+    if record["trained_on"] not in EXACT:
+        differs = f"""
+The adapter was trained beside weights in {record["trained_on"]} and is merged into the unquantised ones, which differ
+by the error of {record["trained_on"]}: scores of the adapter on the weights it was trained beside are not exactly those
+of this model.
+"""
+    return f"""---
+{place}library_name: transformers
+pipeline_tag: text-generation
+language: th
+tags: [looped-transformer, ouro]
+---
+# {record["run"]}, merged
+
+The adapter described below, merged into {base} ({record["base_commit"] or "a local folder"}): sums in fp32,
+rounded once to bf16. It was trained at `total_ut_steps = {record["trained_ut_steps"]}`; `config.json` sets
+`total_ut_steps = {record["total_ut_steps"]}`, and `early_exit_threshold` to null, so that the published code, too,
+answers from the last loop. `generation_config.json` ends an answer at `<|endoftext|>` or `{END_OF_TURN}`.
+{differs}{text}"""
+
+
+def merge(run: Resolved) -> Path:
+    """Writes the run's merged folder, and gives it.
+
+    Raises:
+        UserError: the run is not finished, its adapter does not fit, another merged model is there, the disk is full.
+    """
+    folder, trained, adapter = finished(run)
+    target, revision, loops = folder / "merged", base_revision(folder, trained), depth(run, trained)
+    with open(adapter / WEIGHTS, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    record = {
+        "run": run.run,
+        "base": trained.model_name_or_path,
+        "base_commit": revision,
+        "adapter_sha256": digest,
+        "trained_on": frozen_weights(trained),
+        "trained_ut_steps": trained.total_ut_steps,
+        "total_ut_steps": loops,
+    }
+    if target.exists():
+        whole(target, f"rm -r {target}, and merge again")
+        there = json.loads((target / MERGE).read_text(encoding="utf-8")) if (target / MERGE).exists() else {}
+        if differs := [
+            f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
+        ]:
+            raise UserError(f"{target} holds another model ({'; '.join(differs)}): rm -r {target}, and merge again")
+        print(f"{target} is there already")
+        return target
+
+    model = load_adapted(trained, revision, loops, adapter)
+    try:
+        model = merge_adapter(model).to(torch.bfloat16)
+    except ValueError as error:
+        raise UserError(f"{adapter} cannot be merged: {error}") from None
+    model.config.early_exit_threshold = None  # at 1.0 the published code, in bf16, leaves early where p rounds up to it
+    vars(model.config).pop("init_seed", None)  # without weights such a folder would be a random model
+    model.generation_config = generation_config(adapter)
+    size, free = 2 * model.num_parameters(), shutil.disk_usage(folder).free
+    unfinished = folder / ".merged"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
+    try:
+        model.save_pretrained(unfinished, max_shard_size=2 * size)  # one file, as published
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(unfinished)
+        write_atomic(unfinished / "README.md", merged_card(record, adapter))
+        write_json(unfinished / MERGE, record)
+        seal(unfinished)
+        os.replace(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{target} could not be written: {' '.join(str(error).split())[:300]} ({size / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB were free)"
+        ) from None
+    sync_folder(folder)
+    print(f"merged: {target}, {size / 1e6:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
+    if record["trained_on"] not in EXACT:
+        print(
+            f"  trained beside {record['trained_on']} weights, merged into the unquantised ones: nearly the same model"
+        )
+    return target
+
+
+def refusal(error: Exception, repo: str) -> str:
+    """What an error of the Hub's client means. The text of one with an answer is left out: it can hold signed URLs."""
+    chain = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    answered = next((e for e in chain if getattr(e, "response", None) is not None), None)
+    if answered is None:
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            return " ".join(str(error).split())[:300]
+        return f"no connection to {constants.ENDPOINT}, or it broke ({type(error).__name__}); try again"
+    status = answered.response.status_code
+    if status == 401:
+        return "the Hub does not know the token (401): hf auth login, or a valid HF_TOKEN"
+    if status == 403:
+        return (
+            f"the token may not write there (403): it needs write access, and {repo.split('/')[0]} must be you or an "
+            "organisation of yours"
+        )
+    return f"the Hub answered {status}: {getattr(answered, 'server_message', None) or answered.response.reason}"
+
+
+def push(run: Resolved) -> None:
+    """Uploads the adapter, or the merged model, with tokenizer and model card, in one commit.
+
+    Raises:
+        UserError: the run is not finished, there is nothing whole to upload, no repository or token is named, the
+            repository is public though --public was not said, or the Hub refuses.
+    """
+    repo, public = run.options.repo, run.options.public
+    folder, trained, source = finished(run)
+    if run.options.merged:
+        source = whole(folder / "merged", f"make merge EXP={run.run}")
+    elif Path(trained.model_name_or_path).exists():
+        raise UserError(
+            f"the base of this adapter is the folder {trained.model_name_or_path}, which nobody else has: merge, and "
+            "push with --merged (MERGED=1), or train from a Hub id"
+        )
+    try:
+        validate_repo_id(repo or "")
+    except HFValidationError:
+        repo = None
+    if not repo or repo.count("/") != 1:
+        raise UserError(
+            f"name the repository as USER/NAME, got {run.options.repo!r}: --repo, or make push … REPO=USER/NAME"
+        )
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set: an upload needs the network")
+    if not get_token():
+        raise UserError("no token for the Hub: hf auth login, or HF_TOKEN in the environment")
+    api = HfApi()
+    try:
+        user = api.whoami()["name"]
+        api.create_repo(repo, private=not public, exist_ok=True)
+        private = api.model_info(repo).private
+        if not private and not public:  # `exist_ok` leaves it as it is
+            raise UserError(
+                f"{repo} exists and is public: --public (PUBLIC=1) says that you mean it, or use another name"
+            )
+        what = "merged model" if run.options.merged else "adapter"
+        print(f"uploading {source} as {user} to {repo} ({'private' if private else 'public'})", flush=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=source, ignore_patterns=[MERGE, SUMS], commit_message=f"{what} of {run.run}"
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{repo}: {refusal(error, repo)}") from None
+    print(f"uploaded: {commit.commit_url}")
+
+
+def command(model: str, loops: int, trained: Settings, *options: str, revision: str | None = None) -> str:
+    """The vLLM command of a model, an option a line."""
+    # vLLM has Ouro's model code, but takes the class of its config from where config.json says, so that is pinned too.
+    named, _ = OuroConfig.get_config_dict(model, revision=revision)
+    repo, elsewhere, _ = named.get("auto_map", {}).get("AutoConfig", "").partition("--")
+    code = REVISIONS.get(repo) if elsewhere else revision
+    lines = [
+        f"vllm serve {shlex.quote(model)}",
+        *([f"--revision {revision}"] if revision else []),
+        f"--trust-remote-code{f' --code-revision {code}' if code else ''}",
+        f"--dtype bfloat16 --max-model-len {trained.max_length}",
+        f"--hf-overrides {shlex.quote(json.dumps({'total_ut_steps': loops}))}",
+        *options,
+    ]
+    return " \\\n  ".join(lines)
+
+
+def serve(run: Resolved) -> None:
+    """Prints the vLLM command for the adapter and, if there is one, for the merged model.
+
+    Raises:
+        UserError: the run is not finished, the base's config cannot be read, or vLLM cannot serve it and it is not
+            merged.
+    """
+    folder, trained, adapter = finished(run)
+    name, revision, loops = trained.model_name_or_path, base_revision(folder, trained), depth(run, trained)
+    try:
+        config = OuroConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())}") from None
+    merged = (folder / "merged").is_dir() and whole(folder / "merged", "merge again, in an empty place")
+    rank = next((rank for rank in RANKS if rank >= trained.r), None)
+    unservable = "DoRA" if trained.use_dora else f"rank {trained.r}" if rank is None else None
+    if unservable and not merged:
+        raise UserError(f"vLLM cannot serve adapters with {unservable}: make merge EXP={run.run}, then it serves that")
+
+    slot = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim / 2**20  # K and V, 2 bytes
+    print("# vLLM 0.12 or later. Always the last loop; the exit gate is not used.")
+    print(f"# Keys and values: {slot * loops:.3g} MiB a token at depth {loops}, {slot:.3g} a loop; ", end="")
+    print(f"{slot * loops * trained.max_length / 1024:.3g} GiB for {trained.max_length} tokens.")
+    if not unservable:
+        write_atomic(folder / "generation_config.json", generation_config(adapter).to_json_string())
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        if (kept := frozen_weights(trained)) not in EXACT:
+            print(f"# The adapter was trained beside {kept} weights; here it stands beside bf16 ones: nearly the same.")
+        print(f"# The adapter; clients ask for model {run.run!r} ({place!r}: the base at this depth).")
+        options = (
+            f"--generation-config {shlex.quote(str(folder.resolve()))}",
+            f"--enable-lora --max-lora-rank {rank}",
+            f"--lora-modules {shlex.quote(f'{run.run}={adapter.resolve()}')}",
+        )
+        print(command(place, loops, trained, *options, revision=revision))
+    if merged:
+        print(f"# The merged model; clients ask for model {run.run!r}.")
+        print(command(str(merged.resolve()), loops, trained, f"--served-model-name {shlex.quote(run.run)}"))
+
+
+ACTIONS = {"merge": merge, "push": push, "serve": serve}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", choices=ACTIONS, help="merge: write a bf16 model; push: upload; serve: print a command"
+    )
+    parser.add_argument("--repo", help="push: the repository, USER/NAME")
+    parser.add_argument("--merged", action="store_true", help="push: the merged model in place of the adapter")
+    parser.add_argument("--public", action="store_true", help="push: a repository that everybody can read")
+
+
+def main() -> None:
+    run = resolve(__doc__, add_options=options, several=True)
+    ACTIONS[run.options.action](run)
+
+
+if __name__ == "__main__":
+    call(main)
