@@ -87,6 +87,7 @@ def write_json(path: str | Path, content: object) -> None:
 def code_version() -> dict[str, str | bool | None]:
     """git_commit and git_dirty of this code, for manifests: by git; else by the file COMMIT that an image has beside
     the code; else by what slurm/site.sh found where the job was submitted; else "unknown"."""
+
     def git(*args: str) -> str | None:
         if shutil.which("git") is None:
             return None

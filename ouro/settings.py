@@ -9,6 +9,7 @@ PEFT's LoraConfig wherever the setting exists there.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -37,14 +38,23 @@ def setting(
     one_of: tuple = (),
     or_number: bool = False,
     but_not: float | None = None,
-    trains: bool = True,
+    changes: str = "learning",
 ):
-    """trains: whether it changes what is trained; a run goes on, or counts as done, under other values of the rest."""
+    """A field of Settings. changes: what another value makes of a run.
+
+    learning: other numbers are learnt, so the run is neither continued under it nor compared with others;
+    run: its folder would hold another record, or the same numbers but for rounding: not continued, but compared;
+    nothing: it may differ.
+    """
     metadata = {"help": text, "at_least": at_least, "at_most": at_most, "one_of": one_of, "or_number": or_number}
-    metadata |= {"but_not": but_not, "trains": trains}
+    metadata |= {"but_not": but_not, "changes": changes}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+run_setting = functools.partial(setting, changes="run")
+free_setting = functools.partial(setting, changes="nothing")
 
 
 @dataclasses.dataclass
@@ -75,8 +85,10 @@ class Settings:
     )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
-    dataset_path: str | None = setting(None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id")
-    paths: dict = setting(
+    dataset_path: str | None = run_setting(
+        None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id"
+    )
+    paths: dict = run_setting(
         {}, "the same for several at once, name=folder for datasets and benchmarks; adds to a config's"
     )
     system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
@@ -102,23 +114,25 @@ class Settings:
         False,
         "put several rows, apart in attention and positions, into one of max_length; false: batches of like length",
     )
-    cache_dir: str = setting("cache", "tokenised rows are kept here", trains=False)
+    cache_dir: str = free_setting("cache", "tokenised rows are kept here")
     # floors below which training is refused
-    max_empty_share: float = setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
-    max_garbled_share: float = setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
-    max_unbalanced_share: float = setting(
+    max_empty_share: float = run_setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
+    max_garbled_share: float = run_setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
+    max_unbalanced_share: float = run_setting(
         0.01, "more rows with <think> tags that do not pair: wrong format", at_least=0
     )
-    max_too_long_share: float = setting(0.2, "more rows dropped or cut by length: wrong max_length", at_least=0)
-    min_trained_share: float = setting(0.02, "a smaller share of trained tokens: swapped columns or a mask", at_least=0)
-    min_end_survival: float = setting(
+    max_too_long_share: float = run_setting(0.2, "more rows dropped or cut by length: wrong max_length", at_least=0)
+    min_trained_share: float = run_setting(
+        0.02, "a smaller share of trained tokens: swapped columns or a mask", at_least=0
+    )
+    min_end_survival: float = run_setting(
         0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
     )
     # optimisation
     num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
-    per_device_train_batch_size: int = setting(1, "rows per GPU and forward pass", at_least=1, at_most=4096)
-    gradient_accumulation_steps: int = setting(
+    per_device_train_batch_size: int = run_setting(1, "rows per GPU and forward pass", at_least=1, at_most=4096)
+    gradient_accumulation_steps: int = run_setting(
         32, "forward passes per step, summed over all GPUs", at_least=1, at_most=10**5
     )
     learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
@@ -127,52 +141,51 @@ class Settings:
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", at_least=0)
     optim: str = setting("paged_adamw_8bit", "as in transformers")
-    activation_checkpointing: str = setting(
+    activation_checkpointing: str = run_setting(
         "auto",
         "layers recomputed in the backward pass, for less memory and more time: none, all, so many; auto: as few as "
         "the GPU's free memory allows by the estimate of ouro/model/cost.py",
         one_of=("auto", "none", "full"),
         or_number=True,
     )
-    torch_compile: bool = setting(True, "translate layers and loss into fused kernels; needs a GPU and a C compiler")
-    fsdp: bool = setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
-    seed: int = setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
-    deterministic: bool = setting(False, "the same bytes from the same command on a GPU, too; slower")
+    torch_compile: bool = run_setting(
+        True, "translate layers and loss into fused kernels; needs a GPU and a C compiler"
+    )
+    fsdp: bool = run_setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
+    seed: int = run_setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
+    deterministic: bool = run_setting(False, "the same bytes from the same command on a GPU, too; slower")
     # while it runs
-    save_steps: int = setting(100, "optimizer steps per checkpoint", at_least=1)
-    save_total_limit: int = setting(2, "checkpoints kept, the newest", at_least=1)
-    eval_steps: int = setting(100, "optimizer steps per measurement of the held-out loss; 0: never", at_least=0)
-    eval_rows: int = setting(64, "rows that the held-out loss is measured on", at_least=1)
+    save_steps: int = run_setting(100, "optimizer steps per checkpoint", at_least=1)
+    save_total_limit: int = run_setting(2, "checkpoints kept, the newest", at_least=1)
+    eval_steps: int = run_setting(100, "optimizer steps per measurement of the held-out loss; 0: never", at_least=0)
+    eval_rows: int = run_setting(64, "rows that the held-out loss is measured on", at_least=1)
     # numbers that stop a run
-    collapse_steps: int = setting(100, "the next two hold up to this step", at_least=0)
-    min_loss: float = setting(0.02, "a smaller loss so soon: there is nothing to learn in the rows", at_least=0)
-    max_token_accuracy: float = setting(0.995, "a higher token accuracy so soon: the same", at_least=0)
-    max_loss_spike: float = setting(3.0, "a loss more than this many times the median of 50 steps", at_least=1)
+    collapse_steps: int = run_setting(100, "the next two hold up to this step", at_least=0)
+    min_loss: float = run_setting(0.02, "a smaller loss so soon: there is nothing to learn in the rows", at_least=0)
+    max_token_accuracy: float = run_setting(0.995, "a higher token accuracy so soon: the same", at_least=0)
+    max_loss_spike: float = run_setting(3.0, "a loss more than this many times the median of 50 steps", at_least=1)
     # evaluation
-    tasks: str = setting(
+    tasks: str = free_setting(
         "thai_exam,thai_exam-helm,thai_exam-leaderboard,belebele_thai,belebele_english,thai_text,english_text",
         "what evaluate.py scores, tasks of configs/evals.yaml",
-        trains=False,
     )
-    max_new_tokens: int = setting(
-        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1, trains=False
+    max_new_tokens: int = free_setting(
+        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1
     )
-    temperature: float = setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0, trains=False)
-    eval_batch_tokens: int = setting(8192, "tokens per forward pass in evaluate.py", at_least=1, trains=False)
+    temperature: float = free_setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0)
+    eval_batch_tokens: int = free_setting(8192, "tokens per forward pass in evaluate.py", at_least=1)
     # places and logs
-    output_dir: str = setting("output", "runs are written to OUTPUT_DIR/<experiment>", trains=False)
-    results_dir: str = setting("results", "scores are written to RESULTS_DIR/<experiment>", trains=False)
-    logging_steps: int = setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
-    report_to: str = setting(
-        "none",
-        "where else the metrics go; needs that package",
-        one_of=("none", "tensorboard", "wandb"),
-        trains=False,
+    output_dir: str = free_setting("output", "runs are written to OUTPUT_DIR/<experiment>")
+    results_dir: str = free_setting("results", "scores are written to RESULTS_DIR/<experiment>")
+    logging_steps: int = run_setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
+    report_to: str = free_setting(
+        "none", "where else the metrics go; needs that package", one_of=("none", "tensorboard", "wandb")
     )
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=folder, …"}
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+LEARNING = tuple(name for name, field in FIELDS.items() if field.metadata["changes"] == "learning")
 TYPES = typing.get_type_hints(Settings)
 
 
@@ -312,7 +325,9 @@ def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, objec
 
     def training(values: dict) -> dict:
         paths = {name: path for name, path in (values.get("paths") or {}).items() if name in used}
-        return {n: x for n, x in values.items() if n not in FIELDS or FIELDS[n].metadata["trains"]} | {"paths": paths}
+        return {n: x for n, x in values.items() if n not in FIELDS or FIELDS[n].metadata["changes"] != "nothing"} | {
+            "paths": paths
+        }
 
     there, asked = training(read_yaml(folder / "config.yaml")), training(yaml.safe_load(run.as_yaml()))
     names = sorted(there.keys() | asked.keys())

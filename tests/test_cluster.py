@@ -260,7 +260,10 @@ def resolved(*argv: str):
 def script(*argv: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "ouro.cluster.preflight", *argv],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
     )
     return done.returncode, done.stdout + done.stderr
 

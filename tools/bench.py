@@ -1,12 +1,12 @@
 """Speed and memory, measured, as tables that name what they were measured on; all take --config, as configs/a100.yaml.
 
-    python tools/bench.py data [--rows 4000]        # tokenise, cache, pack, batch; beside TRL
-    python tools/bench.py train [--only nf4]        # steps of training, on this GPU; beside stock PEFT
-    python tools/bench.py trainer [--count 2]       # train_qlora.py itself, on one GPU and on several
-    python tools/bench.py loss --dataset_path sample/wangchan       # the loss of fp8 beside that of bf16
-    python tools/bench.py plan --gpu H100 --count 4                 # hours and memory of every experiment
-    python tools/bench.py generate [--profile generate]             # tokens/s of generation, random weights
-    python tools/bench.py score                     # questions/s of evaluate.py, all depths, the same
+python tools/bench.py data [--rows 4000]        # tokenise, cache, pack, batch; beside TRL
+python tools/bench.py train [--only nf4]        # steps of training, on this GPU; beside stock PEFT
+python tools/bench.py trainer [--count 2]       # train_qlora.py itself, on one GPU and on several
+python tools/bench.py loss --dataset_path sample/wangchan       # the loss of fp8 beside that of bf16
+python tools/bench.py plan --gpu H100 --count 4                 # hours and memory of every experiment
+python tools/bench.py generate [--profile generate]             # tokens/s of generation, random weights
+python tools/bench.py score                     # questions/s of evaluate.py, all depths, the same
 """
 
 import argparse

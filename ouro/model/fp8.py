@@ -11,6 +11,7 @@ try:
 except ImportError:  # torch for CPUs comes without it
     triton = None
 
+
 def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, columns) in e4m3, each row scaled to the format's largest number, 448, and the scales (rows, 1)."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448

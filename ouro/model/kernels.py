@@ -16,6 +16,7 @@ try:
 except ImportError:  # torch for CPUs comes without it
     triton = None
 
+
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """modeling_ouro.OuroRMSNorm as a function of its weight."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
