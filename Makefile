@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help env smoke demo train eval eval-baselines chat merge push serve report data-report fetch preflight cluster-sweep status logs cancel \
-  bench test lint lock build-image sif upload test-images clean FORCE
+  bench test test-all lint lock build-image sif upload test-images clean FORCE
 
 CONFIG ?= configs/default.yaml
 PYTHON ?= python3
@@ -102,9 +102,14 @@ cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
 bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]; train, plan, generate, score: see tools/bench.py
 	@$(RUN) tools/bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))
 
-test: env  ## run all tests
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test: env  ## run what holds the product together: under five minutes on two cores
 	@$(RUN) -m ruff check .
-	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) -m 'not slow'
+
+test-all: test  ## run the slow tests too: real Slurm, kills, several processes, the demo, browser, compilers
+	@$(PYTEST) -m slow
 
 lint: env  ## ruff alone
 	@$(RUN) -m ruff check .
