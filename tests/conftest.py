@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and imports of the project's modules and of the test helpers."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,8 +26,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def in_the_repository():
+    """The folder and the environment of a user in a fresh clone; signal handlers that training sets go afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TESTS.parent)
-        for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
-            patch.delenv(name, raising=False)
+        for name in list(os.environ):
+            if name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS") or name.startswith(("SLURM_", "WANDB_")):
+                patch.delenv(name)
         yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
