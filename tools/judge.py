@@ -1,6 +1,6 @@
 """Rates replies that were made with `--judge none`.
 
-    python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
+python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
 """
 
 import argparse
