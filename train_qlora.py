@@ -29,17 +29,10 @@ from ouro.files import UserError, call, explain, write_atomic, write_json
 from ouro.model.cost import check_share, matrix_rate
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Resolved, Settings, resolve
-from ouro.train.build import (
-    build,
-    check_device,
-    frozen_kind,
-    planned_memory,
-    shard_frozen_weights,
-    trainer_arguments,
-    unused,
-)
+from ouro.train.build import build, frozen_kind
 from ouro.train.collate import collate
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
+from ouro.train.machine import check_device, planned_memory, shard_frozen_weights, trainer_arguments, unused
 from ouro.train.processes import LOCAL_RANK, RANK, REQUEUED, WORLD_SIZE, among_others, leave, speaks, wait_for_data
 from ouro.train.run_folder import (
     checkpoints,

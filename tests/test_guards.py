@@ -21,7 +21,7 @@ from ouro.model import cost
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings, resolve
-from ouro.train import build, collate, processes
+from ouro.train import build, collate, machine, processes
 from ouro.train.trainer import LoopTrainer
 
 import pytest
@@ -568,7 +568,7 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
     model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     before = {name: p.dtype for name, p in model.named_parameters()}
     run, rows = resolved("--optim", "adamw_torch"), prepared("--dataset", "sample", "--cache_dir", str(tmp_path))
-    arguments = build.trainer_arguments(run, tmp_path, use_cpu=True)
+    arguments = machine.trainer_arguments(run, tmp_path, use_cpu=True)
     arguments.bf16 = True
     trainer = LoopTrainer(
         model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments, train_dataset=rows,
@@ -584,7 +584,7 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
 def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
     """Else transformers splits each batch over all of them, in this process."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = build.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
+    arguments = machine.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size == 2
 
 
@@ -616,20 +616,20 @@ def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])
     idle = "3 of the 4 GPUs here are idle; all of them: torchrun --nproc_per_node 4 train_qlora.py --exp 'a b'"
-    assert build.unused(Settings(), 0) == [idle]
-    assert build.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
-    monkeypatch.setattr(build, "WORLD_SIZE", 4)
-    monkeypatch.setattr(build, "LOCAL_WORLD_SIZE", 4)
-    assert build.unused(Settings(), 0) == build.unused(Settings(fsdp=True, torch_compile=False), 0) == []
-    assert build.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
+    assert machine.unused(Settings(), 0) == [idle]
+    assert machine.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
+    monkeypatch.setattr(machine, "WORLD_SIZE", 4)
+    monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 4)
+    assert machine.unused(Settings(), 0) == machine.unused(Settings(fsdp=True, torch_compile=False), 0) == []
+    assert machine.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
 
 
 def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(build, "LOCAL_WORLD_SIZE", 3)
+    monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 3)
     with pytest.raises(UserError, match=r"^3 processes on \S+ and 2 GPUs: start one for each GPU$"):
-        build.check_device(Settings())
+        machine.check_device(Settings())
 
 
 def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
@@ -637,24 +637,24 @@ def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(build.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match=rf"^torch_compile needs {tmp_path}/Python.h: apt-get install python3-dev"):
-        build.check_device(Settings())
-    assert build.check_device(Settings(torch_compile=False)) == 0
+        machine.check_device(Settings())
+    assert machine.check_device(Settings(torch_compile=False)) == 0
     (tmp_path / "Python.h").touch()
-    assert build.check_device(Settings()) == 0
+    assert machine.check_device(Settings()) == 0
 
 
 def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False, activation_checkpointing="3")
     model, free = build.build(s, "cpu"), 78 * 2**30
-    monkeypatch.setattr(build, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
-    planned = build.planned_memory(s, model, free)
+    monkeypatch.setattr(machine, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
+    planned = machine.planned_memory(s, model, free)
     assert planned == {"recomputed_layers": 3, "estimated_gib": 70.3}
     assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed; estimate 70.3 GiB of 78.0 free\n"
     s.torch_compile = False  # of which there is no estimate
-    assert build.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
+    assert machine.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
     assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed\n"
 
 

@@ -74,7 +74,7 @@ def check_imports(run: Resolved) -> str:
 
 
 def check_gpu(run: Resolved) -> str:
-    from ouro.train.build import check_device
+    from ouro.train.machine import check_device
 
     import torch
 
