@@ -19,9 +19,10 @@ from pathlib import Path
 
 import evaluate
 from ouro import files, settings
+from ouro.data.thai import is_thai
 from ouro.evaluate import endpoint, judge, replies
 from ouro.evaluate.endpoint import find_endpoint, find_judge
-from ouro.evaluate.judge import is_thai, judge_prompt, load_questions, parse_rating, run_mt_bench
+from ouro.evaluate.judge import judge_prompt, load_questions, parse_rating, run_mt_bench
 from ouro.evaluate.replies import Cache
 from ouro.files import UserError
 from tools import judge as command

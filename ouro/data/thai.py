@@ -46,6 +46,27 @@ def count_letters(text: str) -> tuple[int, int]:
     return int(((codes >= 0x0E00) & (codes < 0x0E80)).sum()), len(codes)
 
 
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
+QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|\([^()\n]*\)|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]', re.DOTALL)
+THAI_SHARE = 0.7  # of a reply's letters: Thai prose with English terms has more (0.83 at the least in 500 texts)
+
+
+def is_thai(reply: str) -> bool | None:
+    """Whether at least 70 % of a reply's letters are Thai; None if it has code or digits alone, in no language.
+
+    Left out: code, addresses, formulas, and quotations and brackets without a Thai letter, unless nothing else is
+    there. Vowel and tone marks count as letters. An empty reply is not Thai.
+    """
+    text = CODE.sub(" ", reply)
+    outside = QUOTED.sub(lambda found: found[0] if count_letters(found[0])[0] else " ", text)
+    thai, letters = count_letters(outside)
+    if not letters:
+        thai, letters = count_letters(text)
+    if not letters:
+        return None if reply.strip() else False
+    return thai >= THAI_SHARE * letters
+
+
 def squash(text: str) -> np.ndarray:
     """The letters, digits and Thai marks of a text, in one spelling, as code points: what overlap is judged on."""
     codes = _codes(text.lower())

@@ -25,7 +25,7 @@ import re
 import statistics
 from pathlib import Path
 
-from ouro.data.thai import count_letters, normalise
+from ouro.data.thai import is_thai, normalise
 from ouro.evaluate.endpoint import JUDGEMENT_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, Chat, Messages, Server, _user
 from ouro.evaluate.replies import Cache, _hash, answer, fill
 from ouro.files import UserError, write_atomic, write_json
@@ -33,7 +33,6 @@ from ouro.files import UserError, write_atomic, write_json
 import numpy as np
 
 TYPICAL_JUDGEMENT = 300  # for the estimate of the cost
-THAI_SHARE = 0.7  # of a reply's letters: Thai prose with English terms has more (0.83 at the least in 500 texts)
 RESAMPLES = 10_000
 
 
@@ -143,26 +142,6 @@ def parse_rating(text: str) -> float | None:
     found = re.findall(rf"\[\[{NUMBER}\]\]", text) or re.findall(rf"\[{NUMBER}\]", text)
     ratings = {float(number) for number in found}
     return ratings.pop() if len(ratings) == 1 and 1 <= min(ratings) <= 10 else None
-
-
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
-QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|\([^()\n]*\)|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]', re.DOTALL)
-
-
-def is_thai(reply: str) -> bool | None:
-    """Whether at least 70 % of a reply's letters are Thai; None if it has code or digits alone, in no language.
-
-    Left out: code, addresses, formulas, and quotations and brackets without a Thai letter, unless nothing else is
-    there. Vowel and tone marks count as letters. An empty reply is not Thai.
-    """
-    text = CODE.sub(" ", reply)
-    outside = QUOTED.sub(lambda found: found[0] if count_letters(found[0])[0] else " ", text)
-    thai, letters = count_letters(outside)
-    if not letters:
-        thai, letters = count_letters(text)
-    if not letters:
-        return None if reply.strip() else False
-    return thai >= THAI_SHARE * letters
 
 
 def _tokens(text: str) -> int:
