@@ -13,30 +13,28 @@ What is there already is not computed again, unless something that its numbers d
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from ouro.data.sources import read_file
 from ouro.evaluate import benchmarks, judge, tables
+from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.results import (
     FORMAT,
     METRIC,
     check_writable,
-    is_current,
+    content,
     key_of,
     note,
-    read_result,
-    result,
+    read_study,
     result_file,
     save,
     spare_the_fuller,
 )
 from ouro.evaluate.subjects import Model, Subject, attach, file_sha256, find_subjects, fingerprint, read_config
 from ouro.evaluate.tasks import (
-    LANGUAGES,
-    REPLIES,
     Outcome,
-    Task,
     chat_with,
     load_task,
     score_choices,
@@ -47,6 +45,7 @@ from ouro.files import UserError, call
 from ouro.model.cost import forward_flops
 from ouro.settings import Resolved, resolve
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -66,6 +65,17 @@ def find_depths(asked: list[int] | None, model: Model) -> list[int]:
     if not model.endpoint and asked not in (None, [1]):
         raise UserError(f"{model.path} does not loop, so it has one depth: leave --ut_steps out")
     return asked or [1]
+
+
+def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
+    """Whether a result is there, with its items, and of these inputs, rated as --judge says. One that is rated is not
+    replaced by one that is not."""
+    study = read_study(file) or {}
+    if not file.with_suffix(".items.jsonl").exists():
+        return False
+    if task.spec["protocol"] == "mt_bench":
+        return study.get("generation_key") == key and judge.is_rated(study, choice)
+    return study.get("key") == key
 
 
 def find_grader(wanted: list[tuple[Task, list[int], dict]], choice: str, max_new_tokens: int) -> Server | None:
@@ -116,10 +126,11 @@ def evaluate(run: Resolved) -> None:
         wanted = []
         for task in tasks:
             keys = {d: key_of(task, known, d, run) for d in depths}
-            files = {d: result_file(results, subject, task, d) for d in depths}
+            files = {d: result_file(results, subject.run, task.name, d) for d in depths}
             stale = [d for d in depths if not is_current(files[d], task, keys[d], options.judge)]
             if stale:
-                spare_the_fuller(results, subject, task, stale, run)
+                if options.limit or options.subsets:
+                    spare_the_fuller([files[d] for d in stale], task)
                 wanted.append((task, stale, keys))
         plan.append((subject, study, wanted))
         done = len(tasks) - len(wanted)
@@ -141,7 +152,9 @@ def evaluate(run: Resolved) -> None:
             begin = time.monotonic()
             tokens = score_task(task, stale, keys, subject, loaded, tokenizer, model, study, run, grader)
             seconds = time.monotonic() - begin
-            note(results, subject, task, seconds, tokens, model, s.seed)
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            facts = {"tokens": tokens, "model": asdict(model), "seed": s.seed, "gpu": gpu}
+            note(results, subject.run, task, seconds, facts)
             where = f"model {number + 1} of {len(subjects)}, {time.monotonic() - started:.0f} s so far"
             print(f"{subject.run}: {task.name}, {len(task.items)} items in {seconds:.1f} s ({where})", flush=True)
         if adapted is not None:
@@ -154,7 +167,7 @@ def print_results(results: Path, subjects: list[Subject], tasks: list[Task], dep
         if subject.folder:
             tables.print_training(subject)
     for task in tasks:
-        found = {(x.run, d): read_result(result_file(results, x, task, d)) for x in subjects for d in depths}
+        found = {(x.run, d): read_study(result_file(results, x.run, task.name, d)) for x in subjects for d in depths}
         tables.print_task(task, subjects, found, depths)
     if any(task.name in LANGUAGES for task in tasks):  # the other language may have been scored before
         rows = []
@@ -211,7 +224,8 @@ def score_task(
             "judge": None,
             **outcome.numbers,
         }
-        save(Path(s.results_dir), subject, task, depth, result(task, block, model), outcome.lines)
+        file = result_file(Path(s.results_dir), subject.run, task.name, depth)
+        save(file, content(task, block, model.looped), outcome.lines)
     return scores.tokens if scores else 0
 
 
@@ -226,7 +240,7 @@ def replied(
         chat = find_endpoint(model.endpoint, length, s.temperature, s.seed, s.system_prompt)
     else:
         chat = chat_with(loaded, tokenizer, depth, s, length)
-    cache = result_file(Path(s.results_dir), subject, task, depth).with_suffix(".cache.jsonl")
+    cache = result_file(Path(s.results_dir), subject.run, task.name, depth).with_suffix(".cache.jsonl")
     cache = cache.with_name(f".{cache.name}")
     if task.spec["protocol"] == "generate":
         return score_replies(task, chat, key, cache, who, s.temperature)

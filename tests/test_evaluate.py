@@ -192,9 +192,9 @@ def taught(words, answers) -> LlamaForCausalLM:
     raise AssertionError(f"it has not learned: {loss}")
 
 
-def planted(name: str, items: list[dict]) -> tasks.Task:
+def planted(name: str, items: list[dict]) -> benchmarks.Task:
     spec = benchmarks.table()["tasks"][name]
-    return tasks.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
+    return benchmarks.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
 
 
 def numbers_of(model, words, task) -> dict:
@@ -427,7 +427,7 @@ def test_published_scores_stand_beside_those_of_the_same_benchmark(study, capsys
         {"benchmark": "mt_bench_thai", "mean": "macro", "value": 5.34, "protocol": "x", "source": "elsewhere"},
     ]
     subject = subjects.Subject("base-fp32", "baseline", published=tuple(rows))
-    found = {("base-fp32", 1): results.read_result(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")}
+    found = {("base-fp32", 1): results.read_study(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")}
     tables.print_task(task, [subject], found, [1])
     printed = capsys.readouterr().out
     assert "published for base-fp32: 44.5% (mean of exams; shots not stated; a card)\n" in printed

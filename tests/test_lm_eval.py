@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ouro.evaluate import results, subjects, tasks
+from ouro.evaluate import results, tasks
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.settings import Settings
 
@@ -127,8 +127,8 @@ def test_their_tables_are_made_from_our_files(ours, two_tasks, tmp_path):
         "total_ut_steps": DEPTH,
         "prompt_sha256": "0",
     }
-    model = subjects.Model("sample/ouro-tiny", None, "fp32")
-    write = results.result(task, study | ours[0].numbers, model)
+    study |= {"task": task.name, "model": "sample/ouro-tiny", "model_revision": None, "precision": "fp32"}
+    write = results.content(task, study | ours[0].numbers, True)
     (tmp_path / "result.json").write_text(json.dumps(write))
     program = (
         "import json, sys\nfrom lm_eval.utils import make_table\n"

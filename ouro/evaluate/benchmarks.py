@@ -7,11 +7,12 @@ evaluate.py finds; `choose` makes them into one score a letter and one predictio
 """
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,30 @@ from ouro.settings import EVALS, Settings
 
 LETTERS = "abcde"
 PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
+REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
+LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
+
+
+@dataclass
+class Task:
+    """A row of `tasks` in evals.yaml with its items and the prompts that are made of them."""
+
+    name: str
+    spec: dict
+    items: list[dict]
+    prompts: list[list[tuple[str, list[str]]]]  # of each item, as `render` makes them; none for texts
+    benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
+    skipped: int = 0  # empty texts
+
+    @property
+    def sha256(self) -> str:
+        asked = self.prompts or self.items
+        return digest([[what, item.get("gold")] for what, item in zip(asked, self.items, strict=True)])
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def table() -> dict[str, dict]:

@@ -1,71 +1,77 @@
-"""Result files: their shape, when one is current, and how they are written."""
+"""Result files: what stands in them, and how they are written and read. No torch in here: judge.py needs none.
+
+RESULTS_DIR/<run>/<task>-ut<depth>.json has lm-evaluation-harness's shape and a block "study" of ours; beside it
+<task>-ut<depth>.items.jsonl has a line an item, and manifest.json what each task took.
+"""
 
 import json
 import tempfile
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from ouro.evaluate import judge
-from ouro.evaluate.subjects import Model, Subject
-from ouro.evaluate.tasks import REPLIES, Task, digest
+from ouro.evaluate.benchmarks import REPLIES, Task, digest
 from ouro.files import UserError, code_version, write_atomic, write_json
 from ouro.settings import Resolved
 
-import torch
-
 FORMAT = 1  # of the result files
-VERSION = {"ours": 1, "labels": 1, "generate": 1, "text": 1}  # of each protocol's code: a new one scores anew
+VERSION = 1  # of the protocols' code: a higher one scores everything anew
 METRIC = {"ours": "accuracy", "labels": "accuracy", "generate": "accuracy", "text": "bits_per_character",
           "mt_bench": "rating"}  # fmt: skip
 
 
-def result(task: Task, study: dict, model: Model) -> dict:
-    """The file's content: what lm-evaluation-harness writes, and our block."""
-    name, metric = task.name, {"accuracy": "acc"}.get(study["metric"], study["metric"])
-    numbers = {name: {"alias": name, "sample_len": study["items"], f"{metric},none": study["value"],
-                      f"{metric}_stderr,none": "N/A" if study["stderr"] is None else study["stderr"]}}  # fmt: skip
-    subsets = {f"{name}_{key}": row for key, row in study["subsets"].items()}
-    for key, row in subsets.items():
-        numbers[key] = {"alias": f" - {key}", "sample_len": row["items"], f"{metric},none": row["value"]}
-    every = list(numbers)
+def harness_rows(study: dict) -> dict[str, dict]:
+    """The block `results` as lm-evaluation-harness writes it, of the task and of each of its subsets."""
+    task, metric = study["task"], {"accuracy": "acc"}.get(study["metric"], study["metric"])
+    rows = {task: {"alias": task, "sample_len": study["items"], f"{metric},none": study["value"],
+                   f"{metric}_stderr,none": "N/A" if study["stderr"] is None else study["stderr"]}}  # fmt: skip
+    for subset, row in study["subsets"].items():
+        rows[f"{task}_{subset}"] = {"alias": f" - {task}_{subset}", "sample_len": row["items"],
+                                    f"{metric},none": row["value"]}  # fmt: skip
+    return rows
+
+
+def content(task: Task, study: dict, looped: bool) -> dict:
+    """A result file: what lm-evaluation-harness writes, so that its tools read it, and our block."""
+    rows = harness_rows(study)
+    metric = {"accuracy": "acc"}.get(study["metric"], study["metric"])
     spec = {key: value for key, value in task.spec.items() if key != "protocol"}
     return {
-        "results": numbers,
-        "group_subtasks": {name: list(subsets)},
-        "configs": {key: {"task": key, "metadata": {"version": VERSION.get(task.spec["protocol"], 1)}, **spec}
-                    for key in every},
-        "versions": dict.fromkeys(every, VERSION.get(task.spec["protocol"], 1)),
-        "n-shot": dict.fromkeys(every, task.spec.get("shots", 0)),
-        "higher_is_better": {key: {metric: study["higher_is_better"]} for key in every},
-        "n-samples": {key: dict.fromkeys(("original", "effective"), numbers[key]["sample_len"]) for key in every},
-        "config": {"model": "ouro" if model.looped else "hf", "limit": study["limit"],
-                   "model_args": f"pretrained={model.path},revision={model.revision},dtype={model.precision},"
-                                 f"total_ut_steps={study['total_ut_steps']}"},
+        "results": rows,
+        "group_subtasks": {task.name: [row for row in rows if row != task.name]},
+        "configs": {row: {"task": row, "metadata": {"version": VERSION}, **spec} for row in rows},
+        "versions": dict.fromkeys(rows, VERSION),
+        "n-shot": dict.fromkeys(rows, task.spec.get("shots", 0)),
+        "higher_is_better": {row: {metric: study["higher_is_better"]} for row in rows},
+        "n-samples": {row: dict.fromkeys(("original", "effective"), rows[row]["sample_len"]) for row in rows},
+        "config": {"model": "ouro" if looped else "hf", "limit": study["limit"],
+                   "model_args": f"pretrained={study['model']},revision={study['model_revision']},"
+                                 f"dtype={study['precision']},total_ut_steps={study['total_ut_steps']}"},
         "git_hash": None,
-        "task_hashes": {name: study["prompt_sha256"]},
+        "task_hashes": {task.name: study["prompt_sha256"]},
         "study": study,
     }  # fmt: skip
 
 
-def result_file(results: Path, subject: Subject, task: Task, depth: int) -> Path:
-    return results / subject.run / f"{task.name}-ut{depth}.json"
+def result_file(results: Path, run: str, task: str, depth: int) -> Path:
+    return results / run / f"{task}-ut{depth}.json"
 
 
-def read_result(file: Path) -> dict | None:
-    """The study block of a file that is there and whole."""
+def read_study(file: Path) -> dict | None:
+    """The block "study" of a file that is there and whole."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))["study"]
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def save(results: Path, subject: Subject, task: Task, depth: int, content: dict, lines: list[dict]) -> None:
-    file = result_file(results, subject, task, depth)
-    file.unlink(missing_ok=True)  # of other items than those that are written now
+def save(file: Path, content: dict, lines: list[dict]) -> None:
+    """Writes a result and the lines of its items. The only place that writes results.
+
+    Raises:
+        UserError: a full disk, or a folder that cannot be written.
+    """
+    file.unlink(missing_ok=True)  # an interruption between the two writes would leave old numbers beside new items
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
         write_atomic(file.with_suffix(".items.jsonl"), text)
@@ -74,26 +80,23 @@ def save(results: Path, subject: Subject, task: Task, depth: int, content: dict,
         raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 
 
-def note(results: Path, subject: Subject, task: Task, seconds: float, tokens: int, model: Model, seed: int) -> None:
-    """RESULTS_DIR/<run>/manifest.json: what is not the same each time, and what each task was."""
-    file = results / subject.run / "manifest.json"
+def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> None:
+    """RESULTS_DIR/<run>/manifest.json: what is not the same each time; `facts` are the caller's."""
+    file = results / run / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         manifest = {}
-    manifest["run"] = subject.run
+    manifest["run"] = run
     manifest.setdefault("tasks", {})[task.name] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "items_per_second": round(len(task.items) / seconds, 2),
-        "tokens": tokens,
-        "model": asdict(model),
         "benchmark_revision": task.benchmark["revision"],
         "prompt_sha256": task.sha256,
-        "seed": seed,
+        **facts,
         **code_version(),
         "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     try:
         write_json(file, manifest)
@@ -111,32 +114,19 @@ def check_writable(folder: Path) -> None:
 
 
 def key_of(task: Task, known: dict, depth: int, run: Resolved) -> str:
-    """SHA-256 of all that the numbers of a result depend on, but for a judge."""
+    """SHA-256 of all that the numbers of a result depend on, but for a judge. known: what is known of the model."""
     protocol, s = task.spec["protocol"], run.settings
-    parts = {"format": FORMAT, "version": VERSION.get(protocol), "task": task.spec, "prompts": task.sha256,
+    parts = {"format": FORMAT, "version": VERSION, "task": task.spec, "prompts": task.sha256,
              "revision": task.benchmark["revision"], "depth": depth, "limit": run.options.limit}  # fmt: skip
     if protocol in REPLIES:
         parts |= {"temperature": s.temperature, "seed": s.seed, "max_new_tokens": s.max_new_tokens}
     return digest(parts | known)
 
 
-def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
-    """Whether a result is there, with its items, and of these inputs, rated as --judge says. One that is rated is not
-    replaced by one that is not."""
-    study = read_result(file) or {}
-    if not file.with_suffix(".items.jsonl").exists():
-        return False
-    if task.spec["protocol"] == "mt_bench":
-        return study.get("generation_key") == key and judge.is_rated(study, choice)
-    return study.get("key") == key
-
-
-def spare_the_fuller(results: Path, subject: Subject, task: Task, depths: list[int], run: Resolved) -> None:
+def spare_the_fuller(files: list[Path], task: Task) -> None:
     """Raises UserError where results of some items, asked for by --limit or --subsets, would replace those of more."""
-    if not (run.options.limit or run.options.subsets):
-        return
-    for file in (result_file(results, subject, task, depth) for depth in depths):
-        items = (read_result(file) or {}).get("items", 0)
+    for file in files:
+        items = (read_study(file) or {}).get("items", 0)
         if items > len(task.items):
             raise UserError(
                 f"{file} holds {items} items, and {len(task.items)} of them would replace it: name another folder by "

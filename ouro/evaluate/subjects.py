@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ouro.evaluate import benchmarks
+from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import find_endpoint
 from ouro.evaluate.scoring import readout
-from ouro.evaluate.tasks import digest
 from ouro.files import UserError, read_yaml
 from ouro.model.cost import product_sizes
 from ouro.model.loading import load_ouro, load_tokenizer

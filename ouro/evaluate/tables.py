@@ -4,8 +4,8 @@ import math
 
 from ouro.data.sources import read_file
 from ouro.evaluate import benchmarks
+from ouro.evaluate.benchmarks import Task
 from ouro.evaluate.subjects import Subject
-from ouro.evaluate.tasks import Task
 
 BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
 Found = dict[tuple[str, int], dict]  # the study block of each run and depth

@@ -1,13 +1,12 @@
 """A benchmark under a protocol -> prompts -> outcomes, of one model at any depths."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ouro.evaluate import benchmarks, judge
+from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
 from ouro.evaluate.replies import Cache, answer
 from ouro.evaluate.scoring import Scores, encode, score
@@ -20,30 +19,6 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 DENSE_BATCH = 8  # conversations that a baseline continues together
-REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
-LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
-
-
-@dataclass
-class Task:
-    """A row of `tasks` in evals.yaml with its items and the prompts that are made of them."""
-
-    name: str
-    spec: dict
-    items: list[dict]
-    prompts: list[list[tuple[str, list[str]]]]  # of each item; none for texts
-    benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
-    skipped: int = 0  # empty texts
-
-    @property
-    def sha256(self) -> str:
-        return digest(
-            [[self.prompts[i] if self.prompts else item, item.get("gold")] for i, item in enumerate(self.items)]
-        )
-
-
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def load_task(name: str, settings: Settings, limit: int | None, subsets: list[str]) -> Task:

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError, read_yaml
 from ouro.verdict import stats
 from ouro.verdict.stats import Cell, Estimate
@@ -20,7 +21,6 @@ import numpy as np
 FORMAT = 1
 MAX_METRICS, MAX_ITEMS = 64 << 20, 512 << 20  # bytes; a run of 3,000 log lines has one million
 SEEDS = 3  # fewer are named as missing
-LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 BASE = "base model"
 METRICS = {  # metric: unit, factor, decimals, name of an axis
     "bits_per_character": ("bits per character", 1, 3, "bits per character"),
