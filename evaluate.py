@@ -32,7 +32,7 @@ from ouro.evaluate.results import (
     save,
     spare_the_fuller,
 )
-from ouro.evaluate.subjects import Model, Subject, attach, file_sha256, find_subjects, fingerprint, read_config
+from ouro.evaluate.subjects import Model, Subject, file_sha256, find_subjects, fingerprint
 from ouro.evaluate.tasks import (
     Outcome,
     chat_with,
@@ -43,6 +43,7 @@ from ouro.evaluate.tasks import (
 )
 from ouro.files import UserError, call
 from ouro.model.cost import forward_flops
+from ouro.model.loading import read_config
 from ouro.settings import Resolved, resolve
 
 import torch
@@ -103,7 +104,7 @@ def evaluate(run: Resolved) -> None:
     names = benchmarks.task_names(s.tasks, table["tasks"])
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {options.limit}")
-    model, dtype, subjects = find_subjects(run)
+    model, base_settings, subjects = find_subjects(run)
     depths = find_depths(asked, model)
     spoken = {name for name in names if table["tasks"][name]["protocol"] in REPLIES}
     if model.endpoint and (silent := [name for name in names if name not in spoken]):
@@ -146,19 +147,17 @@ def evaluate(run: Resolved) -> None:
         if not wanted:
             continue
         if loaded is None and not model.endpoint:
-            loaded = model.load(dtype, s.torch_compile)
-        adapted = attach(loaded, subject, model)
-        for task, stale, keys in wanted:
-            begin = time.monotonic()
-            tokens = score_task(task, stale, keys, subject, loaded, tokenizer, model, study, run, grader)
-            seconds = time.monotonic() - begin
-            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-            facts = {"tokens": tokens, "model": asdict(model), "seed": s.seed, "gpu": gpu}
-            note(results, subject.run, task, seconds, facts)
-            where = f"model {number + 1} of {len(subjects)}, {time.monotonic() - started:.0f} s so far"
-            print(f"{subject.run}: {task.name}, {len(task.items)} items in {seconds:.1f} s ({where})", flush=True)
-        if adapted is not None:
-            adapted.unload()
+            loaded = model.load(base_settings)
+        with model.attach(loaded, subject.adapter):
+            for task, stale, keys in wanted:
+                begin = time.monotonic()
+                tokens = score_task(task, stale, keys, subject, loaded, tokenizer, model, study, run, grader)
+                seconds = time.monotonic() - begin
+                gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+                facts = {"tokens": tokens, "model": asdict(model), "seed": s.seed, "gpu": gpu}
+                note(results, subject.run, task, seconds, facts)
+                where = f"model {number + 1} of {len(subjects)}, {time.monotonic() - started:.0f} s so far"
+                print(f"{subject.run}: {task.name}, {len(task.items)} items in {seconds:.1f} s ({where})", flush=True)
     print_results(results, subjects, tasks, depths)
 
 

@@ -29,7 +29,7 @@ from ouro.files import UserError, call, explain, write_atomic, write_json
 from ouro.model.cost import check_share, matrix_rate
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Resolved, Settings, resolve
-from ouro.train.build import build, frozen_kind
+from ouro.train.build import build, check_frozen
 from ouro.train.collate import collate
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
 from ouro.train.machine import check_device, planned_memory, shard_frozen_weights, trainer_arguments, unused
@@ -90,7 +90,7 @@ def train(run: Resolved) -> Path:
     entry_of(s.dataset)
     task_names(s.tasks, table()["tasks"])  # else evaluation would find out, after the training
     device = check_device(s)
-    frozen_kind(s, device)
+    check_frozen(s)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
     check_logger(s)
     if RANK == 0:

@@ -45,7 +45,7 @@ def test_every_task_names_what_there_is():
     for aspect in aspects:
         assert sum(spec.get("primary", False) for spec in TASKS.values() if spec["aspect"] == aspect) == 1, aspect
     for name, row in TABLE["baselines"].items():
-        assert {"hub_id", "revision", "licence", "dtype"} <= row.keys(), name
+        assert {"hub_id", "revision", "licence"} <= row.keys(), name
         for score in row.get("published", ()):
             assert score.keys() == {"benchmark", "mean", "value", "protocol", "source"}, name
             assert score["benchmark"] in TABLE["benchmarks"] and score["mean"] in ("macro", "micro"), name

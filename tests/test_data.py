@@ -709,7 +709,7 @@ def test_the_model_card_and_the_printed_report_name_the_licences(prepared, capsy
     run = resolve("", ["--config", str(ROOT / "tests/smoke.yaml")])
     log = [{"step": 1, "loss": 3.0, "num_tokens": 9}]
     card = model_card(run, report, "sample/ouro-tiny", log)
-    assert "| frozen weights | NF4 |" in card
+    assert "| frozen weights | nf4 |" in card
     for changes, kind in (({"bf16": False}, "fp32"), ({"bf16": True}, "bf16"), ({"frozen_weights": "fp8"}, "fp8")):
         other = replace(run, settings=replace(run.settings, use_qlora=False, **changes))
         assert f"| frozen weights | {kind} |" in model_card(other, report, "sample/ouro-tiny", log)

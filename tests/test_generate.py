@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ouro.files import UserError
 from ouro.model import kernels
+from ouro.model.fp8 import by_row
 from ouro.model.generate import Decoder, generate, pick
 from ouro.model.loading import load_ouro, load_tokenizer
-from ouro.model.lora import fuse
+from ouro.model.lora import fuse, refresh
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
 from ouro.settings import resolve
 from ouro.train.run_folder import seal
@@ -92,6 +93,9 @@ def test_an_adapter_answers_while_it_is_active_and_as_it_is_now():
     assert ours(model) == theirs(model, PROMPTS, 3) != with_adapter
     fuse(model, "bf16")  # the layers of training
     assert ours(model) == theirs(model, PROMPTS, 3)
+    model.base_model.disable_adapter_layers()
+    refresh(model)
+    assert ours(model) == theirs(model, PROMPTS, 3) == base
 
 
 def test_decoded_nf4_weights_answer_as_the_model_does():
@@ -103,14 +107,27 @@ def test_decoded_nf4_weights_answer_as_the_model_does():
     assert ours(model, prompts, max_new_tokens=6) == theirs(model, prompts, 4, 6)
 
 
-def test_dora_and_fp8_are_refused():
+@torch.no_grad()
+def test_fp8_weights_are_decoded_as_the_products_of_training_read_them():
+    model = adapted(tiny().float())
+    parts = {"qkv": "q_proj k_proj v_proj", "o": "o_proj", "gate_up": "gate_proj up_proj", "down": "down_proj"}
+    layer = model.get_base_model().model.layers[1]
+    modules = dict(layer.self_attn.named_children()) | dict(layer.mlp.named_children())
+    expected = {}
+    for name, projections in parts.items():
+        chosen = [modules[projection] for projection in projections.split()]
+        rounded, scale = by_row(torch.cat([p.get_base_layer().weight for p in chosen]))
+        expected[name] = rounded.float() * scale + torch.cat([p.get_delta_weight("default") for p in chosen])
+    fuse(model, "fp8")
+    decoder = Decoder(model.get_base_model())
+    decoder.refresh()
+    for name, matrix in expected.items():
+        assert torch.equal(decoder.layers[1][name], matrix), name
+
+
+def test_dora_is_refused():
     with pytest.raises(ValueError, match="DoRA"):
         ours(adapted(tiny().float(), use_dora=True))
-    model = adapted(tiny().float())
-    for layer in model.get_base_model().model.layers:  # as lora.Group leaves them
-        layer.mlp.down_proj.get_base_layer().weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match="fp8"):
-        ours(model)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -17,7 +17,7 @@ import train_qlora
 from ouro.data.batches import EpochOrder, Rows
 from ouro.data.cache import prepare
 from ouro.files import UserError
-from ouro.model import cost
+from ouro.model import cost, loading
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings, resolve
@@ -712,7 +712,7 @@ def test_a_gpu_that_is_full_before_the_first_step_is_said(tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(build, "load_ouro", full)
+    monkeypatch.setattr(loading, "load_ouro", full)
     message = r"^CUDA out of memory\. .* 1.00 GiB free\.: does another process use this GPU \(nvidia-smi\)\?$"
     with pytest.raises(UserError, match=message):
         trained(tmp_path, *pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, "--eval_steps", "0")

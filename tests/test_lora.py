@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train_qlora
 from ouro.files import UserError, call
-from ouro.model import fp8
+from ouro.model import fp8, loading
 from ouro.model.fp8 import by_row, by_row_in_one_kernel
 from ouro.model.loading import load_ouro
 from ouro.model.lora import Group, fuse, refresh
@@ -461,7 +461,7 @@ def test_training_ends_with_the_adapter_that_pefts_layers_give(tmp_path, cache, 
     argv = ["--max_steps", "4", "--lora_dropout", "0", "--optim", "adamw_torch", "--use_qlora", nf4]
     ours = adapter(trained(tmp_path / "ours", cache, *argv))
     fused_kinds = []
-    monkeypatch.setattr(build, "fuse", lambda model, kind: fused_kinds.append(kind))
+    monkeypatch.setattr(loading, "fuse", lambda model, kind: fused_kinds.append(kind))
     theirs = adapter(trained(tmp_path / "theirs", cache, *argv))
     assert fused_kinds == ["nf4" if nf4 == "true" else "bf16"]
     assert ours.keys() == theirs.keys()

@@ -1,8 +1,8 @@
 """Models under test: the base, trained runs, adapter folders, baselines, served models."""
 
 import hashlib
-import json
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ouro.evaluate import benchmarks
@@ -10,23 +10,21 @@ from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import find_endpoint
 from ouro.evaluate.scoring import readout
 from ouro.files import UserError, read_yaml
-from ouro.model.cost import product_sizes
-from ouro.model.loading import load_ouro, load_tokenizer
-from ouro.model.lora import fuse
+from ouro.model.loading import (
+    check_adapter,
+    frozen_here,
+    frozen_kind,
+    load_run_model,
+    load_tokenizer,
+    loading,
+    read_config,
+    with_adapter,
+)
 from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
 from ouro.train.run_folder import recorded_settings, run_settings
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PLAIN = "{{ bos_token or '' }}{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 
@@ -55,6 +53,7 @@ class Subject:
             "dataset": s and s.dataset,
             "loss": s and s.loss,
             "trained_ut_steps": s and s.total_ut_steps,
+            "trained_precision": s and frozen_kind(s),  # of the frozen weights; `precision` is what they are read in
             "adapter_sha256": self.adapter and file_sha256(self.adapter / "adapter_model.safetensors"),
             "data_report_sha256": file_sha256(report) if report and report.exists() else None,
             "published": self.published,
@@ -67,15 +66,6 @@ def file_sha256(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-
-
-def read_config(path: str, revision: str | None) -> PretrainedConfig:
-    try:
-        if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
-            raise OSError("there is no config.json in it")
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {path}: {' '.join(str(error).split())}") from None
 
 
 def fingerprint(path: str, revision: str | None) -> str:
@@ -100,35 +90,34 @@ class Model:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.looped:
             return load_tokenizer(self.path, self.revision)
-        try:
+        with loading(f"the tokenizer of {self.path}"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer of {self.path}: {' '.join(str(error).split())}") from None
         if tokenizer.chat_template is None:  # a model that was never taught one
             tokenizer.chat_template = PLAIN
         return tokenizer
 
-    def load(self, dtype: torch.dtype, compiled: bool) -> PreTrainedModel:
+    def load(self, s: Settings) -> PreTrainedModel:
+        """The base or baseline alone; s: the settings that a base belongs to."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            if self.looped:
-                model = load_ouro(
-                    self.path, self.revision, dtype=dtype, nf4=self.precision == "nf4",
-                    double_quant=self.double_quant, device=device,
-                )  # fmt: skip
-            else:
+        if not self.looped:
+            with loading(f"the model {self.path}"):
                 model = AutoModelForCausalLM.from_pretrained(
-                    self.path, revision=self.revision, torch_dtype=dtype, use_safetensors=True,
+                    self.path, revision=self.revision, torch_dtype=torch.bfloat16 if s.bf16 else torch.float32,
+                    use_safetensors=True,
                     trust_remote_code=False, device_map={"": device},
                 )  # fmt: skip
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"cannot load {self.path}: {' '.join(str(error).split())}") from None
-        model.eval()
-        if compiled and self.looped and device == "cuda":
+            check_readout(model.eval())
+            return model
+        s = replace(s, model_name_or_path=self.path, model_revision=self.revision)
+        # `attach` puts the weights into fp8, with each adapter: there they are kept in groups
+        model = load_run_model(s, frozen="bf16" if self.precision == "fp8" else self.precision, device=device)
+        if s.torch_compile and device == "cuda":
             model.compile_layers()
-        if not self.looped:
-            check_readout(model)
         return model
+
+    def attach(self, loaded: PreTrainedModel, adapter: Path | None) -> AbstractContextManager[None]:
+        """While it is entered, what is loaded computes with an adapter (None: without one), as in training."""
+        return with_adapter(loaded, adapter, self.precision)
 
 
 @torch.no_grad()
@@ -177,46 +166,8 @@ def adapter_subject(run: Resolved, place: str) -> Subject:
     return Subject(f"adapter-{name}-{digest(str(whole))[:8]}", "adapter", adapter, folder, trained)
 
 
-def check_adapter(subject: Subject, model: Model) -> None:
-    """That an adapter belongs to the base, and to its run's record.
-
-    Raises:
-        UserError: a missing or broken file, another rank or base than recorded, other sizes than the base's.
-    """
-    place = subject.adapter
-    try:
-        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        with safe_open(place / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{place} is no adapter in PEFT format: {error}") from None
-    rank = config.get("r") if isinstance(config, dict) else None
-    if not isinstance(rank, int):
-        raise UserError(f"{place} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
-    if subject.trained and rank != subject.trained.r:
-        raise UserError(f"{place} has rank {rank}, its run's config.yaml says {subject.trained.r}")
-    base = config.get("base_model_name_or_path")
-    if base != model.path:
-        origin = "its run's config.yaml says" if subject.trained else "model_name_or_path is"
-        raise UserError(f"{place} was made for {base}, {origin} {model.path}")
-    base = read_config(model.path, model.revision)
-    widths = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-                      product_sizes(base), strict=True))  # fmt: skip
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        projection = next((p for p in parts if p in widths), None)
-        number = name.partition(".layers.")[2].partition(".")[0]
-        if projection is None or not number.isdecimal() or int(number) >= base.num_hidden_layers:
-            raise UserError(f"{place}: {name} has no place in {model.path} ({base.num_hidden_layers} layers)")
-        into, out = widths[projection]
-        wanted = {"lora_A": [rank, into], "lora_B": [out, rank]}
-        kind = next((k for k in wanted if k in parts), None)
-        if kind and list(shape) != wanted[kind]:
-            raise UserError(f"{place} does not fit {model.path}: {name} is {list(shape)}, {wanted[kind]} is needed")
-
-
-def find_subjects(run: Resolved) -> tuple[Model, torch.dtype, list[Subject]]:
-    """What the command asks to score, the base first.
+def find_subjects(run: Resolved) -> tuple[Model, Settings, list[Subject]]:
+    """What the command asks to score, the base first; and the settings under which the base is loaded.
 
     Raises:
         UserError: an unknown or untrained experiment, or several that do not share a base.
@@ -227,19 +178,18 @@ def find_subjects(run: Resolved) -> tuple[Model, torch.dtype, list[Subject]]:
     if options.endpoint:
         name = find_endpoint(options.endpoint).model
         model = Model(name, None, "served", looped=False, endpoint=options.endpoint)
-        return model, torch.float32, [Subject(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
+        return model, s, [Subject(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:
         rows = benchmarks.table()["baselines"]
         row = rows.get(options.model, {"hub_id": options.model})
         if options.model not in rows and "/" not in options.model and not Path(options.model).exists():
             raise UserError(f"unknown baseline {options.model!r}: neither a folder nor one of {', '.join(rows)}")
         name = options.model.rstrip("/").replace("/", "--") if options.model not in rows else options.model
-        cuda = torch.cuda.is_available()
-        dtype = getattr(torch, row.get("dtype", "bfloat16")) if cuda and s.bf16 else torch.float32
+        s = replace(s, bf16=s.bf16 and torch.cuda.is_available(), use_qlora=False, frozen_weights="auto")
         path, revision = row["hub_id"], row.get("revision") or REVISIONS.get(row["hub_id"])
         looped = read_config(path, revision).model_type == "ouro"  # an Ouro of the Hub, or what make merge wrote
-        model = Model(path, revision, PRECISION[dtype], looped=looped)
-        return model, dtype, [Subject(f"baseline-{name}", "baseline", published=tuple(row.get("published", ())))]
+        model = Model(path, revision, frozen_kind(s), looped=looped)
+        return model, s, [Subject(f"baseline-{name}", "baseline", published=tuple(row.get("published", ())))]
     if options.base:
         subjects = []
     elif options.adapter:
@@ -247,39 +197,18 @@ def find_subjects(run: Resolved) -> tuple[Model, torch.dtype, list[Subject]]:
     else:
         subjects = [trained_subject(run, name) for name in dict.fromkeys((options.exp or run.run).split(","))]
     bases = {}
-    for subject in subjects or [Subject("base", "base")]:
+    for subject in subjects or [Subject(f"the base {s.model_name_or_path}", "base")]:
         t = subject.trained or s
-        key = t.model_name_or_path, t.model_revision, t.use_qlora, t.bf16, t.bnb_4bit_use_double_quant
+        key = t.model_name_or_path, t.model_revision, frozen_here(t, subject.run), t.bf16, t.bnb_4bit_use_double_quant
         bases.setdefault((*key, t.normalise_thai), []).append(subject.run)
     if len(bases) > 1:
-        several = "; ".join(
-            f"{', '.join(names)}: {key[0]}, nf4 {key[2]}, bf16 {key[3]}" for key, names in bases.items()
-        )
+        several = "; ".join(f"{', '.join(names)}: {key[0]}, {key[2]}, bf16 {key[3]}" for key, names in bases.items())
         raise UserError(f"these do not share a base, precision and spelling; score them apart: {several}")
-    path, revision, nf4, bf16, double_quant, spelling = next(iter(bases))
+    path, revision, precision, _, double_quant, spelling = next(iter(bases))
     if spelling != s.normalise_thai:
         raise UserError(f"trained with normalise_thai {spelling}: add --normalise_thai {str(spelling).lower()}")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model = Model(path, revision or REVISIONS.get(path), "nf4" if nf4 else PRECISION[dtype], double_quant)
-    if bf16 and not torch.cuda.is_available():
-        who = f"{subjects[0].run} was trained" if subjects else f"{path} is asked for"
-        raise UserError(f"{who} in bf16 on a GPU, and no CUDA GPU is found here")
+    base = replace((subjects and subjects[0].trained) or s, torch_compile=s.torch_compile)
     for subject in subjects:
-        check_adapter(subject, model)
-    return model, dtype, [Subject(f"base-{model.precision}", "base"), *subjects]
-
-
-PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def attach(base: PreTrainedModel, subject: Subject, model: Model) -> PeftModel | None:
-    """Puts the subject's adapter into the base's layers, computing as in training; None if it has none."""
-    if subject.adapter is None:
-        return None
-    try:
-        adapted = PeftModel.from_pretrained(base, subject.adapter).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {subject.adapter}: {' '.join(str(error).split())}") from None
-    if not any(config.use_dora for config in adapted.peft_config.values()):
-        fuse(adapted, "nf4" if model.precision == "nf4" else "bf16")
-    return adapted
+        check_adapter(subject.adapter, base, subject.trained and subject.trained.r)
+    model = Model(path, revision or REVISIONS.get(path), precision, double_quant)
+    return model, base, [Subject(f"base-{precision}", "base"), *subjects]

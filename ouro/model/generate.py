@@ -4,10 +4,11 @@
     replies = generate(model, prompts, depth=4, max_new_tokens=512, stop=[0, 2])      # lists of token ids, both
     python tools/bench.py generate                                                          # its speed
 
-Prompts are read by the model's own forward pass, adapters and NF4 weights as they are. Tokens after them come from a
-copy of the layers made for thin products: q, k and v are one matrix, gate and up another, 4-bit weights are decoded and
-LoRA is merged, W + s B A computed in fp32 and rounded once. LoRA beside W would be two more thin products a group, each
-a kernel that takes longer to start than to run; the rounding is that of any merged bf16 model, and fp32 has none.
+Prompts are read by the model's own forward pass, adapters and NF4 or fp8 weights as they are. Tokens after them come
+from a copy of the layers made for thin products: q, k and v are one matrix, gate and up another, weights in 4 or 8 bits
+are decoded and LoRA is merged, W + s B A computed in fp32 and rounded once. LoRA beside W would be two more thin
+products a group, each a kernel that takes longer to start than to run; the rounding is that of any merged bf16 model,
+and fp32 has none.
 
 On a GPU a step is one CUDA graph: what lies between two attentions is compiled, attention is one kernel
 (flash-decoding, arXiv 2311.01282) that rotates, writes the cache and reads of it only what a sequence has filled. Hence
@@ -75,16 +76,14 @@ class _Writer:
         return k, v
 
 
-def merged(projection: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that a projection multiplies by: decoded, and with its active adapters."""
+def merged(projection: nn.Module, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
+    """The matrix (out, in) that a projection multiplies by: decoded, and with its active adapters. weight: its frozen
+    one, if that is not in the projection itself."""
     if not isinstance(projection, LoraLayer):
         return dequantize_module_weight(projection).to(dtype)
     if projection.lora_variant:
         raise ValueError("DoRA's products are not plain LoRA's: merge the adapter before generating")
-    base = projection.get_base_layer()
-    weight = dequantize_module_weight(base)
-    if weight.numel() != base.in_features * base.out_features:
-        raise ValueError("the frozen weights are kept in fp8: generate from the saved adapter instead")
+    weight = dequantize_module_weight(projection.get_base_layer()) if weight is None else weight
     if projection.disable_adapters or projection.merged:
         return weight.to(dtype)
     for name in projection.active_adapters:
@@ -119,8 +118,10 @@ class Decoder:
                 ("gate_up", (m.gate_proj, m.up_proj)),
                 ("down", (m.down_proj,)),
             ):
-                for place, part in zip(copy[name].chunk(len(parts)), parts, strict=True):
-                    place.copy_(merged(part, self.dtype))
+                group = getattr(parts[0], "group", None)
+                weights = group.decoded_fp8() if group and group.kind == "fp8" else [None] * len(parts)
+                for place, part, weight in zip(copy[name].chunk(len(parts)), parts, weights, strict=True):
+                    place.copy_(merged(part, self.dtype, weight))
             copy["in"] = layer.input_layernorm.weight
             copy["rest"] = (
                 copy["o"], layer.input_layernorm_2.weight, layer.post_attention_layernorm.weight, copy["gate_up"],

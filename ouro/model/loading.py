@@ -1,15 +1,51 @@
-"""A checkpoint -> model and tokenizer, from a folder or the Hub, at the pinned revision."""
+"""A checkpoint and, if there is one, an adapter -> the model as it was trained, and its tokenizer.
 
+    model = load_ouro("ByteDance/Ouro-2.6B")                                   # a checkpoint alone, pinned revision
+    model = load_run_model(settings, folder / "final_adapter", device="cuda")  # a run's: chat, evaluation, export
+    model = load_run_model(settings, LoraConfig(...), device="cuda")           # with a new adapter: training
+
+How a run keeps its frozen weights (nf4, bf16, fp32, fp8) follows from its settings, and its model is read beside the
+same weights: `frozen_here` says where a machine cannot do that.
+"""
+
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
 from ouro.files import UserError
-from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
-from ouro.settings import REVISIONS
+from ouro.model.cost import product_sizes
+from ouro.model.lora import fuse
+from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
+from ouro.settings import REVISIONS, Settings
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+Frozen = Literal["nf4", "bf16", "fp32", "fp8"]  # how frozen weights are kept
+WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Makes of what goes wrong inside one UserError, "cannot load …"."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:400]}") from None
+
+
+def read_config(path: str, revision: str | None) -> PretrainedConfig:
+    """The config.json of a folder or Hub id, of any causal model. Raises UserError where there is none."""
+    with loading(path):
+        if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
+            raise OSError("there is no config.json in it")
+        return AutoConfig.from_pretrained(path, revision=revision or REVISIONS.get(path), trust_remote_code=False)
 
 
 def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:
@@ -115,3 +151,149 @@ def load_ouro(
     model.generation_config.eos_token_id = [0, 2]  # a turn ends with <|im_end|> = 2, the published config says only 0
     model.generation_config.pad_token_id = 0
     return model
+
+
+def frozen_kind(s: Settings) -> Frozen:
+    """How a run of these settings keeps its frozen weights."""
+    if s.frozen_weights == "fp8":
+        return "fp8"
+    return "nf4" if s.use_qlora else "bf16" if s.bf16 else "fp32"
+
+
+def has_fp8() -> bool:
+    """Whether this machine's GPU multiplies in fp8: a Hopper, or a later one."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def frozen_here(s: Settings, who: str) -> Frozen:
+    """The frozen weights beside which this machine can read a run: its own, or, with a warning, bf16 in place of fp8.
+
+    Raises:
+        UserError: bf16 without a GPU.
+    """
+    if s.bf16 and not torch.cuda.is_available():
+        raise UserError(f"{who} computes in bf16 on a GPU, and no CUDA GPU is found here")
+    kind = frozen_kind(s)
+    if kind == "fp8" and not has_fp8():
+        print(
+            f"warning: {who} has frozen weights in fp8, which need a Hopper GPU (H100, H200) or a later one; here it "
+            "is read beside bf16 weights, which are nearly the same"
+        )
+        return "bf16"
+    return kind
+
+
+def adapter_shapes(config: OuroConfig, rank: int, dora: bool) -> dict[str, list[int]]:
+    """Name and shape of every tensor of an adapter of these layers' projections."""
+    shapes = {}
+    products = list(zip(PROJECTIONS, product_sizes(config), strict=True))
+    for layer, (name, (into, out)) in itertools.product(range(config.num_hidden_layers), products):
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        place = f"base_model.model.model.layers.{layer}.{block}.{name}"
+        shapes |= {f"{place}.lora_A.weight": [rank, into], f"{place}.lora_B.weight": [out, rank]}
+        if dora:
+            shapes[f"{place}.lora_magnitude_vector"] = [out]
+    return shapes
+
+
+def check_adapter(adapter: Path, s: Settings, rank: int | None) -> None:
+    """That an adapter belongs to the settings' base, tensor by tensor, and has the rank recorded of it (None: any).
+
+    Raises:
+        UserError: a missing or broken file, another rank or base than recorded, other tensors than the base's layers
+            take (PEFT would leave them out, and begin anew where some are missing).
+    """
+    try:
+        found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            there = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{adapter} is no adapter in PEFT format: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("r"), int):
+        raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
+    if rank not in (None, found["r"]):
+        raise UserError(f"{adapter} has rank {found['r']}, and its run's config.yaml says r: {rank}")
+    base = s.model_name_or_path
+    if found.get("base_model_name_or_path") != base:
+        raise UserError(f"{adapter} was made for {found.get('base_model_name_or_path')}, model_name_or_path is {base}")
+    config = read_config(base, s.model_revision)
+    wanted = adapter_shapes(config, found["r"], bool(found.get("use_dora")))
+    for name in (*there, *wanted):
+        if there.get(name) != wanted.get(name):
+            raise UserError(
+                f"{adapter} does not fit {base} ({config.num_hidden_layers} layers): {name} is "
+                f"{there.get(name, 'missing')}, and {wanted.get(name, 'no such tensor')} belongs there"
+            )
+
+
+def put_adapter(
+    model: OuroForCausalLM, adapter: Path | LoraConfig | None, frozen: Frozen, fused: bool = True
+) -> OuroForCausalLM | PeftModel:
+    """Puts a saved or a new adapter into the model's layers, in place; None leaves fp8 weights alone to compute.
+
+    fused: groups of projections compute together, which is how they are trained; DoRA is left to PEFT's own layers.
+
+    Raises:
+        UserError: the adapter cannot be read, or not beside such weights.
+    """
+    if adapter is None:
+        if frozen != "fp8":
+            return model
+        adapter = LoraConfig(r=8, target_modules=PROJECTIONS)  # a new adapter's B is zero: it adds nothing
+        return put_adapter(model, adapter, frozen).eval()
+    if isinstance(adapter, LoraConfig):
+        adapted = get_peft_model(model, adapter)
+    else:
+        with loading(f"the adapter {adapter}"):
+            adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
+    dora = any(config.use_dora for config in adapted.peft_config.values())
+    if dora and frozen == "fp8":
+        raise UserError(f"{adapter}: DoRA is trained and read beside bf16 or NF4 weights, not fp8")
+    if fused and not dora:
+        fuse(adapted, "bf16" if frozen == "fp32" else frozen)
+    return adapted
+
+
+@contextmanager
+def with_adapter(model: OuroForCausalLM, adapter: Path | None, frozen: Frozen) -> Iterator[None]:
+    """The same for a while: afterwards the model is as it was, ready for another adapter."""
+    kept = [(p, p.data) for p in model.parameters()] if frozen == "fp8" else []  # of these, `fuse` keeps only the fp8
+    adapted = put_adapter(model, adapter, frozen)
+    yield
+    if adapted is not model:
+        adapted.unload()
+    for parameter, data in kept:
+        parameter.data = data
+
+
+def load_run_model(
+    s: Settings,
+    adapter: Path | LoraConfig | None = None,
+    *,
+    frozen: Frozen | None = None,
+    device: str | int | torch.device = "cpu",
+    total_ut_steps: int | None = None,
+    fused: bool = True,
+) -> OuroForCausalLM | PeftModel:
+    """The model of a run with these settings, on one device, as training, evaluation, chat and export need it.
+
+    adapter: a saved one, a new one, or none. frozen: the kind of the frozen weights; None: as in the run's training.
+    fused: see `put_adapter`. total_ut_steps: loops; None: as the checkpoint says.
+
+    Raises:
+        UserError: base or adapter cannot be read, or they do not belong together.
+    """
+    if isinstance(adapter, Path):
+        check_adapter(adapter, s, s.r)
+    frozen = frozen or frozen_kind(s)
+    with loading(f"the model {s.model_name_or_path}"):
+        model = load_ouro(
+            s.model_name_or_path,
+            s.model_revision,
+            total_ut_steps=total_ut_steps,
+            dtype=torch.bfloat16 if s.bf16 else torch.float32,
+            nf4=frozen == "nf4",
+            double_quant=s.bnb_4bit_use_double_quant,
+            device=device,
+        )
+    return put_adapter(model, adapter, frozen, fused)

@@ -206,6 +206,11 @@ class Group(nn.Module):
     def frozen(self) -> list[Tensor]:
         return [getattr(self, f"frozen{number}") for number in range(self.count)]
 
+    def decoded_fp8(self) -> tuple[Tensor, ...]:
+        """Of kind fp8, the projections' frozen weights (out, in) in fp32: what the products with x multiply by."""
+        whole, scale = self.frozen()[2:4]
+        return (whole.float() * scale).split(self.outs)
+
     def copies(self) -> list[Tensor]:
         """What is kept of each A (rank, in), then of each B (out, rank)."""
         a, bs = _factors(self.kind, self.frozen(), self.outs, self.width)
@@ -248,7 +253,10 @@ def fuse(model: PeftModel, kind: str) -> None:
 
 @torch.no_grad()
 def refresh(model: PeftModel) -> None:
-    """Copies the adapters into the groups; to be called after they changed."""
+    """Copies the adapters into the groups, zeros where they are disabled; to be called after either changed."""
     groups = [module for module in model.modules() if isinstance(module, Group)]
     if groups:  # none where the layers are PEFT's
-        torch._foreach_copy_([t for g in groups for t in g.copies()], [p for g in groups for p in g.parameters_of()])
+        copies = [t for g in groups for t in g.copies()]
+        torch._foreach_copy_(copies, [p for g in groups for p in g.parameters_of()])
+        if groups[0].projections[0].disable_adapters:
+            torch._foreach_zero_(copies)

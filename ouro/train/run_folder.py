@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ouro.files import UserError, code_version, read_yaml, write_atomic, write_json
+from ouro.model.loading import frozen_kind
 from ouro.settings import FIELDS, Resolved, Settings, other_settings, parse
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE
 
@@ -277,7 +278,6 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
     s = run.settings
-    frozen = "fp8" if s.frozen_weights == "fp8" else "NF4" if s.use_qlora else "bf16" if s.bf16 else "fp32"
     return f"""---
 base_model: {base}
 library_name: peft
@@ -294,7 +294,7 @@ the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
 |---|---|
 | data | {report["dataset"]}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
 | licence of the data | {", ".join(f"{name}: {count} rows" for name, count in report["licences"].items())} |
-| frozen weights | {frozen} |
+| frozen weights | {frozen_kind(s)} |
 | steps | {log[-1]["step"]} |
 | loss, first and last logged | {log[0]["loss"]:.4f}, {log[-1]["loss"]:.4f} |
 
