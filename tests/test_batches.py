@@ -17,7 +17,6 @@ from ouro.model import modeling_ouro
 from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import IGNORE
 from ouro.settings import Settings, resolve
-from ouro.train import trainer
 from ouro.train.collate import collate
 
 import numpy as np
@@ -665,7 +664,7 @@ def test_the_trainer_takes_every_row_of_each_epoch_once_in_its_order(tmp_path, m
 
     s = pairs(tmp_path / "data.jsonl", [(f"คำถามที่ {i}", "ตอบ" * (i % 7 + 1)) for i in range(14)])
     s = replace(s, packing=packing == "true", max_length=150)
-    monkeypatch.setattr(trainer, "collate", recording)
+    monkeypatch.setattr(train_qlora, "collate", recording)
     argv = ["--packing", packing, "--max_length", "150", "--num_train_epochs", "2"]
     run = short_run(tmp_path, s, *argv, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     rows, report = prepare(s, load_tokenizer("sample/ouro-tiny"), quiet=True)

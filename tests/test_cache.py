@@ -296,7 +296,7 @@ def test_a_second_run_reads_the_cache_and_tokenises_nothing(world, monkeypatch):
     def never(*args):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(chats, "_encode_batch", never)
+    monkeypatch.setattr(chats, "encode_texts", never)
     monkeypatch.setattr(cache, "Overlap", never)
     again, other = prepared(world)
     assert not report["from_cache"] and other == report | {"from_cache": True}
@@ -325,7 +325,7 @@ def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -
         os.getpid = lambda: pid
     tokenizer = load_tokenizer(MODEL)
     if not builder:
-        chats._encode_batch = None  # calling it is an error
+        chats.encode_texts = None  # calling it is an error
     connection.send("ready")
     connection.recv()
     try:

@@ -15,16 +15,16 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
-from ouro import settings
-from ouro.data import chats, report, sources
+from ouro.data import chats, sources
+from ouro.data import report as data_report
 from ouro.data.cache import prepare
-from ouro.data.chats import Tokens, cut_question, encode, split_row, to_chat
+from ouro.data.chats import Tokens, cut_question, encode_chats, split_row, to_chat
 from ouro.data.report import print_report
 from ouro.data.thai import normalise
 from ouro.files import UserError, read_yaml
 from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import IGNORE
-from ouro.settings import Settings, resolve
+from ouro.settings import DATASETS, Settings, resolve
 from ouro.train.collate import collate
 from ouro.train.run_folder import model_card
 
@@ -38,13 +38,11 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pythainlp.tokenize import word_tokenize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "sample/ouro-tiny"
 END = "<|im_end|>"
-ENTRIES = read_yaml(settings.DATASETS)
+ENTRIES = read_yaml(DATASETS)
 SHARED = next((place for place in (ROOT.parent / "shared/data",) if place.is_dir()), None)
 ROW = {"ID": "1", "Domain": "Legal", "Instruction": "ถามว่าอะไร", "Input": "", "Output": "ตอบว่าอย่างนี้", "Tags": "",
        "Task_type": "open_qa", "License": "Apache-2.0"}  # fmt: skip
@@ -308,33 +306,17 @@ def with_template(tokenizer, *changes: tuple[str, str]):
     return other
 
 
-def merging_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """A BPE over whole lines, which has learnt that an answer begins with the character after `assistant`."""
-    special = ["<|endoftext|>", "<|im_start|>", END]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    added = [AddedToken(token, special=True, normalized=False) for token in special]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=added, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(["assistant\nตอบ"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[0],
-                                   pad_token=special[0], additional_special_tokens=special[1:],
-                                   chat_template=template)  # fmt: skip
-
-
 def test_prompt_tokens_are_not_trained(tokenizer):
-    tokens = encode([turns("ถาม ๑๒", "ตอบ")], tokenizer)[0]
+    tokens = encode_chats([turns("ถาม ๑๒", "ตอบ")], tokenizer)[0]
     whole = tokenizer(chatml("ถาม ๑๒", "ตอบ"), add_special_tokens=False).input_ids
     prompt = chatml("ถาม ๑๒") + "<|im_start|>assistant\n"
     assert tokens.ids.tolist() == whole
     assert tokens.trained == [count(prompt, tokenizer), len(whole) - 1]  # the newline after <|im_end|> is not trained
-    assert tokens.boundary == tokens.trained[0]
     assert spans(tokens, tokenizer) == ["ตอบ" + END]
 
 
 def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer):
-    tokens = encode([turns("ก", "ข ๆ", "ค", "ง\n\nจ", "ฉ", "ช", system="ครู")], tokenizer)[0]
+    tokens = encode_chats([turns("ก", "ข ๆ", "ค", "ง\n\nจ", "ฉ", "ช", system="ครู")], tokenizer)[0]
     assert tokenizer.decode(tokens.ids) == chatml("ก", "ข ๆ", "ค", "ง\n\nจ", "ฉ", "ช", system="ครู")
     assert spans(tokens, tokenizer) == ["ข ๆ" + END, "ง\n\nจ" + END, "ช" + END]
 
@@ -356,7 +338,7 @@ def test_turns_out_of_order_are_dropped_and_counted(prepared):
 def test_the_end_of_turn_is_trained_though_bos_eos_and_pad_are_one_token(tokenizer):
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", END]) == [1, 2]
-    tokens = encode([turns("ก", "ข")], tokenizer)[0]
+    tokens = encode_chats([turns("ก", "ข")], tokenizer)[0]
     start, stop = tokens.trained
     assert tokens.ids[stop - 1] == 2 and 2 not in tokens.ids[start : stop - 1] and stop == len(tokens.ids) - 1
 
@@ -397,9 +379,9 @@ TEMPLATES = {
 def test_a_template_that_would_train_the_wrong_tokens_is_refused(fault, tokenizer):
     changes, message = TEMPLATES[fault]
     conversation = turns("Why?", "<think>\nbecause\n</think>\n\nso", "And?", "<think>\nthen\n</think>\n\nthus")
-    assert len(encode([conversation], tokenizer)) == 1
+    assert len(encode_chats([conversation], tokenizer)) == 1
     with pytest.raises(UserError, match=f"the chat template.*(?:{message})"):
-        encode([conversation], with_template(tokenizer, *changes))
+        encode_chats([conversation], with_template(tokenizer, *changes))
 
 
 def test_a_template_is_refused_with_the_row_it_fails_on(prepared, tokenizer):
@@ -416,20 +398,10 @@ def test_a_template_that_refuses_a_chat_is_an_error_of_one_line(prepared, tokeni
         prepared("wangchan", [ROW], tokenizer=strict, system_prompt="เป็นครู")
 
 
-def test_a_tokenizer_that_merges_the_prompt_into_the_answer_is_refused(tokenizer):
-    merging = merging_tokenizer(tokenizer.chat_template)
-    assert spans(encode([turns("ถาม", "ก")], merging)[0], merging) == ["ก" + END]  # it did not learn this beginning
-    whole = merging(chatml("ถาม", "ตอบ"), add_special_tokens=False).input_ids
-    prompt = merging(chatml("ถาม") + "<|im_start|>assistant\n", add_special_tokens=False).input_ids
-    assert whole[: len(prompt)] != prompt
-    with pytest.raises(UserError, match="lets a token reach from its generation prompt into the answer"):
-        encode([turns("ถาม", "ตอบ")], merging)
-
-
 def test_a_prompt_that_ends_with_a_space_is_refused_where_the_answer_takes_it(tokenizer):
     spaced = with_template(tokenizer, ("assistant\n", "assistant: "), ("['role'] }}\n", "['role'] }}: "))
     with pytest.raises(UserError, match="lets a token reach from its generation prompt into the answer"):
-        encode([turns("ถาม", "ตอบ")], spaced)
+        encode_chats([turns("ถาม", "ตอบ")], spaced)
 
 
 THAI = "กขคงจนมรสอ ะาำิีึืุูเแโใไ็่้๊๋์ๆฯ๐๑๒"
@@ -446,17 +418,17 @@ def test_whatever_the_answers_hold_they_and_their_ends_are_what_is_trained(token
     assume(found)  # none: a turn is empty once normalised, or garbled
     clean = [normalise(content).strip() for content in contents]
     assert [turn["content"] for turn in found if turn["role"] != "system"] == clean
-    tokens = encode([found], tokenizer)[0]
+    tokens = encode_chats([found], tokenizer)[0]
     assert tokens.ids.tolist() == tokenizer.apply_chat_template(found)
     assert spans(tokens, tokenizer) == [answer + END for answer in clean[1::2]]
 
 
 def test_the_shown_row_marks_exactly_what_is_trained(tokenizer):
-    tokens = encode([turns("ก", "ขค", "ง", "จ")], tokenizer)[0]
+    tokens = encode_chats([turns("ก", "ขค", "ง", "จ")], tokenizer)[0]
     labels = np.full(len(tokens.ids), IGNORE)
     for start, stop in zip(tokens.trained[::2], tokens.trained[1::2], strict=True):
         labels[start:stop] = tokens.ids[start:stop]
-    shown = report.marked(tokens.ids, labels, tokenizer)
+    shown = data_report.marked(tokens.ids, labels, tokenizer)
     assert re.findall("⟦(.*?)⟧", shown, re.DOTALL) == ["ขค" + END, "จ" + END]
     assert shown.replace("⟦", "").replace("⟧", "") == tokenizer.decode(tokens.ids)
 
@@ -497,7 +469,7 @@ def test_truncate_prompt_shortens_the_question_and_leaves_the_answer_whole(prepa
 def test_a_question_is_not_cut_inside_a_character_nor_before_its_marks(tokenizer):
     question = "ที่นี้น้ำผึ้งกี่ขวด 🐝 เก้าอี้ 1️⃣ é\u0301 कि ก็ได้ค่ะ\n" * 6
     conversation = turns(question.strip(), "ได้ครับ", "แล้ว?", "ครับ")
-    tokens, seen = encode([conversation], tokenizer)[0], set()
+    tokens, seen = encode_chats([conversation], tokenizer)[0], set()
     for limit in range(len(tokens.ids) - 1, len(tokens.ids) - 150, -1):
         cut = cut_question(conversation, tokens, limit, tokenizer)
         assert len(cut.ids) <= limit and spans(cut, tokenizer) == ["ได้ครับ" + END, "ครับ" + END]
@@ -513,7 +485,7 @@ def test_a_question_is_not_cut_inside_a_character_nor_before_its_marks(tokenizer
 def test_split_trains_every_trained_token_exactly_once(stretches, limit):
     edges = np.cumsum([n for stretch in stretches for n in stretch]).tolist()
     ids = np.arange(edges[-1] + 1, dtype=np.uint32)
-    pieces = split_row(Tokens(ids, edges, edges[0]), limit)
+    pieces = split_row(Tokens(ids, edges), limit)
     trained = [piece.ids[a:b] for piece in pieces for a, b in zip(piece.trained[::2], piece.trained[1::2], strict=True)]
     whole = [ids[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
     assert np.concatenate(trained).tolist() == np.concatenate(whole).tolist()
@@ -581,7 +553,7 @@ def test_the_reports_table_is_what_the_policies_then_do(prepared, tokenizer, mon
     limits = {*range(80, 200, 30), *(n - 1 for n in ns[1:4])}
     limits |= {n - count(q, tokenizer) + chats.KEPT_QUESTION for n, q in zip(ns[6:11], asked[5:10], strict=True)}
     limits = sorted(limits)
-    monkeypatch.setattr(report, "LENGTHS", limits)
+    monkeypatch.setattr(data_report, "LENGTHS", limits)
     told = prepared("wangchan", rows)[1]["too_long"]
     done = {}
     for limit in limits:
@@ -778,7 +750,7 @@ def test_the_tokens_per_character_of_a_large_set_are_estimated_from_all_of_it(pr
     answers = sample_text(400, 60, seed=7) + ["🐝" * 30] * 400
     _, report = prepared("wangchan", [ROW | {"Output": a} for a in answers])
     unit = report["tokens_per_unit"]["Thai"]
-    assert unit["texts"] == report.SAMPLE
+    assert unit["texts"] == data_report.SAMPLE
     whole, thai, emoji = (sum(count(a, tokenizer) for a in part) / sum(map(len, part))
                             for part in (answers, answers[:400], answers[400:]))  # fmt: skip
     assert abs(unit["tokens_per_character"] - whole) < 0.3 * abs(thai - emoji)
@@ -948,7 +920,7 @@ BAD = {  # dataset, files, what the message says
     "content of another kind": (
         "chat",
         {"train.jsonl": [{"messages": [{"role": "user", "content": ["ก"]}]}]},
-        r"line 1, column messages, turn 1: expected text in content, found list",
+        r"line 1, column messages, turn 1, content: expected text, found list",
     ),
 }
 REFUSED_BY_FLOOR = {"null", "empty file", "lost bytes", "mojibake", "<think> tags", "half an emoji"}
@@ -1060,7 +1032,7 @@ def test_predecessor_stale_cache_served_the_old_mapping(tmp_path, tokenizer, mon
     assert now(max_length=length(LONG, tokenizer) - 1) == (before[:1], False)  # the setting
     assert now(system_prompt="ครู") == ([t.replace("You are a helpful assistant.", "ครู") for t in before], False)
 
-    entries = read_yaml(settings.DATASETS)
+    entries = read_yaml(DATASETS)
     entries["wangchan"] |= {"prompt": ["Output"], "completion": "Instruction"}  # the mapping
     (tmp_path / "datasets.yaml").write_text(yaml.safe_dump(entries, allow_unicode=True), encoding="utf-8")
     with monkeypatch.context() as patched:

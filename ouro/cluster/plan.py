@@ -62,7 +62,7 @@ def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, boo
             rows, report = prepare(s, tokenizer, builder=tokenise, quiet=True)
         except UserError:
             try:
-                count = sum(map(count_rows, find_source(s).part("train")))
+                count = sum(map(count_rows, find_source(s).files["train"]))
             except UserError:
                 known = read_yaml(DATASETS).get(s.dataset, {}).get("rows")
                 if not known:

@@ -209,7 +209,7 @@ def check_data(run: Resolved) -> str:
     if not local and "hub_id" in entry and on_hub(s.dataset, s) is None:
         return f"{entry['hub_id']}: to be downloaded; its columns cannot be looked at before (make fetch)"
     source = find_source(s)
-    rows = (row for file in source.part("train") for row in read_file(file, source.columns))
+    rows = (row for file in source.files["train"] for row in read_file(file, source.columns))
     looked = [(where, *to_chat(row, source.entry, s, where)) for where, row in islice(rows, ROWS)]
     bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None]
     if not looked:

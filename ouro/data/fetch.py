@@ -12,10 +12,6 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.utils import filter_repo_objects
 
 
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 @dataclass
 class Download:
     """A repository, at a revision, and the files of it that are wanted."""
@@ -37,9 +33,8 @@ def wanted(settings: Settings) -> list[Download]:
     benchmarks = read_yaml(EVALS)["benchmarks"]
     for name, entry in (read_yaml(DATASETS) | benchmarks).items():
         if "hub_id" in entry and name not in settings.paths:
-            files = [entry["archive"]] if "archive" in entry else PATTERNS
-            if name in benchmarks and "archive" not in entry:
-                files = benchmark_files(entry)
+            files = benchmark_files(entry) if name in benchmarks else PATTERNS
+            files = [entry["archive"]] if "archive" in entry else files
             everything.append(Download(name, entry["hub_id"], entry["revision"], "dataset", files))
     return everything
 
@@ -50,38 +45,24 @@ def fetch(settings: Settings, only: str | None) -> None:
     Raises:
         UserError: an unknown name in `only`; no network; a repository or revision that does not exist; not enough disk.
     """
-    everything = wanted(settings)
-    names = [download.name for download in everything]
-    for name in only.split(",") if only else ():
-        if name not in names:
-            raise UserError(f"--only: nothing called {name!r} to download{nearest(name, names)}")
+    downloads = {download.name: download for download in wanted(settings)}
+    names = only.split(",") if only else list(downloads)
+    for name in names:
+        if name not in downloads:
+            raise UserError(f"--only: nothing called {name!r} to download{nearest(name, downloads)}")
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and this is what needs the network: unset it")
-    downloads = [d for d in everything if not only or d.name in only.split(",")]
+    chosen = [download for name, download in downloads.items() if name in names]
     print(f"cache: {constants.HF_HUB_CACHE}")
-    plans, missing = [], 0
-    for d in downloads:
-        try:
-            info = HfApi().repo_info(d.hub_id, revision=d.revision, repo_type=d.repo_type, files_metadata=True)
-            files = list(filter_repo_objects(info.siblings, allow_patterns=d.patterns, key=lambda f: f.rfilename))
-            absent = [f for f in files if not _cached(d, f.rfilename, info.sha)]
-        except (OSError, ValueError) as error:
-            raise hub_error(d.name, d.hub_id, error) from None
-        if not files:
-            raise UserError(f"{d.hub_id} at {info.sha} holds none of {', '.join(d.patterns)}")
-        total, rest = (sum(f.size or 0 for f in part) for part in (files, absent))
-        plans.append((d, info.sha))
-        missing += rest
-        state = f"{size(rest)} to download" if absent else "in the cache"
-        commit = info.sha[:12] + ("" if d.revision else " (main)")
-        print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {size(total):>9}, {state}")
+    looked = [look_up(download) for download in chosen]
+    missing = sum(absent for _, absent in looked)
     place = Path(constants.HF_HUB_CACHE)
     place.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place).free
-    print(f"to download: {size(missing)}, free in the cache's file system: {size(free)}")
+    print(f"to download: {in_units(missing)}, free in the cache's file system: {in_units(free)}")
     if missing > 0.98 * free:
-        raise UserError(f"{size(missing)} do not fit; set HF_HOME to a place with more room")
-    for d, commit in plans:
+        raise UserError(f"{in_units(missing)} do not fit; set HF_HOME to a place with more room")
+    for d, (commit, _) in zip(chosen, looked, strict=True):
         try:
             # by its own revision too, so that the cache knows what main was
             snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
@@ -92,6 +73,25 @@ def fetch(settings: Settings, only: str | None) -> None:
     print("all there; jobs with HF_HUB_OFFLINE=1 need no network")
 
 
-def _cached(download: Download, file: str, commit: str) -> bool:
-    found = try_to_load_from_cache(download.hub_id, file, revision=commit, repo_type=download.repo_type)
-    return isinstance(found, str)
+def look_up(d: Download) -> tuple[str, int]:
+    """The commit of a repository that is downloaded, and how many bytes of it the cache lacks; told in one line."""
+    try:
+        info = HfApi().repo_info(d.hub_id, revision=d.revision, repo_type=d.repo_type, files_metadata=True)
+    except (OSError, ValueError) as error:
+        raise hub_error(d.name, d.hub_id, error) from None
+    total, absent = 0, 0
+    for file in filter_repo_objects(info.siblings, allow_patterns=d.patterns, key=lambda file: file.rfilename):
+        cached = try_to_load_from_cache(d.hub_id, file.rfilename, revision=info.sha, repo_type=d.repo_type)
+        total += file.size
+        absent += 0 if isinstance(cached, str) else file.size
+    if not total:
+        raise UserError(f"{d.hub_id} at {info.sha} holds none of {', '.join(d.patterns)}")
+    state = f"{in_units(absent)} to download" if absent else "in the cache"
+    commit = info.sha[:12] + ("" if d.revision else " (main)")
+    print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {in_units(total):>9}, {state}")
+    return info.sha, absent
+
+
+def in_units(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

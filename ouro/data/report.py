@@ -6,11 +6,12 @@ import math
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ouro.data.batches import IGNORE, Rows, trained_mask
-from ouro.data.chats import END_OF_TURN, Chat, Tokens, _encode_batch, stretches
+from ouro.data.batches import IGNORE, Rows
+from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts, split_row
 from ouro.data.sources import read_file
 from ouro.data.thai import count_letters
 from ouro.files import ROOT, write_atomic, write_json
@@ -20,95 +21,7 @@ import numpy as np
 from pythainlp.tokenize import word_tokenize
 from transformers import PreTrainedTokenizerBase
 
-LENGTHS = (1024, 2048, 4096, 8192)
-
-
-@dataclass
-class Tally:
-    """What a data report is made of, counted row by row."""
-
-    rows_in: int = 0
-    kept: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    examples: dict = field(default_factory=dict)  # reason -> the first rows dropped for it
-    licences: Counter = field(default_factory=Counter)
-    filtered: Counter = field(default_factory=Counter)
-    overlap: list = field(default_factory=list)
-    touched: Counter = field(default_factory=Counter)  # kept rows that the length policy changed
-    duplicates: Counter = field(default_factory=Counter)
-    thai: int = 0
-    letters: int = 0
-    ended: int = 0
-    trained_tokens: int = 0
-    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
-    answers: list = field(default_factory=list)  # a random sample of them
-
-    def drop(self, reason: str, where: str) -> None:
-        self.dropped[reason] += 1
-        if len(examples := self.examples.setdefault(reason, [])) < 5:
-            examples.append(where)
-
-    def count(
-        self, where: str, chat: Chat, pieces: list[Tokens], what: str, licence: str, chance: random.Random
-    ) -> None:
-        """A row that is trained, as `pieces`; `what` the length policy did to it."""
-        self.kept += 1
-        self.licences[licence] += 1
-        if what:
-            self.touched[what] += 1
-            if len(examples := self.examples.setdefault(what, [])) < 5:
-                examples.append(where)
-        self.trained_tokens += sum(sum(p.trained[1::2]) - sum(p.trained[::2]) for p in pieces)
-        self.ended += what != "answer cut"
-        answer = chat[-1]["content"]
-        thai, letters = count_letters(answer)
-        self.thai += thai
-        self.letters += letters
-        if len(self.answers) < SAMPLE:  # Vitter's algorithm R: each row is as likely to be in the sample
-            self.answers.append(answer)
-        elif (at := chance.randrange(self.kept)) < SAMPLE:
-            self.answers[at] = answer
-
-
-SAMPLE = 200  # answers whose tokens per character and word are measured
-
-
-def describe(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The data report, but for what the cache does not depend on."""
-    lengths, before = rows.lengths, np.array([r[:2] for r in tally.lengths] or np.zeros((0, 2)), int)
-    tokens = int(lengths.sum())
-    counts, edges = np.histogram(before[:, 0], bins=40, range=(0, max(before[:, 0].max(initial=1), 1)))
-    order = np.argsort(lengths, kind="stable")
-    shown = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])]) if len(order) else ()
-    english = [row["text"] for _, row in read_file(ROOT / "sample/texts/english.jsonl")]
-    return {
-        "rows_in": tally.rows_in,
-        "rows_kept": tally.kept,
-        "rows_dropped": dict(tally.dropped),
-        "first_dropped": tally.examples,
-        "rows_touched": dict(tally.touched),
-        "rows_written": len(lengths),
-        "tokens": tokens,
-        "trained_tokens": tally.trained_tokens,
-        "trained_share": tally.trained_tokens / max(tokens, 1),
-        "end_token_survival": tally.ended / max(tally.kept, 1),
-        "tokens_per_row": {
-            f"p{q}": int(np.percentile(before[:, 0], q)) if len(before) else 0 for q in (5, 50, 95, 100)
-        },
-        "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
-        "too_long": {str(limit): policies(tally.lengths, limit) for limit in LENGTHS},
-        "thai_share_of_letters": round(tally.thai / max(tally.letters, 1), 3),
-        "tokens_per_unit": {
-            "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
-            "English": density(english, tokenizer, str.split),
-        },
-        "licences": dict(tally.licences.most_common()),
-        "licences_left_out": dict(tally.filtered.most_common()),
-        "duplicates": dict(tally.duplicates),
-        "examples": [marked(*rows.row(i), tokenizer, 600) for i in shown],
-    }
-
-
+LENGTHS = (1024, 2048, 4096, 8192)  # limits for which the report shows what each length policy would do
 POLICIES = {  # as the report shows them
     "drop": "drop: rows left out",
     "truncate_prompt_cut": "truncate_prompt: shortened",
@@ -116,28 +29,101 @@ POLICIES = {  # as the report shows them
     "split_pieces": "split: pieces made of them",
     "truncate_ends_lost": "truncate: ends lost",
 }
+SAMPLE = 200  # answers whose tokens per character and word are measured
+PLACES = 5  # of rows that the report names for each reason
 
 
-def policies(lengths: list[tuple], limit: int) -> dict[str, int]:
+@dataclass
+class Tally:
+    """What is counted row by row; the report takes it over under the same names, but for what is in `reads`."""
+
+    rows_in: int = 0
+    rows_kept: int = 0
+    rows_dropped: Counter = field(default_factory=Counter)  # why -> rows
+    rows_touched: Counter = field(default_factory=Counter)  # kept rows that were changed: how -> rows
+    first_dropped: dict = field(default_factory=dict)  # why or how -> the places of the first such rows
+    trained_tokens: int = 0
+    licences: Counter = field(default_factory=Counter)
+    licences_left_out: Counter = field(default_factory=Counter)
+    duplicates: Counter = field(default_factory=Counter)
+    overlap: list = field(default_factory=list)
+    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
+    answers: list = field(default_factory=list)  # a random sample of them
+    letters: Counter = field(default_factory=Counter)  # Thai ones, all
+    ended: int = 0  # rows whose answer is trained up to its end
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def place(self, reason: str, where: str) -> None:
+        places = self.first_dropped.setdefault(reason, [])
+        if len(places) < PLACES:
+            places.append(where)
+
+    def drop(self, reason: str, where: str) -> None:
+        self.rows_dropped[reason] += 1
+        self.place(reason, where)
+
+    def keep(self, where: str, chat: Chat, pieces: list[Tokens], what: str, licence: str) -> None:
+        """A row that is trained, as `pieces`; `what` the length policy did to it."""
+        self.rows_kept += 1
+        self.licences[licence] += 1
+        if what:
+            self.rows_touched[what] += 1
+            self.place(what, where)
+        self.trained_tokens += sum(sum(p.trained[1::2]) - sum(p.trained[::2]) for p in pieces)
+        self.ended += what != "answer cut"
+        answer = chat[-1]["content"]
+        thai, letters = count_letters(answer)
+        self.letters.update(thai=thai, all=letters)
+        if len(self.answers) < SAMPLE:  # Vitter's algorithm R: each row is as likely to be in the sample
+            self.answers.append(answer)
+        elif (at := self.chance.randrange(self.rows_kept)) < SAMPLE:
+            self.answers[at] = answer
+
+
+def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The part of the data report that is kept in the cache beside the rows."""
+    lengths, before = rows.lengths, np.array([n for n, *_ in tally.lengths], int)
+    tokens = int(lengths.sum())
+    counts, edges = np.histogram(before, bins=40, range=(0, max(before.max(initial=1), 1)))
+    order = np.argsort(lengths, kind="stable")
+    shown = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])]) if len(order) else ()
+    english = [row["text"] for _, row in read_file(ROOT / "sample/texts/english.jsonl")]
+    inner = ("lengths", "answers", "letters", "ended", "chance")
+    return {name: value for name, value in vars(tally).items() if name not in inner} | {
+        "licences": dict(tally.licences.most_common()),
+        "licences_left_out": dict(tally.licences_left_out.most_common()),
+        "rows_written": len(lengths),
+        "tokens": tokens,
+        "trained_share": tally.trained_tokens / max(tokens, 1),
+        "end_token_survival": tally.ended / max(tally.rows_kept, 1),
+        "tokens_per_row": {f"p{q}": int(np.percentile(before, q)) if len(before) else 0 for q in (5, 50, 95, 100)},
+        "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
+        "too_long": {str(limit): policies_at(limit, tally.lengths) for limit in LENGTHS},
+        "thai_share_of_letters": round(tally.letters["thai"] / max(tally.letters["all"], 1), 3),
+        "tokens_per_unit": {
+            "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
+            "English": density(english, tokenizer, str.split),
+        },
+        "examples": [marked(*rows.row(i), tokenizer, 600) for i in shown],
+    }
+
+
+def policies_at(limit: int, lengths: list[tuple]) -> dict[str, int]:
     """How many rows each length policy would touch at `limit` tokens; lengths: see Tally."""
     long = [row for row in lengths if row[0] > limit]
     savable = sum(n - limit <= most for n, most, _ in long)
-    pieces = 0
-    for n, _, trained in long:
-        mask = trained_mask(n, trained)
-        pieces += sum(bool(mask[fresh:stop].any()) for _, fresh, stop in stretches(n, limit))
     return {
         "drop": len(long),
         "truncate_prompt_cut": savable,
         "truncate_prompt_dropped": len(long) - savable,
-        "split_pieces": pieces,
+        "split_pieces": sum(len(split_row(Tokens(np.zeros(n, np.uint32), trained), limit)) for n, _, trained in long),
         "truncate_ends_lost": sum(trained[-1] > limit for *_, trained in long),
     }
 
 
-def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words) -> dict[str, float]:
+def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words: Callable) -> dict[str, float]:
     """Tokens a character and a word; words by PyThaiNLP's newmm for Thai, by spaces for English."""
-    tokens = sum(len(e.ids) for e in _encode_batch(texts, tokenizer)) if texts else 0
+    tokens = sum(len(e.ids) for e in encode_texts(texts, tokenizer)) if texts else 0
     characters, count = sum(map(len, texts)), sum(len(words(text)) for text in texts)
     return {
         "tokens_per_character": round(tokens / max(characters, 1), 3),
@@ -146,33 +132,35 @@ def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words) -> dict
     }
 
 
+FLOORS = (  # reasons that begin so, the setting, what is said of the rows, what to look at
+    ("empty", "max_empty_share", "have an empty question or answer", "are the columns right?"),
+    ("garbled", "max_garbled_share", "hold U+FFFD or mojibake", "was the file written in another encoding?"),
+    ("unbalanced", "max_unbalanced_share", "have <think> tags that do not pair", "is it another format?"),
+)
+
+
 def refusals(report: dict, s: Settings) -> list[str]:
     """Why this data would waste a training run: each floor of the settings that it falls through."""
-
-    def share(prefix: str) -> tuple[int, float, str]:
-        count = sum(n for reason, n in report["rows_dropped"].items() if reason.startswith(prefix))
-        first = [f"{where}: {r}" for r, places in report["first_dropped"].items() if r.startswith(prefix)
-                 for where in places[:2]]  # fmt: skip
-        return count, count / max(report["rows_in"], 1), "".join(f"\n  {line}" for line in first[:3])
-
     rows, place, reasons = report["rows_in"], report["source"], []
-    for prefix, floor, what, advice in (
-        ("empty", "max_empty_share", "have an empty question or answer", "are the columns right?"),
-        ("garbled", "max_garbled_share", "hold U+FFFD or mojibake", "was the file written in another encoding?"),
-        ("unbalanced", "max_unbalanced_share", "have <think> tags that do not pair", "is it another format?"),
-    ):
-        count, fraction, first = share(prefix)
-        if fraction > getattr(s, floor):
-            reasons.append(f"{count} of {rows} rows of {place} {what}, more than {floor} = {getattr(s, floor):g}; "
-                           f"{advice}{first}")  # fmt: skip
-    dropped, _, _ = share("longer")
-    touched = dropped + sum(report["rows_touched"].get(what, 0) for what in ("question cut", "answer cut"))
-    if touched > s.max_too_long_share * (report["rows_kept"] + dropped):
+
+    def dropped(prefix: str) -> int:
+        return sum(count for reason, count in report["rows_dropped"].items() if reason.startswith(prefix))
+
+    def first(prefix: str) -> str:
+        found = [f"\n  {where}: {reason}" for reason, places in report["first_dropped"].items()
+                 if reason.startswith(prefix) for where in places[:2]]  # fmt: skip
+        return "".join(found[:3])
+
+    for prefix, floor, what, advice in FLOORS:
+        if dropped(prefix) / max(rows, 1) > getattr(s, floor):
+            reasons.append(f"{dropped(prefix)} of {rows} rows of {place} {what}, more than {floor} = "
+                           f"{getattr(s, floor):g}; {advice}{first(prefix)}")  # fmt: skip
+    touched = dropped("longer") + sum(report["rows_touched"].get(what, 0) for what in ("question cut", "answer cut"))
+    if touched > s.max_too_long_share * (report["rows_kept"] + dropped("longer")):
         reasons.append(
             f"{touched} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be "
             f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
-            "another --length_policy, or raise --max_too_long_share to train so"
-            + "".join(f"\n  {p}" for p in report["first_dropped"].get(f"longer than {s.max_length} tokens", [])[:2])
+            f"another --length_policy, or raise --max_too_long_share to train so{first('longer')}"
         )
     if not rows:
         reasons.append(f"{place} has no rows")
@@ -187,7 +175,7 @@ def refusals(report: dict, s: Settings) -> list[str]:
         reasons.append(
             f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}, "
             f"less than min_end_survival = {s.min_end_survival:g}: the model would not learn to stop"
-            + "".join(f"\n  {p}" for p in report["first_dropped"].get("answer cut", [])[:2])
+            f"{first('answer cut')}"
         )
     return reasons
 

@@ -20,33 +20,45 @@ import requests
 from datasets import load_dataset_builder
 from datasets.exceptions import DatasetsError
 from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, no pickles
 ROWS = 256  # read from a Parquet file at a time
 
 
-class _Patience(requests.adapters.HTTPAdapter):
-    """The Hub's library asks for a repository's commit without a timeout: a network that drops packets would hang."""
+class HubSession(requests.Session):
+    """Connections to the Hub, each with a timeout; none at all while HF_HUB_OFFLINE is set.
 
-    def send(self, request, *args, timeout=None, **kwargs):
-        return super().send(request, *args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
+    huggingface_hub asks for a repository's commit without a timeout: a network that drops packets would hang.
+    """
 
-
-def _session() -> requests.Session:
-    session = requests.Session()
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, _Patience())
-    return session
+    def request(self, method, url, *args, timeout=None, **kwargs):
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled(f"cannot reach {url}: HF_HUB_OFFLINE is set")
+        return super().request(method, url, *args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
 
 
-if not constants.HF_HUB_OFFLINE:  # offline the library's own session refuses each request at once
-    configure_http_backend(_session)
+configure_http_backend(HubSession)
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
     copy = "--model_name_or_path FOLDER" if name == "model" else f"--paths {name}=FOLDER"
     return UserError(
-        f"cannot load {hub_id} from the Hub: {' '.join(str(error).split())}\n"
+        f"cannot load {hub_id} from the Hub: {in_one_line(error)}\n"
         f"without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), {copy} a copy of your own"
     )
 
@@ -59,7 +71,7 @@ class Source:
     entry: dict
     place: Path
     commit: str | None  # of a Hub repository
-    files: dict[str, list[Path]]  # "train" and, where that is a split of its own, "held_out"
+    files: dict[str, list[Path]]  # that "train" and "held_out" are read from: with a hash split, the same ones
 
     @property
     def columns(self) -> list[str]:
@@ -68,16 +80,12 @@ class Source:
         named += [e["held_out"].get("hash"), e["licence"].get("column") if isinstance(e["licence"], dict) else None]
         return list(dict.fromkeys(name for name in named if name))
 
-    def part(self, split: str) -> list[Path]:
-        """The files that "train" or "held_out" is read from: with a hash split, the same ones."""
-        return self.files["held_out" if split == "held_out" and "split" in self.entry["held_out"] else "train"]
-
     def fingerprint(self) -> str:
         """The commit, or for a local copy the SHA-256 of its files' contents."""
         if self.commit:
             return self.commit
         digest = hashlib.sha256()
-        for file in [f for part in self.files.values() for f in part]:
+        for file in dict.fromkeys(self.files["train"] + self.files["held_out"]):
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return f"sha256:{digest.hexdigest()}"
@@ -117,44 +125,20 @@ def find_source(settings: Settings) -> Source:
     if local is None and "hub_id" not in entry:
         raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path")
     if local is None:
-        place = fetch_dataset(name, entry)
-        commit = place.name
+        try:  # downloads what the cache lacks
+            place = Path(snapshot_download(entry["hub_id"], repo_type="dataset", revision=entry.get("revision"),
+                                           allow_patterns=PATTERNS))  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise hub_error(name, entry["hub_id"], error) from None
+        commit = place.name  # a snapshot's folder is named by its commit
     else:
         place = Path(local)
         if not place.exists():
             raise UserError(f"dataset {name}: no such file or folder: {local}")
-    held_out = entry["held_out"].get("split")
-    files = {
-        "train": split_files(place, entry.get("config"), "train"),
-        "held_out": split_files(place, entry.get("config"), held_out, may_lack=True) if held_out else [],
-    }
-    return Source(name, entry, place, commit, files)
-
-
-@contextmanager
-def cache_only() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set."""
-    if constants.HF_HUB_OFFLINE:
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    configure_http_backend()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = False
-        configure_http_backend(_session)
-
-
-def fetch_dataset(name: str, entry: dict) -> Path:
-    """Folder of a dataset repository's snapshot, downloaded where the cache lacks it; it is named by the commit."""
-    try:
-        folder = snapshot_download(
-            entry["hub_id"], repo_type="dataset", revision=entry.get("revision"), allow_patterns=PATTERNS
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(name, entry["hub_id"], error) from None
-    return Path(folder)
+    train = held_out = split_files(place, entry.get("config"), "train")
+    if "split" in entry["held_out"]:
+        held_out = split_files(place, entry.get("config"), entry["held_out"]["split"], may_lack=True)
+    return Source(name, entry, place, commit, {"train": train, "held_out": held_out})
 
 
 def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
@@ -167,8 +151,7 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
             with tempfile.TemporaryDirectory() as nowhere:  # it wants a cache, and the user's may be read-only
                 builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
         except (OSError, ValueError, DatasetsError) as error:
-            what = " ".join(str(error).split())
-            raise UserError(f"{place}: {what} (is every file there that its README.md names?)") from None
+            raise UserError(f"{place}: {in_one_line(error)} (is every file there that its README.md names?)") from None
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
     if wrong := [file.name for file in files if file.suffix not in (".jsonl", ".json", ".parquet")]:
@@ -183,6 +166,15 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
     return files
 
 
+@contextmanager
+def parquet_file(file: Path) -> Iterator[pa.parquet.ParquetFile]:
+    try:
+        with pa.parquet.ParquetFile(file) as parquet:
+            yield parquet
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not a readable Parquet file: {in_one_line(error)}") from None
+
+
 def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL, JSON or Parquet file, each with where it stands; never the whole file in memory, but for
     JSON that is one list.
@@ -191,25 +183,19 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
         UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing.
     """
     if file.suffix == ".parquet":
-        try:
-            with pa.parquet.ParquetFile(file) as parquet:
-                number = 0
-                _columns_there(f"{file}", parquet.schema_arrow.names, columns)
-                for batch in parquet.iter_batches(ROWS, columns=list(columns) or None):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file}, row {number}", row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+        with parquet_file(file) as parquet:
+            check_columns(f"{file}", parquet.schema_arrow.names, columns)
+            batches, number = parquet.iter_batches(ROWS, columns=list(columns) or None), 0
+            try:
+                for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                    yield f"{file}, row {number}", row
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
         return
     with open(file, "rb") as opened:
-        is_list = file.suffix == ".json" and opened.read(1) == b"["
-        opened.seek(0)
-        if is_list:
-            items = enumerate(_json(f"{file}", opened.read()), 1)
-            yield from _objects(((f"{file}, item {n}", item) for n, item in items), columns)
+        if file.suffix == ".json" and opened.peek(1)[:1] == b"[":
+            items = enumerate(parse_json(f"{file}", opened.read()), 1)
+            yield from check_objects(((f"{file}, item {n}", item) for n, item in items), columns)
         else:
             yield from read_lines(f"{file}", opened, columns)
 
@@ -217,34 +203,42 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
 def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The objects of JSON Lines, which end at \\n alone: U+2028 may stand inside a string. Errors as `read_file`."""
     places = ((f"{name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
-    yield from _objects(((where, _json(where, line)) for where, line in places), columns)
+    yield from check_objects(((where, parse_json(where, line)) for where, line in places), columns)
 
 
-def _objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
+def check_objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-        _columns_there(where, row, columns)
+        check_columns(where, row, columns)
         yield where, row
 
 
-def _json(where: str, line: bytes):
+def parse_json(where: str, text: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8").rstrip())
+        return json.loads(text.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" * (b"\n" in line.strip())
+        where += f", line {error.lineno}" * (b"\n" in text.strip())
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
         raise UserError(f"{where}: not valid JSON ({error})") from None
 
 
-def _columns_there(where: str, found: Iterable[str], columns: Sequence[str]) -> None:
+def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> None:
     for column in columns:
         if column not in found:
             close = nearest(column, found).partition("; known")[0]
             raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}")
+
+
+def count_rows(file: Path) -> int:
+    if file.suffix == ".parquet":
+        with parquet_file(file) as parquet:
+            return parquet.metadata.num_rows
+    with open(file, "rb") as opened:
+        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
 
 
 def benchmark_files(spec: dict) -> list[str]:
@@ -300,7 +294,7 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
                 raise UserError(f"{path} holds no {file}")
             lines = tar.extractfile(member).read().split(b"\n")
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged: {in_one_line(error)}") from None
     yield from read_lines(f"{spec['archive']}, {member.name}", lines)
 
 
@@ -333,13 +327,3 @@ def benchmark_items(settings: Settings) -> list[tuple[str, str]]:
                 "benchmarks, --overlap none does without the check"
             ) from None
     return items
-
-
-def count_rows(file: Path) -> int:
-    if file.suffix == ".parquet":
-        try:
-            return pa.parquet.read_metadata(file).num_rows
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from None
-    with open(file, "rb") as opened:
-        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))

@@ -1,15 +1,18 @@
 """Thai text: one spelling for training and evaluation, and which texts share a passage."""
 
 import re
-import unicodedata
-from functools import lru_cache
+from collections import defaultdict
 
-import numpy as np
 from pythainlp.util import remove_zw, reorder_vowels
 
 # Lost bytes; Thai in UTF-8 that was once read as Latin-1; half of a surrogate pair, as "\\ud83d" in JSON.
 GARBLED = re.compile("\ufffd|à[¸¹]|[\ud800-\udfff]")
-WINDOW = 50  # characters without spaces and punctuation: 13 Thai words (3.7 to 5.5 characters each) at the least
+MARKS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"  # Thai vowels and tone marks above and below: no letters for Unicode
+MARK = re.compile(f"[{MARKS}]")
+THAI = re.compile("[\u0e01-\u0e3a\u0e40-\u0e4e]")  # letters and marks
+IGNORED = re.compile(f"[^\\w{MARKS}]|[_\U00010000-\U0010ffff]")  # of a passage: all but letters, digits and Thai marks
+WINDOW = 50  # characters of a passage: 13 Thai words (3.7 to 5.5 characters each) at the least
+BLOCK = WINDOW // 2
 
 
 def normalise(text: str) -> str:
@@ -23,27 +26,9 @@ def normalise(text: str) -> str:
     return text
 
 
-_LETTERS = np.array(  # Thai vowels and tone marks above and below are marks, not letters
-    [chr(c).isalnum() or (0x0E00 < c < 0x0E80 and unicodedata.category(chr(c)) == "Mn") for c in range(0x10000)]
-)
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
-
-
-@lru_cache(maxsize=1)
-def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    inverse = pow(_BASE, -1, 2**64)
-    return tuple(np.cumprod(np.array([1] + [base] * (count - 1), np.uint64)) for base in (_BASE, inverse))
-
-
-_ALPHA = _LETTERS & ~np.array([unicodedata.category(chr(c))[0] == "N" for c in range(0x10000)])
-
-
 def count_letters(text: str) -> tuple[int, int]:
     """How many Thai letters and marks a text has, and how many letters and marks in all."""
-    codes = _codes(text)
-    codes = codes[codes < 0x10000]
-    codes = codes[_ALPHA[codes]]
-    return int(((codes >= 0x0E00) & (codes < 0x0E80)).sum()), len(codes)
+    return len(THAI.findall(text)), sum(map(str.isalpha, text)) + len(MARK.findall(text))
 
 
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
@@ -67,56 +52,41 @@ def is_thai(reply: str) -> bool | None:
     return thai >= THAI_SHARE * letters
 
 
-def squash(text: str) -> np.ndarray:
-    """The letters, digits and Thai marks of a text, in one spelling, as code points: what overlap is judged on."""
-    codes = _codes(text.lower())
-    codes = codes[codes < 0x10000]
-    # normalised last: what stood between a letter and its marks, as in text from a PDF, is gone by then
-    return _codes(normalise(codes[_LETTERS[codes]].tobytes().decode("utf-32-le")))
-
-
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def window_hashes(codes: np.ndarray) -> np.ndarray:
-    """A hash of each WINDOW characters in a row: polynomial, modulo 2**64, all from one prefix sum (Rabin and Karp)."""
-    up, down = _powers(1 << max(16, len(codes).bit_length()))
-    prefix = np.concatenate(([np.uint64(0)], np.cumsum(codes * up[: len(codes)], dtype=np.uint64)))
-    return (prefix[WINDOW:] - prefix[:-WINDOW]) * down[: max(len(codes) - WINDOW + 1, 0)]
+def squash(text: str) -> str:
+    """The letters, digits and Thai marks of a text, in one spelling: what overlap is judged on."""
+    # The spelling comes last: only now do a letter and its marks, parted by spaces in text from a PDF, stand together.
+    return normalise(IGNORED.sub("", text.lower()))
 
 
 class Overlap:
     """Finds a text's first WINDOW characters in a row that also stand in a benchmark item.
 
-    Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. A hash that is
-    found is compared as text, so that there are no false hits.
+    Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. The items are
+    cut into blocks of BLOCK characters, one after the other. Any WINDOW characters of an item hold a whole block, which
+    begins among the first BLOCK of them: a text is compared with an item only around a block that it has.
     """
 
     def __init__(self, items: list[tuple[str, str]]):
         self.names = [name for name, _ in items]
-        texts = [squash(text) for _, text in items]
-        self.short = sum(len(text) < WINDOW for text in texts)  # cannot be looked for
-        hashes = [window_hashes(text) for text in texts]
-        self.text = np.concatenate([*texts, np.zeros(0, np.uint32)])
-        starts = np.cumsum([0, *map(len, texts)])[:-1]
-        where = [np.arange(len(h)) + start for h, start in zip(hashes, starts, strict=True)]
-        item = [np.full(len(h), i) for i, h in enumerate(hashes)]
-        self.hashes, first = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]), return_index=True)
-        self.where = np.concatenate([*where, np.zeros(0, int)])[first]
-        self.item = np.concatenate([*item, np.zeros(0, int)])[first]
-        self.filter = np.zeros(1 << 24, bool)  # by a hash's high bits: most windows need no search
-        self.filter[self.hashes >> np.uint64(40)] = True
+        self.texts = [squash(text) for _, text in items]
+        self.short = sum(len(text) < WINDOW for text in self.texts)  # cannot be looked for
+        self.blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)  # block -> number of the item, place in it
+        for number, text in enumerate(self.texts):
+            for place in range(0, len(text) - BLOCK + 1, BLOCK):
+                self.blocks[text[place : place + BLOCK]].append((number, place))
 
     def find(self, text: str) -> tuple[str, str] | None:
-        """The item, and the shared characters."""
-        codes = squash(text)
-        hashes = window_hashes(codes)
-        maybe = np.flatnonzero(self.filter[hashes >> np.uint64(40)])
-        at = np.searchsorted(self.hashes, hashes[maybe])
-        for i, j in zip(maybe, at, strict=True):
-            if j < len(self.hashes) and self.hashes[j] == hashes[i]:
-                window = codes[i : i + WINDOW]
-                if np.array_equal(window, self.text[self.where[j] : self.where[j] + WINDOW]):
-                    return self.names[self.item[j]], window.tobytes().decode("utf-32-le")
-        return None
+        """The first item that has them, and the shared characters; None without any."""
+        text = squash(text)
+        first = (len(text), 0)  # where the shared characters begin, number of the item
+        for at in range(len(text) - BLOCK + 1):
+            if at >= first[0] + BLOCK:
+                break  # what this block could find begins later
+            for number, place in self.blocks.get(text[at : at + BLOCK], ()):
+                for before in range(min(BLOCK - 1, at, place), -1, -1):
+                    window = text[at - before : at - before + WINDOW]
+                    if len(window) == WINDOW and self.texts[number].startswith(window, place - before):
+                        first = min(first, (at - before, number))
+                        break
+        start, number = first
+        return (self.names[number], text[start : start + WINDOW]) if start < len(text) else None

@@ -282,7 +282,7 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
             raise UserError(f"paths: {task}={local}: no such file or folder")
         files = split_files(Path(local), None, "train")
     elif "source" in spec:
-        files = spec["source"].part("held_out")
+        files = spec["source"].files["held_out"]
     else:
         (file,) = benchmark_files(spec)
         files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
