@@ -195,7 +195,9 @@ def taught(words, answers) -> LlamaForCausalLM:
 
 def planted(name: str, items: list[dict]) -> benchmarks.Task:
     spec = benchmarks.table()["tasks"][name]
-    return benchmarks.Task(name, spec, items, [benchmarks.render(item, spec) for item in items], {"revision": None})
+    return benchmarks.Task(
+        name, spec, items, [benchmarks.item_prompts(item, spec) for item in items], {"revision": None}
+    )
 
 
 def numbers_of(model, words, task) -> dict:
@@ -443,7 +445,7 @@ def test_the_gap_between_languages_is_printed_from_the_items_of_both(study, tmp_
     found = rows_after(capsys.readouterr().out, "belebele, English - Thai on the same questions")
     for depth, line in zip((1, 2), found[1:], strict=False):
         files = [tmp_path / f"results/base-fp32/belebele_{name}-ut{depth}.items.jsonl" for name in ("thai", "english")]
-        pairs = benchmarks.pairs(*([json.loads(x) for x in f.read_text().splitlines()] for f in files))
+        pairs = benchmarks.language_pairs(*([json.loads(x) for x in f.read_text().splitlines()] for f in files))
         gap, low, high = benchmarks.paired_gap(pairs)
         means = [f"{sum(pair[i] for pair in pairs) / 9:.1%}" for i in (1, 0)]
         assert line == ["base-fp32", str(depth), "9", *means, f"{gap:+.1%}", f"{low:+.1%}", "–", f"{high:+.1%}"]

@@ -239,7 +239,7 @@ def check_benchmarks(run: Resolved) -> str:
         if not {task, name} & s.paths.keys() and on_hub(name, s) is None:
             said.append(f"{task} to be downloaded")
         elif spec["protocol"] != "mt_bench":  # which judge.py reads
-            said.append(f"{task} {len(load(task, spec, s))} items")
+            said.append(f"{task} {len(load(task, s))} items")
     return ", ".join(said)
 
 

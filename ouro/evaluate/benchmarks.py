@@ -1,9 +1,9 @@
 """What is asked and how answers are read: items of the benchmarks, prompts, parsers, accuracies. No model in here.
 
-    python -c "import benchmarks as b; t = b.table()['tasks']['thai_exam']; print(b.load('thai_exam', t)[0])"
+    python -c "from ouro.evaluate import benchmarks; print(benchmarks.load('thai_exam')[0])"
 
-configs/evals.yaml says what there is. A question is a list of (prompt, continuations), whose log-probabilities
-evaluate.py finds; `choose` makes them into one score a letter and one prediction.
+configs/evals.yaml says what there is. An item is asked by a list of (prompt, continuations), whose log-probabilities
+scoring.py finds; `choose` makes them into one score a letter and one prediction.
 """
 
 import hashlib
@@ -35,6 +35,9 @@ LETTERS = "abcde"
 PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
+FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
+ANSWER = r"\(([1-5])\)"
+Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Task:
     name: str
     spec: dict
     items: list[dict]
-    prompts: list[list[tuple[str, list[str]]]]  # of each item, as `render` makes them; none for texts
+    prompts: list[list[tuple[str, list[str]]]]  # of each item, as `item_prompts` makes them; none for texts
     benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
     skipped: int = 0  # empty texts
 
@@ -64,13 +67,13 @@ def table() -> dict[str, dict]:
     return read_yaml(EVALS)
 
 
-def subset_names(text: str | None, tasks: dict) -> list[str]:
+def subset_names(text: str | None, specs: list[dict]) -> list[str]:
     """The subsets that a comma-separated list names; a task of none of them is scored on all of its own.
 
     Raises:
         UserError: one that no task has.
     """
-    known = {s: 1 for spec in tasks for s in table()["benchmarks"][spec["benchmark"]].get("subsets", ())}
+    known = {s: 1 for spec in specs for s in table()["benchmarks"][spec["benchmark"]].get("subsets", ())}
     names = [name for name in (text or "").split(",") if name]
     for name in names:
         if name not in known:
@@ -95,13 +98,18 @@ def task_names(text: str, tasks: dict) -> list[str]:
     return names
 
 
-def row_of(task: str, spec: dict, settings: Settings) -> dict:
+# ----------------------------------------------------------------------------------------------------------------------
+# Items
+
+
+def row_of(task: str, settings: Settings) -> dict:
     """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
     are read at that one; None for a local copy.
 
     Raises:
         UserError: no network and no copy.
     """
+    spec = table()["tasks"][task]
     name = spec["benchmark"]
     row = table()["benchmarks"][name] | {"name": name}
     if "subsets" in spec:
@@ -115,7 +123,7 @@ def row_of(task: str, spec: dict, settings: Settings) -> dict:
 
 
 def load(
-    task: str, spec: dict, settings: Settings | None = None, limit: int | None = None, subsets: Iterable[str] = ()
+    task: str, settings: Settings | None = None, limit: int | None = None, subsets: Iterable[str] = ()
 ) -> list[dict]:
     """The items of a task: {id, subset, …}, in the spelling that the settings say. `limit`: the first of each subset.
 
@@ -123,14 +131,14 @@ def load(
         UserError: no such file or folder, an item that is not one of this benchmark.
     """
     settings = settings or Settings()
-    return read(task, row_of(task, spec, settings), settings, limit, subsets)[0]
+    return read(task, row_of(task, settings), settings, limit, subsets)[0]
 
 
 def read(
     task: str, benchmark: dict, settings: Settings, limit: int | None = None, subsets: Iterable[str] = ()
 ) -> tuple[list[dict], int]:
     """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
-    name = benchmark["name"]
+    name, skipped = benchmark["name"], 0
     local, normalised = settings.paths.get(name), settings.normalise_thai
     if "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
@@ -140,10 +148,14 @@ def read(
                 f"paths: {name}={local}: no {', '.join(s for s in chosen if s not in there)} in it; "
                 f"--subsets {','.join(there)} scores what is there, and the results say so"
             )
-        return load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised), 0
-    if "exams" in benchmark:
-        return load_exams(name, benchmark, local, limit, normalised), 0
-    return load_texts(task, benchmark, settings, limit)
+        items = load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised)
+    elif "exams" in benchmark:
+        items = load_exams(name, benchmark, local, limit, normalised)
+    else:
+        items, skipped = load_texts(task, benchmark, settings, limit)
+    if not items:
+        raise UserError(f"{settings.paths.get(task) or local or benchmark.get('hub_id', name)}: no items of {task}")
+    return items, skipped
 
 
 def miscounted(items: list[dict], benchmark: dict) -> str:
@@ -175,35 +187,34 @@ def load_items(
             if rows and not any(column in row for _, row in rows):
                 raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
         rows.sort(key=lambda pair: [str(pair[1].get(column)) for column in columns.get("order", ())])
-        for number, (where, row) in enumerate(rows, 1):
-            used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
-            texts = {column: text_of(row.get(column), column, where) for column in (*used, *columns["options"])}
-            for column in used:
-                if not texts[column].strip():
-                    raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
-            found = zip(LETTERS, (texts[column] for column in columns["options"]), strict=False)
-            options = {letter: spell(text) for letter, text in found if text.strip()}
-            gold = texts[columns["answer"]]
-            if gold.isdecimal():
-                gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
-            if len(options) < 2 or gold not in options:
-                raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
-            items.append(
-                {"id": f"{subset}-{number}", "subset": subset, "passage": spell(texts.get(columns.get("passage"), "")),
-                 "question": spell(texts[columns["question"]]), "options": options, "gold": gold}
-            )  # fmt: skip
-            if number == limit:
-                break
-    if not items:
-        raise UserError(f"{local or spec['hub_id']}: no items of {name}")
+        for number, (where, row) in enumerate(rows[:limit], 1):
+            item = read_item(row, columns, where)
+            texts = {key: spell(item[key]) for key in ("passage", "question")}
+            options = {letter: spell(text) for letter, text in item["options"].items()}
+            items.append({"id": f"{subset}-{number}", "subset": subset} | item | texts | {"options": options})
     return items
 
 
-def text_of(value: object, column: str, where: str) -> str:
-    """A text or number of a row; null is an empty text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
-        raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
-    return "" if value is None else str(value)
+def read_item(row: dict, columns: dict, where: str) -> dict:
+    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`."""
+    used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
+    texts = {}
+    for column in (*used, *columns["options"]):
+        value = row.get(column)
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+            raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
+        texts[column] = "" if value is None else str(value)
+        if column in used and not texts[column].strip():
+            raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
+    options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
+    options = {letter: text for letter, text in options.items() if text.strip()}
+    gold = texts[columns["answer"]]
+    if gold.isdecimal():
+        gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
+    if len(options) < 2 or gold not in options:
+        raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
+    return {"passage": texts.get(columns.get("passage"), ""), "question": texts[columns["question"]],
+            "options": options, "gold": gold}  # fmt: skip
 
 
 def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
@@ -230,8 +241,6 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         question, options = (spell(str(row[key]).replace("\t", " ").strip()) for key in ("instruction", "input"))
         items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "question": question, "options": options,
                       "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
-    if not items:
-        raise UserError(f"{local or spec['hub_id']}: no items of {name} that one choice answers")
     return items
 
 
@@ -250,22 +259,6 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
     if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
         raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")
     return shots
-
-
-FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")
-ANSWER = r"\(([1-5])\)"
-
-
-def parse_choice(reply: str) -> str | None:
-    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none."""
-    reply = reply.strip()
-    reply = {"entailment": "(1)", "neutral": "(2)", "contradiction": "(3)"}.get(reply, reply)
-    for phrase in ("คำตอบที่ถูกต้องคือ", "คำตอบคือ", "ตอบว่า:"):
-        if phrase in reply:
-            reply = reply.split(phrase)[-1]
-            break
-    found = re.search(ANSWER, reply)
-    return found and found[1]
 
 
 def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
@@ -287,7 +280,7 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
         (file,) = benchmark_files(spec)
         files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
     take, columns = (None, []) if local else (spec["take"], [key])
-    step = max(1, sum(map(count_rows, files)) / take) if take else 1
+    step = max(1, sum(map(count_rows, files)) / take) if take else 1  # rows from one text to the next, a fraction
     rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
     sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
     items, empty = [], []
@@ -304,46 +297,58 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
             f"{empty[0]}: no text in {key!r}, like {len(empty)} of {len(items) + len(empty)} rows; more than "
             f"max_empty_share = {settings.max_empty_share:g}"
         )
-    if not items:
-        raise UserError(f"{local or task}: no rows")
     return items, len(empty)
 
 
-def listing(item: dict, spec: dict, turn: int = 0) -> str:
-    """The item's options a line each, the texts moved on by `turn` places below the letters that stay."""
-    letters = list(item["options"])
-    texts = [item["options"][letters[(i + turn) % len(letters)]] for i in range(len(letters))]
-    lines = zip(letters, texts, strict=True)
-    return "\n".join(spec["option"].format(letter=shown(letter, spec), text=text) for letter, text in lines)
+def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
+    """A text as (tokens, where the scored ones begin): each is scored once, after at least window - stride others where
+    there are so many; the first ones after `prefix`."""
+    ids = prefix + tokens
+    if len(ids) <= window:
+        return [(ids, len(prefix))]
+    pieces, done = [(ids[:window], len(prefix))], window
+    while done < len(ids):
+        end = min(done + stride, len(ids))
+        start = max(end - window, 0)
+        pieces.append((ids[start:end], done - start))
+        done = end
+    return pieces
 
 
-def shown(letter: str, spec: dict) -> str:
-    return spec.get("letters", LETTERS)[LETTERS.index(letter)]
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts and predictions
 
 
-def prompt(item: dict, spec: dict, options: str) -> str:
-    return spec["prompt"].format(passage=item.get("passage"), question=item["question"], options=options)
-
-
-def labels(item: dict, spec: dict) -> list[str]:
-    """The letters that are scored: the options', or all."""
-    return list(LETTERS) if spec.get("labels") == "all" else list(item["options"])
-
-
-def render(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[str, list[str]]]:
+def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[str, list[str]]]:
     """What is asked about an item: for each prompt, the continuations that stand for its letters, in their order.
 
     ours: a prompt for each rotation of the options, and the options' texts after each. labels: one, and the letters.
     generate: one, and nothing.
     """
+
+    def shown(letter: str) -> str:  # HELM's letters are capitals
+        return spec.get("letters", LETTERS)[LETTERS.index(letter)]
+
+    def question(item: dict, turn: int = 0) -> str:
+        """The prompt of an item, the options' texts moved on by `turn` places below the letters that stay."""
+        letters, texts = list(item["options"]), list(item["options"].values())
+        pairs = zip(letters, texts[turn:] + texts[:turn], strict=True)
+        options = "\n".join(spec["option"].format(letter=shown(letter), text=text) for letter, text in pairs)
+        return spec["prompt"].format(passage=item.get("passage"), question=item["question"], options=options)
+
     if spec["protocol"] == "ours":
         texts = [f" {text}" for text in item["options"].values()]
-        return [(prompt(item, spec, listing(item, spec, turn)), texts) for turn in range(len(item["options"]))]
+        return [(question(item, turn), texts) for turn in range(len(texts))]
     if spec["protocol"] == "generate":
-        return [(prompt(item, spec, item["options"]), [])]
-    examples = [f"{prompt(i, spec, listing(i, spec))} {shown(i['gold'], spec)}\n\n" for i in shots]
-    text = spec.get("instructions", "") + "".join(examples) + prompt(item, spec, listing(item, spec))
-    return [(text, [f" {shown(letter, spec)}" for letter in labels(item, spec)])]
+        return [(spec["prompt"].format(question=item["question"], options=item["options"]), [])]
+    examples = [f"{question(shot)} {shown(shot['gold'])}\n\n" for shot in shots]
+    text = spec.get("instructions", "") + "".join(examples) + question(item)
+    return [(text, [f" {shown(letter)}" for letter in scored_letters(item, spec)])]
+
+
+def scored_letters(item: dict, spec: dict) -> list[str]:
+    """The letters whose scores are compared: the options', or with `labels: all` also those of no option."""
+    return list(LETTERS) if spec.get("labels") == "all" else list(item["options"])
 
 
 def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str, float], str]:
@@ -351,7 +356,7 @@ def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str,
 
     Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter.
     """
-    letters = labels(item, spec)
+    letters = scored_letters(item, spec)
     if spec["protocol"] == "ours":
         texts = list(item["options"].values())
         scores = [[value / len(text) for value, text in zip(row, texts, strict=True)] for row in scores]
@@ -363,41 +368,37 @@ def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str,
     return by_letter, max(letters, key=rank)
 
 
-def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small n)."""
-    p, shrink = successes / trials, 1 + z * z / trials
-    centre = (p + z * z / (2 * trials)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def parse_choice(reply: str) -> str | None:
+    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none."""
+    reply = reply.strip()
+    reply = {"entailment": "(1)", "neutral": "(2)", "contradiction": "(3)"}.get(reply, reply)
+    for phrase in ("คำตอบที่ถูกต้องคือ", "คำตอบคือ", "ตอบว่า:"):
+        if phrase in reply:
+            reply = reply.split(phrase)[-1]
+            break
+    found = re.search(ANSWER, reply)
+    return found and found[1]
 
 
-def chance_of(item: dict, spec: dict) -> float:
-    return 1 / {"options": len(item["options"]), "labels": len(LETTERS), "exams": item.get("choices")}[spec["chance"]]
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers of a result
 
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
     """Accuracy with its interval, beside what guessing and always answering the commonest letter would reach."""
-    hits = [float(item["gold"] == p) for item, p in zip(items, predictions, strict=True)]
-    n, value = len(hits), math.fsum(hits) / len(hits)
-    subsets = {}
-    for subset in dict.fromkeys(item["subset"] for item in items):
-        own = [i for i, item in enumerate(items) if item["subset"] == subset]
-        subsets[subset] = {
-            "value": math.fsum(hits[i] for i in own) / len(own),
-            "items": len(own),
-            "chance": math.fsum(chance_of(items[i], spec) for i in own) / len(own),
-            "majority": majority([items[i] for i in own]),
-        }
+    pairs = list(zip(items, predictions, strict=True))
+    whole = shares(pairs, spec)
+    subsets = {
+        subset: shares([pair for pair in pairs if pair[0]["subset"] == subset], spec)
+        for subset in dict.fromkeys(item["subset"] for item in items)
+    }
     means = {
         key: macro({subset: row[key] for subset, row in subsets.items()}) for key in ("value", "chance", "majority")
     }
-    return {
-        "items": n,
-        "value": value,
-        "ci95": list(wilson(sum(hits), n)),
+    n, value = whole["items"], whole["value"]
+    return whole | {
+        "ci95": list(wilson(sum(item["gold"] == prediction for item, prediction in pairs), n)),
         "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
-        "chance": math.fsum(chance_of(item, spec) for item in items) / n,
-        "majority": majority(items),
         "macro": means["value"],
         "macro_chance": means["chance"],
         "macro_majority": means["majority"],
@@ -407,9 +408,17 @@ def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> di
     }
 
 
-def majority(items: list[dict]) -> float:
-    """What always answering the commonest letter reaches."""
-    return Counter(item["gold"] for item in items).most_common(1)[0][1] / len(items)
+def shares(pairs: list[tuple[dict, str | None]], spec: dict) -> dict:
+    """Of (item, prediction): the share of right ones, of guesses that would be, and of the commonest right answer."""
+    n = len(pairs)
+    options = {"options": lambda item: len(item["options"]), "labels": lambda item: len(LETTERS),
+               "exams": lambda item: item["choices"]}[spec["chance"]]  # fmt: skip
+    return {
+        "value": math.fsum(item["gold"] == prediction for item, prediction in pairs) / n,
+        "items": n,
+        "chance": math.fsum(1 / options(item) for item, _ in pairs) / n,
+        "majority": Counter(item["gold"] for item, _ in pairs).most_common(1)[0][1] / n,
+    }
 
 
 def macro(by_subset: dict[str, float]) -> float:
@@ -420,7 +429,14 @@ def macro(by_subset: dict[str, float]) -> float:
     return math.fsum(math.fsum(group) / len(group) for group in groups.values()) / len(groups)
 
 
-def pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, which Brown, Cai and DasGupta (2001) recommend for few trials."""
+    from scipy.stats import binomtest  # takes a second to import, which training's start would have to wait for
+
+    return tuple(map(float, binomtest(successes, trials).proportion_ci(0.95, "wilson")))
+
+
+def language_pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
     """Whether each question that both have was answered rightly (in Thai, in English), from the lines of items.jsonl.
     The number after the "-" of an id is the question's.
 
@@ -438,14 +454,14 @@ def pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, boo
 
 
 def paired_gap(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
-    """English - Thai accuracy with its 95 % interval, of what `pairs` gives.
+    """English - Thai accuracy with its 95 % interval, of what `language_pairs` gives.
 
     Bonett and Price (2012): Wald's interval after one more disagreement of either kind, which covers in small samples.
     """
-    n, z = len(pairs), 1.959964
+    n = len(pairs)
     gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return (gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
@@ -455,21 +471,7 @@ def bits_per_character(bits: list[float], characters: list[int]) -> dict:
     value = math.fsum(bits) / total
     rest = math.fsum((b - value * c) ** 2 for b, c in zip(bits, characters, strict=True))
     stderr = math.sqrt(rest * n / (n - 1)) / total if n > 1 else None
-    interval = [value - 1.959964 * stderr, value + 1.959964 * stderr] if n > 1 else [value, value]
+    interval = [value - Z * stderr, value + Z * stderr] if n > 1 else [value, value]
     return {"items": n, "value": value, "ci95": interval, "stderr": stderr, "chance": None, "majority": None,
             "macro": None, "macro_chance": None, "macro_majority": None, "subsets": {}, "predicted": None,
             "unparsed": 0}  # fmt: skip
-
-
-def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
-    """A text as (tokens, where the scored ones begin): each is scored once, after at least window - stride others where
-    there are so many; the first ones after `prefix`."""
-    ids = prefix + tokens
-    if len(ids) <= window:
-        return [(ids, len(prefix))]
-    pieces, done = [(ids[:window], len(prefix))], window
-    while done < len(ids):
-        end = min(done + stride, len(ids))
-        pieces.append((ids[max(end - window, 0) : end], done - max(end - window, 0)))
-        done = end
-    return pieces

@@ -99,7 +99,7 @@ def print_gaps(rows: list[tuple[str, int, list[dict], list[dict]]]) -> None:
     print(f"  {'':<{width}} loops questions   English      Thai       gap     95 % interval")
     for run, depth, thai, english in rows:
         try:
-            pairs = benchmarks.pairs(thai, english)
+            pairs = benchmarks.language_pairs(thai, english)
         except ValueError as error:
             print(f"  warning: {run} at {depth} loops: {error}")
             continue

@@ -23,7 +23,7 @@ DENSE_BATCH = 8  # conversations that a baseline continues together
 
 def load_task(name: str, settings: Settings, limit: int | None, subsets: list[str]) -> Task:
     spec, prompts, skipped = benchmarks.table()["tasks"][name], [], 0
-    benchmark = benchmarks.row_of(name, spec, settings)
+    benchmark = benchmarks.row_of(name, settings)
     local = settings.paths.get(spec["benchmark"])
     if spec["protocol"] == "mt_bench":
         items = judge.load_questions(spec["benchmark"], benchmark, local, limit, settings.normalise_thai)
@@ -31,7 +31,7 @@ def load_task(name: str, settings: Settings, limit: int | None, subsets: list[st
         items, skipped = benchmarks.read(name, benchmark, settings, limit, subsets)
     if spec["protocol"] in ("ours", "labels", "generate"):
         shots = benchmarks.load_shots(spec, benchmark, settings, dict.fromkeys(item["subset"] for item in items))
-        prompts = [benchmarks.render(item, spec, shots.get(item["subset"], ())) for item in items]
+        prompts = [benchmarks.item_prompts(item, spec, shots.get(item["subset"], ())) for item in items]
     if skipped:
         print(f"  warning: {name}: {skipped} empty texts are left out")
     wrong = None if limit or subsets or local else benchmarks.miscounted(items, benchmark)
