@@ -1,6 +1,7 @@
 """The one settings layer.
 
     python train_qlora.py --config configs/default.yaml --exp exp2-wangchan-ut1 --learning_rate 1e-4
+    python -m ouro.settings        # all of them as a Markdown table, for docs/
 
 Order, the later one wins: the defaults below, the --config file, the experiment's row in configs/experiments.yaml, the
 environment (CONFIG, OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS), the command line. Names are those of TRL's SFTConfig and
@@ -8,18 +9,17 @@ PEFT's LoraConfig wherever the setting exists there.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
+import math
 import os
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro.files import ROOT, Parser, UserError, nearest, read_yaml
-
-import yaml
+from ouro.files import ROOT, Parser, UserError, call, nearest, read_yaml
 
 REVISIONS = {
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
@@ -30,27 +30,19 @@ EXPERIMENTS, DATASETS, EVALS = (CONFIGS / name for name in ("experiments.yaml", 
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
 
 
-def setting(
-    default,
-    text: str,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    one_of: tuple = (),
-    or_number: bool = False,
-    but_not: float | None = None,
-    changes: str = "learning",
-):
-    """A field of Settings. changes: what another value makes of a run.
+LIMITS = {"at_least": -math.inf, "at_most": math.inf, "but_not": None, "one_of": (), "or_number": False}
 
+
+def setting(default, text: str, changes: str = "learning", **limits):
+    """A field of Settings; `limits` as in LIMITS: the bounds of a number, or the choices of a text.
+
+    changes: what another value makes of a run.
     learning: other numbers are learnt, so the run is neither continued under it nor compared with others;
     run: its folder would hold another record, or the same numbers but for rounding: not continued, but compared;
     nothing: it may differ.
     """
-    metadata = {"help": text, "at_least": at_least, "at_most": at_most, "one_of": one_of, "or_number": or_number}
-    metadata |= {"but_not": but_not, "changes": changes}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": text, "changes": changes} | LIMITS | limits
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
 run_setting = functools.partial(setting, changes="run")
@@ -63,13 +55,11 @@ class Settings:
     model_name_or_path: str = setting("ByteDance/Ouro-2.6B", "Hub id or folder of an Ouro checkpoint")
     model_revision: str | None = setting(None, "commit of the checkpoint; none: the pinned one")
     total_ut_steps: int = setting(4, "loops in training", at_least=1)
-    loss: str = setting(
-        "last", "which loops' logits are trained, see ouro/model/modeling_ouro.py", one_of=("last", "mixture", "all")
-    )
+    loss: str = setting("last", "which loops' logits are trained", one_of=("last", "mixture", "all"))
     use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
     frozen_weights: str = setting(
         "auto",
-        "auto: as use_qlora says; fp8: bf16 LoRA beside weights in e4m3, Hopper and later",
+        "fp8: bf16 LoRA beside weights in e4m3 (Hopper and later); auto: as use_qlora says",
         one_of=("auto", "fp8"),
     )
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
@@ -85,19 +75,13 @@ class Settings:
     )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
-    dataset_path: str | None = run_setting(
-        None, "folder or file (JSONL, Parquet) to read in place of the dataset's Hub id"
-    )
-    paths: dict = run_setting(
-        {}, "the same for several at once, name=folder for datasets and benchmarks; adds to a config's"
-    )
+    dataset_path: str | None = run_setting(None, "folder or file (JSONL, Parquet) in place of the dataset's Hub id")
+    paths: dict = run_setting({}, "the same for several: name=folder of datasets and benchmarks; adds to a config's")
     system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
     normalise_thai: bool = setting(
-        True, "remove zero-width characters, compose sara am, order tone marks; in training and evaluation alike"
+        True, "drop zero-width characters, compose sara am, order tone marks; also in scoring"
     )
-    licence: str = setting(
-        "all", "which rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive")
-    )
+    licence: str = setting("all", "rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive"))
     overlap: str = setting(
         "thai_exam,openthaieval,mt_bench_thai",
         "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
@@ -111,46 +95,39 @@ class Settings:
         one_of=("drop", "truncate_prompt", "split", "truncate", "error"),
     )
     packing: bool = setting(
-        False,
-        "put several rows, apart in attention and positions, into one of max_length; false: batches of like length",
+        False, "several rows in one of max_length, apart in attention and positions; false: batches of like length"
     )
     cache_dir: str = free_setting("cache", "tokenised rows are kept here")
     # floors below which training is refused
     max_empty_share: float = run_setting(0.01, "more rows without question or answer: wrong columns", at_least=0)
     max_garbled_share: float = run_setting(0.01, "more rows with U+FFFD or mojibake: wrong encoding", at_least=0)
-    max_unbalanced_share: float = run_setting(
-        0.01, "more rows with <think> tags that do not pair: wrong format", at_least=0
-    )
+    max_unbalanced_share: float = run_setting(0.01, "more rows with unpaired <think> tags: wrong format", at_least=0)
     max_too_long_share: float = run_setting(0.2, "more rows dropped or cut by length: wrong max_length", at_least=0)
-    min_trained_share: float = run_setting(
-        0.02, "a smaller share of trained tokens: swapped columns or a mask", at_least=0
-    )
-    min_end_survival: float = run_setting(
-        0.99, "fewer answers trained up to their end: a model that cannot stop", at_least=0
-    )
+    min_trained_share: float = run_setting(0.02, "a smaller share of trained tokens: swapped columns", at_least=0)
+    min_end_survival: float = run_setting(0.99, "fewer answers trained to their end: a model cannot stop", at_least=0)
     # optimisation
     num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
-    per_device_train_batch_size: int = run_setting(1, "rows per GPU and forward pass", at_least=1, at_most=4096)
-    gradient_accumulation_steps: int = run_setting(
-        32, "forward passes per step, summed over all GPUs", at_least=1, at_most=10**5
-    )
+    per_device_train_batch_size: int = run_setting(1, "rows per GPU and pass", at_least=1, at_most=4096)
+    gradient_accumulation_steps: int = run_setting(32, "passes a step, of all GPUs together", at_least=1, at_most=10**5)
     learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
-    lr_scheduler_type: str = setting("cosine", "as in transformers")
+    lr_scheduler_type: str = setting(
+        "cosine", "the learning rate after its rise", one_of=("cosine", "linear", "constant", "constant_with_warmup")
+    )
     warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none", at_least=0)
-    optim: str = setting("paged_adamw_8bit", "as in transformers")
+    optim: str = setting(
+        "paged_adamw_8bit", "optimizer", one_of=("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
+    )
     activation_checkpointing: str = run_setting(
         "auto",
-        "layers recomputed in the backward pass, for less memory and more time: none, all, so many; auto: as few as "
-        "the GPU's free memory allows by the estimate of ouro/model/cost.py",
+        "how many layers are recomputed in the backward pass, for less memory and more time; auto: as few as the GPU's "
+        "free memory allows by the estimate of ouro/model/cost.py",
         one_of=("auto", "none", "full"),
         or_number=True,
     )
-    torch_compile: bool = run_setting(
-        True, "translate layers and loss into fused kernels; needs a GPU and a C compiler"
-    )
+    torch_compile: bool = run_setting(True, "fuse layers and loss into kernels; needs a GPU and a C compiler")
     fsdp: bool = run_setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
     seed: int = run_setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
     deterministic: bool = run_setting(False, "the same bytes from the same command on a GPU, too; slower")
@@ -178,9 +155,7 @@ class Settings:
     output_dir: str = free_setting("output", "runs are written to OUTPUT_DIR/<experiment>")
     results_dir: str = free_setting("results", "scores are written to RESULTS_DIR/<experiment>")
     logging_steps: int = run_setting(10, "optimizer steps per line of metrics.jsonl", at_least=1)
-    report_to: str = free_setting(
-        "none", "where else the metrics go; needs that package", one_of=("none", "tensorboard", "wandb")
-    )
+    report_to: str = free_setting("none", "where else metrics go", one_of=("none", "tensorboard", "wandb"))
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=folder, …"}
@@ -207,45 +182,54 @@ class Resolved:
         return "\n".join(lines) + "\n"
 
 
+def choices(name: str) -> str:
+    """What a setting that has a list of values may be, as a text; of others ""."""
+    limits = FIELDS[name].metadata
+    return ", ".join((*limits["one_of"], "a number") if limits["or_number"] else limits["one_of"])
+
+
+def explained(name: str) -> str:
+    return FIELDS[name].metadata["help"] + (f"; one of {choices(name)}" if choices(name) else "")
+
+
+def converted(value: object, kind: type) -> object:
+    """`value` (from YAML, the environment or the command line) as a `kind`; any other exception means it is none."""
+    if type(value) in (type(None), bool, dict, list) and type(value) is not kind:
+        raise TypeError
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is dict:
+        return value if isinstance(value, dict) else dict(pair.split("=", 1) for pair in value.split(",") if pair)
+    if kind is int and not float(value).is_integer():
+        raise ValueError
+    return int(float(value)) if kind is int else kind(value)  # YAML reads 2e-4 as a text; float() takes both
+
+
 def parse(name: str, value: object, origin: str) -> object:
-    """`value` (from YAML, the environment or the command line) as the type of setting `name`.
+    """`value` as the type of setting `name`; of one that may be null, null, none and nothing are null.
 
     Raises:
-        UserError: not of that type, or outside the setting's range.
+        UserError: not of that type, or outside the setting's limits.
     """
-    kind, meta = TYPES[name], FIELDS[name].metadata
-    optional = isinstance(kind, types.UnionType)
-    if optional:
-        kind = typing.get_args(kind)[0]
-    wrong = UserError(f"{origin}: {name} must be {KINDS[kind]}{' or null' if optional else ''}, got {value!r}")
-    if value is None or (optional and value in ("null", "none", "")):
-        if optional:
-            return None
-        raise wrong
+    kind, *optional = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if optional and value in (None, "null", "none", ""):
+        return None
+    limits, refusal = FIELDS[name].metadata, None
     try:
-        if kind is bool:
-            result = {"true": True, "false": False}[str(value).lower()]
-        elif isinstance(value, bool) or (kind is not dict and isinstance(value, dict | list)):
-            raise wrong
-        elif kind is dict:
-            result = value if isinstance(value, dict) else dict(pair.split("=", 1) for pair in value.split(",") if pair)
-        elif kind is int:
-            result = int(float(value))
-            if result != float(value):
-                raise wrong
-        else:
-            result = kind(value)  # YAML reads 2e-4 as a string; float() does not mind
+        result = converted(value, kind)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        raise wrong from None
-    if meta["one_of"] and result not in meta["one_of"] and not (meta["or_number"] and result.isdecimal()):
-        choices = ", ".join((*meta["one_of"], "a number") if meta["or_number"] else meta["one_of"])
-        raise UserError(f"{origin}: {name} must be one of {choices}, got {result!r}")
-    if meta["at_least"] is not None and not result >= meta["at_least"]:  # `not >=` also refuses nan
-        raise UserError(f"{origin}: {name} must be at least {meta['at_least']}, got {result!r}")
-    if meta["at_most"] is not None and result > meta["at_most"]:
-        raise UserError(f"{origin}: {name} must be at most {meta['at_most']}, got {result!r}")
-    if result == meta["but_not"]:
-        raise UserError(f"{origin}: {name} must not be {result:g} ({meta['help']})")
+        result, refusal = value, f"be {KINDS[kind]}{' or null' if optional else ''}"
+    else:
+        if limits["one_of"] and result not in limits["one_of"] and not (limits["or_number"] and result.isdecimal()):
+            refusal = f"be one of {choices(name)}"
+        elif kind in (int, float) and not result >= limits["at_least"]:  # `not >=` also refuses nan
+            refusal = f"be at least {limits['at_least']}"
+        elif kind in (int, float) and result > limits["at_most"]:
+            refusal = f"be at most {limits['at_most']}"
+        elif result == limits["but_not"]:
+            refusal = f"not be {limits['but_not']} ({limits['help']})"
+    if refusal:
+        raise UserError(f"{origin}: {name} must {refusal}, got {result!r}")
     return result
 
 
@@ -269,10 +253,9 @@ def resolve(
     if add_options:
         add_options(parser)
     group = parser.add_argument_group("settings, see ouro/settings.py")
-    for name, field in FIELDS.items():
-        kind, default = getattr(TYPES[name], "__name__", "str"), getattr(Settings(), name)
-        choices = f"; one of {', '.join(field.metadata['one_of'])}" if field.metadata["one_of"] else ""
-        text = f"{field.metadata['help']}{choices} (default: {default})"
+    for name, default in vars(Settings()).items():
+        kind = getattr(TYPES[name], "__name__", "str")
+        text = f"{explained(name)} (default: {default})"
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.upper(), help=text)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -319,16 +302,14 @@ def resolve(
     return Resolved(Settings(**values), origins, run, config, options)
 
 
-def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
-    """By name, what config.yaml in a run's folder says and what is asked now, where they would train differently."""
-    used = {run.settings.dataset, *run.settings.overlap.split(",")}
+def table() -> str:
+    """All settings in Markdown, for docs/: name, default, meaning, what another value makes of a run."""
+    lines = ["| setting | default | meaning | another value changes |", "|---|---|---|---|"]
+    for name, default in dataclasses.asdict(Settings()).items():
+        changes = FIELDS[name].metadata["changes"]
+        lines.append(f"| `{name}` | `{json.dumps(default)}` | {explained(name)} | {changes} |")
+    return "\n".join(lines)
 
-    def training(values: dict) -> dict:
-        paths = {name: path for name, path in (values.get("paths") or {}).items() if name in used}
-        return {n: x for n, x in values.items() if n not in FIELDS or FIELDS[n].metadata["changes"] != "nothing"} | {
-            "paths": paths
-        }
 
-    there, asked = training(read_yaml(folder / "config.yaml")), training(yaml.safe_load(run.as_yaml()))
-    names = sorted(there.keys() | asked.keys())
-    return {name: (there.get(name), asked.get(name)) for name in names if there.get(name) != asked.get(name)}
+if __name__ == "__main__":
+    call(lambda: print(table()))

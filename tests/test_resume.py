@@ -320,7 +320,7 @@ def test_guards_go_on_with_what_they_had_seen(whole, cache, tmp_path, monkeypatc
     seen = []
     for step in (1, 2, 3):
         assert one_step(tmp_path, cache) == step
-    train = train_qlora.SFTTrainer.train
+    train = trainer.SFTTrainer.train
 
     def kept(self, **options):
         seen.append((list(self._recent), list(self._rates), time.perf_counter() - self._logged_at))
@@ -332,7 +332,7 @@ def test_guards_go_on_with_what_they_had_seen(whole, cache, tmp_path, monkeypatc
     progress.write_text(json.dumps(there | {"since_log": 1000.0}))
     (progress.parent / run_folder.SUMS).unlink()
     run_folder.seal(progress.parent)
-    monkeypatch.setattr(train_qlora.SFTTrainer, "train", kept)
+    monkeypatch.setattr(trainer.SFTTrainer, "train", kept)
     run = trained(tmp_path, cache)
     ((recent, rates, since),) = seen
     assert (recent, rates) == (there["recent"], there["rates"]) and 1000 <= since < 1100
@@ -423,7 +423,7 @@ def test_a_run_says_and_records_what_is_not_as_it_began(stopped, cache, tmp_path
 def test_the_folders_of_nodes_that_share_none_are_refused(stopped, cache, tmp_path, monkeypatch):
     run = copied(stopped, tmp_path)
     before, checkpoint = contents(run), f"{run}/checkpoint-3"
-    monkeypatch.setattr(train_qlora, "gather_object", lambda mine: [*mine, checkpoint, "nothing"])
+    monkeypatch.setattr(run_folder, "gather_object", lambda mine: [*mine, checkpoint, "nothing"])
     told = rf"^output_dir = {tmp_path} is not one shared folder: process 0 finds {checkpoint} there, process 2 nothing;"
     with pytest.raises(UserError, match=told):
         trained(tmp_path, cache)
@@ -485,9 +485,9 @@ def test_a_second_run_of_the_same_folder_is_refused_while_the_first_is_there(who
 
 
 def hold_for(folder: Path, seconds: float, held) -> None:
-    run_folder.hold(folder)
-    held.set()
-    time.sleep(seconds)
+    with run_folder.hold(folder):
+        held.set()
+        time.sleep(seconds)
 
 
 def test_only_a_requeued_job_waits_for_the_lock_of_a_node_that_has_failed(tmp_path, monkeypatch):
@@ -495,11 +495,10 @@ def test_only_a_requeued_job_waits_for_the_lock_of_a_node_that_has_failed(tmp_pa
     other = FORKS.Process(target=hold_for, args=(tmp_path / "run", 5, held))
     other.start()
     assert held.wait(PATIENCE)
-    with run_folder.letting_go(), pytest.raises(UserError, match=f"^process {other.pid} on .* trains into"):
-        run_folder.hold(tmp_path / "run")
+    with pytest.raises(UserError, match=f"^process {other.pid} on .* trains into"), run_folder.hold(tmp_path / "run"):
+        pass
     monkeypatch.setattr(run_folder, "REQUEUED", True)
-    with run_folder.letting_go():
-        run_folder.hold(tmp_path / "run")
+    with run_folder.hold(tmp_path / "run"):
         assert f"process {os.getpid()} on " in (tmp_path / ".run.lock").read_text()
     other.join(PATIENCE)
     assert other.exitcode == 0
@@ -510,15 +509,15 @@ def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
-    with run_folder.letting_go():
-        run_folder.hold(tmp_path / "run")
+    with run_folder.hold(tmp_path / "run"):
+        pass
     assert "nothing keeps a second run out of it: no locks on its file system (No locks" in capsys.readouterr().out
 
 
 def test_a_requeued_job_does_not_delete_its_own_run(whole, cache, tmp_path, monkeypatch, capsys):
     copied(whole, tmp_path)
     assert one_step(tmp_path, cache, "--overwrite") == 1
-    monkeypatch.setattr(train_qlora, "REQUEUED", True)
+    monkeypatch.setattr(run_folder, "REQUEUED", True)
     assert one_step(tmp_path, cache, "--overwrite") == 2
     assert "requeued continues: --overwrite was done" in capsys.readouterr().out
 

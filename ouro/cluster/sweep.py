@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ouro.cluster.plan import requeues
 from ouro.files import Parser, UserError, call, read_yaml
-from ouro.settings import Resolved, other_settings, resolve
-from ouro.train.run_folder import has_begun
+from ouro.settings import Resolved, resolve
+from ouro.train.run_folder import has_begun, other_settings
 
 LOGS = Path("slurm/logs")
 

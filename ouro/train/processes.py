@@ -16,6 +16,12 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on th
 REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
+def print0(text: str) -> None:
+    """Prints a line in process 0 alone."""
+    if RANK == 0:
+        print(text)
+
+
 def wait_for_data() -> None:
     """A moment, while another process of this node tokenises.
 

@@ -1,8 +1,8 @@
 """The folder of a training run: whose it is, its checkpoints, and what it records.
 
-    state = claim(folder, run, overwrite)       # "new", "complete", or the newest good checkpoint, to continue from
-    seal(folder / "checkpoint-100")             # checksums, all on the disk; is_good(…) looks at them again
-    write_json(folder / "manifest.json", manifest(run, model, report, flops, memory))
+    with hold(folder):                     # no other process trains into it meanwhile
+        state = claim(folder, run)         # "new", "complete", or the newest good checkpoint, to continue from
+        seal(folder / "checkpoint-100")    # checksums, all on the disk; is_good(…) compares them
 
 OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/
 and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
@@ -21,16 +21,44 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 from ouro.files import UserError, code_version, read_yaml, write_atomic, write_json
 from ouro.model.loading import frozen_kind
-from ouro.settings import FIELDS, Resolved, Settings, other_settings, parse
-from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE
+from ouro.settings import FIELDS, Resolved, Settings, parse
+from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
+SUMS = "SHA256SUMS"  # of a checkpoint or an adapter, as `sha256sum -c` reads it
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds more than what is written before its manifest: a run refused so early has not."""
+    early = ("config.yaml", "data_report.json", "wandb", "tensorboard")
+    return any(path.name not in early and not path.name.endswith(".tmp") for path in folder.iterdir())
+
+
+def recorded_settings(folder: Path) -> Settings:
+    recorded, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
+    return Settings(**{name: parse(name, value, origin) for name, value in recorded.items() if name in FIELDS})
+
+
+def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
+    """By name, what config.yaml in a run's folder says and what is asked now, where they would train differently."""
+    used = {run.settings.dataset, *run.settings.overlap.split(",")}
+
+    def compared(s: Settings) -> dict:
+        values = vars(s) | {"paths": {name: path for name, path in s.paths.items() if name in used}}
+        return {name: x for name, x in values.items() if FIELDS[name].metadata["changes"] != "nothing"}
+
+    there, asked = compared(recorded_settings(folder)), compared(run.settings)
+    return {name: (x, asked[name]) for name, x in there.items() if x != asked[name]}
 
 
 def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings]:
@@ -52,16 +80,6 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
     return folder, recorded_settings(folder)
 
 
-def recorded_settings(folder: Path) -> Settings:
-    recorded, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
-    return Settings(**{name: parse(name, value, origin) for name, value in recorded.items() if name in FIELDS})
-
-
-LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
-HELD: dict[Path, TextIO] = {}  # the locks of this process
-SUMS = "SHA256SUMS"  # of a checkpoint, as `sha256sum -c` reads it
-
-
 def in_short(error: Exception) -> str:
     return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
 
@@ -71,7 +89,7 @@ def writing(what: str, folder: Path, unfinished: Path):
     """Raises UserError where something of a run could not be written, as on a full disk; what is older stays."""
     try:
         yield
-    except torch.OutOfMemoryError:  # of a GPU
+    except torch.OutOfMemoryError:  # a RuntimeError too, but of a GPU
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -86,29 +104,29 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def seal(folder: Path) -> None:
-    """Writes all of a folder to the disk, and the SHA-256 of every file in it beside them."""
+def sums_of(folder: Path) -> str:
+    """The SHA-256 of every file of a folder, a line each."""
     lines = []
-    for file in sorted(folder.iterdir()):
-        with open(file, "rb") as opened:
-            lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n")
-        sync_file(file)
-    write_atomic(folder / SUMS, "".join(lines))  # which syncs the folder too
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS:
+            with open(path, "rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
+def seal(folder: Path) -> None:
+    """Writes all of a folder to the disk, and the checksums of its files beside them."""
+    for path in folder.iterdir():
+        sync_file(path)
+    write_atomic(folder / SUMS, sums_of(folder))  # which syncs the folder too
 
 
 def is_good(folder: Path) -> bool:
     """Whether every file of a checkpoint is there and is what was written."""
     try:
-        sums = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
-        if sums.keys() != {file.name for file in folder.iterdir()} - {SUMS}:
-            return False
-        for name, digest in sums.items():
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return False
-    except (OSError, ValueError):
+        return (folder / SUMS).read_text() == sums_of(folder)
+    except (OSError, ValueError):  # ValueError: bytes that are no text
         return False
-    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -122,90 +140,111 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def letting_go():
-    """What is held inside is free again afterwards."""
-    try:
-        yield
-    finally:
-        while HELD:
-            HELD.popitem()[1].close()
-
-
-def hold(folder: Path) -> None:
-    """Keeps other processes from training into `folder`.
+def hold(folder: Path):
+    """Keeps other processes from training into `folder` meanwhile. Process 0 does it for its whole group.
 
     Raises:
-        UserError: one trains into it; for a job that was requeued, still after LEASE.
+        UserError: another trains into it; for a job that was requeued, still after LEASE.
     """
+    if RANK > 0:
+        yield
+        return
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    HELD[folder] = file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  it is locked as long as it is open
     end = time.monotonic() + LEASE * REQUEUED
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the kind that works over NFS, too
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"{folder}: nothing keeps a second run out of it: no locks on its file system ({error.strerror})")
-                return
-            if time.monotonic() > end:
-                file.seek(0)
-                other = file.read().strip() or "another process"
-                raise UserError(f"{other} trains into {folder} now: wait for it, or use another --output_dir") from None
+    with open(path, "a+", encoding="utf-8") as file:  # closing it unlocks it
+        while True:
+            try:
+                # Not flock, which the library filelock uses: on GPFS two nodes hold one such lock at the same time.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    why = f"no locks on its file system ({error.strerror})"
+                    print(f"{folder}: nothing keeps a second run out of it: {why}")
+                    break
+                if time.monotonic() > end:
+                    file.seek(0)
+                    other = file.read().strip() or "another process"
+                    raise UserError(
+                        f"{other} trains into {folder} now: wait for it, or use another --output_dir"
+                    ) from None
             time.sleep(1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, since {now()},")
-    file.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {now()},")
+        file.flush()
+        yield
 
 
-def claim(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
+def claim(folder: Path, run: Resolved) -> str | Path:
     """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
-    continue from.
+    continue from. Process 0 goes first, and the others see what it left.
 
     Raises:
         UserError: the folder holds something else: a run with other settings that has begun, which is neither continued
-            nor counted as this one, or files that are no run; or another process trains into it.
+            nor counted as this one, or files that are no run; or it is not the same folder for all processes.
     """
-    if RANK == 0:
-        hold(folder)
-    config = folder / "config.yaml"
-    if folder.exists() and any(not path.name.startswith(".config.yaml.") for path in folder.iterdir()):
-        if not config.exists():
-            raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
-        others = other_settings(folder, run)
-        if others and not overwrite and has_begun(folder):
-            differences = "".join(f"\n  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items())
+    if run.options.overwrite and REQUEUED:
+        print0("a job that was requeued continues: --overwrite was done when it began")
+    with PartialState().main_process_first():
+        state = state_of(folder, run, run.options.overwrite and RANK == 0 and not REQUEUED)
+        if state == "new" and RANK == 0:
+            empty(folder)
+            write_atomic(folder / "config.yaml", run.as_yaml())
+        if state == "complete" and RANK == 0:
+            for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
+                shutil.rmtree(checkpoint)
+    found = gather_object([str(state) if (folder / "config.yaml").exists() else "nothing"])
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
             raise UserError(
-                f"{folder} holds a run with other settings:{differences}\n"
-                "use another --output_dir or experiment, or --overwrite to delete that run"
+                f"output_dir = {run.settings.output_dir} is not one shared folder: process 0 finds {found[0]} there, "
+                f"process {rank} {theirs}; use one that all nodes share"
             )
-        if not overwrite:
-            if (folder / "completed").exists():
-                if RANK == 0:
-                    for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
-                        shutil.rmtree(checkpoint)
-                return "complete"
-            for checkpoint in checkpoints(folder):
-                if run.options.resume == "never":
-                    raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
-                if is_good(checkpoint):
-                    return checkpoint
-                if RANK == 0:
-                    print(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
-        if RANK == 0:
-            print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
-            # A kill in between leaves an unfinished run, and no checkpoint without what belongs to it.
-            first = [folder / "completed", *checkpoints(folder)]
-            rest = set(folder.iterdir()) - {*first, config}
-            for path in (*first, *sorted(rest), config):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-    if RANK == 0:
-        write_atomic(config, run.as_yaml())
+    return state
+
+
+def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
+    """What `claim` gives; "new" also for a run that is to be deleted, or that has nothing to continue from."""
+    # a kill while config.yaml is first written leaves its temporary file alone in the folder
+    if not folder.exists() or all(path.name.startswith(".config.yaml.") for path in folder.iterdir()):
+        return "new"
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
+    if overwrite:
+        return "new"
+    others = other_settings(folder, run)
+    if others and has_begun(folder):
+        differences = "".join(f"\n  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items())
+        raise UserError(
+            f"{folder} holds a run with other settings:{differences}\n"
+            "use another --output_dir or experiment, or --overwrite to delete that run"
+        )
+    if (folder / "completed").exists():
+        return "complete"
+    for checkpoint in checkpoints(folder):
+        if run.options.resume == "never":
+            raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
+        if is_good(checkpoint):
+            return checkpoint
+        print0(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
     return "new"
+
+
+def empty(folder: Path) -> None:
+    """Deletes the run in a folder, if there is one. A kill in between leaves an unfinished run, and no checkpoint
+    without what belongs to it."""
+    config = folder / "config.yaml"
+    if not config.exists():
+        return
+    print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
+    first = [folder / "completed", *checkpoints(folder)]
+    rest = set(folder.iterdir()) - {*first, config}
+    for path in (*first, *sorted(rest), config):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def continue_from(checkpoint: Path, report: dict) -> None:
@@ -228,25 +267,23 @@ def continue_from(checkpoint: Path, report: dict) -> None:
             f"  with {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)} after {progress['processes']}: the same rows in "
             "each step, but other dropout masks and another order of sums, so not the same bytes"
         )
-    here, there = machine(), {name: record.get(name) for name in ("git_commit", "gpu")} | record["packages"]
-    packages = {name: number for name, number in here["packages"].items() if number != there.get(name)}
-    changed = packages | {name: here[name] for name in ("git_commit", "gpu") if here[name] != there[name]}
-    if changed:
-        print("  unlike when it began: " + ", ".join(f"{n} {now} after {there.get(n)}" for n, now in changed.items()))
+    here = environment()
+    before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))
+    if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
+        print(f"  unlike when it began: {', '.join(changed)}")
     metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8").splitlines()  # the last one may be torn
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_atomic(metrics, "".join(f"{line}\n" for line in kept))
-    entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here, "packages": packages}
-    record.setdefault("continued", []).append(entry)
-    write_json(folder / "manifest.json", record)
+    entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here}
+    write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
 
 
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def machine() -> dict:
+def environment() -> dict:
     """Code, versions, GPU."""
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     return {
@@ -262,7 +299,7 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
     return {
         "run": run.run,
         "command": sys.argv,
-        **machine(),
+        **environment(),
         "gpu_tflops": flops and round(flops / 1e12, 1),  # of bf16 products, measured: model_flop_use is a share of it
         **memory,
         "processes": WORLD_SIZE,
@@ -302,7 +339,25 @@ Settings: config.yaml of the run; a turn ends with `<|im_end|>` (id 2).
 """
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds more than what is written before its manifest, as after a refusal so early."""
-    early = ("config.yaml", "data_report.json", "wandb", "tensorboard")
-    return any(path.name not in early and not path.name.endswith(".tmp") for path in folder.iterdir())
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, run: Resolved, report: dict
+) -> None:
+    """Writes final_adapter/ and, when that is on the disk, `completed`; the checkpoints go."""
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    unfinished = folder / ".final_adapter"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with writing("the adapter", folder, unfinished):
+        model.save_pretrained(unfinished)
+        config = json.loads((unfinished / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"].sort()  # PEFT writes a set, in another order in each process
+        write_json(unfinished / "adapter_config.json", config)
+        tokenizer.save_pretrained(unfinished)
+        write_atomic(unfinished / "README.md", model_card(run, report, run.settings.model_name_or_path, log))
+        seal(unfinished)
+        shutil.rmtree(folder / "final_adapter", ignore_errors=True)  # of a run killed between here and `completed`
+        os.replace(unfinished, folder / "final_adapter")
+        sync_file(folder / "metrics.jsonl")
+        write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    print(f"adapter: {folder / 'final_adapter'}")

@@ -28,17 +28,19 @@ class Stopper:
         if 1 < WORLD_SIZE == LOCAL_WORLD_SIZE:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no network, nor a host name that resolves
             self.group = torch.distributed.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # before that, they end it: it would be requeued for nothing
+        # Up to here these signals end the process at once: a Slurm job that has trained nothing is not worth a requeue.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
         self.why = signal.Signals(number).name
 
     def asked(self, device: torch.device) -> bool:
+        """Whether to stop now: the same answer in all processes, also where a signal comes to one of them just now."""
         if self.deadline is not None and time.time() > self.deadline:
             self.why = self.why or "the time limit"
         stop = self.why is not None
-        if WORLD_SIZE > 1:  # what all agree on, also where a signal comes in just now
+        if WORLD_SIZE > 1:
             flag = torch.tensor(float(stop), device="cpu" if self.group else device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
             stop = bool(flag)

@@ -16,7 +16,7 @@ from ouro.model.cost import peak_memory, training_flops
 from ouro.model.lora import refresh
 from ouro.settings import Settings
 from ouro.train.collate import collate
-from ouro.train.processes import RANK, WORLD_SIZE
+from ouro.train.processes import RANK, WORLD_SIZE, print0
 from ouro.train.run_folder import checkpoints, in_short, seal, sync_file, writing
 from ouro.train.stopping import Stopper
 
@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
-LOOP = "held_out_loss/loop"  # and its number: what TensorBoard and W&B call it
+LOOP = "held_out_loss/loop"  # and the loop's number: a chart of TensorBoard or W&B holds one number a step
 
 
 class LoopTrainer(SFTTrainer):
@@ -39,13 +39,13 @@ class LoopTrainer(SFTTrainer):
     ):
         self.settings, self.held_out, self.stopper = settings, held_out, stopper
         self.flops = flops  # of a GPU, per second
-        # of this process since the last log; float64 counts exactly to 2**53
+        # Sums of this process since the last logged step; float64 counts tokens exactly up to 2**53.
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
         self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
         self._noted_step = 0
-        self._unmeasured = False  # the base's held-out loss
+        self._unmeasured = False  # whether the base's held-out loss is still to be measured
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
         self._rates: list[float] = []
         super().__init__(*args, **kwargs)
@@ -178,7 +178,7 @@ class LoopTrainer(SFTTrainer):
             "num_tokens": self._tokens,
             "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
-            "padded_tokens_per_second": round(padded / spent, 1),  # what the GPU computed
+            "padded_tokens_per_second": round(padded / spent, 1),  # the padding is computed too
             "memory_gib": round(peak_memory() / 2**30, 2) if torch.cuda.is_available() else 0,
         }
         if self.flops:
@@ -189,20 +189,17 @@ class LoopTrainer(SFTTrainer):
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
         self._watch(step, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
-            logs |= {
-                f"{LOOP}{i}": loss for i, loss in enumerate(self.held_out_loss(), 1)
-            }  # charts want a name for each number
+            logs |= {f"{LOOP}{i}": loss for i, loss in enumerate(self.held_out_loss(), 1)}
         self._logged_at = time.perf_counter()
         super().log(logs, start_time)
 
     def _watch(self, step: int, rate: float) -> None:
         """Warns of a machine that has become slow."""
         if step <= 50 or not self._rates:
-            if step > 1:  # which compiles
+            if step > 1:  # the first step compiles, and is slow
                 self._rates.append(rate)
-        elif rate < statistics.median(self._rates) / 2 and RANK == 0:
-            usual = statistics.median(self._rates)
-            print(
+        elif rate < (usual := statistics.median(self._rates)) / 2:
+            print0(
                 f"warning: step {step}: {rate:,.0f} tokens/s, less than half of the {usual:,.0f} of the first 50 "
                 "steps; does another process use this GPU (nvidia-smi), is it throttled, are the last step's rows "
                 f"unusual: {', '.join(self._rows_of(step))}?"
@@ -217,7 +214,7 @@ class LoopTrainer(SFTTrainer):
         sums = torch.zeros(self.settings.total_ut_steps + 1, dtype=torch.float64, device=self.args.device)
         for at in range(0, count, batch * WORLD_SIZE):
             rows = range(count)[at : at + batch * WORLD_SIZE][RANK::WORLD_SIZE]
-            # with fsdp all processes make each pass together, so one that has no rows left makes it for nothing
+            # With fsdp all processes take part in each pass: one without a row left makes it with the first, uncounted.
             inputs = self._prepare_inputs(collate([self.held_out[i] for i in rows or (0,)]))
             inputs.pop("attention_mask")
             with self.compute_loss_context_manager():
@@ -250,7 +247,7 @@ class LoopTrainer(SFTTrainer):
         if RANK == 0:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        sums = self.accelerator.gather(self._sums.to(self.args.device)[None]).tolist()
+        sums = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
         with writing(f"step {step}: the checkpoint", folder, staging):
             super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's also writes a model card of its own
         self.accelerator.wait_for_everyone()
@@ -262,30 +259,28 @@ class LoopTrainer(SFTTrainer):
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 seal(staging / f"checkpoint-{step}")
-                shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one, else it had been read
+                # One of this name is damaged: the run would have continued from it.
+                shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
                 staging.rmdir()
                 sync_folder(folder)
                 found = checkpoints(folder)
                 this = found.index(folder / f"checkpoint-{step}")
-                # newer ones are damaged, or the run had gone on from them
+                # Newer ones are damaged too: with save_total_limit 1 the damaged one would be what is kept.
                 for other in found[:this] + found[this + self.settings.save_total_limit :]:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | None = None):
-        since_log = 0.0  # seconds
+        since_log = 0.0  # seconds from the last logged step to the checkpoint
         if resume_from_checkpoint:
             progress = json.loads((Path(resume_from_checkpoint) / "progress.json").read_text())
-            if progress["processes"] == WORLD_SIZE:
-                self._sums = torch.tensor(progress["sums"][RANK], dtype=torch.float64)
-            elif RANK == 0:
-                self._sums = torch.tensor(progress["sums"], dtype=torch.float64).sum(0) * WORLD_SIZE
-                self._sums[0] /= progress["processes"]  # a mean over processes
-                self._sums[1:] /= WORLD_SIZE
+            if RANK == 0:
+                self._sums = torch.tensor(progress["sums"], dtype=torch.float64)
+                self._sums[0] *= WORLD_SIZE / progress["processes"]  # the loss is logged as a mean over processes
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
-            self._rates, since_log = progress["rates"], progress.get("since_log", 0)
+            self._rates, since_log = progress["rates"], progress["since_log"]
         self._unmeasured = self.held_out is not None and not resume_from_checkpoint
         self._logged_at = time.perf_counter() - since_log
         try:
@@ -315,7 +310,7 @@ class Metrics(TrainerCallback):
         self.started, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        # the last step, also where logging_steps does not divide their number; and where the held-out loss is due
+        # Also logged: the last step, and each that the held-out loss is due in, whatever logging_steps is.
         if state.global_step == state.max_steps or (self.eval_steps and state.global_step % self.eval_steps == 0):
             control.should_log = True
 
@@ -325,7 +320,7 @@ class Metrics(TrainerCallback):
         line = {"step": state.global_step} | {name: x for name, x in logs.items() if not name.startswith(LOOP)}
         if losses := [x for name, x in logs.items() if name.startswith(LOOP)]:
             line["held_out_loss"] = losses
-        with open(self.path, "a", encoding="utf-8") as file:  # synced with each checkpoint: the GPU waits for this
+        with open(self.path, "a", encoding="utf-8") as file:  # not synced: the GPU would wait; a checkpoint does it
             file.write(json.dumps(line) + "\n")
         done = state.global_step - self.first
         left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
