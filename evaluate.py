@@ -242,10 +242,8 @@ def replied(
     cache = result_file(Path(s.results_dir), subject.run, task.name, depth).with_suffix(".cache.jsonl")
     cache = cache.with_name(f".{cache.name}")
     if task.spec["protocol"] == "generate":
-        return score_replies(task, chat, key, cache, who, s.temperature)
-    numbers, lines = judge.run_mt_bench(
-        task.items, chat, grader, who=key, cache=cache, max_new_tokens=length, temperature=s.temperature, name=who
-    )
+        return score_replies(task, chat, key, cache, who)
+    numbers, lines = judge.run_mt_bench(task.items, chat, grader, who=key, cache=cache, name=who)
     return Outcome(numbers | {"generation_key": key, "key": judge.result_key(key, grader and grader.model)}, lines)
 
 
@@ -263,9 +261,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", action="store_true", help="the base alone")
     parser.add_argument("--adapter", help="a folder in PEFT format in place of an experiment")
     parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
-    parser.add_argument(
-        "--judge", default="api", help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings"
-    )
+    parser.add_argument("--judge", choices=("api", "none"), default="api",
+                        help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings")  # fmt: skip
     parser.add_argument("--model", help="a baseline of configs/evals.yaml, or a causal model: Hub id or folder")
 
 

@@ -1,17 +1,56 @@
-"""Rates replies that were made with `--judge none`.
+"""Rates replies that were made with `--judge none`: without model and GPU, as on a cluster's login node.
 
-python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
+    export JUDGE_BASE_URL=https://host/v1 JUDGE_MODEL=gpt-4o-2024-05-13 JUDGE_PRICE=2.5,10
+    read -rs JUDGE_API_KEY && export JUDGE_API_KEY
+    python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
+
+JUDGE_PRICE, dollars per million tokens in and out, may be left out: it is for the estimate of the cost alone.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
-from ouro.evaluate.endpoint import find_judge
-from ouro.evaluate.judge import judge_file
+from ouro.evaluate.endpoint import Server, find_judge
+from ouro.evaluate.judge import rate_replies, result_key
+from ouro.evaluate.replies import Cache
+from ouro.evaluate.results import harness_rows, save
 from ouro.files import Parser, UserError, call
+
+
+def rate_file(file: Path, grader: Server) -> None:
+    """Rates the replies of a result and writes it again.
+
+    Raises:
+        UserError: not a result of mt_bench_thai; the judge's errors.
+    """
+    items = file.with_suffix(".items.jsonl")
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        study = result["study"]
+        if study["metric"] != "rating":
+            raise UserError(f"{file} holds no conversations: its metric is {study['metric']!r}")
+        old = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line]
+        questions = [
+            {"id": line["id"], "question_id": line["doc"]["question_id"], "category": line["category"],
+             "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}
+            for line in old
+        ]  # fmt: skip
+        replies = [[turn["reply"] for turn in line["turns"]] for line in old]
+        key = result_key(study["generation_key"], grader.model)
+        done, name = study["key"] == key, f"{study['run']} at {study['total_ut_steps']} loops"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {error!r}") from None
+    if done:
+        print(f"{file}: rated by {grader.model} already")
+        return
+    with Cache(file.with_name(f".{file.stem}.cache.jsonl")) as saved:
+        numbers, lines = rate_replies(questions, replies, grader, saved, name)
+    study |= numbers | {"key": key}
+    save(file, result | {"results": harness_rows(study), "study": study}, lines)
 
 
 def main() -> None:
@@ -23,7 +62,7 @@ def main() -> None:
             raise UserError(f"no file {file}: replies are in RESULTS_DIR/<run>/mt_bench_thai-ut<k>.json")
     grader = find_judge()
     for file in files:
-        judge_file(file, grader)
+        rate_file(file, grader)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """MT-Bench-Thai: the questions, a model's replies to both turns, and a judge's rating of each from 1 to 10.
 
-    export JUDGE_BASE_URL=https://host/v1 JUDGE_MODEL=gpt-4o-2024-05-13 JUDGE_PRICE=2.5,10
-    read -rs JUDGE_API_KEY && export JUDGE_API_KEY
-    python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
-
-evaluate.py calls `run_mt_bench`. As a script this rates replies that were made with `--judge none`, without model and
-GPU: on a cluster's login node, for jobs without a network. The judge is anything that answers OpenAI's
-/chat/completions. JUDGE_PRICE is dollars per million tokens in and out. The key is read from the environment alone.
+evaluate.py calls `run_mt_bench`; tools/judge.py rates later what was replied under `--judge none`. The judge is any
+server with OpenAI's /chat/completions (endpoint.py says which variables name it); JUDGE_PRICE is its price in dollars
+per million tokens in and out.
 
 The protocol is the published one (single-answer grading of FastChat's MT-Bench, English instructions in our own words,
 the reference shown wherever there is one, temperature 0) but for this: a judgement without a readable rating, or with
@@ -14,8 +10,8 @@ two different ones, is asked for once more and then left out, where the publishe
 in a -1 for none; replies are greedy and may have 1,024 tokens, where it samples at temperature 0.2 and cuts at 512
 (about 270 Thai characters); what stands before </think> is not shown to the judge.
 
-Each reply and judgement is appended to a cache file beside the results as soon as it is there: what was killed goes on
-without paying twice.
+Each reply and judgement is appended to a cache file beside the results as soon as it is there: a run that was killed
+goes on without paying twice.
 """
 
 import json
@@ -23,22 +19,23 @@ import math
 import os
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
+from ouro.data.sources import read_benchmark, read_file
 from ouro.data.thai import is_thai, normalise
-from ouro.evaluate.endpoint import JUDGEMENT_TOKENS, MAX_NEW_TOKENS, TEMPERATURE, Chat, Messages, Server, _user
-from ouro.evaluate.replies import Cache, _hash, answer, fill
-from ouro.files import UserError, write_atomic, write_json
+from ouro.evaluate.benchmarks import digest
+from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Server
+from ouro.evaluate.replies import Cache, answer, fill
+from ouro.files import UserError
 
 import numpy as np
 
-TYPICAL_JUDGEMENT = 300  # for the estimate of the cost
+TYPICAL_JUDGEMENT = 300  # tokens, for the estimate of the cost
 RESAMPLES = 10_000
 
 
-def load_questions(
-    name: str, spec: dict, local: str | None = None, limit: int | None = None, normalise_thai: bool = True
-) -> list[dict]:
+def load_questions(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool) -> list[dict]:
     """The benchmark's questions: {id, question_id, category, turns: [2 texts], reference: [2 texts or null] or null}.
 
     `local` is a folder of the repository's layout, or one JSON or JSONL file. With `limit`, the first of each category.
@@ -46,51 +43,50 @@ def load_questions(
     Raises:
         UserError: naming file and item: not two turns, no category, a repeated id, a reference of another shape.
     """
-    from ouro.data.sources import read_benchmark, read_file
-
     if local is not None and Path(local).is_file():
         rows = read_file(Path(local))
     else:
         rows = read_benchmark(name, spec, local, spec["file"])
     spell = normalise if normalise_thai else str
-    questions, seen, taken = [], set(), {}
+    questions, seen, taken = [], set(), Counter()
     for place, row in rows:
-        where = f"{place} (question_id {row.get('question_id')!r})"
-        turns, reference = row.get("turns"), row.get("reference")
-        if not isinstance(row.get("question_id"), int | str) or row["question_id"] in seen:
-            raise UserError(f"{where}: question_id must be a number or text that no other item has")
-        if not _texts(turns) or not all(turn.strip() for turn in turns):
-            raise UserError(f"{where}: 'turns' must be two texts, found {_short(turns)}; keys: {', '.join(row)}")
-        if reference is not None and not _texts(reference, or_null=True):
-            raise UserError(f"{where}: 'reference' must be two texts or null, found {_short(reference)}")
-        if not isinstance(row.get("category"), str) or not row["category"].strip():
-            raise UserError(f"{where}: no text in 'category'; keys: {', '.join(row)}")
-        seen.add(row["question_id"])
-        taken[row["category"]] = taken.get(row["category"], 0) + 1
-        if limit is not None and taken[row["category"]] > limit:
+        number, turns, reference, category = (row.get(x) for x in ("question_id", "turns", "reference", "category"))
+        rules = {
+            "question_id must be a number or text that no other item has":
+                isinstance(number, int | str) and number not in seen,
+            "'turns' must be two texts": _two_texts(turns) and all(turn.strip() for turn in turns),
+            "'reference' must be two texts or null": reference is None or _two_texts(reference, or_null=True),
+            "'category' must be a text": isinstance(category, str) and category.strip(),
+        }  # fmt: skip
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise UserError(f"{place} (question_id {number!r}): {broken[0]}, found {_short(row)}")
+        seen.add(number)
+        taken[category] += 1
+        if limit is not None and taken[category] > limit:
             continue
-        if reference is not None:
-            reference = [spell(text) if text and text.strip() else None for text in reference]
+        reference = [spell(text) if text and text.strip() else None for text in reference or ()]
         questions.append(
-            {"id": f"{name}-{row['question_id']}", "question_id": row["question_id"], "category": row["category"],
-             "turns": [spell(turn) for turn in turns], "reference": reference if any(reference or ()) else None}
+            {"id": f"{name}-{number}", "question_id": number, "category": category,
+             "turns": [spell(turn) for turn in turns], "reference": reference if any(reference) else None}
         )  # fmt: skip
     if not questions:
         raise UserError(f"{local or spec['hub_id']}, {spec['file']}: no questions in it")
     return questions
 
 
-def _texts(value: object, or_null: bool = False) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(text, str) or (or_null and text is None) for text in value)
-    )
+def _two_texts(value: object, or_null: bool = False) -> bool:
+    kinds = str | None if or_null else str
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, kinds) for text in value)
 
 
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
 
 
 INSTRUCTION = """\
@@ -144,13 +140,13 @@ def parse_rating(text: str) -> float | None:
     return ratings.pop() if len(ratings) == 1 and 1 <= min(ratings) <= 10 else None
 
 
-def _tokens(text: str) -> int:
+def _tokens(messages: Messages) -> int:
     """An estimate without the judge's tokenizer: four bytes a token, in English and (0.75 a character) in Thai."""
-    return len(text.encode()) // 4
+    return sum(len(message["content"].encode()) for message in messages) // 4
 
 
 def _cost(grader: Server, calls: int, tokens_in: int) -> str:
-    typical, most = calls * TYPICAL_JUDGEMENT, calls * JUDGEMENT_TOKENS
+    typical, most = calls * TYPICAL_JUDGEMENT, calls * AS_PUBLISHED["max_tokens"]
     text = f"about {tokens_in:,} tokens in and {typical:,} out (at most {most:,})"
     if grader.price:
         a, b = grader.price
@@ -159,33 +155,23 @@ def _cost(grader: Server, calls: int, tokens_in: int) -> str:
     return text
 
 
-def announce(questions: list[dict], grader: Server | None, runs: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+def announce(questions: list[dict], grader: Server | None, results: int, max_new_tokens: int) -> None:
     """Prints what judging so many results will take, if no reply is rated yet and each is as long as it may be."""
     if grader is None:
         print(f"{len(questions)} questions of two turns; the replies are not judged (--judge none)")
         return
-    prompts = [
-        _tokens("".join(m["content"] for m in judge_prompt(q, ["", ""], turn))) for q in questions for turn in (0, 1)
-    ]
-    calls = 2 * len(questions) * runs
-    tokens = (sum(prompts) + 3 * max_new_tokens * len(questions)) * runs
+    prompts = sum(_tokens(judge_prompt(question, ["", ""], turn)) for question in questions for turn in (0, 1))
+    tokens = (prompts + 3 * max_new_tokens * len(questions)) * results  # the first reply is shown for both turns
+    calls = 2 * len(questions) * results
     print(f"judge {grader.model} at {grader.url}: at most {calls:,} calls, {_cost(grader, calls, tokens)}")
 
 
 def run_mt_bench(
-    questions: list[dict],
-    chat: Chat,
-    grader: Server | None,
-    *,
-    who: str,
-    cache: Path,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    temperature: float = 0.0,
-    name: str = "mt_bench_thai",
+    questions: list[dict], chat: Chat, grader: Server | None, *, who: str, cache: Path, name: str
 ) -> tuple[dict, list[dict]]:
-    """The numbers of one run at one depth, and a line an item, both in the contract of evaluate.py's results.
+    """The numbers of one model at one depth, and a line an item, both in the contract of evaluate.py's results.
 
-    `who` holds all that the replies depend on besides the questions, `max_new_tokens` and `temperature`.
+    `who` names all that the replies depend on besides the questions.
 
     Raises:
         UserError: the judge or the endpoint fails for good; what it answered before is kept in `cache`.
@@ -193,26 +179,23 @@ def run_mt_bench(
     replies: list[list[str]] = [[] for _ in questions]
     with Cache(cache) as saved:
         for turn in (0, 1):
-            conversations = []
-            for question, earlier in zip(questions, replies, strict=True):
-                conversations.append([_user(question["turns"][0])])
-                for reply in earlier:
-                    conversations[-1] += [{"role": "assistant", "content": reply}, _user(question["turns"][1])]
-            what = f"{name}, turn {turn + 1}"
-            texts = answer(conversations, chat, saved, what, who=who, max_new_tokens=max_new_tokens,
-                           temperature=temperature)  # fmt: skip
-            for text, earlier in zip(texts, replies, strict=True):
-                earlier.append(text.rpartition("</think>")[2].strip())  # the answer, not the thought
-        return judge_replies(questions, replies, grader, saved, name)
+            conversations = [[_user(question["turns"][0])] for question in questions]
+            if turn == 1:
+                for conversation, question, (first,) in zip(conversations, questions, replies, strict=True):
+                    conversation += [{"role": "assistant", "content": first}, _user(question["turns"][1])]
+            texts = answer(conversations, chat, saved, f"{name}, turn {turn + 1}", who)
+            for text, pair in zip(texts, replies, strict=True):
+                pair.append(text.rpartition("</think>")[2].strip())  # the answer, not the thought
+        return rate_replies(questions, replies, grader, saved, name)
 
 
-def judge_replies(
+def rate_replies(
     questions: list[dict], replies: list[list[str]], grader: Server | None, saved: Cache, name: str
 ) -> tuple[dict, list[dict]]:
     """As `run_mt_bench`, of replies that are there."""
     judgements: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
     if grader is not None:
-        judgements = _judge(questions, replies, grader, saved, name)
+        judgements = _ask_judge(questions, replies, grader, saved, name)
     lines = []
     for number, (question, pair) in enumerate(zip(questions, replies, strict=True)):
         turns = [
@@ -221,13 +204,12 @@ def judge_replies(
                 question["turns"], pair, judgements[2 * number : 2 * number + 2], strict=True
             )
         ]
-        ratings = [turn["rating"] for turn in turns if turn["rating"] is not None]
         lines.append(
             {"doc_id": number, "doc": {"question_id": question["question_id"]}, "target": question["reference"],
              "arguments": {}, "resps": [[reply] for reply in pair], "filtered_resps": pair, "id": question["id"],
              "subset": question["category"], "category": question["category"],
-             "prompt_sha256": _hash(question["turns"]), "turns": turns,
-             "value": statistics.fmean(ratings) if ratings else None}
+             "prompt_sha256": digest(question["turns"]), "turns": turns,
+             "value": _mean([turn["rating"] for turn in turns])}
         )  # fmt: skip
     numbers = summarise(lines) | {"judge": grader and grader.model}
     if grader is None:
@@ -236,21 +218,18 @@ def judge_replies(
     return numbers, lines
 
 
-def _judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str]]:
+def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str]]:
     """Rating and judgement of each turn, in the questions' order."""
     prompts = [judge_prompt(q, pair, turn) for q, pair in zip(questions, replies, strict=True) for turn in (0, 1)]
 
     def key(messages: Messages) -> str:
-        return _hash("judgement", grader.model, grader.max_tokens, grader.temperature, messages)
+        return digest(["judgement", grader.model, grader.options, messages])
 
     jobs = {key(prompt): prompt for prompt in prompts}
     missing = [prompt for k, prompt in jobs.items() if k not in saved.texts]
     if missing:
-        tokens = sum(_tokens(m["content"]) for prompt in missing for m in prompt)
-        print(
-            f"{name}: {len(missing)} of {len(jobs)} judge calls to make, {_cost(grader, len(missing), tokens)}",
-            flush=True,
-        )
+        cost = _cost(grader, len(missing), sum(map(_tokens, missing)))
+        print(f"{name}: {len(missing)} of {len(jobs)} judge calls to make, {cost}", flush=True)
     fill(saved, jobs, grader, f"{name}, judge")
     texts = [saved.texts[key(prompt)] for prompt in prompts]
     again = {
@@ -271,11 +250,15 @@ def _judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[
 
 def summarise(lines: list[dict]) -> dict:
     """The study block's numbers: `value` is the mean over questions, `macro` that over categories (as published)."""
-    rated = [line["value"] for line in lines if line["value"] is not None]
+
+    def mean_of(some: list[dict], which: tuple[int, ...] = (0, 1)) -> float | None:
+        return _mean([line["turns"][turn]["rating"] for line in some for turn in which])
+
     subsets = {}
     for category in dict.fromkeys(line["category"] for line in lines):
         some = [line for line in lines if line["category"] == category]
-        subsets[category] = {"value": _mean(_ratings(some)), "items": len(some), "chance": None, "majority": None}
+        subsets[category] = {"value": mean_of(some), "items": len(some), "chance": None, "majority": None}
+    rated = [line["value"] for line in lines if line["value"] is not None]
     interval = stderr = None
     if len(rated) > 1:
         draws = np.random.default_rng(0).integers(0, len(rated), (RESAMPLES, len(rated)))
@@ -289,26 +272,19 @@ def summarise(lines: list[dict]) -> dict:
         "value": _mean(rated),
         "ci95": interval,
         "stderr": stderr,
-        "chance": None,
-        "majority": None,
-        "macro": _mean([s["value"] for s in subsets.values() if s["value"] is not None]),
-        "macro_chance": None,
-        "macro_majority": None,
+        "macro": _mean([row["value"] for row in subsets.values()]),
+        **dict.fromkeys(("chance", "majority", "macro_chance", "macro_majority", "predicted")),  # of choices alone
         "subsets": subsets,
-        "turns": [_mean(_ratings(lines, turn)) for turn in (0, 1)],
-        "predicted": None,
+        "turns": [mean_of(lines, (turn,)) for turn in (0, 1)],
         "unparsed": sum(turn["rating"] is None for turn in turns),
-        "thai_share": _mean([turn["thai"] for turn in turns if turn["thai"] is not None]),
+        "thai_share": _mean([turn["thai"] for turn in turns]),
     }
 
 
-def _ratings(lines: list[dict], *which: int) -> list[float]:
-    found = [line["turns"][turn]["rating"] for line in lines for turn in which or (0, 1)]
-    return [rating for rating in found if rating is not None]
-
-
-def _mean(values: list) -> float | None:
-    return statistics.fmean(values) if values else None
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def print_summary(name: str, numbers: dict) -> None:
@@ -324,14 +300,14 @@ def print_summary(name: str, numbers: dict) -> None:
         f"{name}: rating {show(numbers['value'])} (95 % {show(low)} – {show(high)}), mean of categories "
         f"{show(numbers['macro'])}, turns {' and '.join(map(show, numbers['turns']))}; {share}"
     )
-    print("  " + ", ".join(f"{category} {show(s['value'])}" for category, s in numbers["subsets"].items()))
+    print("  " + ", ".join(f"{category} {show(row['value'])}" for category, row in numbers["subsets"].items()))
     if numbers["unparsed"]:
         print(f"  {numbers['unparsed']} judgements without a rating, asked for twice, are in none of these means")
 
 
 def result_key(generation_key: str, model: str | None) -> str:
     """A result's `key`: what its replies depend on, and the judge."""
-    return _hash(generation_key, model and [model, TEMPERATURE, JUDGEMENT_TOKENS, INSTRUCTION, AGAIN])
+    return digest([generation_key, model and [model, AS_PUBLISHED, INSTRUCTION, AGAIN]])
 
 
 def is_rated(study: dict, choice: str) -> bool:
@@ -340,45 +316,3 @@ def is_rated(study: dict, choice: str) -> bool:
     if choice == "none":
         return True
     return study["key"] == result_key(study["generation_key"], model) if model else study.get("judge") is not None
-
-
-def judge_file(file: Path, grader: Server) -> None:
-    """Rates the replies of a result that was made with `--judge none`, and writes it again.
-
-    Raises:
-        UserError: not such a result; the judge's errors.
-    """
-    items = file.with_suffix(".items.jsonl")
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        study = result["study"]
-        if study["metric"] != "rating":
-            raise UserError(f"{file} holds no conversations: its metric is {study['metric']!r}")
-        old = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line]
-        questions = [
-            {"id": line["id"], "question_id": line["doc"]["question_id"], "category": line["category"],
-             "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}
-            for line in old
-        ]  # fmt: skip
-        replies = [[turn["reply"] for turn in line["turns"]] for line in old]
-        key = result_key(study["generation_key"], grader.model)
-        done, task, name = study.get("key") == key, study["task"], f"{study['run']} at {study['total_ut_steps']} loops"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {what}") from None
-    if done:
-        print(f"{file}: rated by {grader.model} already")
-        return
-    with Cache(file.with_name(f".{file.stem}.cache.jsonl")) as saved:
-        numbers, lines = judge_replies(questions, replies, grader, saved, name)
-    result["study"] = study | numbers | {"key": key}
-    rows = {task: numbers} | {f"{task}_{category}": s for category, s in numbers["subsets"].items()}
-    for row, part in rows.items():
-        if row in result.get("results", {}):
-            result["results"][row] |= {"rating,none": part["value"], "rating_stderr,none": part.get("stderr")}
-    write_items(items, lines)
-    write_json(file, result)
-
-
-def write_items(path: Path, lines: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -2,13 +2,13 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import threading
 from pathlib import Path
 
-from ouro.evaluate.endpoint import MAX_NEW_TOKENS, Chat, Messages, Server
+from ouro.evaluate.benchmarks import digest
+from ouro.evaluate.endpoint import Chat, Messages
 from ouro.files import UserError, sync_folder
 
 from tqdm import tqdm
@@ -66,10 +66,6 @@ class Cache:
         self.file.close()
 
 
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
 def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None:
     """Puts into the cache what it lacks of `jobs`, each text as soon as it is there.
 
@@ -94,13 +90,8 @@ def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None
         raise UserError(f"{error}{goes_on if kept else ''}") from None
 
 
-def answer(
-    conversations: list[Messages], chat: Chat, saved: Cache, what: str, *, who: str,
-    max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0,
-) -> list[str]:  # fmt: skip
-    """A model's next turn in each conversation; `who` holds what else the replies depend on. Errors as `fill`."""
-    if isinstance(chat, Server):
-        who, max_new_tokens, temperature = f"{chat.model} {chat.seed} {who}", chat.max_tokens, chat.temperature
-    keys = [_hash("reply", who, max_new_tokens, temperature, messages) for messages in conversations]
+def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, who: str) -> list[str]:
+    """A model's next turn in each conversation; `who` names all else that the replies depend on. Errors as `fill`."""
+    keys = [digest(["reply", who, messages]) for messages in conversations]
     fill(saved, dict(zip(keys, conversations, strict=True)), chat, what)
     return [saved.texts[key] for key in keys]

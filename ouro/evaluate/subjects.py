@@ -176,7 +176,7 @@ def find_subjects(run: Resolved) -> tuple[Model, Settings, list[Subject]]:
     if sum(bool(x) for x in (options.exp, options.adapter, options.model, options.base, options.endpoint)) > 1:
         raise UserError("give one of --exp, --adapter, --model, --base and --endpoint")
     if options.endpoint:
-        name = find_endpoint(options.endpoint).model
+        name = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt).model
         model = Model(name, None, "served", looped=False, endpoint=options.endpoint)
         return model, s, [Subject(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:

@@ -160,19 +160,11 @@ def chat_with(
     return local_chat(tokenizer, looped if isinstance(model, OuroForCausalLM) else dense, s.system_prompt)
 
 
-def score_replies(task: Task, chat: Chat, who: str, cache: Path, name: str, temperature: float) -> Outcome:
+def score_replies(task: Task, chat: Chat, who: str, cache: Path, name: str) -> Outcome:
     """The choices that the replies to prompts name; replies that `cache` holds already are not asked for again."""
     conversations = [[{"role": "user", "content": question[0][0]}] for question in task.prompts]
     with Cache(cache) as saved:
-        replies = answer(
-            conversations,
-            chat,
-            saved,
-            name,
-            who=who,
-            max_new_tokens=task.spec["max_new_tokens"],
-            temperature=temperature,
-        )
+        replies = answer(conversations, chat, saved, name, who)
     predictions = [benchmarks.parse_choice(text) for text in replies]
     lines = [
         line_of(n, item, digest(prompt), {
