@@ -36,3 +36,11 @@ def in_the_repository():
         yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded model's; a test that changes it takes a copy."""
+    from ouro.model.loading import load_tokenizer  # the environment above comes first
+
+    return load_tokenizer(str(TESTS.parent / "sample/ouro-tiny"))

@@ -199,38 +199,26 @@ def test_rows_that_repeat_items_are_kept_only_where_that_is_asked(world, monkeyp
 
 def test_a_special_token_that_only_the_tokenizers_settings_name_makes_a_new_cache(world):
     """Rows with a special token are dropped; which tokens are special is also in special_tokens_map.json."""
-    folder = shutil.copytree(MODEL, world.folder / "model")
-    model = json.loads((folder / "tokenizer.json").read_text())
-    model["added_tokens"].append(model["added_tokens"][0] | {"id": 1024, "content": "<|tool|>"})
-    (folder / "tokenizer.json").write_text(json.dumps(model))
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 1025}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_set(world.folder / "data/train.jsonl", [*TRAIN, ("ถาม", "", "ตอบ <|tool|>", "MIT")])
-    world.tokenizer = load_tokenizer(str(folder))
     rows, report = prepared(world)
-    names = json.loads((folder / "special_tokens_map.json").read_text())
-    names["additional_special_tokens"].append("<|tool|>")
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | names))
-    world.tokenizer = load_tokenizer(str(folder))
-    assert "<|tool|>" in world.tokenizer.all_special_tokens
+    before = world.tokenizer.backend_tokenizer.to_str()
+    world.tokenizer.additional_special_tokens = ["<|im_start|>", "<|im_end|>", "สวัสดี"]
+    assert world.tokenizer.backend_tokenizer.to_str() == before
     new_rows, new_report = prepared(world)
     assert len(new_rows) == len(rows) - 1 and new_report["cache"] != report["cache"]
 
 
-@pytest.mark.parametrize("name", [file.name for file in CODE])
-def test_a_change_of_the_code_makes_the_rows_anew(world, monkeypatch, name):
-    root = world.folder / "code"
-    root.mkdir()
-    copies = [Path(shutil.copy(file, root)) for file in CODE]
+def test_a_change_of_any_file_of_the_code_makes_the_rows_anew(world, monkeypatch):
+    copies = [Path(shutil.copy(file, world.folder)) for file in CODE]
+    assert {path.name for path in copies} == {path.name for path in (ROOT / "ouro/data").glob("*.py")}
     rows, report = prepared(world)
     monkeypatch.setattr(cache, "CODE", copies)
     assert prepared(world)[1] == report | {"from_cache": True}
-    with open(root / name, "a") as file:
-        file.write("\n")
-    new_rows, new_report = prepared(world)
-    assert new_report["cache"] != report["cache"] and not new_report["from_cache"]
-    assert new_rows == rows
+    seen = {report["cache"]}
+    for path in copies:
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        new_rows, new_report = prepared(world)
+        assert new_report["cache"] not in seen and not new_report["from_cache"] and new_rows == rows, path.name
+        seen.add(new_report["cache"])
 
 
 def test_training_rows_and_held_out_rows_are_two_caches(world):
@@ -259,35 +247,18 @@ def test_a_change_of_anything_else_reads_the_cache(world, changes):
     assert (again, other["cache"], other["from_cache"]) == (rows, report["cache"], True)
 
 
-def test_an_identical_copy_elsewhere_reads_the_cache(world):
+def test_an_identical_copy_elsewhere_reads_the_cache_and_names_rows_of_its_own(world):
+    """A message must not send its reader to the folder of whoever filled the cache, which may be gone."""
     rows, report = prepared(world)
     copy = shutil.copytree(world.folder / "data", world.folder / "copy")
-    again, other = prepared(world, dataset_path=str(copy))
-    assert (again, other["cache"], other["from_cache"]) == (rows, report["cache"], True)
-    assert other["source"] == str(copy)
-
-
-def test_the_report_on_a_copy_names_rows_of_the_copy(world):
-    """Not the files of whoever filled the cache, which may be gone."""
-    copy = shutil.copytree(world.folder / "data", world.folder / "copy")
-    _, report = prepared(world)
     shutil.rmtree(world.folder / "data")
-    _, other = prepared(world, dataset_path=str(copy))
-    assert report["first_dropped"] and str(world.folder / "data") not in json.dumps(other)
-    with pytest.raises(UserError) as error:
+    read, other = prepare(replace(world.s, dataset_path=str(copy)), world.tokenizer, quiet=True)
+    assert (contents(read), other["cache"], other["from_cache"]) == (rows, report["cache"], True)
+    assert other["source"] == str(copy) and report["first_dropped"]
+    assert str(world.folder / "data") not in json.dumps(other)
+    assert [read.places(i) for i in range(len(read))] == [[f"train.jsonl, line {line}"] for line in (1, 2, 3, 4, 6, 8)]
+    with pytest.raises(UserError, match=str(copy)):
         prepared(world, dataset_path=str(copy), max_empty_share=0)
-    assert str(copy) in str(error.value) and str(world.folder / "data") not in str(error.value)
-
-
-def test_the_places_in_a_cache_are_of_no_particular_copy(world):
-    """A message that names rows must not send its reader to the folder of whoever filled the cache."""
-    copy = shutil.copytree(world.folder / "data", world.folder / "copy")
-    prepared(world)
-    for changes in ({}, {"dataset_path": str(copy)}):
-        rows, report = prepare(replace(world.s, **changes), world.tokenizer, quiet=True)
-        assert report["from_cache"]
-        places = [rows.places(i) for i in range(len(rows))]
-        assert places == [[f"train.jsonl, line {line}"] for line in (1, 2, 3, 4, 6, 8)]
 
 
 def test_a_second_run_reads_the_cache_and_tokenises_nothing(world, monkeypatch):
@@ -381,15 +352,6 @@ def started_building(cache: Path) -> bool:
     return any(path.stat().st_size for path in cache.glob(".*/rows.arrow"))
 
 
-def test_the_same_data_gives_the_same_bytes_in_another_process(large, tmp_path):
-    child = start(plain(large.data, tmp_path))
-    go(child)
-    rows, report = result(child)
-    assert rows == large.digest and not report["from_cache"]
-    assert listing(tmp_path) == [large.name, f"{large.name}/report.json", f"{large.name}/rows.arrow"]
-    assert files(tmp_path / large.name) == large.files
-
-
 def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp_path):
     s = plain(large.data, tmp_path)
     for _ in range(2):
@@ -407,23 +369,12 @@ def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp
 
 
 def test_two_processes_that_build_the_same_at_once_both_succeed(large, tmp_path):
-    children = [start(plain(large.data, tmp_path)) for _ in range(2)]
+    """With one process number, as in two containers that share a file system."""
+    children = [start(plain(large.data, tmp_path), pid=1) for _ in range(2)]
     go(*children)
     for rows, report in map(result, children):
         assert rows == large.digest and not report["from_cache"]
     assert listing(tmp_path) == [large.name, f"{large.name}/report.json", f"{large.name}/rows.arrow"]
-    assert files(tmp_path / large.name) == large.files
-
-
-def test_two_machines_where_the_builder_has_the_same_process_number_do_not_disturb_each_other(large, tmp_path):
-    """As in two containers that share a file system."""
-    s = plain(large.data, tmp_path)
-    first, second = start(s, pid=1), start(s, pid=1)
-    go(first)
-    wait_for(lambda: started_building(tmp_path))
-    go(second)
-    for rows, _ in (result(second), result(first)):
-        assert rows == large.digest
     assert files(tmp_path / large.name) == large.files
 
 
@@ -461,41 +412,26 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_one_message_and_leaves_nothing_behind(small_disk, tmp_path):
-    disk, resize = small_disk
-    resize(24)
-    command = [sys.executable, "data_config.py", "--config", "tests/smoke.yaml", "--dataset", "sample", "--overlap",
-               "none", "--cache_dir", str(disk), "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: No space left on device") and done.stderr.count("\n") == 1
-    assert listing(disk) == ["mine.txt"] and (disk / "mine.txt").read_text() == "years of work"
-    assert not (tmp_path / "out").exists()
-    assert str(disk) in done.stderr, "which disk?"
-
-
 def test_wherever_the_disk_fills_up_nothing_is_left_until_it_fits(small_disk, world):
     disk, resize = small_disk
     sample = {"dataset_path": str(ROOT / "sample/wangchan"), "max_length": 1024, "cache_dir": str(disk)}
     full = 0
-    for size in (*range(8, 128, 16), *range(128, 176, 4)):  # full among the rows, at their end, in the report
+    for size in (*range(8, 128, 24), *range(128, 176, 8)):  # full among the rows, at their end, in the report
         resize(size)
         try:
             rows, _ = prepared(world, **sample)
             break
         except OSError as error:
-            assert error.errno == errno.ENOSPC
+            assert error.errno == errno.ENOSPC and str(error.filename).startswith(str(disk)), "which disk?"
             assert listing(disk) == ["mine.txt"]
             full += 1
-    assert full >= 8 and rows == prepared(world, **sample | {"cache_dir": str(world.folder / "cache")})[0]
+    assert full >= 6 and rows == prepared(world, **sample | {"cache_dir": str(world.folder / "cache")})[0]
 
 
 DAMAGE = {
     "empty": lambda data: b"",
-    "first bytes": lambda data: data[:8],
     "first half": lambda data: data[: len(data) // 2],
     "without its end": lambda data: data[:-3],
-    "zeros": lambda data: bytes(len(data)),
     "missing": None,
 }
 
@@ -520,21 +456,12 @@ def test_a_damaged_cache_is_refused_by_name(world, monkeypatch, capsys, name, da
     assert message.endswith("): delete it and run again\n") and not (world.folder / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"Instruction": "ถาม", "Inp', r"train.jsonl, line 601: not valid JSON"),
-        ('{"Instruction": 7, "Input": "", "Output": "", "License": ""}', "line 601, column Instruction: expected text"),
-        ('{"Instruction": "ถาม", "Input": "", "Output": ""}', "line 601: no column 'License'"),
-    ],
-)
-def test_a_bad_row_late_in_the_file_leaves_nothing_in_the_cache(tmp_path, line, message):
-    data = tmp_path / "train.jsonl"
-    write_set(data, [(f"ถาม {i}", "", "ตอบ", "MIT") for i in range(600)])
-    with open(data, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=message):
-        prepare(plain(data, tmp_path / "cache"), load_tokenizer(MODEL), quiet=True)
+def test_a_bad_row_late_in_the_file_leaves_nothing_in_the_cache(tmp_path, tokenizer):
+    write_set(tmp_path / "train.jsonl", [(f"ถาม {i}", "", "ตอบ", "MIT") for i in range(2 * CHUNK + 88)])
+    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"Instruction": "ถาม", "Inp\n')
+    with pytest.raises(UserError, match="train.jsonl, line 601: not valid JSON"):
+        prepare(plain(tmp_path / "train.jsonl", tmp_path / "cache"), tokenizer, quiet=True)
     assert listing(tmp_path / "cache") == []
 
 
@@ -554,6 +481,7 @@ def measured(connection, *all_settings: Settings) -> None:
         connection.send((len(rows), peak_memory()))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data_set(tmp_path):
     """20,000 rows of 3,000 characters, one in twenty of which is tokenised, after 1,000 of which all are."""
     chance = np.random.default_rng(0)

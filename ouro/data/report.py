@@ -207,41 +207,41 @@ def bars(counts: list[int]) -> str:
 
 def print_report(report: dict, rows: int = 3) -> None:
     """The report for people, with the first of the decoded rows."""
-    r, survival = report, report["end_token_survival"]
+    r = report
     print(f"data: {r['dataset']} from {r['source']}, {r['data_revision'][:19]}{', cached' * r['from_cache']}")
+
+    def line(label: str, text: str) -> None:
+        print(f"  {label:<17}{text}")
+
     if r["rows_when_described"] not in (None, r["rows_in"]):
-        print(f"  note             {r['rows_when_described']:,} rows when configs/datasets.yaml was written")
-    print(f"  licence          {', '.join(f'{name} ({count:,} rows)' for name, count in r['licences'].items())}")
+        line("note", f"{r['rows_when_described']:,} rows when configs/datasets.yaml was written")
+    line("licence", ", ".join(f"{name} ({count:,} rows)" for name, count in r["licences"].items()))
     if r["note"]:
-        print(f"                   {r['note']}")
-    print(f"  rows             {r['rows_in']:,} in, {r['rows_kept']:,} kept")
+        line("", r["note"])
+    line("rows", f"{r['rows_in']:,} in, {r['rows_kept']:,} kept")
     for why, count in (r["rows_dropped"] | r["rows_touched"]).items():
         print(f"    {count:>12,}   {'' if why in r['rows_touched'] else 'dropped: '}{why}")
-    print(
-        f"  tokens           {r['tokens']:,}; trained {r['trained_share']:.1%}; answers with their end {survival:.1%}"
-    )
-    print(f"  tokens a row     {'  '.join(f'{q} {n:,}' for q, n in r['tokens_per_row'].items())}")
-    print(f"                   0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
+    ended = f"answers with their end {r['end_token_survival']:.1%}"
+    line("tokens", f"{r['tokens']:,}; trained {r['trained_share']:.1%}; {ended}")
+    line("tokens a row", "  ".join(f"{q} {n:,}" for q, n in r["tokens_per_row"].items()))
+    line("", f"0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
     for language, unit in r["tokens_per_unit"].items():
-        character, word = unit["tokens_per_character"], unit["tokens_per_word"]
-        print(f"  {language:<17}{character:.2f} tokens a character, {word:.1f} a word")
-    print(f"  letters          {r['thai_share_of_letters']:.0%} Thai")
-    duplicates = r["duplicates"]
-    print(f"  duplicates       {duplicates.get('rows', 0):,} rows, {duplicates.get('questions', 0):,} questions")
+        line(language, f"{unit['tokens_per_character']:.2f} tokens a character, {unit['tokens_per_word']:.1f} a word")
+    line("letters", f"{r['thai_share_of_letters']:.0%} Thai")
+    line("duplicates", f"{r['duplicates'].get('rows', 0):,} rows, {r['duplicates'].get('questions', 0):,} questions")
     if r["split"] == "train":
         overlap = r["overlap"]
-        print(f"  overlap          {len(overlap['rows']):,} rows repeat one of {overlap['items']:,} benchmark items "
-              f"({overlap['benchmarks']})")  # fmt: skip
+        found, items = f"{len(overlap['rows']):,} rows repeat", f"{overlap['items']:,} benchmark items"
+        line("overlap", f"{found} one of {items} ({overlap['benchmarks']})")
         for hit in overlap["rows"][:5]:
-            print(f"                   {hit['row']} and {hit['item']}: {hit['shared'][:40]}…")
-    print(f"  rows longer than             {''.join(f'{int(limit):>9,}' for limit in r['too_long'])}  tokens")
+            line("", f"{hit['row']} and {hit['item']}: {hit['shared'][:40]}…")
+    print(f"  {'rows longer than':<29}" + "".join(f"{int(limit):>9,}" for limit in r["too_long"]) + "  tokens")
     for name, label in POLICIES.items():
         print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))
     if "padding" in r:
-        shares = {k.replace("_", " "): v for k, v in r["padding"].items() if k not in ("packs", "used")}
-        used = r["padding"]["used"].replace("_", " ")
-        print(f"  padding          {', '.join(f'{k} {v:.1%}{chr(42) * (k == used)}' for k, v in shares.items())}"
-              "  (* used)")  # fmt: skip
+        shares = {name: share for name, share in r["padding"].items() if name not in ("packs", "used")}
+        text = ", ".join(f"{name} {share:.1%}{'*' * (name == r['padding']['used'])}" for name, share in shares.items())
+        line("padding", f"{text.replace('_', ' ')}  (* used)")
     colour = sys.stdout.isatty()
     for text in r["examples"][:rows]:
         print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")
@@ -258,15 +258,12 @@ def plot(report: dict, path: Path) -> None:
 
     edges, rows = report["histogram"]["edges"], report["histogram"]["rows"]
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.stairs(rows, edges, fill=True, color="#4477aa")
-    limit = report["settings"]["max_length"]
-    if limit < edges[-1]:
-        axes.axvline(limit, color="#cc3311")
-        axes.annotate(f"max_length {limit:,}", (limit, max(rows)), (4, -4), textcoords="offset points", va="top")
-    axes.set(
-        xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=f"{report['dataset']}: {sum(rows):,} rows"
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.stairs(rows, edges, fill=True)
+    if (limit := report["settings"]["max_length"]) < edges[-1]:
+        axes.axvline(limit, color="tab:red", label=f"max_length {limit:,}")
+        axes.legend(frameon=False)
+    title = f"{report['dataset']}: {sum(rows):,} rows"
+    axes.set(xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=title)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)

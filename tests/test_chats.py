@@ -1,0 +1,345 @@
+"""From a row to a chat to masked tokens: what is trained, what a length policy leaves of it, and what is refused."""
+
+import copy
+import re
+import unicodedata
+from functools import partial
+
+from ouro.data import chats
+from ouro.data import report as data_report
+from ouro.data.cache import prepare
+from ouro.data.chats import Tokens, cut_question, encode_chats, split_row, to_chat
+from ouro.data.sources import read_file
+from ouro.data.thai import normalise
+from ouro.files import ROOT, UserError, read_yaml
+from ouro.model.modeling_ouro import IGNORE
+from ouro.settings import DATASETS, Settings
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from training_sets import (
+    END,
+    ROW,
+    THOUGHT,
+    UNBOUNDED,
+    chatml,
+    count,
+    hashed,
+    prepare_set,
+    questions,
+    sample_text,
+    texts,
+    trained_texts,
+    turns,
+)
+
+ENTRIES = read_yaml(DATASETS)
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    return partial(prepare_set, tmp_path, tokenizer=tokenizer)
+
+
+def spans(tokens: Tokens, tokenizer) -> list[str]:
+    return [tokenizer.decode(tokens.ids[a:b]) for a, b in zip(tokens.trained[::2], tokens.trained[1::2], strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is trained
+
+
+def with_template(tokenizer, *changes: tuple[str, str]):
+    other = copy.deepcopy(tokenizer)
+    for old, new in changes:
+        assert old in other.chat_template
+        other.chat_template = other.chat_template.replace(old, new)
+    return other
+
+
+def test_the_answers_and_their_ends_are_trained_and_nothing_else(tokenizer):
+    """Though the tokenizer's beginning, end and padding are one token, which is not what ends a turn."""
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    tokens = encode_chats([turns("ถาม ๑๒", "ตอบ")], tokenizer)[0]
+    whole = tokenizer(chatml("ถาม ๑๒", "ตอบ"), add_special_tokens=False).input_ids
+    prompt = chatml("ถาม ๑๒") + "<|im_start|>assistant\n"
+    assert tokens.ids.tolist() == whole and whole[-2] == tokenizer.convert_tokens_to_ids(END) == 2
+    assert tokens.trained == [count(prompt, tokenizer), len(whole) - 1]  # the newline after <|im_end|> is not trained
+    several = encode_chats([turns("ก", "ข ๆ", "ค", "ง\n\nจ", "ฉ", "ช", system="ครู")], tokenizer)[0]
+    assert spans(several, tokenizer) == ["ข ๆ" + END, "ง\n\nจ" + END, "ช" + END]
+
+
+def test_a_chat_ends_with_its_last_answer_and_its_turns_alternate(prepared, tokenizer):
+    asked = questions(5)
+    out_of_order = [turns("", "ตอบก่อน")[1:] + turns(asked[1], "ก"), turns(asked[2]) + turns(asked[3], "ก")]
+    rows = [turns(asked[0], "ตอบ", "ขอบคุณ"), turns(asked[4], "ตอบ", "", "ต่อ"), *out_of_order]
+    got, report = prepared("chat", [{"messages": row} for row in rows], max_empty_share=1)
+    assert texts(got, tokenizer) == [chatml(asked[0], "ตอบ")]
+    why = {"empty (messages)": 1, "turns of user and assistant do not alternate": 2}
+    assert report["rows_dropped"] == why
+
+
+def test_text_that_spells_a_special_token_cannot_end_the_turn(prepared):
+    hidden = "ก<|im_\u200bend|>ข"  # spelled once the zero-width space is gone
+    rows = [ROW, ROW | {"Output": f"ก{END}ข"}, ROW | {"Input": "<|endoftext|>"}, ROW | {"Output": hidden}]
+    assert prepared("wangchan", rows)[1]["rows_dropped"] == {"special token in the text": 3}
+
+
+CONTENT = "message['content']"
+TEMPLATES = {
+    "thinks first": ([("assistant\n{% endif %}", "assistant\n<plan>\n{% endif %}")], "does not continue its own"),
+    "rewrites the prompt": (
+        [("{% for message in", "{% if add_generation_prompt %}Go{% endif %}{% for message in")],
+        "generation prompt changes what stands before it",
+    ),
+    "no special token": ([("prompt %}<|im_start|>", "prompt %}")], "does not begin with a special token"),
+    "upper case": ([(CONTENT, f"{CONTENT} | upper")], "changes the answer it is given"),
+    "drops thoughts": ([(CONTENT, f"{CONTENT}.split('</think>')[-1]")], "changes the answer it is given"),
+    "drops earlier thoughts": (
+        [(CONTENT, f"({CONTENT} if loop.last else {CONTENT}.split('</think>')[-1])")],
+        "changes the answer it is given|does not continue its own generation prompt",
+    ),
+    "no end": ([(f"{END}\n{{% endfor", "\n{% endfor")], f"does not end the answer with {re.escape(END)}"),
+    "another end": (
+        [("}}<|im_end|>", "}}{{ '<|endoftext|>' if message['role'] == 'assistant' else '<|im_end|>' }}")],
+        f"does not end the answer with {re.escape(END)}",
+    ),
+    "an end of the last answer only": (  # the user's own end would be taken for that of the answer before it
+        [("}}<|im_end|>", "}}{{ '<|im_end|>' if loop.last or message['role'] != 'assistant' }}")],
+        f"does not end the answer with {re.escape(END)}",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TEMPLATES)
+def test_a_template_that_would_train_the_wrong_tokens_is_refused(fault, tokenizer):
+    changes, message = TEMPLATES[fault]
+    conversation = turns("Why?", "<think>\nbecause\n</think>\n\nso", "And?", "<think>\nthen\n</think>\n\nthus")
+    assert len(encode_chats([conversation], tokenizer)) == 1
+    with pytest.raises(UserError, match=f"the chat template.*(?:{message})"):
+        encode_chats([conversation], with_template(tokenizer, *changes))
+
+
+def test_a_template_is_refused_with_the_row_it_fails_on(prepared, tokenizer):
+    lower = with_template(tokenizer, (CONTENT, f"{CONTENT} | lower"))
+    with pytest.raises(UserError, match=r"train.jsonl, line 2: the chat template changes the answer"):
+        prepared("wangchan", [ROW, ROW | {"Output": "ABC"}], tokenizer=lower)
+    loop, refusal = "{% for message in messages %}", "{{ raise_exception('No system turns here') }}"
+    strict = with_template(tokenizer, (loop, f"{loop}{{% if message['role'] == 'system' %}}{refusal}{{% endif %}}"))
+    with pytest.raises(UserError, match="the chat template.*No system turns here"):
+        prepared("wangchan", [ROW], tokenizer=strict, system_prompt="เป็นครู")
+
+
+def test_a_prompt_that_ends_with_a_space_is_refused_where_the_answer_takes_it(tokenizer):
+    spaced = with_template(tokenizer, ("assistant\n", "assistant: "), ("['role'] }}\n", "['role'] }}: "))
+    with pytest.raises(UserError, match="lets a token reach from its generation prompt into the answer"):
+        encode_chats([turns("ถาม", "ตอบ")], spaced)
+
+
+THAI = "กขคงจนมรสอ ะาำิีึืุูเแโใไ็่้๊๋์ๆฯ๐๑๒"
+OTHER = " \n\t0aZ<|>⟦é\u0301\u0302👩\u200d🌾🏽\ufe0f\u20e3\u0915\u093f\u2028\x85\xa0\x00"
+WORDS = st.text(st.one_of(st.sampled_from(THAI), st.sampled_from(OTHER), st.characters(exclude_categories=["Cs"])),
+                min_size=1, max_size=30)  # fmt: skip
+CONTENTS = st.integers(1, 3).flatmap(lambda n: st.lists(WORDS, min_size=2 * n, max_size=2 * n))
+
+
+@hypothesis_settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.none() | WORDS, CONTENTS)
+def test_whatever_the_answers_hold_they_and_their_ends_are_what_is_trained(tokenizer, system, contents):
+    found, _ = to_chat({"messages": turns(*contents, system=system)}, ENTRIES["chat"], Settings())
+    assume(found)  # none: a turn is empty once normalised, or garbled
+    clean = [normalise(content).strip() for content in contents]
+    assert [turn["content"] for turn in found if turn["role"] != "system"] == clean
+    tokens = encode_chats([found], tokenizer)[0]
+    assert tokens.ids.tolist() == tokenizer.apply_chat_template(found)
+    assert spans(tokens, tokenizer) == [answer + END for answer in clean[1::2]]
+
+
+def test_the_shown_row_marks_exactly_what_is_trained(tokenizer):
+    tokens = encode_chats([turns("ก", "ขค", "ง", "จ")], tokenizer)[0]
+    labels = np.full(len(tokens.ids), IGNORE)
+    for start, stop in zip(tokens.trained[::2], tokens.trained[1::2], strict=True):
+        labels[start:stop] = tokens.ids[start:stop]
+    shown = data_report.marked(tokens.ids, labels, tokenizer)
+    assert re.findall("⟦(.*?)⟧", shown, re.DOTALL) == ["ขค" + END, "จ" + END]
+    assert shown.replace("⟦", "").replace("⟧", "") == tokenizer.decode(tokens.ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# length policies
+
+LONG = ROW | {"Instruction": "สรุป", "Input": " ".join(sample_text(4, 120, seed=1)), "Output": "ยาวมาก " * 20 + "จบ"}
+
+
+def length(row: dict, tokenizer) -> int:
+    return count(chatml("\n\n".join(filter(None, (row["Instruction"], row["Input"]))), row["Output"]), tokenizer)
+
+
+def test_a_row_of_just_max_length_is_kept_and_one_token_more_dropped(prepared, tokenizer):
+    rows, n = [ROW] * 9 + [LONG], length(LONG, tokenizer)
+    assert prepared("wangchan", rows, max_length=n)[1]["rows_kept"] == 10
+    got, report = prepared("wangchan", rows, max_length=n - 1)
+    assert report["rows_dropped"] == {f"longer than {n - 1} tokens": 1} and report["end_token_survival"] == 1
+    assert trained_texts(got, tokenizer) == [ROW["Output"] + END] * 9
+
+
+def test_truncate_prompt_shortens_the_question_and_leaves_the_answer_whole(prepared, tokenizer):
+    n = length(LONG, tokenizer)
+    question = f"{LONG['Instruction']}\n\n{LONG['Input']}"
+    limit = n - count(LONG["Input"], tokenizer) // 2
+    got, report = prepared("wangchan", [ROW, LONG], max_length=limit, length_policy="truncate_prompt", **UNBOUNDED)
+    assert report["rows_touched"] == {"question cut": 1} and got.lengths.max() <= limit < n
+    assert trained_texts(got, tokenizer) == [ROW["Output"] + END, LONG["Output"] + END]
+    asked = re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", texts(got, tokenizer)[1], re.DOTALL)[1]
+    assert question.startswith(asked) and len(question) // 4 < len(asked) < len(question)
+    answer = count(chatml("", LONG["Output"]), tokenizer)
+    got, report = prepared("wangchan", [ROW, LONG], max_length=answer, length_policy="truncate_prompt", **UNBOUNDED)
+    assert report["rows_dropped"] == {f"longer than {answer} tokens": 1}
+    assert trained_texts(got, tokenizer) == [ROW["Output"] + END]
+
+
+def test_a_question_is_not_cut_inside_a_character_nor_before_its_marks(tokenizer):
+    question = "ที่นี้น้ำผึ้งกี่ขวด 🐝 เก้าอี้ 1️⃣ é\u0301 कि ก็ได้ค่ะ\n" * 6
+    conversation = turns(question.strip(), "ได้ครับ", "แล้ว?", "ครับ")
+    tokens, seen = encode_chats([conversation], tokenizer)[0], set()
+    for limit in range(len(tokens.ids) - 1, len(tokens.ids) - 150, -1):
+        cut = cut_question(conversation, tokens, limit, tokenizer)
+        assert len(cut.ids) <= limit and spans(cut, tokenizer) == ["ได้ครับ" + END, "ครับ" + END]
+        asked = tokenizer.decode(cut.ids).split("<|im_start|>user\n")[1].split(END)[0]
+        assert asked and question.startswith(asked)
+        assert not unicodedata.category(question[len(asked)]).startswith("M"), (limit, question[: len(asked) + 1])
+        seen.add(len(asked))
+    assert len(seen) > 30  # no more is cut than the limit asks for
+
+
+@hypothesis_settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(8, 40))
+def test_split_trains_every_trained_token_exactly_once(stretches, limit):
+    edges = np.cumsum([n for stretch in stretches for n in stretch]).tolist()
+    ids = np.arange(edges[-1] + 1, dtype=np.uint32)
+    pieces = split_row(Tokens(ids, edges), limit)
+    trained = [piece.ids[a:b] for piece in pieces for a, b in zip(piece.trained[::2], piece.trained[1::2], strict=True)]
+    whole = [ids[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    assert np.concatenate(trained).tolist() == np.concatenate(whole).tolist()
+    for piece in pieces:
+        assert len(piece.ids) == min(limit, len(ids)) and (np.diff(piece.ids.astype(int)) == 1).all()  # without gaps
+        assert piece.ids[0] == 0 or piece.trained[0] >= limit // 2  # after half a stretch of what precedes it
+
+
+def test_split_trains_long_rows_in_pieces_up_to_their_end(prepared, tokenizer):
+    asked = sample_text(6, 200, seed=2)
+    rows = [ROW | {"Instruction": q, "Output": a} for q, a in zip(asked, sample_text(6, 400, seed=3), strict=True)]
+    whole, _ = prepared("wangchan", rows)
+    got, report = prepared("wangchan", rows, max_length=100, length_policy="split")
+    assert got.lengths.max() <= 100 and report["rows_written"] == len(got) > len(whole) == report["rows_kept"]
+    assert report["rows_touched"] == {"split": int((whole.lengths > 100).sum())} and report["end_token_survival"] == 1
+    trained = [[x for i in range(len(part)) for x in part.row(i)[1].tolist() if x != IGNORE] for part in (got, whole)]
+    assert trained[0] == trained[1] and report["trained_tokens"] == len(trained[1])
+
+
+def test_truncate_keeps_the_beginning_and_counts_the_ends_it_loses(prepared, tokenizer):
+    n = length(LONG, tokenizer)
+    full, _ = prepared("wangchan", [LONG])
+
+    def cut(row: dict, limit: int, name: str = "wangchan"):
+        return prepared(name, [ROW, row] if row is LONG else [row], max_length=limit, length_policy="truncate",
+                        **UNBOUNDED)  # fmt: skip
+
+    got, report = cut(LONG, n - 20)
+    ids, labels = got.row(1)
+    assert ids.tolist() == full.row(0)[0][: n - 20].tolist() and labels.tolist() == full.row(0)[1][: n - 20].tolist()
+    assert report["end_token_survival"] == 0.5 and report["rows_touched"] == {"answer cut": 1}
+    asked = count(chatml(f"{LONG['Instruction']}\n\n{LONG['Input']}"), tokenizer)
+    got, report = cut(LONG, asked)
+    assert report["rows_dropped"] == {f"longer than {asked} tokens": 1} and len(got) == 1  # nothing of it is trained
+    got, report = cut(LONG, n - 1)  # it loses the newline after its end alone
+    assert trained_texts(got, tokenizer)[1] == LONG["Output"] + END and report["end_token_survival"] == 1
+    asked = questions(1)[0]  # cut within the second question: the first answer's end is there
+    chat = {"messages": turns(asked, "ตอบ", "ยาว" * 60, "ปลาย")}
+    got, report = cut(chat, count(chatml(asked, "ตอบ"), tokenizer) + 30, "chat")
+    assert trained_texts(got, tokenizer) == ["ตอบ" + END] and report["end_token_survival"] == 0
+
+
+def test_the_policy_error_names_the_row(prepared, tokenizer):
+    n = length(LONG, tokenizer)
+    assert prepared("wangchan", [ROW, LONG], max_length=n, length_policy="error")[1]["rows_kept"] == 2
+    with pytest.raises(UserError, match=rf"train.jsonl, line 2: {n} tokens, more than max_length = {n - 1}"):
+        prepared("wangchan", [ROW, LONG], max_length=n - 1, length_policy="error")
+
+
+def test_the_reports_table_is_what_the_policies_then_do(prepared, tokenizer, monkeypatch):
+    asked, answers = sample_text(40, 300, seed=4), sample_text(40, 200, seed=5)
+    rows = [ROW, *(ROW | {"Instruction": q, "Output": a} for q, a in zip(asked, answers, strict=True))]
+    ns = [length(row, tokenizer) for row in rows]
+    # Round ones; some where just the last newline is too much; some where the question can just be cut short enough.
+    limits = {*range(80, 200, 30), *(n - 1 for n in ns[1:4])}
+    limits |= {n - count(q, tokenizer) + chats.KEPT_QUESTION for n, q in zip(ns[6:11], asked[5:10], strict=True)}
+    limits = sorted(limits)
+    monkeypatch.setattr(data_report, "LENGTHS", limits)
+    told = prepared("wangchan", rows)[1]["too_long"]
+    done = {}
+    for limit in limits:
+        long = sum(n > limit for n in ns)
+        got = {policy: prepared("wangchan", rows, max_length=limit, length_policy=policy, **UNBOUNDED | {
+            "max_too_long_share": 2}) for policy in ("drop", "truncate_prompt", "split", "truncate")}  # fmt: skip
+        reports = {policy: report for policy, (_, report) in got.items()}
+        ended = sum(text.endswith(END) for text in trained_texts(got["truncate"][0], tokenizer))
+        done[str(limit)] = {
+            "drop": len(rows) - len(got["drop"][0]),
+            "truncate_prompt_cut": reports["truncate_prompt"]["rows_touched"].get("question cut", 0),
+            "truncate_prompt_dropped": len(rows) - len(got["truncate_prompt"][0]),
+            "split_pieces": len(got["split"][0]) - (len(rows) - long),
+            "truncate_ends_lost": len(rows) - ended,
+        }
+        assert done[str(limit)]["drop"] == long
+    for column in done[str(limits[0])]:
+        before, after = ({limit: row[column] for limit, row in table.items()} for table in (told, done))
+        assert before == after, column
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# <think>
+
+TAGS = {  # the completion, the solution -> what is trained
+    "both": ("<think>\nคิด\n</think>\n\nตอบ", "เฉลย", "<think>\nคิด\n</think>\n\nตอบ"),
+    "neither": ("ตอบเลย", "เฉลย", "ตอบเลย"),
+    "no opening": ("คิด\n</think>\n\nตอบ", "เฉลย", "<think>\nคิด\n</think>\n\nตอบ"),
+    "no closing": ("<think>\nคิด", " เฉลย\n", "<think>\nคิด\n</think>\n\nเฉลย"),
+    "no closing, no solution": ("<think>\nคิด", None, None),
+    "no closing, blank solution": ("<think>\nคิด", " \n", None),
+    "two openings": ("<think>ก<think>ข</think>", "เฉลย", None),
+    "two closings": ("<think>ก</think>ข</think>", "เฉลย", None),
+    "wrong order": ("</think>ก<think>", "เฉลย", None),
+}
+
+
+@pytest.mark.parametrize("case", TAGS)
+def test_think_tags_pair_or_the_row_is_dropped(case, prepared, tokenizer):
+    completion, solution, expected = TAGS[case]
+    fine, odd = questions(2)
+    rows = [THOUGHT | {"problem": fine},
+            THOUGHT | {"problem": odd, "reannotated_assistant_content": completion, "solution": solution}]  # fmt: skip
+    got, report = prepared("r1", rows, max_unbalanced_share=0.5)
+    assert trained_texts(got, tokenizer)[1:] == ([] if expected is None else [expected + END])
+    assert report["rows_touched"] == ({"<think> tags completed": 1} if case in ("no opening", "no closing") else {})
+    assert sum(report["rows_dropped"].values()) == (expected is None)
+
+
+def test_of_the_samples_rows_the_answers_are_trained_and_no_prompt(tokenizer, tmp_path):
+    for name in ("wangchan", "synthetic", "r1"):
+        entry, folder = ENTRIES[name], ROOT / "sample" / name
+        settings = Settings(dataset=name, dataset_path=str(folder), overlap="none", cache_dir=str(tmp_path))
+        rows, report = prepare(settings, tokenizer, quiet=True)
+        raw = [row for _, row in read_file(folder / "train.jsonl")]
+        column = entry["held_out"].get("hash")
+        raw = [row for row in raw if not column or hashed(row[column] or row[entry["prompt"][0]]) >= 0.02]
+        assert len(rows) == len(raw) == report["rows_kept"] > 20
+        for text, row in zip(trained_texts(rows, tokenizer), raw, strict=True):
+            answer = row[entry["completion"]]
+            assert text == answer + END or (name == "r1" and answer in text and text.endswith(END))
+        for (ids, labels), row in zip(map(rows.row, range(len(rows))), raw, strict=True):
+            prompt = tokenizer.decode(ids[: int((labels != IGNORE).argmax())])
+            assert prompt.endswith("<|im_start|>assistant\n") and row[entry["prompt"][0]] in prompt
