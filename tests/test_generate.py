@@ -120,7 +120,7 @@ def test_fp8_weights_are_decoded_as_the_products_of_training_read_them():
         expected[name] = rounded.float() * scale + torch.cat([p.get_delta_weight("default") for p in chosen])
     fuse(model, "fp8")
     decoder = Decoder(model.get_base_model())
-    decoder.refresh()
+    decoder.copy_weights()
     for name, matrix in expected.items():
         assert torch.equal(decoder.layers[1][name], matrix), name
 
@@ -263,9 +263,9 @@ def products_agree(device: str, dtype: torch.dtype, relative: float) -> None:
         before, after, last = (torch.rand(width, **new) + 0.5 for _ in range(3))
         for given in ("", "y last before") if size > 4096 else ("", "before", "y before", "y last before", "y last"):
             has = given.split()
-            state = x + kernels.norm(y, after, 1e-6) if "y" in has else x
-            state = kernels.norm(state, last, 1e-6) if "last" in has else state
-            row = kernels.norm(state, before, 1e-6) if "before" in has else state
+            state = x + kernels.rms_norm(y, after, 1e-6) if "y" in has else x
+            state = kernels.rms_norm(state, last, 1e-6) if "last" in has else state
+            row = kernels.rms_norm(state, before, 1e-6) if "before" in has else state
             options = {"before": before, "last": last, "y": y}
             options = {name: value if name in has else None for name, value in options.items()}
             ours, out = kernels.multiply(x, matrix, 1e-6, after=after if "y" in has else None, **options)
@@ -281,13 +281,13 @@ def one_row_agrees(device: str) -> None:
     """A step of one row by kernels gives the logits, the cache and so the tokens of the step of several."""
     model = load_ouro(TINY, dtype=torch.float32, device=device).eval()
     decoder = Decoder(model)
-    decoder.refresh()
+    decoder.copy_weights()
     decoder.cuda = False  # prepares nothing
     decoder.prepare(2, 1, 64)
     decoder.read([PROMPTS[2]], [0], [0])
     slots, (cos, sin) = (
         decoder.slots.clone(),
-        (t[0] for t in model.model._rotary(decoder.position[None], torch.float32)),
+        (t[0] for t in model.model.rotations(decoder.position[None], torch.float32)),
     )
     x = F.embedding(decoder.token, model.model.embed_tokens.weight)
     expected, cache = decoder.rows_together(x, cos, sin), decoder.slots.clone()
@@ -297,7 +297,7 @@ def one_row_agrees(device: str) -> None:
 
 
 def kernel_agrees(device: str, dtype: torch.dtype, dim: int, relative: float) -> None:
-    """The kernel gives what `attend` gives, and leaves the same cache, in one part or several."""
+    """The kernel gives what `attend_to_cache` gives, and leaves the same cache, in one part or several."""
     torch.manual_seed(0)
     batch, heads, capacity = 3, 2, 128
     new = {"device": device, "dtype": dtype}
@@ -306,7 +306,7 @@ def kernel_agrees(device: str, dtype: torch.dtype, dim: int, relative: float) ->
     slots = torch.randn(2, 2, batch, heads, capacity, dim, **new)
     for splits in (1, 3, 16):
         plain, fast = slots.clone(), slots.clone()
-        expected, _ = kernels.attend(qkv, angle.cos(), angle.sin(), *plain[1], position)
+        expected, _ = kernels.attend_to_cache(qkv, angle.cos(), angle.sin(), *plain[1], position)
         y, weight = kernels.attend_by_kernel(qkv, angle.cos(), angle.sin(), *fast[1], position, splits)
         assert (weight is None) == (splits == 1)
         y = y if weight is None else (y * weight.softmax(-1)[..., None]).sum(2, keepdim=True)

@@ -265,7 +265,7 @@ def test_bf16_default_answers_from_the_last_loop_where_the_published_threshold_d
     assert_close(exit_distribution(out.gate_logits), exit_distribution(out.gate_logits.double()), 1e-6)
 
 
-def test_bf16_keeps_rotary_angles_exact_at_late_positions():
+def test_bf16_keepsrotations_angles_exact_at_late_positions():
     """Angles rounded to bf16 would be off by whole turns here."""
     model, ids = tiny().bfloat16(), tokens(2, 9)
     late = model(ids, position_ids=torch.arange(9)[None] + 4001).logits.float()
@@ -273,8 +273,8 @@ def test_bf16_keeps_rotary_angles_exact_at_late_positions():
     exact = tiny()(ids).logits
     assert (late - near).norm() < 0.05 * near.norm()
     assert (late - exact).norm() < 0.05 * exact.norm()
-    cos, sin = model.model._rotary(torch.arange(4096)[None], torch.bfloat16)
-    wide_cos, wide_sin = model.model._rotary(torch.arange(4096)[None], torch.float32)
+    cos, sin = model.model.rotations(torch.arange(4096)[None], torch.bfloat16)
+    wide_cos, wide_sin = model.model.rotations(torch.arange(4096)[None], torch.float32)
     assert torch.equal(cos, wide_cos.bfloat16()) and torch.equal(sin, wide_sin.bfloat16())
 
 

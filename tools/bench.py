@@ -37,19 +37,18 @@ from ouro.data.sources import read_file
 from ouro.evaluate.scoring import score
 from ouro.files import ROOT, UserError, call, read_yaml
 from ouro.model import generate as generation
-from ouro.model import graphs
 from ouro.model.cost import (
     GPUS,
     check_share,
+    layer_weights,
     layers_to_recompute,
     matrix_rate,
-    peak_memory,
-    product_sizes,
     sizes,
     training_flops,
     training_memory,
 )
 from ouro.model.generate import Decoder, generate
+from ouro.model.graphs import peak_memory
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.lora import refresh
 from ouro.model.modeling_ouro import PROJECTIONS, OuroForCausalLM
@@ -204,7 +203,6 @@ def measure(
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
-    graphs.kept = 0  # those of the row before are gone
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1, SMALL_CARD / whole) if s.use_qlora else 1.0)
     model = stock(s) if usual else build(s, 0)
@@ -234,7 +232,7 @@ def measure(
     speed = count * ids.numel() / seconds(lambda: steps(count))
     if profiled:
         profile(lambda: steps(1))
-    return speed, peak_memory() / 2**30, first
+    return speed, peak_memory(model) / 2**30, first
 
 
 def times_stock(speed: float, loops: int, batch: int, known: dict[tuple[int, int], float]) -> str:
@@ -483,7 +481,7 @@ def bench_generate(run: Resolved) -> None:
     s, device = run.settings, "cuda" if torch.cuda.is_available() else "cpu"
     model, rate, prompt, new = random_model(s), copy_rate(device), PROMPT, NEW
     config, size = model.config, 2 if s.bf16 else 4
-    layer = size * sum(a * b for a, b in product_sizes(config)) * config.num_hidden_layers
+    layer = size * layer_weights(config) * config.num_hidden_layers
     head = size * config.hidden_size * config.vocab_size
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"{name}, torch {torch.__version__}; a copy moves {rate / 1e12:.2f} TB/s")
@@ -564,7 +562,7 @@ def bench_score(run: Resolved) -> None:
         prompts = [question + sum(options[turn:] + options[:turn], []) for turn in range(5)]
         return [(prompt + option, len(prompt)) for prompt in prompts for option in options]
 
-    layer = 2 * sum(a * b for a, b in product_sizes(config))
+    layer = 2 * layer_weights(config)
     print(f"questions of {count} tokens, 5 options, depths {depths} from one pass, {budget:,} tokens a batch")
     for kind, make in (("letters after one prompt", letters), ("texts after five rotations", texts)):
 

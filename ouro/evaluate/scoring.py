@@ -100,7 +100,7 @@ def loops(model: OuroForCausalLM, ids: Tensor, positions: Tensor, last: Tensor |
     """
     decoder = model.model
     x = decoder.embed_tokens(ids)
-    cos, sin = decoder._rotary(positions, x.dtype)
+    cos, sin = decoder.rotations(positions, x.dtype)
     mask = None
     if last is not None:
         at = torch.arange(ids.shape[1], device=ids.device)

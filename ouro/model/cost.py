@@ -1,29 +1,17 @@
-"""What a model costs, counted: floating-point operations and bytes of memory; and which layers to recompute."""
+"""What a model costs, counted: floating-point operations and bytes of memory; and which layers to recompute.
+
+All counting of operations is here: of a token read (forward_flops), of training (training_flops), of a layer's products.
+"""
 
 import statistics
 from pathlib import Path
 
 from ouro.files import UserError
-from ouro.model.graphs import kept
 from ouro.model.modeling_ouro import CHUNK, OuroConfig, OuroForCausalLM
 from ouro.settings import Settings
 
 import torch
 from transformers import PreTrainedModel
-
-
-def forward_flops(model: PreTrainedModel, depth: int) -> int:
-    """Floating-point operations of a token's products, attention's own not counted: two a weight."""
-    config = model.config
-    if not isinstance(model, OuroForCausalLM):
-        return 2 * (model.num_parameters(exclude_embeddings=True) + config.hidden_size * config.vocab_size)
-    layer = sum(i * o for i, o in product_sizes(config))
-    return 2 * (depth * config.num_hidden_layers * layer + config.hidden_size * config.vocab_size)
-
-
-def peak_memory() -> int:
-    """Bytes of this GPU in use at the peak."""
-    return torch.cuda.max_memory_allocated() + kept
 
 
 # Dense bf16 TFLOP/s with fp32 accumulation and GiB, by the makers' data sheets.
@@ -61,6 +49,20 @@ def product_sizes(config: OuroConfig) -> list[tuple[int, int]]:
     )
 
 
+def layer_weights(config: OuroConfig) -> int:
+    """Numbers in the seven projections of a layer."""
+    return sum(i * o for i, o in product_sizes(config))
+
+
+def forward_flops(model: PreTrainedModel, depth: int) -> int:
+    """Floating-point operations of a token's products, attention's own not counted: two a weight."""
+    config = model.config
+    head = config.hidden_size * config.vocab_size
+    if isinstance(model, OuroForCausalLM):
+        return 2 * (depth * config.num_hidden_layers * layer_weights(config) + head)
+    return 2 * (model.num_parameters(exclude_embeddings=True) + head)
+
+
 def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pairs: float, trained: float) -> float:
     """Floating-point operations of forward and backward pass, recomputation not counted.
 
@@ -69,8 +71,7 @@ def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pai
     operations a weight forward and 2 backward; LoRA's 2 and 4; attention 4 a pair and inner size forward and, its
     scores computed again, 10 backward (Dao 2023, FlashAttention-2, section 4.1, which counts 2.5 times the forward).
     """
-    sizes = product_sizes(config)
-    layer = 4 * sum(i * o for i, o in sizes) + 6 * rank * sum(i + o for i, o in sizes)
+    layer = 4 * layer_weights(config) + 6 * rank * sum(i + o for i, o in product_sizes(config))
     attention = 3.5 * 4 * config.num_attention_heads * config.head_dim
     head = 4 * config.hidden_size * config.vocab_size
     return loops * config.num_hidden_layers * (tokens * layer + pairs * attention) + trained * head
@@ -81,13 +82,14 @@ def matrix_rate(device: str | int) -> float:
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     spent = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        torch.mm(a, b, out=out)
-        end.record()
-        end.synchronize()
-        spent.append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device_of(a):  # events are recorded on the current GPU
+        for _ in range(8):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            torch.mm(a, b, out=out)
+            end.record()
+            end.synchronize()
+            spent.append(start.elapsed_time(end) / 1e3)
     return 2 * 8192**3 / statistics.median(spent[2:])
 
 

@@ -1,15 +1,67 @@
-"""Frozen weights and activations in fp8 (e4m3) for Hopper's tensor cores, scaled by row."""
+"""Frozen weights and activations in fp8 (e4m3) for Hopper's tensor cores, scaled by row; LoRA stays in bf16.
 
-from collections.abc import Sequence
+A group's W is kept twice, scaled by row for W x, and transposed and scaled by row for W' dy; x and dy are scaled as
+they come.
+"""
+
+from collections.abc import Callable, Sequence
+
+from ouro.model.bf16 import add, own_columns
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # torch for CPUs comes without it
     triton = None
+
+
+class Fp8:
+    """What a group keeps: [A (ranks, in), B (outputs, ranks) with zeros beside each B_k, W in fp8, its scales, W' in
+    fp8, its scales]. The methods are those of bf16.Bf16."""
+
+    @classmethod
+    def keep(cls, bases: list[nn.Linear], rank: int) -> list[Tensor]:
+        """The layers' own weights are emptied: nothing reads them any more."""
+        whole = torch.cat([base.weight for base in bases]).detach()
+        ranks = rank * len(bases)
+        factors = [whole.new_zeros(ranks, whole.shape[1]), whole.new_zeros(len(whole), ranks)]
+        for base in bases:
+            base.weight.data = base.weight.new_empty(0)
+        return [*factors, *by_row(whole), *by_row(whole.t().contiguous())]
+
+    @classmethod
+    def factors(cls, frozen: list[Tensor], outs: tuple[int, ...], width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return frozen[0], own_columns(frozen[1], outs)
+
+    @classmethod
+    def outputs(
+        cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        low, outs = low_rank(x), [len(b) for b in bs]
+        y = fp8_product(by_row(x), *frozen[2:4], x.dtype)
+        if len(outs) < 3:
+            add_product(y, low, frozen[1])
+            return x, low, y.split(outs, 1)
+        # Attention keeps v for its backward pass. As a part of y it would keep q and k in memory, too.
+        lows = zip(y.split(outs, 1), low.split(len(a) // len(outs), 1), bs, strict=True)
+        return x, low, tuple(add(y, z @ b.t()) for y, z, b in lows)
+
+    @classmethod
+    def input_gradient(
+        cls, frozen: list[Tensor], a: Tensor, dys: tuple[Tensor, ...], part: Tensor | None, zero: Tensor
+    ) -> Tensor:
+        # For a single gradient the kernel that the compiler writes is as fast.
+        d8 = by_row_together(dys) if len(dys) > 1 else by_row(dys[0])
+        dx = fp8_product(d8, *frozen[4:], dys[0].dtype)
+        return dx if part is None else add(dx, part @ a)
+
+    @classmethod
+    def decoded(cls, frozen: list[Tensor], outs: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The frozen weights (out, in) in fp32, as the products with x read them."""
+        return (frozen[2].float() * frozen[3]).split(outs)
 
 
 def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +96,18 @@ if triton:
 
 @torch.library.custom_op("ouro::by_row_together", mutates_args=())
 def by_row_together(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`by_row` of matrices (rows, width) that stand beside each other. In one kernel that reads them once: the compiler
-    computes them anew for the largest number of a row, and anew for the division."""
+    """`by_row` of matrices (rows, width) that stand beside each other, in one kernel that reads them once. The compiler
+    would compute the matrices twice, for the largest number of each row and for the division by it."""
     if not parts[0].is_cuda:
         return by_row(torch.cat(list(parts), 1))
     return by_row_in_one_kernel([part if part.stride(1) == 1 else part.contiguous() for part in parts])
+
+
+@by_row_together.register_fake
+def _(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    rows, width = parts[0].shape
+    whole = parts[0].new_empty(rows, len(parts) * width, dtype=torch.float8_e4m3fn)
+    return whole, parts[0].new_empty(rows, 1, dtype=torch.float32)
 
 
 def by_row_in_one_kernel(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,13 +115,27 @@ def by_row_in_one_kernel(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     out = parts[0].new_empty(rows, len(parts) * width, dtype=torch.float8_e4m3fn)
     scales = parts[0].new_empty(rows, 1, dtype=torch.float32)
     three = [*parts, parts[0]][:3]
-    _by_row[(rows,)](
-        *three, out, scales, width, *(part.stride(0) for part in three), PARTS=len(parts),
-        BLOCK=triton.next_power_of_2(width), num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _by_row[(rows,)](
+            *three, out, scales, width, *(part.stride(0) for part in three), PARTS=len(parts),
+            BLOCK=triton.next_power_of_2(width), num_warps=8,
+        )  # fmt: skip
     return out, scales
 
 
 def fp8_product(x: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x (rows, in) times the transpose of weight (out, in), both scaled by row."""
     return torch._scaled_mm(x[0], weight.t(), x[1], scale.t(), out_dtype=dtype, use_fast_accum=True)
+
+
+@torch.library.custom_op("ouro::add_product", mutates_args=("y",))
+def add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y (rows, out) += x (rows, in) times the transpose of weight (out, in). An operation of its own, so that the
+    compiler adds in place, too: else it writes the product, and reads it again wherever the sum is used, which took
+    2.8 % of a step."""
+    y.addmm_(x, weight.t())
+
+
+@add_product.register_fake
+def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    pass

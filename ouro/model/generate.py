@@ -2,34 +2,33 @@
 
     from ouro.model.generate import generate
     replies = generate(model, prompts, depth=4, max_new_tokens=512, stop=[0, 2])      # lists of token ids, both
-    python tools/bench.py generate                                                          # its speed
+    python tools/bench.py generate                                                     # its speed
 
 Prompts are read by the model's own forward pass, adapters and NF4 or fp8 weights as they are. Tokens after them come
 from a copy of the layers made for thin products: q, k and v are one matrix, gate and up another, weights in 4 or 8 bits
-are decoded and LoRA is merged, W + s B A computed in fp32 and rounded once. LoRA beside W would be two more thin
-products a group, each a kernel that takes longer to start than to run; the rounding is that of any merged bf16 model,
-and fp32 has none.
+are decoded and LoRA is merged, W + s B A computed in fp32 and rounded once, as in any merged bf16 model. LoRA beside W
+would be two more thin products a group, each a kernel that takes longer to start than to run.
 
 On a GPU a step is one CUDA graph: what lies between two attentions is compiled, attention is one kernel
 (flash-decoding, arXiv 2311.01282) that rotates, writes the cache and reads of it only what a sequence has filled. Hence
-no mask, no padding and no length buckets, and a graph serves any lengths. A single row is multiplied by kernels of our
-own, which read each matrix at nearly the rate of a copy. On a CPU the same steps run as they stand.
+no mask, no padding and no length buckets, and a graph serves any lengths. A single row is multiplied by kernels of
+kernels.py, which read each matrix at nearly the rate of a copy. On a CPU the same steps run without compiler and graph.
 """
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from ouro.files import UserError
+from ouro.model.fp8 import Fp8
 from ouro.model.kernels import (
-    attend,
     attend_by_kernel,
+    attend_to_cache,
     begin,
     combine,
     compiled,
     middle,
     multiply,
     multiply_gated,
-    power_of_two,
     to_logits,
     to_next,
 )
@@ -42,7 +41,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-BURST = 8  # steps between two looks at the tokens: a look waits for the GPU
+BURST = 8  # steps after which the tokens are fetched: each time the CPU waits for the GPU
 PREFILL = 8192  # tokens of prompts read in one pass
 KEPT = 8 * 2**30  # a larger cache is given back after each call
 
@@ -59,8 +58,13 @@ def pick(logits: Tensor, noise_at: Tensor, temperature: Tensor) -> Tensor:
     return (wide - temperature * torch.log(-torch.log(uniform))).argmax(-1)
 
 
+def power_of_two(n: int, up: bool) -> int:
+    """The next power of two from n up, or down."""
+    return 1 << ((n - 1).bit_length() if up else n.bit_length() - 1)
+
+
 class _Writer:
-    """What the model's forward pass takes for an empty cache: writes keys and values to where decoding reads them."""
+    """To the model's forward pass an empty cache: it puts a prompt's keys and values to where decoding reads them."""
 
     layers = ()
 
@@ -108,8 +112,8 @@ class Decoder:
         self.layers = [{name: torch.empty(s, **new) for name, s in shapes.items()} for _ in model.model.layers]
         self.key = self.slots = self.graph = None
 
-    def refresh(self) -> None:
-        """Copies the model's weights as they are now, adapters merged, into the same places."""
+    def copy_weights(self) -> None:
+        """Copies the model's weights as they are now, adapters merged, to where a captured step reads them."""
         for copy, layer in zip(self.layers, self.model.model.layers, strict=True):
             a, m = layer.self_attn, layer.mlp
             for name, parts in (
@@ -119,7 +123,8 @@ class Decoder:
                 ("down", (m.down_proj,)),
             ):
                 group = getattr(parts[0], "group", None)
-                weights = group.decoded_fp8() if group and group.kind == "fp8" else [None] * len(parts)
+                fp8 = group is not None and group.kind == "fp8"
+                weights = Fp8.decoded(group.frozen(), group.outs) if fp8 else [None] * len(parts)
                 for place, part, weight in zip(copy[name].chunk(len(parts)), parts, weights, strict=True):
                     place.copy_(merged(part, self.dtype, weight))
             copy["in"] = layer.input_layernorm.weight
@@ -168,10 +173,14 @@ class Decoder:
             torch.zeros(batch, dtype=torch.int64, **new) for _ in range(4)
         )
         self.temperature = torch.zeros((), **new)
-        # About 1,024 parts, which an H200 runs at once; more than 16 of a sequence cost more than they bring.
+        # About 1,024 parts together, which an H200 runs at once; more than 16 of one sequence made it slower.
         self.splits = max(1, min(16, 1024 // (batch * c.num_attention_heads)))
         if self.cuda:
-            for _ in range(2):  # compiles
+            self.capture_step()
+
+    def capture_step(self) -> None:
+        with torch.cuda.device(self.device):  # streams and Triton's kernels are made on the current GPU
+            for _ in range(2):  # compiles, and tries kernels
                 self.step()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -187,7 +196,7 @@ class Decoder:
         depth, batch, capacity = self.key
         model = self.model.model
         x = F.embedding(self.token, model.embed_tokens.weight)
-        cos, sin = (t[0] for t in model._rotary(self.position[None], self.dtype))  # (batch, 1, head_dim)
+        cos, sin = (t[0] for t in model.rotations(self.position[None], self.dtype))  # (batch, 1, head_dim)
         logits = (self.one_row if self.cuda and batch == 1 else self.rows_together)(x, cos, sin)
         self.token.copy_(pick(logits, self.noise(self.seed, self.position), self.temperature))
         # Rows that have ended run on until the host looks: not beyond the cache.
@@ -201,7 +210,7 @@ class Decoder:
         for slot, (keys, values) in enumerate(self.slots):
             layer, following = self.layers[slot % count], self.layers[(slot + 1) % count]
             arguments = qkv, cos, sin, keys, values, self.position
-            y, weight = attend_by_kernel(*arguments, self.splits) if self.cuda else attend(*arguments)
+            y, weight = attend_by_kernel(*arguments, self.splits) if self.cuda else attend_to_cache(*arguments)
             last = model.norm.weight if slot % count == count - 1 else None
             x, inner = call(middle)(x, y, weight, layer["rest"], eps)
             if slot < len(self.slots) - 1:
@@ -209,7 +218,7 @@ class Decoder:
         return call(to_logits)(x, inner, layer["rest"], last, self.model.lm_head.weight, eps)
 
     def one_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The same for one row, in six kernels a layer."""
+        """`rows_together` for one row, in six kernels a layer."""
         eps, count, model = self.config.rms_norm_eps, len(self.layers), self.model.model
         y = end = last = None
         for slot, (keys, values) in enumerate(self.slots):
@@ -225,6 +234,7 @@ class Decoder:
 
     @staticmethod
     def noise(seed: Tensor, position: Tensor) -> Tensor:
+        """Where `pick` finds the noise of each row's next token, int64 (batch,)."""
         return seed * -3335678366873096957 + position * 1442695040888963407
 
     def run(self) -> None:
@@ -245,9 +255,34 @@ class Decoder:
         return token.tolist()
 
     def clear(self, rows: list[int] | slice) -> None:
-        """Rows without a sequence: they look at one position."""
+        """Takes the sequences out of these rows, which then attend to one position each."""
         self.active[rows] = 0
         self.position[rows] = 0
+
+
+def prepared(
+    model: OuroForCausalLM | PeftModel, prompts: list[list[int]], depth: int, new: int, batch_size: int | None
+) -> Decoder:
+    """The model's decoder with its weights as they are now and an empty cache; raises as `generate` does."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.training:
+        raise ValueError("the model is in training mode: model.eval()")
+    if not all(prompts):
+        raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty")
+    longest = max(map(len, prompts)) + new
+    if longest > base.config.max_position_embeddings:
+        raise UserError(
+            f"a prompt of {longest - new} tokens and max_new_tokens = {new} are more than the "
+            f"model's {base.config.max_position_embeddings} positions"
+        )
+    decoder = getattr(base, "decoder", None)
+    if decoder is None or decoder.device != base.lm_head.weight.device:  # the model may have been moved since
+        base.decoder = decoder = Decoder(base)
+    decoder.copy_weights()
+    capacity = -(-longest // 256) * 256
+    decoder.prepare(depth, decoder.rows(depth, capacity, len(prompts), batch_size), capacity)
+    decoder.clear(slice(None))
+    return decoder
 
 
 @torch.no_grad()
@@ -276,31 +311,13 @@ def generate(
         UserError: a prompt and its answer are longer than the model's positions, or than free memory.
         ValueError: arguments out of range, a model in training mode, or weights that cannot be merged.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if depth < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
         raise ValueError("depth, max_new_tokens and batch_size must be at least 1, temperature at least 0")
-    if base.training:
-        raise ValueError("the model is in training mode: model.eval()")
     if not prompts:
         return []
-    if not all(prompts):
-        raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty")
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > base.config.max_position_embeddings:
-        raise UserError(
-            f"a prompt of {longest - max_new_tokens} tokens and max_new_tokens = {max_new_tokens} are more than the "
-            f"model's {base.config.max_position_embeddings} positions"
-        )
-    if not hasattr(base, "decoder"):
-        base.decoder = Decoder(base)
-    decoder = base.decoder
-    decoder.refresh()
-    capacity = -(-longest // 256) * 256
-    batch = decoder.rows(depth, capacity, len(prompts), batch_size)
-    decoder.prepare(depth, batch, capacity)
-    decoder.clear(slice(None))
+    decoder = prepared(model, prompts, depth, max_new_tokens, batch_size)
     decoder.temperature.fill_(temperature)
-
+    batch = len(decoder.token)
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else seed
     replies: list[list[int]] = [[] for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -320,7 +337,7 @@ def generate(
                 on_end(index, replies[index])
 
     while waiting or running:
-        # Not at every single end: reading a prompt holds up all rows.
+        # Several prompts at once, for all rows wait while they are read.
         if waiting and (not running or len(free) >= max(1, batch // 8)):
             decoder.clear(free)
             while waiting and free:

@@ -8,9 +8,9 @@
 
 A layer that is recomputed takes about 140 kernels: forward, forward again, backward. There one layer is captured as two
 graphs, the forward pass, and the forward pass again with the backward pass, and serves them all: before each replay
-the layer's frozen weights and copies of the adapters go to where the graphs read them. In 4 bits those of Ouro-2.6B
-have 26 MB, which are copied in a hundredth of the time that the layer takes. Dropout is the same in both: the generator
-is set back to where it was when the forward pass was replayed.
+the layer's frozen weights and copies of the adapters are copied to where the graphs read them. In 4 bits those of
+Ouro-2.6B have 26 MB, which takes a hundredth of the layer's own time. Both graphs draw the same dropout: the backward
+pass sets the generator of random numbers back to where it was when the forward pass was replayed.
 """
 
 import copy
@@ -26,16 +26,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-DOCUMENTS = 16  # of a packed row; of recomputed layers batches with more are computed without graphs
-kept = 0  # bytes of the GPU that graphs keep for their replays, beside what is allocated
+DOCUMENTS = 16  # that the graphs of a layer have room for in a packed row; a batch with more is computed without graphs
 
 
-def groups(layer: nn.Module) -> list[Group]:
+def groups_of(layer: nn.Module) -> list[Group]:
     return [module for module in layer.modules() if isinstance(module, Group)]
 
 
 def adapters(layer: nn.Module) -> list[nn.Parameter]:
-    return [p for group in groups(layer) for p in group.parameters_of()]
+    return [p for group in groups_of(layer) for p in group.parameters_of()]
 
 
 @contextmanager
@@ -52,22 +51,23 @@ def standing_in(groups: list[Group], parameters: list[nn.Parameter]):
             place.weight = parameter
 
 
-def frozen(layer: nn.Module) -> list[Tensor]:
-    """All that differs between layers."""
+def differing(layer: nn.Module) -> list[Tensor]:
+    """All tensors in which a layer differs from others: norms, frozen weights, copies of the adapters."""
     norms = [module.weight.detach() for module in layer.modules() if isinstance(module, OuroRMSNorm)]
-    return norms + [tensor for group in groups(layer) for tensor in group.frozen()]
+    return norms + [tensor for group in groups_of(layer) for tensor in group.frozen()]
 
 
 def copies(to: nn.Module, layer: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Lists for `_foreach_copy_` that make `to` the layer: of one dtype each, 8-byte numbers where possible, which are
-    copied fastest."""
+    """Lists for `_foreach_copy_` that make `to` the layer: of one dtype each, and as 8-byte numbers where possible,
+    which are copied fastest."""
     lists: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for pair in zip(frozen(to), frozen(layer), strict=True):
-        pair = [tensor.view(-1) for tensor in pair]
-        if pair[0].numel() * pair[0].itemsize % 8 == 0 and all(tensor.data_ptr() % 8 == 0 for tensor in pair):
-            pair = [tensor.view(torch.int64) for tensor in pair]
-        for kept, tensor in zip(lists.setdefault(pair[0].dtype, ([], [])), pair, strict=True):
-            kept.append(tensor)
+    for pair in zip(differing(to), differing(layer), strict=True):
+        mine, theirs = (tensor.view(-1) for tensor in pair)
+        if all(x.numel() * x.itemsize % 8 == 0 and x.data_ptr() % 8 == 0 for x in pair):
+            mine, theirs = mine.view(torch.int64), theirs.view(torch.int64)
+        destinations, sources = lists.setdefault(mine.dtype, ([], []))
+        destinations.append(mine)
+        sources.append(theirs)
     return list(lists.values())
 
 
@@ -75,36 +75,55 @@ def generator(x: Tensor) -> torch.Generator | None:
     return torch.cuda.default_generators[x.device.index] if x.is_cuda else None
 
 
-def capture(work: Callable[[], None], warm_up: Callable[[], None], x: Tensor, pool) -> Callable[[], None]:
-    """`work` as a graph on the GPU of x, with its memory in `pool`; on a CPU it stays what it is. Draws no random
-    numbers. warm_up: compiles, and lets libraries choose their kernels."""
-    global kept
-    if not x.is_cuda:
-        return work
-    offset = generator(x).get_offset()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            warm_up()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Of this thread alone: those of NCCL and of the data loader go on.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved()
-            work()
-            kept += torch.cuda.memory_reserved() - before
-    except RuntimeError as error:  # that of ending a failed capture hides what it failed of
-        if isinstance(error.__context__, torch.OutOfMemoryError):
-            raise error.__context__ from None
-        raise
-    generator(x).set_offset(offset)
-    return graph.replay
+class Memory:
+    """The GPU memory in which a model's graphs compute, one after the other.
+
+    kept: its bytes, which torch does not count as allocated between replays. turn: number of forward passes replayed.
+    """
+
+    def __init__(self, x: Tensor):
+        self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
+        self.kept = self.turn = 0
+
+    def capture(self, work: Callable[[], None], warm_up: Callable[[], None], x: Tensor) -> Callable[[], None]:
+        """`work` as a graph on the GPU of x; on a CPU it stays what it is. Draws no random numbers.
+
+        warm_up: is called before, so that all is compiled and libraries have chosen their kernels.
+        """
+        if not x.is_cuda:
+            return work
+        offset = generator(x).get_offset()
+        with torch.cuda.device_of(x):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    warm_up()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # The mode lets other threads, NCCL's and the data loader's, use the GPU during the capture.
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
+                    work()
+                    self.kept += torch.cuda.memory_reserved() - before
+            except RuntimeError as error:
+                # Where the capture failed for want of memory, ending it fails too, and hides why.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                raise
+        generator(x).set_offset(offset)
+        return graph.replay
+
+
+def peak_memory(model: nn.Module) -> int:
+    """Bytes of this process's GPU in use at the peak, with the memory of the model's graphs."""
+    memory = getattr(model, "graph_memory", None)
+    return torch.cuda.max_memory_allocated() + (memory.kept if memory else 0)
 
 
 class Positions:
-    """Where graphs read a batch's rotations and its documents, at most so many; 0: each row is one."""
+    """Where graphs read a batch's rotations and where its documents begin, at most so many; 0: each row is one."""
 
     def __init__(self, cos: Tensor, tokens: int, documents: int):
         self.cos, self.sin = (torch.zeros_like(cos) for _ in range(2))
@@ -117,20 +136,23 @@ class Positions:
     def load(self, cos: Tensor, sin: Tensor, documents: Tensor | None) -> None:
         if self.loaded is None or self.loaded[0] is not cos or self.loaded[1] is not documents:
             torch._foreach_copy_([self.cos, self.sin], [cos, sin])
-            if documents is not None:  # and after them empty ones
+            if documents is not None:  # the places left over hold empty documents at the end
                 self.documents[: len(documents)], self.documents[len(documents) :] = documents, documents[-1]
             self.loaded = cos, documents
 
     def arguments(self) -> tuple:
-        """Of a layer, after its state."""
+        """What a layer takes after its state: cos, sin, mask, causal, documents."""
         return self.cos, self.sin, None, self.documents is None, self.documents
 
 
 class CapturedLayer:
-    """A layer's two graphs for states of one shape, (batch, seq, hidden). On a CPU the same work without graphs."""
+    """A layer's two graphs for states of one shape, (batch, seq, hidden). On a CPU the same work without graphs.
+
+    room: where the graphs of all shapes read and write: the state, its gradient, the adapters' gradients.
+    """
 
     def __init__(
-        self, layer: nn.Module, room: dict[str, Tensor], pool, batch: int, seq: int, cos: Tensor, packed: bool
+        self, layer: nn.Module, room: dict[str, Tensor], memory: Memory, batch: int, seq: int, cos: Tensor, packed: bool
     ):
         self.layer, self.parameters = layer, adapters(layer)
         shape = batch, seq, room["state"].shape[-1]
@@ -138,7 +160,7 @@ class CapturedLayer:
         self.flat, self.generator = room["adapters"], generator(cos)
         self.positions = Positions(cos, batch * seq, batch * DOCUMENTS if packed else 0)
         self.forward, self.backward = (
-            capture(work, partial(self.warm_up, work), cos, pool) for work in (self.run_forward, self.run_backward)
+            memory.capture(work, partial(self.warm_up, work), cos) for work in (self.run_forward, self.run_backward)
         )
 
     def warm_up(self, work: Callable[[], None]) -> None:
@@ -151,7 +173,8 @@ class CapturedLayer:
             return x, self.layer(x, *self.positions.arguments())
 
     def run_forward(self) -> None:
-        # With a gradient that nobody asks for: so both graphs run the same kernels, and draw the same dropout.
+        # `run` makes ready for a backward pass that never comes: so both graphs run the same kernels, and draw the same
+        # dropout.
         self.state.copy_(self.run()[1].detach())
 
     def run_backward(self) -> None:
@@ -165,16 +188,6 @@ class CapturedLayer:
             torch._foreach_copy_(mine, theirs)
         self.state.copy_(x)
         self.positions.load(cos, sin, documents)
-
-    @contextmanager
-    def drawing_from(self, offset: int | None):
-        if offset is None:
-            yield
-            return
-        now = self.generator.get_offset()
-        self.generator.set_offset(offset)
-        yield
-        self.generator.set_offset(now)
 
 
 class _ReplayedLayer(torch.autograd.Function):
@@ -195,9 +208,13 @@ class _ReplayedLayer(torch.autograd.Function):
         x, cos, sin, documents = ctx.saved_tensors
         captured.load(ctx.weights, x, cos, sin, documents)
         captured.grad.copy_(dy)
-        with captured.drawing_from(ctx.offset):
-            captured.backward()
-        # copies: autograd adds up the loops' only after the next replay has written over these
+        if captured.generator:
+            now = captured.generator.get_offset()
+            captured.generator.set_offset(ctx.offset)
+        captured.backward()
+        if captured.generator:
+            captured.generator.set_offset(now)
+        # Clones, for autograd adds up the loops' gradients after the next replay has written over the graphs' own.
         dx, flat = captured.grad.clone(), captured.flat.clone()
         grads = flat.split([size.numel() for size in ctx.sizes])
         return None, None, dx, None, None, None, *(g.view(size) for g, size in zip(grads, ctx.sizes, strict=True))
@@ -206,7 +223,8 @@ class _ReplayedLayer(torch.autograd.Function):
 def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
     """Makes the layers that are recomputed (`recompute_layers`) replay graphs, in place.
 
-    For rows of one length: each other shape of a batch takes a pair of graphs more.
+    For rows of one length: each other shape of a batch takes a pair of graphs more. Batches with a mask, and larger
+    ones, are computed without graphs.
 
     tokens: of the largest batch, padding included. compiling: options of `nn.Module.compile`, none to run as it stands.
     """
@@ -215,18 +233,18 @@ def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
         return
     layer = copy.deepcopy(layers[0]).train()
     layer.gradient_checkpointing = False
-    for group in groups(layer):
-        for projection in group.projections:  # what the graphs read is in the group
+    for group in groups_of(layer):
+        for projection in group.projections:  # emptied: the graphs read what the group keeps
             weight = projection.get_base_layer().weight
             weight.data = weight.data.new_empty(0)
     if compiling:
         layer.compile(**compiling)
     norm, parameters = layer.input_layernorm.weight, adapters(layer)
     new = {"device": norm.device}
-    dtype = groups(layer)[0].copies()[0].dtype
+    dtype = groups_of(layer)[0].copies()[0].dtype
     room = {name: torch.zeros(tokens, len(norm), dtype=dtype, **new) for name in ("state", "grad")}
     room["adapters"] = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, **new)
-    pool = torch.cuda.graph_pool_handle() if norm.is_cuda else None
+    model.get_base_model().graph_memory = memory = Memory(norm)
     captured: dict[tuple, CapturedLayer] = {}
 
     def run(weights, parameters, function, x, cos, sin, mask, causal, documents):
@@ -236,7 +254,7 @@ def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
             return checkpoint(function, x, cos, sin, mask, causal, documents, use_reentrant=False)
         key = batch, seq, len(cos), packed
         if key not in captured:
-            captured[key] = CapturedLayer(layer, room, pool, batch, seq, cos, packed)
+            captured[key] = CapturedLayer(layer, room, memory, batch, seq, cos, packed)
         return _ReplayedLayer.apply(captured[key], weights, x, cos, sin, documents, *parameters)
 
     for each in layers:
@@ -247,9 +265,9 @@ class CapturedLoops:
     """All layers in all loops, forward and backward, as two graphs for states of one shape, (batch, seq, hidden). What
     the first keeps for the second stays where it is between replays. On a CPU the same work without graphs."""
 
-    def __init__(self, decoder: nn.Module, pool, state: Tensor, cos: Tensor, loops: int, documents: int):
-        self.decoder, self.groups, self.loops = decoder, groups(decoder), loops
-        # DDP watches the adapters on a stream of its own, which a capture on another may not touch.
+    def __init__(self, decoder: nn.Module, memory: Memory, state: Tensor, cos: Tensor, loops: int, documents: int):
+        self.decoder, self.groups, self.loops = decoder, groups_of(decoder), loops
+        # Stand-ins: DDP waits for the adapters' own gradients on another stream, which a capture may not touch.
         self.parameters = [nn.Parameter(p.detach()) for p in adapters(decoder)]
         self.positions = Positions(cos, state.shape[0] * state.shape[1], documents)
         self.state = torch.zeros_like(state)
@@ -257,10 +275,10 @@ class CapturedLoops:
         sizes = [p.numel() for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), dtype=self.parameters[0].dtype, device=state.device)
         self.states: tuple[Tensor, ...] = ()
-        self.forward = capture(self.run_forward, self.warm_up, state, pool)
-        self.backward = capture(self.run_backward, lambda: None, state, pool)
+        self.forward = memory.capture(self.run_forward, self.warm_up, state)
+        self.backward = memory.capture(self.run_backward, lambda: None, state)
         if state.is_cuda:
-            torch.cuda.reset_peak_memory_stats()  # the pool's memory is counted from here on in `kept`
+            torch.cuda.reset_peak_memory_stats(state.device)  # `memory.kept` counts what the captures took
 
     def warm_up(self) -> None:
         with standing_in(self.groups, self.parameters), torch.enable_grad():
@@ -272,7 +290,7 @@ class CapturedLoops:
 
     def run_forward(self) -> None:
         with standing_in(self.groups, self.parameters), torch.enable_grad():
-            # of the state too, as of those between layers: else the first layer were compiled anew
+            # The first state wants a gradient, as those between layers do: else the first layer is compiled by itself.
             x = self.state.detach().requires_grad_()
             self.states = type(self.decoder).run_loops(self.decoder, x, *self.positions.arguments(), self.loops)
 
@@ -286,9 +304,9 @@ class _ReplayedLoops(torch.autograd.Function):
     """decoder.run_loops(x); the parameters are there to be given their gradients."""
 
     @staticmethod
-    def forward(ctx, captured: CapturedLoops, turns: list, x, cos, sin, documents, *parameters):
-        turns[0] += 1
-        ctx.captured, ctx.turns, ctx.turn, ctx.sizes = captured, turns, turns[0], [p.shape for p in parameters]
+    def forward(ctx, captured: CapturedLoops, memory: Memory, x, cos, sin, documents, *parameters):
+        memory.turn += 1
+        ctx.captured, ctx.memory, ctx.turn, ctx.sizes = captured, memory, memory.turn, [p.shape for p in parameters]
         captured.positions.load(cos, sin, documents)
         captured.state.copy_(x)
         captured.forward()
@@ -297,7 +315,7 @@ class _ReplayedLoops(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         captured = ctx.captured
-        if ctx.turn != ctx.turns[0]:
+        if ctx.turn != ctx.memory.turn:
             raise RuntimeError("another forward pass has been replayed since this one, over what it had kept")
         torch._foreach_copy_(captured.grads, dys)
         captured.backward()
@@ -312,21 +330,21 @@ def replay_loops(model: PeftModel) -> None:
     pass of a batch must come before the next forward pass, which raises RuntimeError otherwise.
     """
     decoder = model.get_base_model().model
-    run_loops, turns, captured = decoder.run_loops, [0], {}
-    parameters = adapters(decoder)
-    pool = torch.cuda.graph_pool_handle() if parameters[0].is_cuda else None
+    run_loops, captured, parameters = decoder.run_loops, {}, adapters(decoder)
+    model.get_base_model().graph_memory = memory = Memory(parameters[0])
 
-    def run(x, cos, sin, mask, causal, documents, loops: int) -> tuple[Tensor, ...]:
-        if not (decoder.training and torch.is_grad_enabled()) or mask is not None:
-            return run_loops(x, cos, sin, mask, causal, documents, loops)
-        room = 0  # for documents: of as many as there often are, or twice, four times, ... as many
+    def run(x, cos, sin, mask, causal, documents, loops: int, past_key_values=None) -> tuple[Tensor, ...]:
+        training = decoder.training and torch.is_grad_enabled()
+        if not training or mask is not None or past_key_values is not None:
+            return run_loops(x, cos, sin, mask, causal, documents, loops, past_key_values)
+        room = 0  # for so many documents: DOCUMENTS a row, or twice, four times, ... as many
         if documents is not None:
             room = len(x) * DOCUMENTS
             while room + 1 < len(documents):
                 room *= 2
         key = x.shape, len(cos), loops, room
         if key not in captured:
-            captured[key] = CapturedLoops(decoder, pool, x.detach(), cos, loops, room)
-        return _ReplayedLoops.apply(captured[key], turns, x, cos, sin, documents, *parameters)
+            captured[key] = CapturedLoops(decoder, memory, x.detach(), cos, loops, room)
+        return _ReplayedLoops.apply(captured[key], memory, x, cos, sin, documents, *parameters)
 
     decoder.run_loops = run

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-from ouro.model.modeling_ouro import rotate
+from ouro.model.modeling_ouro import rms_norm, rotate
 
 import torch
 import torch.nn.functional as F
@@ -17,42 +17,36 @@ except ImportError:  # torch for CPUs comes without it
     triton = None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """modeling_ouro.OuroRMSNorm as a function of its weight."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def begin(x: Tensor, weight: Tensor, qkv: Tensor, eps: float) -> Tensor:
     """q, k, v of x (batch, hidden), side by side in (batch, 3 x inner), before they are rotated."""
-    return F.linear(norm(x, weight, eps), qkv)
+    return F.linear(rms_norm(x, weight, eps), qkv)
 
 
 def combine(y: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Attention's result (batch, inner) from its parts (see `attend`)."""
+    """Attention's result (batch, inner) from its parts (see `attend_to_cache`)."""
     if weight is not None:
-        weight = weight[..., None].expand_as(y)  # so that one kernel does it all
+        weight = weight[..., None].expand_as(y)  # of one shape with y: so the compiler makes one kernel of all of it
         weight = (weight - weight.amax(2, keepdim=True)).exp()
         y = (y * weight).sum(2) / weight.sum(2)
     return y.flatten(1).to(dtype)
 
 
 def middle(x: Tensor, y: Tensor, weight: Tensor | None, layer: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
-    """From the parts of a layer's attention (see `attend`) to (state, what the MLP's last product multiplies).
+    """From the parts of a layer's attention (see `attend_to_cache`) to (state, silu(gate) * up).
 
-    This ends here because the compiler would else compute the latter anew for each row of that product.
+    Compiled together with the MLP's last product, silu(gate) * up would be computed again for each row of its matrix.
     """
     o, after, before, gate_up, _, _ = layer
-    x = x + norm(F.linear(combine(y, weight, x.dtype), o), after, eps)
-    gate, up = F.linear(norm(x, before, eps), gate_up).chunk(2, -1)
+    x = x + rms_norm(F.linear(combine(y, weight, x.dtype), o), after, eps)
+    gate, up = F.linear(rms_norm(x, before, eps), gate_up).chunk(2, -1)
     return x, F.silu(gate) * up
 
 
 def finish(x: Tensor, inner: Tensor, layer: tuple[Tensor, ...], last: Tensor | None, eps: float) -> Tensor:
-    """From there to the layer's output; `last`: the norm after the last layer."""
+    """From `middle` to the layer's output; `last`: the norm that follows the last layer."""
     _, _, _, _, down, end = layer
-    x = x + norm(F.linear(inner, down), end, eps)
-    return x if last is None else norm(x, last, eps)
+    x = x + rms_norm(F.linear(inner, down), end, eps)
+    return x if last is None else rms_norm(x, last, eps)
 
 
 def to_next(x, inner, layer, last, following, eps: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +61,7 @@ def to_logits(x, inner, layer, last, head, eps: float) -> Tensor:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    # The default beyond eight translations, here of batch sizes, is to run uncompiled without a word.
+    # By default torch stops compiling, without a word, after eight translations of a function, here of batch sizes.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
@@ -89,7 +83,8 @@ if triton:
         new = qkv + batch * 3 * HEADS * DIM + head * DIM
         q = tl.load(new + d).to(tl.float32) * c + tl.load(new + other).to(tl.float32) * s
         q *= scale
-        # Both strides are arguments: of a quotient the compiler knows no alignment, and would load 2 bytes at a time.
+        # head_stride is not computed as row_stride / HEADS: Triton knows of an argument whether it is a multiple of 16,
+        # and loads 16 bytes at a time; of a quotient it does not, and would load 2.
         start = batch.to(tl.int64) * row_stride + head * head_stride
         share = tl.cdiv(tl.cdiv(at, splits), BLOCK) * BLOCK
         low = part * share
@@ -147,7 +142,7 @@ if triton:
         place = tl.arange(0, BLOCK)
         inside = place < width
         n = tl.program_id(0) * ROWS * TILES + tl.arange(0, ROWS)
-        # The first rows of the matrix are asked for before the row that they wait for is computed.
+        # The load of the matrix's first rows is started before x is loaded and normed, and goes on meanwhile.
         w = tl.load(
             matrix + n[:, None].to(tl.int64) * width + place[None], (n < size)[:, None] & inside[None], other=0.0
         )
@@ -188,54 +183,51 @@ if triton:
 
 def multiply(
     x: Tensor, matrix: Tensor, eps: float, before: Tensor | None = None, y: Tensor | None = None,
-    after: Tensor | None = None, last: Tensor | None = None, rows: int = 4
+    after: Tensor | None = None, last: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(state, matrix times it) of one row in one kernel, which reads the matrix at nearly the rate of a copy, and what
     stands between two products takes no kernel of its own.
 
-    x, y: (1, width). state: x, or where y is given x + norm(y; after), then normed by `last` if that is given.
+    x, y: (1, width). state: x, or where y is given x + norm(y, after), then normed by `last` if that is given.
     before: the weight of a norm for this product alone.
     """
     size, width = matrix.shape
     out = x.new_empty(1, size)
-    state = x if y is None else torch.empty_like(x)  # programs that still read x must not find it changed
-    tiles, warps = (2, 4) if size >= 4096 else (1, 8)  # what ran fastest on an H100
+    state = x if y is None else torch.empty_like(x)  # not into x: programs of the kernel that start later read it
+    rows, tiles, warps = (4, 2, 4) if size >= 4096 else (4, 1, 8)  # what ran fastest on an H100
     _multiply[(-(-size // (rows * tiles)),)](
         x, y, after, last, before, matrix, out, state, size, width, eps, y is not None, last is not None,
-        before is not None, BLOCK=power_of_two(width, up=True), ROWS=rows, TILES=tiles, num_warps=warps,
+        before is not None, BLOCK=triton.next_power_of_2(width), ROWS=rows, TILES=tiles, num_warps=warps,
     )  # fmt: skip
     return state, out
 
 
-def multiply_gated(
-    x: Tensor, matrix: Tensor, rows: int = 8, block: int = 1024, stages: int = 3, warps: int = 4
-) -> Tensor:
+def multiply_gated(x: Tensor, matrix: Tensor) -> Tensor:
     """matrix (size, width) times silu(gate) * up, of one row x (1, 2 x width) of gate and up."""
     size, width = matrix.shape
     out = x.new_empty(1, size)
-    _multiply_gated[(-(-size // rows),)](
-        x, matrix, out, size, width, BLOCK=block, ROWS=rows, STAGES=stages, num_warps=warps
-    )
+    _multiply_gated[(-(-size // 8),)](x, matrix, out, size, width, BLOCK=1024, ROWS=8, STAGES=3, num_warps=4)
     return out
 
 
 def attend_by_kernel(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int,
-    block: int = 16, warps: int = 2, stages: int = 4
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`attend` in one kernel; with one part its result is final, and has no weight."""
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, splits: int
+) -> tuple[Tensor, Tensor | None]:
+    """`attend_to_cache` in one kernel, each past in `splits` parts; with one part its result has no weight."""
     batch, heads, _, dim = keys.shape
     out = qkv.new_empty(batch, heads, splits, dim, dtype=torch.float32 if splits > 1 else qkv.dtype)
     weight = qkv.new_empty(batch, heads, splits, dtype=torch.float32)
     scale = math.log2(math.e) / math.sqrt(dim)
     _decode[(batch * heads, splits)](
         qkv, cos, sin, keys, values, position, out, weight, keys.stride(0), keys.stride(1), scale, splits,
-        heads, dim, BLOCK=block, STAGES=stages, num_warps=warps,
+        heads, dim, BLOCK=16, STAGES=4, num_warps=2,
     )  # fmt: skip
     return out, weight if splits > 1 else None
 
 
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor):
+def attend_to_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one new token a row, whose key and value are written into the cache at its position.
 
     qkv: (batch, 3 x inner). cos, sin: (batch, 1, head_dim). keys, values: (batch, heads, capacity, head_dim).
@@ -249,7 +241,3 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, 
     seen = torch.arange(used, device=qkv.device) <= position[:, None]
     q = rotate(q, cos, sin)[:, :, None]
     return F.scaled_dot_product_attention(q, keys[:, :, :used], values[:, :, :used], seen[:, None, None]), None
-
-
-def power_of_two(n: int, up: bool) -> int:
-    return 1 << ((n - 1).bit_length() if up else n.bit_length() - 1)

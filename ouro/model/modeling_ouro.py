@@ -1,20 +1,24 @@
-"""Ouro, the looped language model (arXiv 2510.25741), native to transformers: no remote code.
+"""Ouro, the looped language model (arXiv 2510.25741), in one file for torch and transformers (4.54 or later) alone.
 
-    from ouro.model.loading import load_ouro
-    model = load_ouro("ByteDance/Ouro-2.6B", dtype=torch.bfloat16)          # revision pinned; nf4=True for QLoRA
-    out = model(input_ids, output_loops=True)                               # every loop's state and logits in one pass
-    loss = model(input_ids, labels=labels, objective="last").loss           # or "mixture", "all"
-    model.generate(input_ids, exit_at_step=1)                               # answer from the second loop
+    import modeling_ouro                            # this file; transformers then knows the model type "ouro"
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16)        # or a repository on the Hub
+    model.generate(input_ids, exit_at_step=1)                                    # answer from the second loop
+    out = model(input_ids, output_loops=True)                                    # state and logits after every loop
+    loss = model(input_ids, labels=labels, objective="last").loss                # or "mixture", "all"
 
-The same 48 decoder layers run `total_ut_steps` times; the final norm follows every loop, and its output feeds the next
-loop, the exit gate and the head. Parameter names, shapes and numerics are those of the published checkpoint, so that
-checkpoints and adapters move both ways. Where this code differs from the published one it is on purpose:
+The same decoder layers run `total_ut_steps` times; the final norm follows every loop, and its output feeds the next
+loop, the exit gate and the head. Parameter names, shapes and numerics are those of the published checkpoints, so that
+checkpoints and adapters move both ways. Where this code differs from the published code it is on purpose:
 
 * The logits are those of the last loop unless the caller (or the config) asks otherwise. The published default runs
   every token through an exit threshold of 1.0, which in bf16 sometimes answers from an earlier loop.
 * `labels=` trains the loop that inference reads (`objective="last"`); the published loss is `objective="mixture"`.
 * A cache exists only when asked for (`use_cache=True`, as `generate` does). It has one slot for each (loop, layer).
 * Attention runs without a mask wherever causality is enough: unpadded, right-padded and packed rows.
+* No code that comes with a checkpoint is ever run.
+
+Faster layers can be put in from outside, without a change of this file: see `project`.
 """
 
 from dataclasses import dataclass
@@ -30,13 +34,21 @@ from transformers.utils import ModelOutput
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # what LoRA may adapt
 IGNORE = -100  # label of a position that is not trained
 CHUNK = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
+# Keys of a published config.json of which one value is supported: another would be computed wrongly without a word.
+ONE_VALUE = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,  # the head has its own matrix
+}
 
 
 class OuroConfig(PretrainedConfig):
     """Settings of an Ouro model, with the names of the published config.json; the defaults are Ouro-2.6B's.
 
     Raises:
-        ValueError: for a variant that this code would otherwise compute wrongly without a word.
+        ValueError: for a variant that is not supported (ONE_VALUE, fewer heads of keys, other than full attention).
     """
 
     model_type = "ouro"
@@ -49,7 +61,6 @@ class OuroConfig(PretrainedConfig):
         intermediate_size: int = 5632,
         num_hidden_layers: int = 48,
         num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         total_ut_steps: int = 4,
         early_exit_step: int | None = None,
@@ -58,14 +69,7 @@ class OuroConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         max_position_embeddings: int = 65536,
         initializer_range: float = 0.02,
-        hidden_act: str = "silu",
         use_cache: bool = True,
-        attention_dropout: float = 0.0,
-        rope_scaling: dict | None = None,
-        use_sliding_window: bool = False,
-        sliding_window: int | None = None,  # without a meaning while use_sliding_window is false
-        layer_types: list[str] | None = None,
-        tie_word_embeddings: bool = False,
         bos_token_id: int | None = 0,
         eos_token_id: int | list[int] | None = 0,
         **kwargs,
@@ -75,7 +79,6 @@ class OuroConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.total_ut_steps = total_ut_steps
         self.early_exit_step = early_exit_step
@@ -84,29 +87,17 @@ class OuroConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
-        self.hidden_act = hidden_act
         self.use_cache = use_cache
-        # Keys that the published code and vLLM read; here they have one legal value each.
-        self.attention_dropout = attention_dropout
-        self.rope_scaling = rope_scaling
-        self.use_sliding_window = use_sliding_window
-        self.sliding_window = None
-        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
-        for key, legal in (
-            ("num_key_value_heads", num_attention_heads),
-            ("hidden_act", "silu"),
-            ("attention_dropout", 0.0),
-            ("rope_scaling", None),
-            ("use_sliding_window", False),
-            ("layer_types", ["full_attention"] * num_hidden_layers),
-        ):
-            if getattr(self, key) != legal:
-                raise ValueError(f"OuroConfig: {key}={getattr(self, key)!r} is not supported, only {legal!r}")
-        if tie_word_embeddings:
-            raise ValueError("OuroConfig: tie_word_embeddings=True is not supported, Ouro's head has its own matrix")
+        full = {"num_key_value_heads": num_attention_heads, "layer_types": ["full_attention"] * num_hidden_layers}
+        for key, legal in (ONE_VALUE | full).items():
+            value = kwargs.pop(key, None)
+            if value is not None and value != legal:
+                raise ValueError(f"OuroConfig: {key}={value!r} is not supported, only {legal!r}")
+            setattr(self, key, legal)
+        kwargs["sliding_window"] = None  # its number has no meaning while use_sliding_window is false
         super().__init__(tie_word_embeddings=False, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
-        # A folder we save names the published code, which both base repositories share, so that tools that run remote
-        # code load it too. (A relative entry would point at files that the folder does not have.)
+        # A saved folder names the published code, which both base repositories share, so that tools that run remote
+        # code load the folder too. (A relative entry would point at files that the folder does not have.)
         modeling = "ByteDance/Ouro-2.6B--modeling_ouro."
         self.auto_map = {
             "AutoConfig": "ByteDance/Ouro-2.6B--configuration_ouro.OuroConfig",
@@ -147,6 +138,12 @@ class OuroOutput(ModelOutput):
     trained_tokens: Tensor | None = None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)  # rounded before the weight, as published
+
+
 class OuroRMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -154,13 +151,11 @@ class OuroRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)  # rounded before the weight, as published
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (batch, seq, heads, head_dim) in the half-rotation layout; `sin` as `_rotary` gives it."""
+    """Rotary embedding of x (batch, seq, heads, head_dim), half-rotation layout; cos, sin: of `OuroModel.rotations`."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -175,8 +170,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
     batch, heads, seq, dim = q.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * seq, heads, dim) for x in (q, k, v))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        # The variable-length kernel behind SDPA's nested tensors: one launch for all documents. No document is longer
-        # than its row, so `seq` bounds their length without asking the GPU.
+        # The variable-length kernel behind SDPA's nested tensors: one launch for all documents. It wants a bound of
+        # their length: a row's, `seq`, for the length of the longest would have to be fetched from the GPU.
         out = torch.ops.aten._flash_attention_forward(q, k, v, documents, documents, seq, seq, 0.0, True, False)[0]
     else:
         out = _attend_each(q, k, v, documents)
@@ -192,7 +187,12 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
-    """Several projections of one input; together where one of them holds a `group` that computes all."""
+    """The outputs of several projections of one input x (..., in).
+
+    Where the first projection has an attribute `group`, that is called instead of all of them: a function of x that
+    returns the tuple of their outputs. So a program that trains or serves the model can compute the three projections
+    of attention, or the two of the MLP, as one product, and leave the modules and their names as they are.
+    """
     group = getattr(projections[0], "group", None)
     return tuple(projection(x) for projection in projections) if group is None else group(x)
 
@@ -210,7 +210,8 @@ class OuroAttention(nn.Module):
     def forward(self, x, cos, sin, mask, causal, documents, past_key_values, slot):
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        # Rotated before they are transposed: their gradients then lie in memory as the projections want them.
+        # Rotated before they are transposed: the backward pass then needs no copy of the gradients of q and k to bring
+        # them into the projections' layout.
         q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, slot)
@@ -260,14 +261,6 @@ class OuroPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                module.bias.data.zero_()
-        elif isinstance(module, OuroRMSNorm):
-            module.weight.data.fill_(1.0)
-
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recompute each layer in the backward pass. Non-reentrant: the reentrant kind gives no gradient below frozen
         embeddings, and under DDP marks a looped layer's weights ready more than once."""
@@ -285,12 +278,6 @@ class OuroModel(OuroPreTrainedModel):
         self.norm = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
 
     def forward(
         self,
@@ -344,31 +331,27 @@ class OuroModel(OuroPreTrainedModel):
         if documents is not None:
             torch._dynamo.maybe_mark_dynamic(documents, 0)  # their number differs in each batch
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids
-        cos, sin = self._rotary(positions, x.dtype)
-        if past_key_values is None:
-            states = self.run_loops(x, cos, sin, mask, causal, documents, loops)
-        else:
-            states = []
-            for loop in range(loops):
-                for index, layer in enumerate(self.layers):
+        cos, sin = self.rotations(positions, x.dtype)
+        states = self.run_loops(x, cos, sin, mask, causal, documents, loops, past_key_values)
+        return OuroModelOutput(states[-1], past_key_values, states)
+
+    def run_loops(self, x, cos, sin, mask, causal, documents, loops: int, past_key_values=None) -> tuple[Tensor, ...]:
+        """The normed state after every loop, each (batch, seq, hidden), of x (batch, seq, hidden)."""
+        states = []
+        for loop in range(loops):
+            for index, layer in enumerate(self.layers):
+                if past_key_values is None:
+                    x = layer(x, cos, sin, mask, causal, documents)
+                else:
                     # Not through __call__: a compiled layer would be translated again for every slot and length, and
                     # use up the compiler's limit for training.
-                    x = layer.forward(x, cos, sin, mask, causal, documents, past_key_values, loop * layers + index)
-                x = self.norm(x)
-                states.append(x)
-        return OuroModelOutput(states[-1], past_key_values, tuple(states))
-
-    def run_loops(self, x, cos, sin, mask, causal, documents, loops: int) -> tuple[Tensor, ...]:
-        """The normed state after every loop, each (batch, seq, hidden), of x, without a cache."""
-        states = []
-        for _ in range(loops):
-            for layer in self.layers:
-                x = layer(x, cos, sin, mask, causal, documents)
+                    slot = loop * len(self.layers) + index
+                    x = layer.forward(x, cos, sin, mask, causal, documents, past_key_values, slot)
             x = self.norm(x)
             states.append(x)
         return tuple(states)
 
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (batch or 1, seq, 1, head_dim), sin with the sign of the rotation; angles, whatever the dtype,
         are in fp32 (float64 in a float64 model).
 
@@ -511,8 +494,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def compiling(one_size: bool) -> dict:
-    """How a layer is compiled, as arguments of `nn.Module.compile`."""
-    # Without the option, what is computed for several columns of one matrix is computed for all of them anew.
+    """How a layer is compiled, as arguments of `nn.Module.compile`; one_size: for one shape of batch, else for all."""
+    # By default torch.cat of computed parts becomes one kernel that computes every part for each part's columns.
+    # With 0 a part is computed once and written into its own columns.
     return {"dynamic": None if one_size else True, "options": {"max_pointwise_cat_inputs": 0}}
 
 
@@ -553,23 +537,9 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):
-        """transformers asks the main branch for code that replaces `generate`, and runs that of a folder unasked."""
+        """Without this method `from_pretrained` would ask the Hub for code that replaces `generate`, or run a folder's.
+        It takes an OSError to mean that there is none."""
         raise OSError("code of a checkpoint is never run")
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
-    def get_decoder(self) -> OuroModel:
-        return self.model
 
     def gate_logits(self, states: tuple[Tensor, ...]) -> Tensor:
         """The exit gate's logit after every loop: (loops, batch, seq) from loops times (batch, seq, hidden)."""
@@ -615,15 +585,13 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments that contradict each other or lie out of range.
         """
-        chosen = [exit_at_step is not None, exit_threshold is not None, use_weighted_exit]
-        if sum(chosen) > 1:
+        asked = [exit_at_step is not None, exit_threshold is not None, use_weighted_exit]
+        if sum(asked) > 1:
             raise ValueError("give at most one of exit_at_step, exit_threshold and use_weighted_exit")
-        if labels is not None and any(chosen):
+        if labels is not None and any(asked):
             raise ValueError("labels train an objective over the loops; exit_* and use_weighted_exit choose logits")
-        if not any(chosen) and labels is None:
+        if not any(asked) and labels is None:
             exit_at_step, exit_threshold = self.config.early_exit_step, self.config.early_exit_threshold
-            if exit_at_step is not None:
-                exit_threshold = None
         loops = self.config.total_ut_steps if total_ut_steps is None else total_ut_steps
         if exit_at_step is not None and not 0 <= exit_at_step < loops:
             raise ValueError(f"exit_at_step={exit_at_step} is not one of the {loops} loops 0..{loops - 1}")
@@ -648,17 +616,22 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             if output_loops:
                 result["loop_logits"] = tuple(self.lm_head(h) for h in kept)
             if use_weighted_exit:
-                result["logits"] = self.lm_head(self._mixture(kept))
-            elif exit_threshold is not None and exit_threshold < 1 and loops > 1:
-                cumulative = exit_distribution(self.gate_logits(kept)).cumsum(0)[:-1]  # (loops - 1, batch, kept)
-                loop = (cumulative < exit_threshold).sum(0)  # those reached later; the last loop if none is
-                index = loop[None, :, :, None].expand(-1, -1, -1, kept[0].shape[-1])
-                result["logits"] = self.lm_head(torch.stack(kept).gather(0, index)[0])
+                chosen = self._mixture(kept)
+            elif exit_at_step is None and exit_threshold is not None and exit_threshold < 1:
+                chosen = self._first_to_reach(exit_threshold, kept)
             else:
-                last = loops - 1 if exit_at_step is None else exit_at_step
-                result["logits"] = result["loop_logits"][last] if output_loops else self.lm_head(kept[last])
+                chosen = kept[-1 if exit_at_step is None else exit_at_step]
+            result["logits"] = self.lm_head(chosen)
         output = OuroOutput(**result)
         return output.to_tuple() if return_dict is False else output
+
+    def _first_to_reach(self, threshold: float, states: tuple[Tensor, ...]) -> Tensor:
+        """For each token its state after the first loop whose cumulative exit probability reaches the threshold, else
+        after the last: (batch, seq, hidden) from loops times that."""
+        cumulative = exit_distribution(self.gate_logits(states)).cumsum(0)[:-1]  # (loops - 1, batch, seq)
+        loop = (cumulative < threshold).sum(0)
+        index = loop[None, :, :, None].expand(-1, -1, -1, states[0].shape[-1])
+        return torch.stack(states).gather(0, index)[0]
 
     def _mixture(self, states: tuple[Tensor, ...]) -> Tensor:
         """The gate-weighted mean of the loops' states, (batch, seq, hidden). The head is linear, so its logits are the

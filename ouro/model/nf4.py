@@ -1,14 +1,21 @@
-"""bitsandbytes' NF4 weights, decoded in plain PyTorch."""
+"""Frozen weights in bitsandbytes' NF4, half a byte each, decoded in plain PyTorch for one product and dropped.
+
+The products are those of bf16.py, whose matrix is put together from the decoded weights each time.
+"""
+
+from ouro.model.bf16 import Bf16
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """W (out, width) from bitsandbytes' NF4, rounded as theirs.
 
-    code: the 16 numbers. state: indices into it, two a byte, the first in the higher half; a scale for each 64; or,
-    doubly quantised, an index for each 64 into the scales' own code, that, its scales, one for 256, and its mean.
+    code: the 16 numbers. state: indices into it, two a byte, the first in the higher half; a scale for each 64 of them.
+    Doubly quantised the scales are indices too, and behind them stand the numbers that they mean, a scale for each 256,
+    and the mean that was subtracted.
     """
     packed, absmax, *nested = state
     if nested:
@@ -20,9 +27,50 @@ def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch
 
 
 def nf4_state(weight: Tensor) -> list[Tensor]:
-    """What `nf4_weight` reads, of a bitsandbytes Params4bit."""
+    """What `nf4_weight` reads, of a bitsandbytes Params4bit.
+
+    Raises:
+        ValueError: it is quantised in another way.
+    """
     state = weight.quant_state
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     if state.quant_type != "nf4" or state.blocksize != 64 or (nested and state.state2.blocksize != 256):
         raise ValueError(f"NF4 in blocks of 64 (and 256) is supported, this is {state.quant_type}, {state.blocksize}")
     return [weight.detach().as_subclass(Tensor), state.absmax, *nested]
+
+
+class Nf4(Bf16):
+    """What a group keeps: [A (ranks, in), B (outputs, rank), the code, and each weight's state]."""
+
+    @classmethod
+    def keep(cls, bases: list[nn.Linear], rank: int) -> list[Tensor]:
+        weights = [base.weight for base in bases]
+        new = {"dtype": bases[0].compute_dtype, "device": weights[0].device}
+        a = torch.zeros(rank * len(bases), bases[0].in_features, **new)
+        b = torch.zeros(sum(base.out_features for base in bases), rank, **new)
+        return [a, b, weights[0].quant_state.code, *(tensor for w in weights for tensor in nf4_state(w))]
+
+    @classmethod
+    def factors(cls, frozen: list[Tensor], outs: tuple[int, ...], width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return frozen[0], frozen[1].split(outs)
+
+    @classmethod
+    def rows(cls, frozen: list[Tensor], bs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        weights, (n, rank) = decoded(frozen, len(bs), width, bs[0].dtype), (len(bs), bs[0].shape[1])
+        return tuple(
+            torch.cat((w, F.pad(b, (k * rank, (n - 1 - k) * rank))), 1)
+            for k, (w, b) in enumerate(zip(weights, bs, strict=True))
+        )
+
+    @classmethod
+    def columns(cls, frozen: list[Tensor], a: Tensor, count: int, zero: Tensor) -> Tensor:
+        return torch.cat((*decoded(frozen, count, a.shape[1], a.dtype, zero), a))
+
+
+def decoded(
+    frozen: list[Tensor], count: int, width: int, dtype: torch.dtype, zero: Tensor | float = 0.0
+) -> list[Tensor]:
+    """The weights (out, width) of `count` projections; zero, which is added to the code: see lora.py."""
+    _, _, code, *states = frozen
+    each = len(states) // count
+    return [nf4_weight(states[k * each : (k + 1) * each], code + zero, width, dtype) for k in range(count)]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ouro.data.batches import EpochOrder, Rows
 from ouro.files import UserError, sync_folder, write_json
-from ouro.model.cost import peak_memory, training_flops
+from ouro.model.cost import training_flops
+from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
 from ouro.settings import Settings
 from ouro.train.collate import collate
@@ -165,7 +166,7 @@ class LoopTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" not in logs:
             return super().log(logs, start_time)
-        step, now = self.state.global_step, time.perf_counter()
+        step, now, model = self.state.global_step, time.perf_counter(), self.accelerator.unwrap_model(self.model)
         total = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
         loss = total[0] / WORLD_SIZE / (step - self._logged_step)  # transformers scales each process's by their number
         correct, trained, seen, pairs, padded = (int(x) for x in total[1:])
@@ -179,10 +180,10 @@ class LoopTrainer(SFTTrainer):
             "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
             "padded_tokens_per_second": round(padded / spent, 1),  # the padding is computed too
-            "memory_gib": round(peak_memory() / 2**30, 2) if torch.cuda.is_available() else 0,
+            "memory_gib": round(peak_memory(model) / 2**30, 2) if torch.cuda.is_available() else 0,
         }
         if self.flops:
-            s, config = self.settings, self.accelerator.unwrap_model(self.model).config
+            s, config = self.settings, model.config
             heads = s.total_ut_steps if s.loss == "all" else 1
             done = training_flops(config, s.total_ut_steps, s.r, seen, pairs, heads * trained)
             logs["model_flop_use"] = round(done / spent / (self.flops * WORLD_SIZE), 4)
