@@ -1,6 +1,6 @@
 """What a model costs, counted: floating-point operations and bytes of memory; and which layers to recompute.
 
-All counting of operations is here: of a token read (forward_flops), of training (training_flops), of a layer's products.
+Operations are counted here alone: of a token that is read (forward_flops), of training (training_flops).
 """
 
 import statistics
@@ -12,7 +12,6 @@ from ouro.settings import Settings
 
 import torch
 from transformers import PreTrainedModel
-
 
 # Dense bf16 TFLOP/s with fp32 accumulation and GiB, by the makers' data sheets.
 GPUS = {
