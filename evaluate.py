@@ -32,7 +32,7 @@ from ouro.evaluate.results import (
     save,
     spare_the_fuller,
 )
-from ouro.evaluate.subjects import Model, Subject, file_sha256, find_subjects, fingerprint
+from ouro.evaluate.subjects import Model, Subject, find_subjects, fingerprint
 from ouro.evaluate.tasks import (
     Outcome,
     chat_with,
@@ -41,7 +41,7 @@ from ouro.evaluate.tasks import (
     score_replies,
     score_texts,
 )
-from ouro.files import UserError, call
+from ouro.files import UserError, call, file_sha256
 from ouro.model.cost import forward_flops
 from ouro.model.loading import read_config
 from ouro.settings import Resolved, resolve

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -82,6 +83,15 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: str | Path, content: object) -> None:
     write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def code_version() -> dict[str, str | bool | None]:

@@ -14,24 +14,26 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-from ouro import files, settings
-from ouro.model.loading import load_ouro
+from ouro import files
+from ouro.files import UserError
+from ouro.model.loading import load_ouro, load_run_model
 from ouro.model.modeling_ouro import PROJECTIONS
-from ouro.settings import REVISIONS
+from ouro.settings import REVISIONS, Settings
 from ouro.train.run_folder import is_good, seal
-from tools.export import load_adapted, merge_adapter
+from tools.export import merge_adapter, merged_model
 
 import pytest
 import torch
 from local_hub import Handler, LocalHub, Scripts, copy_project
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TINY = Path(__file__).resolve().parents[1] / "sample/ouro-tiny"
+TINY = "sample/ouro-tiny"
 BASE, BASE_COMMIT = "ByteDance/Ouro-2.6B", REVISIONS["ByteDance/Ouro-2.6B"]
 IDS = torch.arange(1, 49).reshape(2, 24) * 17 % 1024
 NF4, DORA, RSLORA = "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3"
@@ -129,7 +131,7 @@ class WritableHub(LocalHub):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub(tmp_path_factory, in_the_repository):
     hub = WritableHub()
     hub.add(BASE, shutil.copytree(TINY, tmp_path_factory.mktemp("base") / "base"), BASE_COMMIT)
     yield hub
@@ -140,7 +142,7 @@ def hub(tmp_path_factory):
 def scripts(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     copy_project(folder / "project")
-    scripts = Scripts(hub, folder, modules=("export",))
+    scripts = Scripts(hub, folder, modules=("tools.export",))
     scripts.output(
         "train_qlora.py", *where(folder, NF4), "--cache_dir", folder / "cache", "--max_steps", 2, "--eval_steps", 0,
         "--learning_rate", 0.05, "--activation_checkpointing", "none"
@@ -154,12 +156,11 @@ def scripts(hub, tmp_path_factory):
 def another(trained: Path, folder: Path, **changes) -> None:
     """A run as `trained`, but for these settings and an adapter that is drawn, not trained."""
     shutil.copytree(trained, folder)
-    config = files.read_yaml(folder / "config.yaml") | changes
-    (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    config = changed(folder, **changes)
     names = ("r", "lora_alpha", "use_rslora", "use_dora")
     lora = LoraConfig(**{name: config[name] for name in names}, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = get_peft_model(load_ouro(str(TINY), dtype=torch.float32), lora)
+    model = get_peft_model(load_ouro(TINY, dtype=torch.float32), lora)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
@@ -167,6 +168,13 @@ def another(trained: Path, folder: Path, **changes) -> None:
             p.data *= 0.5 + torch.rand(p.shape)
     model.save_pretrained(folder / "final_adapter")
     reseal(folder / "final_adapter")
+
+
+def changed(folder: Path, **changes) -> dict:
+    """The run's settings, with these changes, which are written."""
+    config = files.read_yaml(folder / "config.yaml") | changes
+    (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    return config
 
 
 def where(folder: Path, name: str) -> list:
@@ -179,11 +187,24 @@ def run(scripts, tmp_path):
 
     def copy(name: str, **changes) -> Path:
         folder = shutil.copytree(scripts.folder / "output" / name, tmp_path / "output" / name)
-        config = folder / "config.yaml"
-        config.write_text(json.dumps(files.read_yaml(config) | changes), encoding="utf-8")
+        changed(folder, **changes)
         return folder
 
     return copy
+
+
+@pytest.fixture
+def merge(scripts, tmp_path):
+    """Merges a run of tmp_path; gives what is printed."""
+    return lambda name, *more, **more_of_it: scripts.output(
+        "tools/export.py", "merge", *where(tmp_path, name), *more, **more_of_it
+    )
+
+
+@pytest.fixture
+def refused(scripts, tmp_path):
+    """The message with which an action on a run of tmp_path is refused."""
+    return lambda name, action="merge", *more: scripts.refusal("tools/export.py", action, *where(tmp_path, name), *more)
 
 
 def reseal(folder: Path) -> None:
@@ -191,28 +212,28 @@ def reseal(folder: Path) -> None:
     seal(folder)
 
 
-def trained_with(folder: Path) -> settings.Settings:
-    return settings.Settings(**files.read_yaml(folder / "config.yaml"))
+def plain(folder: Path) -> Settings:
+    """The run's settings, but for the weights that it is merged into."""
+    return replace(Settings(**files.read_yaml(folder / "config.yaml")), use_qlora=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# merge
+# ------------------------------------------------------------------------------------------------------------- merge
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_merged_model_is_the_adapted_one_at_every_depth(scripts, run, tmp_path, name):
+def test_the_merged_model_is_the_adapted_one_at_every_depth(merge, run, name):
     folder = run(name)
-    printed = scripts.output("tools/export.py", "merge", *where(tmp_path, name))
+    printed = merge(name)
     assert ("unquantised" in printed) == (name == NF4) and f"{folder / 'merged'}, 2 MB" in printed
-    base = load_ouro(str(TINY), dtype=torch.float32)
-    plain = {k: base(IDS, total_ut_steps=k).logits for k in (1, 2, 3, 4)}
-    adapted = PeftModel.from_pretrained(base, folder / "final_adapter").eval()
-    expected = {k: adapted(IDS, total_ut_steps=k).logits for k in plain}
-    exact = merge_adapter(load_adapted(trained_with(folder), None, 4, folder / "final_adapter"))
-    saved = load_ouro(str(folder / "merged"), dtype=torch.float32)
+    card = (folder / "merged/README.md").read_text()
+    assert ("trained beside weights in nf4 and is merged into the unquantised ones" in card) == (name == NF4)
+    base = load_ouro(TINY, dtype=torch.float32)
+    adapted = load_run_model(plain(folder), folder / "final_adapter", fused=False)
+    expected = {k: adapted(input_ids=IDS, total_ut_steps=k).logits for k in (1, 2, 3, 4)}
+    exact, saved = merge_adapter(adapted), load_ouro(str(folder / "merged"), dtype=torch.float32)
     for k, logits in expected.items():
         scale = logits.abs().max()
-        assert (logits - plain[k]).abs().max() > 0.1 * scale, "the adapter must matter"
+        assert (logits - base(IDS, total_ut_steps=k).logits).abs().max() > 0.1 * scale, "the adapter must matter"
         assert (exact(IDS, total_ut_steps=k).logits - logits).abs().max() < 1e-4 * scale
         assert (saved(IDS, total_ut_steps=k).logits - logits).abs().max() < 0.05 * scale
     for tensor, rounded in zip(exact.state_dict().values(), saved.state_dict().values(), strict=True):
@@ -220,30 +241,27 @@ def test_the_merged_model_is_the_adapted_one_at_every_depth(scripts, run, tmp_pa
 
 
 def test_bf16_weights_are_summed_in_fp32_and_rounded_once(run):
-    folder = run(RSLORA, bf16=True)
-    adapter = folder / "final_adapter"
-    merged = merge_adapter(load_adapted(trained_with(folder), None, 4, adapter)).state_dict()
-    factors, base = load_file(adapter / "adapter_model.safetensors"), load_ouro(str(TINY)).state_dict()
-    changed = 0
+    adapter = run(RSLORA, bf16=True) / "final_adapter"
+    merged = merged_model(plain(adapter.parent), adapter, None, 4).state_dict()
+    factors, base = load_file(adapter / "adapter_model.safetensors"), load_ouro(TINY).state_dict()
+    changes = 0
     for name, weight in base.items():
         a, b = (factors.get(f"base_model.model.{name[:-7]}.lora_{x}.weight") for x in "AB")
         delta = 0 if a is None else (b.double() @ a.double()) * 32 / math.sqrt(12)
         assert merged[name].dtype == torch.bfloat16
         different = merged[name] != (weight.double() + delta).bfloat16()
         assert different.double().mean() < 1e-3  # sums so near a tie that fp32 is not enough
-        changed += a is not None
-    assert changed == 7 * 4
+        changes += a is not None
+    assert changes == 7 * 4
 
 
-def test_the_merged_folder_is_a_model_folder_like_the_published_one(scripts, run, tmp_path):
-    folder = run(RSLORA)
-    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
-    merged = folder / "merged"
-    weights = load_file(merged / "model.safetensors")
-    base = load_ouro(str(TINY)).state_dict()
+def test_the_merged_folder_is_a_model_folder_like_the_published_one(merge, run):
+    merged = run(RSLORA) / "merged"
+    merge(RSLORA)
+    weights, base = load_file(merged / "model.safetensors"), load_ouro(TINY).state_dict()
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in base.items()}
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    config, published = (json.loads((place / "config.json").read_text()) for place in (merged, TINY))
+    config, published = (json.loads((place / "config.json").read_text()) for place in (merged, Path(TINY)))
     del published["init_seed"]  # with it, missing weights would be random ones
     assert config == published | {"total_ut_steps": 3, "early_exit_threshold": None}
     generation = json.loads((merged / "generation_config.json").read_text())
@@ -253,56 +271,43 @@ def test_the_merged_folder_is_a_model_folder_like_the_published_one(scripts, run
     assert texts[0] == texts[1]
     model = AutoModelForCausalLM.from_pretrained(merged, torch_dtype="auto")
     assert model.config.total_ut_steps == 3 and model.dtype == torch.bfloat16
-    assert model.generation_config.eos_token_id == [0, 2]
-    assert is_good(merged)
+    assert model.generation_config.eos_token_id == [0, 2] and is_good(merged)
     card = (merged / "README.md").read_text()
     assert "Apache-2.0: 204 rows" in card and "base_model:" not in card and "ouro-tiny (a local folder)" in card
 
 
-def test_the_card_says_that_an_adapter_trained_on_nf4_was_merged_into_other_weights(scripts, run, tmp_path):
-    for name, said in ((NF4, True), (DORA, False)):
-        folder = run(name)
-        scripts.output("tools/export.py", "merge", *where(tmp_path, name))
-        card = (folder / "merged/README.md").read_text()
-        assert ("trained beside weights in NF4 and is merged into the unquantised ones" in card) == said
-
-
-def test_another_depth_is_written_when_asked_for(scripts, run, tmp_path):
+def test_another_depth_is_written_when_asked_for(merge, refused, run):
     merged = run(RSLORA) / "merged"
-    command = ["tools/export.py", "merge", *where(tmp_path, RSLORA)]
-    scripts.output(*command, "--total_ut_steps", 2)
+    merge(RSLORA, "--total_ut_steps", 2)
     assert load_ouro(str(merged)).config.total_ut_steps == 2
     assert "trained at `total_ut_steps = 3`" in " ".join((merged / "README.md").read_text().split())
-    refused = scripts.refusal(*command)
-    assert f"total_ut_steps 2, not 3): rm -r {merged}" in refused
-    assert "is there already" in scripts.output(*command, TOTAL_UT_STEPS="2")
+    assert f"total_ut_steps 2, not 3): rm -r {merged}" in refused(RSLORA)
+    assert "is there already" in merge(RSLORA, TOTAL_UT_STEPS="2")
 
 
-def test_a_merged_folder_is_left_alone_or_refused(scripts, run, tmp_path):
+def test_a_merged_folder_is_left_alone_or_refused(merge, refused, run):
     folder = run(RSLORA)
     merged, weights = folder / "merged", folder / "final_adapter/adapter_model.safetensors"
-    command = ["tools/export.py", "merge", *where(tmp_path, RSLORA)]
-    scripts.output(*command)
+    merge(RSLORA)
     before = (merged / "model.safetensors").stat().st_mtime_ns
-    assert "is there already" in scripts.output(*command)
+    assert "is there already" in merge(RSLORA)
     assert (merged / "model.safetensors").stat().st_mtime_ns == before
     original = weights.read_bytes()
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
-    assert "final_adapter is damaged or was changed" in scripts.refusal(*command)
+    assert "final_adapter is damaged or was changed" in refused(RSLORA)
     reseal(weights.parent)
-    assert "merged holds another model (adapter_sha256 " in scripts.refusal(*command)
+    assert "merged holds another model (adapter_sha256 " in refused(RSLORA)
     weights.write_bytes(original)
     reseal(weights.parent)
-    (merged / "model.safetensors").write_bytes(b"")
-    assert "merged is damaged or was changed" in scripts.refusal(*command)
     (merged / "merge.json").write_text("{")
-    assert "merged is damaged or was changed" in scripts.refusal(*command)
+    assert "merged is damaged or was changed" in refused(RSLORA)
     shutil.rmtree(merged)
     merged.mkdir()
-    assert "merged is damaged or was changed" in scripts.refusal(*command)
+    assert "merged is damaged or was changed" in refused(RSLORA)
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, run, tmp_path):
+@pytest.mark.slow
+def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, merge, run, tmp_path):
     folder = run(RSLORA)
     killed = 0
     for moment in (".", "model.safetensors", "tokenizer.json", "merge.json"):
@@ -318,10 +323,11 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, run, tmp_path):
             assert code == "-9", err
             killed += 1
     assert killed
-    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
+    merge(RSLORA)
     assert is_good(folder / "merged") and not (folder / ".merged").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_leaves_nothing(scripts, run, tmp_path):
     folder = run(RSLORA)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
@@ -337,54 +343,28 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(scripts, run, tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_an_adapter_that_does_not_fit_is_refused(scripts, run, tmp_path):
-    folder = run(RSLORA)
-    command, adapter = ["tools/export.py", "merge", *where(tmp_path, RSLORA)], folder / "final_adapter"
-    whole = load_file(adapter / "adapter_model.safetensors")
-    first = next(iter(whole))
-    others = {
-        "is only in the model": {name: tensor for name, tensor in whole.items() if name != first},
-        "is only in the adapter": whole | {first.replace("layers.0", "layers.7"): whole[first].clone()},
-        "size mismatch": whole | {first: whole[first][:5].clone()},
-    }
-    for said, tensors in others.items():
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        reseal(adapter)
-        assert said in scripts.refusal(*command)
-    save_file(whole, adapter / "adapter_model.safetensors")
-    reseal(adapter)
-    config = folder / "config.yaml"
-    config.write_text(json.dumps(files.read_yaml(config) | {"r": 16}))
-    assert "has rank 12, and the run's config.yaml says r: 16" in scripts.refusal(*command)
-    assert not list(folder.glob("*merged"))
-
-
 def test_an_adapter_that_is_not_finite_is_refused(run):
-    folder = run(RSLORA)
-    model = load_adapted(trained_with(folder), None, 4, folder / "final_adapter")
-    next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="NaN"):
-        merge_adapter(model)
+    adapter = run(RSLORA) / "final_adapter"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(p for n, p in weights.items() if "lora_B" in n)[0, 0] = torch.inf
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="cannot be merged: NaN"):
+        merged_model(plain(adapter.parent), adapter, None, 4)
 
 
 @pytest.mark.parametrize("action", ["merge", "push", "serve"])
-def test_unknown_and_unfinished_experiments_are_refused(scripts, run, tmp_path, action):
-    refused = scripts.refusal("tools/export.py", action, *where(tmp_path, "exp9"))
-    assert "unknown experiment 'exp9'" in refused and NF4 in refused
+def test_unknown_and_unfinished_experiments_are_refused(refused, run, action):
+    assert "unknown experiment 'exp9'" in refused("exp9", action)
     (run(NF4) / "completed").unlink()
-    assert "started but not finished" in scripts.refusal("tools/export.py", action, *where(tmp_path, NF4))
-    refused = scripts.refusal("tools/export.py", action, *where(tmp_path, NF4), "--total_ut_steps", "1,2")
-    assert "total_ut_steps must be a whole number, got '1,2'" in refused
+    assert "started but not finished" in refused(NF4, action)
 
 
-def test_a_run_whose_manifest_is_gone_is_refused(scripts, run, tmp_path):
+def test_a_run_whose_manifest_is_gone_is_refused(refused, run):
     (run(RSLORA) / "manifest.json").unlink()
-    refused = scripts.refusal("tools/export.py", "merge", *where(tmp_path, RSLORA))
-    assert f"{RSLORA}/manifest.json does not say which base the run was trained on: FileNotFoundError" in refused
+    assert f"{RSLORA}/manifest.json does not say which base the run was trained on" in refused(RSLORA)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# push
+# -------------------------------------------------------------------------------------------------------------- push
 
 
 def pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environment: str) -> str:
@@ -462,8 +442,7 @@ def test_an_adapter_whose_base_nobody_else_has_is_not_uploaded(scripts, hub, run
     assert "sample/ouro-tiny, which nobody else has" in not_pushed(scripts, hub, tmp_path, "--repo", "somchai/x")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# serve
+# ------------------------------------------------------------------------------------------------------------- serve
 
 
 def commands(printed: str, tmp_path: Path) -> list[list[str]]:
@@ -510,7 +489,7 @@ def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):
     scripts.output("tools/export.py", "merge", *where_)
     printed = scripts.output("tools/export.py", "serve", *where_)
     adapter, merged = commands(printed, tmp_path)
-    assert "trained beside NF4 weights" in printed
+    assert "trained beside nf4 weights" in printed
     assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}=/")
     assert merged[:2] == ["serve", str(folder / "merged")] and option(merged, "--served-model-name") == NF4
     assert "--enable-lora" not in merged and option(merged, "--code-revision") == BASE_COMMIT

@@ -1,7 +1,6 @@
-"""Generation: the tokens are those of a loop without a cache, whatever runs beside them; and the chat built on it."""
+"""Generation: the tokens are those of a loop without a cache, whatever runs beside them."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,9 @@ from ouro.files import UserError
 from ouro.model import kernels
 from ouro.model.fp8 import by_row
 from ouro.model.generate import Decoder, generate, pick
-from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.loading import load_ouro
 from ouro.model.lora import fuse, refresh
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
-from ouro.settings import resolve
-from ouro.train.run_folder import seal
-from tools.chat import Utf8Stream
 
 import pytest
 import reference_ouro as ref
@@ -346,104 +342,3 @@ def test_a_captured_step_gives_the_tokens_of_the_model_on_this_gpu():
             assert ours(model, prompts, depth=depth, batch_size=batch_size) == expected
     short = ours(model, prompts, stop=[expected[0][3]])
     assert ours(model, prompts[:1], stop=[expected[0][3]]) == short[:1], "with the steps captured before"
-
-
-# --------------------------------------------------------------------------------------------------------------- chat
-
-TEXT = "ภาษาไทย ก็ได้ 😀 é \n ok"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TINY)
-
-
-def by_byte(tokenizer, data: bytes) -> list[int]:
-    """A token for each byte, as a byte-level vocabulary always has."""
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
-    return tokenizer.convert_tokens_to_ids([bytes_to_unicode()[b] for b in data])
-
-
-def test_no_piece_of_a_character_is_ever_shown(tokenizer):
-    stream = Utf8Stream(tokenizer)
-    shown = [stream.feed([token]) for token in by_byte(tokenizer, TEXT.encode())]
-    assert "".join(shown) == TEXT and "" in shown
-    assert all(len(piece) <= 1 for piece in shown)
-    assert "".join(map(Utf8Stream(tokenizer).feed, [[t] for t in tokenizer(TEXT).input_ids])) == TEXT
-
-
-def test_broken_bytes_special_tokens_and_escape_sequences_are_left_out(tokenizer):
-    data = by_byte(tokenizer, b"a\xe0\xb8b\xffc\x1b[2Jd\xe0")
-    assert Utf8Stream(tokenizer).feed([1, *data, 0, 2, 1023]) in ("abc[2Jd", "abc[2Jd" + tokenizer.decode([1023]))
-
-
-def talk(*arguments: str, said: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/chat.py", "--config", "tests/smoke.yaml", "--max_new_tokens", "30", *arguments]
-    return subprocess.run(command, input=said.encode(), capture_output=True, cwd=ROOT, env=os.environ | environment)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, tokenizer):
-    """What training leaves behind, as far as chat reads it."""
-    place = tmp_path_factory.mktemp("output")
-    run = resolve("", ["--config", str(ROOT / "tests/smoke.yaml"), "--exp", "exp2-wangchan-ut1"])
-    run.settings.model_name_or_path = TINY
-    folder = place / "exp2-wangchan-ut1"
-    folder.mkdir()
-    adapted(load_ouro(TINY, dtype=torch.float32, nf4=True)).save_pretrained(folder / "final_adapter")
-    seal(folder / "final_adapter")
-    (folder / "config.yaml").write_text(run.as_yaml())
-    (folder / "completed").touch()
-    return folder
-
-
-def test_a_conversation_goes_through_the_template_at_the_depth_asked_for(run_folder, tokenizer):
-    said = "สวัสดีครับ\nแล้วไง\n/depth 3\n/reset\nสวัสดีครับ\n/depth 5\n/base\n/reset\nสวัสดีครับ\n\n/quit\nno more\n"
-    done = talk("--exp", "exp2-wangchan-ut1", "--output_dir", str(run_folder.parent), said=said)
-    assert done.returncode == 0, done.stderr.decode()
-    out = done.stdout.decode()  # fails on broken UTF-8
-    assert "\N{REPLACEMENT CHARACTER}" not in out
-
-    base = load_ouro(TINY, dtype=torch.float32, nf4=True)
-    model = PeftModel.from_pretrained(base, run_folder / "final_adapter").eval()
-
-    def reply(depth: int, *turns: str) -> str:
-        roles = ("user", "assistant", "user")
-        messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        new = generate(model, [ids], depth=depth, max_new_tokens=30, stop=[0, 2])[0]
-        return Utf8Stream(tokenizer).feed(new)
-
-    first = reply(1, "สวัสดีครับ")
-    expected = [first, reply(1, "สวัสดีครับ", first, "แล้วไง"), "[answers from loop 3]", "[forgotten]",
-                reply(3, "สวัสดีครับ"), "[/depth takes a number from 1 to 4]",
-                "[adapter off: the base model answers]", "[forgotten]"]  # fmt: skip
-    with model.disable_adapter():
-        expected.append(reply(3, "สวัสดีครับ"))
-    assert len(set(expected)) == len(expected) - 1
-    header, rest = out.split("\n", 1)
-    assert header.startswith("exp2-wangchan-ut1 at depth 1; /depth 1…4")
-    assert rest == "\n".join(expected) + "\n"
-
-
-def test_a_damaged_adapter_is_refused(run_folder, tmp_path):
-    copy = shutil.copytree(run_folder, tmp_path / run_folder.name)
-    (copy / "final_adapter/adapter_model.safetensors").unlink()
-    done = talk("--exp", run_folder.name, "--output_dir", str(tmp_path), said="")
-    assert done.returncode == 2 and b"final_adapter is damaged or was changed" in done.stderr
-
-
-def test_a_conversation_too_long_for_the_model_says_so_and_goes_on():
-    done = talk("--base", "--max_new_tokens", "8190", said="hello there\n/base\n/reset\n")
-    assert done.returncode == 0
-    assert (
-        "more than the model's 8192 positions; /reset forgets the conversation]\n[this is the base"
-        in done.stdout.decode()
-    )
-
-
-def test_an_untrained_run_says_how_to_train_it(tmp_path):
-    done = talk("--exp", "exp2-wangchan-ut1", "--output_dir", str(tmp_path), said="")
-    assert done.returncode == 2 and "train it: python train_qlora.py" in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()

@@ -1,11 +1,17 @@
-"""Checkpoints, LoRA adapters and NF4: what is saved, and what is accepted."""
+"""Checkpoints, adapters and frozen weights: what is saved, what is accepted, and how a run's model is loaded."""
 
+import dataclasses
 import json
 from pathlib import Path
 
-from ouro.model import modeling_ouro
+import evaluate
+from ouro.evaluate.subjects import find_subjects
+from ouro.files import UserError
+from ouro.model import loading
 from ouro.model.loading import load_ouro
+from ouro.model.lora import Group
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel
+from ouro.settings import Settings, resolve
 
 import bitsandbytes as bnb
 import pytest
@@ -16,7 +22,6 @@ from tiny_ouro import MEDIUM, SIZES, VOCAB, assert_close, randomise, tiny, tiny_
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
 IDS = tokens(2, 9)
 
 
@@ -35,7 +40,7 @@ def change_config(folder: Path, **changes) -> None:
 # ------------------------------------------------------------------------------------------------- saved and loaded
 
 
-@sizes
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1]], ids=["one loop", "two loops"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_model_comes_back_bit_equal_without_remote_code(tmp_path, size, dtype):
     model = tiny(size).to(dtype)
@@ -105,7 +110,7 @@ def test_published_layout_loads_without_running_its_code(folder):
         assert all(entry.startswith("ByteDance/Ouro-2.6B--") for entry in config.auto_map.values())
 
 
-@sizes
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1]], ids=["one loop", "two loops"])
 def test_state_dict_has_the_published_names(size):
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     names |= {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
@@ -164,40 +169,30 @@ def test_fresh_weights_follow_the_config():
 # ---------------------------------------------------------------------------------------------------------- load_ouro
 
 
-def rename(weights):
-    weights["model.norms.weight"] = weights.pop("model.norm.weight")
-
-
-def drop(weights):
-    del weights["model.layers.1.input_layernorm_2.weight"]
-
-
-def add(weights):
-    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(12)
-
-
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize(
-    ("spoil", "named"),
-    [(rename, "model.norms.weight"), (drop, "layers.1.input_layernorm_2.weight"), (add, "q_proj.bias")],
+    ("change", "named"),
+    [
+        (lambda w: w.update({"model.norms.weight": w.pop("model.norm.weight")}), "model.norms.weight"),
+        (lambda w: w.pop("model.layers.1.input_layernorm_2.weight"), "layers.1.input_layernorm_2.weight"),
+        (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(12)}), "q_proj.bias"),
+    ],
+    ids=["renamed", "missing", "added"],
 )
-def test_checkpoint_with_other_tensor_names_is_refused(folder, spoil, named, nf4):
+def test_checkpoint_with_other_tensor_names_is_refused(folder, change, named, nf4):
     weights = load_file(folder / "model.safetensors")
-    spoil(weights)
+    change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=named):
         load_ouro(str(folder), dtype=torch.float32, nf4=nf4)
 
 
-def test_folder_of_another_model_is_refused(folder):
+def test_folders_of_another_model_or_of_none_are_refused(folder):
     change_config(folder, model_type="llama")
     with pytest.raises(ValueError, match="'llama' model"):
         load_ouro(str(folder))
-
-
-def test_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        load_ouro(str(tmp_path / "nowhere"))
+        load_ouro(str(folder / "nowhere"))
 
 
 def test_published_repositories_load_at_pinned_revisions(monkeypatch):
@@ -207,7 +202,7 @@ def test_published_repositories_load_at_pinned_revisions(monkeypatch):
         asked.append((path, revision))
         raise OSError("noted")
 
-    monkeypatch.setattr(modeling_ouro.AutoConfig, "from_pretrained", note)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", note)
     for path, revision in (
         ("ByteDance/Ouro-2.6B", None),
         ("ByteDance/Ouro-1.4B", None),
@@ -305,30 +300,16 @@ def adapted(model: OuroForCausalLM, random: bool = True) -> PeftModel:
         return get_peft_model(model, lora).eval()
 
 
-@sizes
-def test_lora_adapts_the_projections_and_nothing_else(size):
-    model = tiny(size).float()
+def test_lora_adapts_the_projections_and_nothing_else():
+    model = tiny().float()
     before = model(IDS).logits
     peft = adapted(model, random=False)
     assert torch.equal(peft(input_ids=IDS).logits, before)
     hidden, inner = model.config.hidden_size, model.config.num_attention_heads * model.config.head_dim
     layer = 4 * 3 * (hidden + inner) + 3 * 3 * (hidden + 28)  # rank 3
-    assert peft.get_nb_trainable_parameters()[0] == size["num_hidden_layers"] * layer
+    assert peft.get_nb_trainable_parameters()[0] == model.config.num_hidden_layers * layer
     assert type(model.lm_head) is nn.Linear and type(model.model.early_exit_gate) is nn.Linear
     assert all("lora_" in name for name, p in peft.named_parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("objective", ["last", "mixture", "all"])
-@pytest.mark.parametrize("nf4", [False, True])
-def test_gradients_reach_every_lora_weight_and_no_other(seeded, nf4, objective, checkpointing):
-    model = seeded_model(seeded, nf4=nf4)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    peft = adapted(model).train()
-    peft(input_ids=IDS, labels=IDS, objective=objective).loss.backward()
-    for name, p in peft.named_parameters():
-        assert (p.grad is not None and p.grad.abs().max() > 0) == ("lora_" in name), name
 
 
 def test_adapter_comes_back_from_disk_and_merges(folder, tmp_path):
@@ -347,14 +328,6 @@ def test_adapter_comes_back_from_disk_and_merges(folder, tmp_path):
     assert torch.equal(load_ouro(str(tmp_path / "merged"), dtype=torch.float32)(IDS).logits, merged(IDS).logits)
 
 
-def test_adapted_model_generates_with_and_without_cache():
-    peft = adapted(tiny().float())
-    arguments = {"input_ids": IDS, "max_new_tokens": 6, "do_sample": False}
-    cached = peft.generate(**arguments)
-    assert torch.equal(cached, peft.generate(**arguments, use_cache=False))
-    assert torch.equal(cached, peft.merge_and_unload().generate(**arguments))
-
-
 @pytest.mark.parametrize("kind", ["LoRA", "NF4"])
 def test_loss_refuses_an_adapted_or_quantised_head(kind):
     model = tiny().float()
@@ -364,3 +337,140 @@ def test_loss_refuses_an_adapted_or_quantised_head(kind):
         model.lm_head = bnb.nn.Linear4bit(20, VOCAB, bias=False)
     with pytest.raises(ValueError, match="keep the head out"):
         model(IDS, labels=IDS)
+
+
+# -------------------------------------------------------------------------------------------------------- a run's model
+
+EXP = "exp2-wangchan-ut1"
+FP8 = {"use_qlora": False, "bf16": True, "frozen_weights": "fp8"}
+
+
+@pytest.fixture
+def run(tmp_path, in_the_repository):
+    """Gives a run's folder with an adapter that matters, and its settings."""
+
+    def make(name: str = EXP, **changes) -> tuple[Path, Settings]:
+        made = resolve("", ["--config", "tests/smoke.yaml", "--exp", name, "--output_dir", str(tmp_path / "output")])
+        s = made.settings = dataclasses.replace(made.settings, r=3, **changes)
+        adapter = tmp_path / "output" / name / "final_adapter"
+        with torch.random.fork_rng():
+            torch.manual_seed(len(name))
+            lora = LoraConfig(r=3, target_modules=PROJECTIONS, use_dora=s.use_dora, init_lora_weights=False)
+            get_peft_model(load_ouro(s.model_name_or_path, dtype=torch.float32), lora).save_pretrained(adapter)
+        (adapter.parent / "config.yaml").write_text(made.as_yaml())
+        (adapter.parent / "completed").touch()
+        return adapter.parent, s
+
+    return make
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Makes a machine seem to have a GPU, for what only asks; torch._scaled_mm works, as on Hopper."""
+
+    def product(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    def seem(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    return seem
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, "nf4"), ({"use_qlora": False}, "fp32"), ({"use_qlora": False, "bf16": True}, "bf16"), (FP8, "fp8")],
+)
+def test_the_settings_say_how_frozen_weights_are_kept_and_the_groups_keep_them_so(changes, kind, run, monkeypatch):
+    folder, s = run(**changes)
+    assert loading.frozen_kind(s) == kind
+    fused = []
+    monkeypatch.setattr(loading, "fuse", lambda model, how: fused.append(how))
+    for adapter in (folder / "final_adapter", LoraConfig(r=2, target_modules=PROJECTIONS)):
+        loading.load_run_model(s, adapter)
+    loading.load_run_model(s, folder / "final_adapter", fused=False)
+    assert fused == ["bf16" if kind == "fp32" else kind] * 2
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_runs_model_is_the_base_with_its_adapter_and_afterwards_the_base(run, nf4, dora):
+    folder, s = run(use_qlora=nf4, use_dora=dora)
+    adapter, ids = folder / "final_adapter", tokens(2, 9)
+    base = load_ouro(s.model_name_or_path, dtype=torch.float32, nf4=nf4).eval()
+    plain = base(ids).logits
+    loaded = loading.load_run_model(s, adapter)
+    assert any(isinstance(module, Group) for module in loaded.modules()) != dora
+    with loading.with_adapter(base, adapter, loading.frozen_kind(s)):
+        assert torch.equal(base(ids).logits, loaded(input_ids=ids).logits)
+    assert torch.equal(base(ids).logits, plain)
+    expected = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+    assert (expected - plain).abs().max() > 0.1 * plain.abs().max()
+    assert_close(loaded(input_ids=ids).logits, expected, 1e-4)
+
+
+def test_beside_fp8_weights_base_and_adapters_are_read_in_turn(run, on_a_gpu):
+    folder, s = run()
+    base, ids = load_ouro(s.model_name_or_path, dtype=torch.float32).eval(), tokens(2, 9)
+    plain, seen = base(ids).logits, []
+    for adapter in (None, folder / "final_adapter", None):
+        with loading.with_adapter(base, adapter, "fp8"):
+            seen.append(base(ids).logits)
+        assert torch.equal(base(ids).logits, plain), "the other weights are back"
+    assert torch.equal(seen[0], seen[2])
+    assert 0 < (seen[0] - plain).norm() < 0.4 * plain.norm() < (seen[1] - plain).norm()
+
+
+@pytest.mark.parametrize(("capability", "label"), [((9, 0), "fp8"), ((8, 0), "bf16")], ids=["H200", "A100"])
+def test_a_result_says_beside_which_weights_an_fp8_run_was_read(run, on_a_gpu, capsys, capability, label):
+    folder, s = run(**FP8)
+    argv = ["--config", "tests/smoke.yaml", "--exp", EXP, "--output_dir", str(folder.parent)]
+    asked = resolve("", argv, add_options=evaluate.options, several=True)
+    on_a_gpu(capability)
+    model, base, (first, subject) = find_subjects(asked)
+    assert (model.precision, first.run, subject.study()["trained_precision"]) == (label, f"base-{label}", "fp8")
+    assert base.frozen_weights == "fp8" and base.bf16 and not base.use_qlora
+    assert (f"warning: {EXP} has frozen weights in fp8" in capsys.readouterr().out) == (label == "bf16")
+
+
+def test_bf16_without_a_gpu_and_dora_beside_fp8_are_refused(run):
+    _, s = run(use_qlora=False, bf16=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="mine computes in bf16 .* no CUDA GPU"):
+            loading.frozen_here(s, "mine")
+    folder, s = run("exp3a-wangchan-ut2", **FP8, use_dora=True)
+    with pytest.raises(UserError, match="DoRA"):
+        loading.load_run_model(s, folder / "final_adapter")
+
+
+FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop(FIRST), f"{FIRST} is missing"),
+        (lambda w: w.update({FIRST.replace("layers.0", "layers.7"): w[FIRST].clone()}), "layers.7.* no such tensor"),
+        (lambda w: w.update({FIRST: w[FIRST][:2].clone()}), r"is \[2, 384\], and \[3, 384\] belongs there"),
+    ],
+    ids=["missing", "added", "smaller"],
+)
+def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
+    folder, s = run()
+    file = folder / "final_adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError, match=said):
+        loading.load_run_model(s, folder / "final_adapter")
+
+
+def test_an_adapter_of_another_rank_or_base_and_a_base_that_is_not_there_are_refused(run):
+    folder, s = run()
+    for changes, said in (({"r": 16}, "has rank 3"), ({"model_name_or_path": "sample/ouro-nano"}, "was made for")):
+        with pytest.raises(UserError, match=said):
+            loading.load_run_model(dataclasses.replace(s, **changes), folder / "final_adapter")
+    with pytest.raises(UserError, match="^cannot load the model sample/nowhere: "):
+        loading.load_run_model(dataclasses.replace(s, model_name_or_path="sample/nowhere"))

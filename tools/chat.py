@@ -9,7 +9,6 @@ ends it; Ctrl-C ends a reply. Lines can also come from a file or a pipe.
 """
 
 import argparse
-import codecs
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,72 +18,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 from ouro.data.thai import normalise
 from ouro.files import UserError, call
 from ouro.model.generate import generate
-from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.loading import frozen_here, load_run_model, load_tokenizer
+from ouro.model.lora import refresh
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Resolved, Settings, resolve
-from tools.export import finished
+from ouro.train.run_folder import finished_run
 
 import torch
 from peft import PeftModel
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 COMMANDS = "/depth 1…{loops}, /base (adapter off and on), /reset (forget), /quit"
 
 
-class Utf8Stream:
-    """Tokens of a byte-level vocabulary -> text, as soon as its characters are complete.
+class TextStream:
+    """Tokens -> text, as soon as its characters are complete.
 
     Bytes that belong to no character are left out, and so are special tokens and what would steer a terminal.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.special = tokenizer, set(tokenizer.all_special_ids)
-        self.bytes = {character: byte for byte, character in bytes_to_unicode().items()}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self.tokenizer, self.decoder = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=True)
 
     def feed(self, tokens: list[int]) -> str:
         """The text that is complete with these tokens."""
-        # The model may have more outputs than there are tokens: they are None.
-        pieces = self.tokenizer.convert_ids_to_tokens([t for t in tokens if t not in self.special])
-        text = self.decoder.decode(bytes(self.bytes[c] for piece in pieces if piece for c in piece))
-        return "".join(c for c in text if c.isprintable() or c in "\n\t")
-
-
-def load(run: Resolved) -> tuple[PeftModel | OuroForCausalLM, PreTrainedTokenizerBase, Settings]:
-    """The model, its tokenizer, and the settings it was trained with.
-
-    Raises:
-        UserError: the run is not trained, its adapter is damaged, or its model cannot be loaded.
-    """
-    folder, s, adapter = (None, run.settings, None) if run.options.base else finished(run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if s.bf16 and device == "cpu":
-        raise UserError(f"{s.model_name_or_path} would be read in bf16, and no CUDA GPU is found here")
-    tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision)
-    dtype = torch.bfloat16 if s.bf16 else torch.float32
-    nf4 = {"nf4": s.use_qlora, "double_quant": s.bnb_4bit_use_double_quant}
-    try:
-        model = load_ouro(s.model_name_or_path, s.model_revision, dtype=dtype, device=device, **nf4)
-        if adapter:
-            model = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {s.model_name_or_path}{f' with {folder}' if folder else ''}: {error}") from None
-    return model.eval(), tokenizer, s
+        text = "".join(self.decoder.step(self.tokenizer, token) or "" for token in tokens)
+        return "".join(c for c in text if (c.isprintable() and c != "\N{REPLACEMENT CHARACTER}") or c in "\n\t")
 
 
 class Conversation:
-    """A model, its depth, and what has been said."""
+    """A model, its depth, and what has been said.
+
+    s: the settings it was trained with; sampling: those that say how it answers now.
+    """
 
     def __init__(
-        self,
-        model: PeftModel | OuroForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        s: Settings,
-        sampling: Settings,
-    ):
-        self.model, self.tokenizer, self.settings, self.depth = model, tokenizer, s, s.total_ut_steps
-        self.sampling, self.adapted, self.replies = sampling, True, 0
+        self, model: PeftModel | OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, s: Settings, sampling: Settings,
+        has_adapter: bool,
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.settings, self.sampling = model, tokenizer, s, sampling
+        self.depth, self.has_adapter, self.adapter_on, self.replies = s.total_ut_steps, has_adapter, has_adapter, 0
         self.stop = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
         self.reset()
 
@@ -107,12 +81,13 @@ class Conversation:
             self.depth = int(value)
             return f"answers from loop {self.depth}"
         if name == "/base":
-            if not isinstance(self.model, PeftModel):
+            if not self.has_adapter:
                 return "this is the base model, there is no adapter to switch"
-            self.adapted = not self.adapted
+            self.adapter_on = not self.adapter_on
             layers = self.model.base_model
-            (layers.enable_adapter_layers if self.adapted else layers.disable_adapter_layers)()
-            return "adapter on" if self.adapted else "adapter off: the base model answers"
+            (layers.enable_adapter_layers if self.adapter_on else layers.disable_adapter_layers)()
+            refresh(self.model)
+            return "adapter on" if self.adapter_on else "adapter off: the base model answers"
         return f"unknown command {name}: {COMMANDS.format(loops=loops)}"
 
     def reply(self, text: str, write: Callable[[str], None]) -> None:
@@ -124,7 +99,7 @@ class Conversation:
         text = normalise(text) if self.settings.normalise_thai else text  # as the training rows
         turns = [*self.turns, {"role": "user", "content": text}]
         ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        stream, said = Utf8Stream(self.tokenizer), []
+        stream, said = TextStream(self.tokenizer), []
 
         def on_tokens(_: int, tokens: list[int]) -> None:
             said.append(stream.feed(tokens))
@@ -169,12 +144,24 @@ def lines() -> Iterator[str]:
 
 
 def chat(run: Resolved) -> None:
+    """Loads the run's model, or the base, and answers line by line.
+
+    Raises:
+        UserError: no run is named, it is not trained, its adapter is damaged, or its model cannot be loaded.
+    """
     if not (run.options.base or run.options.exp or run.config):
         raise UserError("name a run: --exp exp2-wangchan-ut1 (configs/experiments.yaml), or --base")
-    model, tokenizer, s = load(run)
-    sys.stdout.reconfigure(encoding="utf-8")
-    talk = Conversation(model, tokenizer, s, run.settings)
+    s, adapter = (run.settings, None) if run.options.base else finished_run(run)[1:]
     who = s.model_name_or_path if run.options.base else run.run
+    if adapter and s.use_dora:
+        merged = f"--base --use_qlora false --model_name_or_path {adapter.parent / 'merged'}"
+        raise UserError(f"{who} has a DoRA adapter, which answers only merged: make merge EXP={who}, and then {merged}")
+    frozen = frozen_here(s, who)
+    tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_run_model(s, adapter, frozen=frozen, device=device)
+    sys.stdout.reconfigure(encoding="utf-8")
+    talk = Conversation(model, tokenizer, s, run.settings, has_adapter=adapter is not None)
     write(f"{who} at depth {talk.depth}; {COMMANDS.format(loops=model.config.total_ut_steps)}\n")
     for line in map(str.strip, lines()):
         if line.startswith("/"):

@@ -10,58 +10,34 @@ trained at; --total_ut_steps names another.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import UserError, call, sync_folder, write_atomic, write_json
-from ouro.model.loading import load_ouro
+from ouro.files import UserError, call, file_sha256, sync_folder, write_atomic, write_json
+from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config
 from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
-from ouro.train.run_folder import SUMS, is_good, run_settings, seal
+from ouro.train.run_folder import SUMS, finished_run, seal, whole
 
 import torch
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig
 
 MERGE = "merge.json"  # of a merged folder: what it was made from
-WEIGHTS = "adapter_model.safetensors"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank can be
 EXACT = ("bf16", "fp32")  # frozen weights as they are in the checkpoint
-
-
-def whole(folder: Path, how: str) -> Path:
-    """`folder`, if it is as it was written; `how` is what makes it.
-
-    Raises:
-        UserError: it is not there, or its files are not those that were written.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no {folder}: {how}")
-    if not is_good(folder):
-        raise UserError(f"{folder} is damaged or was changed, its files are not those of its {SUMS}: {how}")
-    return folder
-
-
-def finished(run: Resolved) -> tuple[Path, Settings, Path]:
-    """A run's folder, the settings it was trained with, and its adapter.
-
-    Raises:
-        UserError: it is not trained, or the adapter is damaged.
-    """
-    folder, trained = run_settings(run, run.run)
-    return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
 
 
 def base_revision(folder: Path, trained: Settings) -> str | None:
@@ -80,42 +56,10 @@ def base_revision(folder: Path, trained: Settings) -> str | None:
 
 def depth(run: Resolved, trained: Settings) -> int:
     asked = run.origins["total_ut_steps"] in ("command line", "environment TOTAL_UT_STEPS")
-    return run.settings.total_ut_steps if asked else trained.total_ut_steps
+    return (run.settings if asked else trained).total_ut_steps
 
 
-def frozen_weights(trained: Settings) -> str:
-    if trained.frozen_weights != "auto":
-        return trained.frozen_weights
-    return "NF4" if trained.use_qlora else "bf16" if trained.bf16 else "fp32"
-
-
-def load_adapted(trained: Settings, revision: str | None, loops: int, adapter: Path) -> PeftModel:
-    """The unquantised base, in the dtype of the training, with the adapter, on the CPU.
-
-    Raises:
-        UserError: one of them cannot be read, or the adapter is not one of this base and these settings.
-    """
-    name = trained.model_name_or_path
-    dtype = torch.bfloat16 if trained.bf16 else torch.float32
-    try:
-        base = load_ouro(name, revision, total_ut_steps=loops, dtype=dtype)
-        model = PeftModel.from_pretrained(base, adapter, torch_device="cpu")
-        with safe_open(adapter / WEIGHTS, "pt") as file:
-            there = set(file.keys())
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise UserError(f"cannot load {name} with the adapter {adapter}: {text}") from None
-    expected = set(get_peft_model_state_dict(model))
-    if there != expected:  # PEFT leaves out what does not fit
-        some = sorted(there ^ expected)[0]
-        raise UserError(
-            f"{adapter} does not fit {name}: {len(there)} tensors where {len(expected)} belong, {some} is only in "
-            f"{'the adapter' if some in there else 'the model'}"
-        )
-    rank = model.peft_config["default"].r
-    if rank != trained.r:
-        raise UserError(f"{adapter} has rank {rank}, and the run's config.yaml says r: {trained.r}")
-    return model
+# ------------------------------------------------------------------------------------------------------------- merge
 
 
 @torch.no_grad()
@@ -131,6 +75,24 @@ def merge_adapter(model: PeftModel) -> OuroForCausalLM:
         layer.merge(safe_merge=True)
         weight.data = weight.data.to(dtype)
     return model.unload()
+
+
+def merged_model(trained: Settings, adapter: Path, revision: str | None, loops: int) -> OuroForCausalLM:
+    """The unquantised base, in the dtype of the training, with the adapter in it, on the CPU; in bf16.
+
+    Raises:
+        UserError: base or adapter cannot be read, they do not belong together, or the adapter is not finite.
+    """
+    plain = replace(trained, use_qlora=False, frozen_weights="auto", model_revision=revision)
+    model = load_run_model(plain, adapter, total_ut_steps=loops, fused=False)
+    try:
+        model = merge_adapter(model).to(torch.bfloat16)
+    except ValueError as error:
+        raise UserError(f"{adapter} cannot be merged: {error}") from None
+    model.config.early_exit_threshold = None  # at 1.0 the published code, in bf16, leaves early where p rounds up to it
+    vars(model.config).pop("init_seed", None)  # without weights such a folder would be a random model
+    model.generation_config = generation_config(adapter)
+    return model
 
 
 def generation_config(adapter: Path) -> GenerationConfig:
@@ -168,48 +130,38 @@ answers from the last loop. `generation_config.json` ends an answer at `<|endoft
 {differs}{text}"""
 
 
-def merge(run: Resolved) -> Path:
-    """Writes the run's merged folder, and gives it.
+def merge(run: Resolved) -> None:
+    """Writes the run's merged folder.
 
     Raises:
         UserError: the run is not finished, its adapter does not fit, another merged model is there, the disk is full.
     """
-    folder, trained, adapter = finished(run)
+    folder, trained, adapter = finished_run(run)
     target, revision, loops = folder / "merged", base_revision(folder, trained), depth(run, trained)
-    with open(adapter / WEIGHTS, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
         "run": run.run,
         "base": trained.model_name_or_path,
         "base_commit": revision,
-        "adapter_sha256": digest,
-        "trained_on": frozen_weights(trained),
+        "adapter_sha256": file_sha256(adapter / WEIGHTS),
+        "trained_on": frozen_kind(trained),
         "trained_ut_steps": trained.total_ut_steps,
         "total_ut_steps": loops,
     }
     if target.exists():
-        whole(target, f"rm -r {target}, and merge again")
-        there = json.loads((target / MERGE).read_text(encoding="utf-8")) if (target / MERGE).exists() else {}
+        remedy = f"rm -r {target}, and merge again"
+        there = json.loads((whole(target, remedy) / MERGE).read_text(encoding="utf-8"))
         if differs := [
             f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
         ]:
-            raise UserError(f"{target} holds another model ({'; '.join(differs)}): rm -r {target}, and merge again")
+            raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
         print(f"{target} is there already")
-        return target
-
-    model = load_adapted(trained, revision, loops, adapter)
-    try:
-        model = merge_adapter(model).to(torch.bfloat16)
-    except ValueError as error:
-        raise UserError(f"{adapter} cannot be merged: {error}") from None
-    model.config.early_exit_threshold = None  # at 1.0 the published code, in bf16, leaves early where p rounds up to it
-    vars(model.config).pop("init_seed", None)  # without weights such a folder would be a random model
-    model.generation_config = generation_config(adapter)
-    size, free = 2 * model.num_parameters(), shutil.disk_usage(folder).free
+        return
+    model = merged_model(trained, adapter, revision, loops)
+    megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6
     unfinished = folder / ".merged"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
     try:
-        model.save_pretrained(unfinished, max_shard_size=2 * size)  # one file, as published
+        model.save_pretrained(unfinished, max_shard_size="1TB")  # one file, as published
         AutoTokenizer.from_pretrained(adapter).save_pretrained(unfinished)
         write_atomic(unfinished / "README.md", merged_card(record, adapter))
         write_json(unfinished / MERGE, record)
@@ -217,25 +169,22 @@ def merge(run: Resolved) -> Path:
         os.replace(unfinished, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"{target} could not be written: {' '.join(str(error).split())[:300]} ({size / 1e6:,.0f} MB are needed, "
-            f"{free / 1e6:,.0f} MB were free)"
-        ) from None
+        why = f"{' '.join(str(error).split())[:300]} ({megabytes:,.0f} MB are needed, {free:,.0f} MB were free)"
+        raise UserError(f"{target} could not be written: {why}") from None
     sync_folder(folder)
-    print(f"merged: {target}, {size / 1e6:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
-    if record["trained_on"] not in EXACT:
-        print(
-            f"  trained beside {record['trained_on']} weights, merged into the unquantised ones: nearly the same model"
-        )
-    return target
+    print(f"merged: {target}, {megabytes:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
+    if (kept := record["trained_on"]) not in EXACT:
+        print(f"  trained beside {kept} weights, merged into the unquantised ones: nearly the same model")
+
+
+# -------------------------------------------------------------------------------------------------------------- push
 
 
 def refusal(error: Exception, repo: str) -> str:
     """What an error of the Hub's client means. The text of one with an answer is left out: it can hold signed URLs."""
-    chain = [error]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(following)
-    answered = next((e for e in chain if getattr(e, "response", None) is not None), None)
+    answered = error
+    while answered is not None and getattr(answered, "response", None) is None:
+        answered = answered.__cause__ or answered.__context__
     if answered is None:
         if isinstance(error, ValueError) and not isinstance(error, OSError):
             return " ".join(str(error).split())[:300]
@@ -244,10 +193,8 @@ def refusal(error: Exception, repo: str) -> str:
     if status == 401:
         return "the Hub does not know the token (401): hf auth login, or a valid HF_TOKEN"
     if status == 403:
-        return (
-            f"the token may not write there (403): it needs write access, and {repo.split('/')[0]} must be you or an "
-            "organisation of yours"
-        )
+        owner = f"{repo.split('/')[0]} must be you or an organisation of yours"
+        return f"the token may not write there (403): it needs write access, and {owner}"
     return f"the Hub answered {status}: {getattr(answered, 'server_message', None) or answered.response.reason}"
 
 
@@ -258,8 +205,8 @@ def push(run: Resolved) -> None:
         UserError: the run is not finished, there is nothing whole to upload, no repository or token is named, the
             repository is public though --public was not said, or the Hub refuses.
     """
-    repo, public = run.options.repo, run.options.public
-    folder, trained, source = finished(run)
+    repo, public = run.options.repo or "", run.options.public
+    folder, trained, source = finished_run(run)
     if run.options.merged:
         source = whole(folder / "merged", f"make merge EXP={run.run}")
     elif Path(trained.model_name_or_path).exists():
@@ -268,18 +215,17 @@ def push(run: Resolved) -> None:
             "push with --merged (MERGED=1), or train from a Hub id"
         )
     try:
-        validate_repo_id(repo or "")
+        validate_repo_id(repo if repo.count("/") == 1 else "")
     except HFValidationError:
-        repo = None
-    if not repo or repo.count("/") != 1:
+        asked = run.options.repo
         raise UserError(
-            f"name the repository as USER/NAME, got {run.options.repo!r}: --repo, or make push … REPO=USER/NAME"
-        )
+            f"name the repository as USER/NAME, got {asked!r}: --repo, or make push … REPO=USER/NAME"
+        ) from None
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: an upload needs the network")
     if not get_token():
         raise UserError("no token for the Hub: hf auth login, or HF_TOKEN in the environment")
-    api = HfApi()
+    api, what = HfApi(), "merged model" if run.options.merged else "adapter"
     try:
         user = api.whoami()["name"]
         api.create_repo(repo, private=not public, exist_ok=True)
@@ -288,7 +234,6 @@ def push(run: Resolved) -> None:
             raise UserError(
                 f"{repo} exists and is public: --public (PUBLIC=1) says that you mean it, or use another name"
             )
-        what = "merged model" if run.options.merged else "adapter"
         print(f"uploading {source} as {user} to {repo} ({'private' if private else 'public'})", flush=True)
         commit = api.upload_folder(
             repo_id=repo, folder_path=source, ignore_patterns=[MERGE, SUMS], commit_message=f"{what} of {run.run}"
@@ -296,6 +241,9 @@ def push(run: Resolved) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
     print(f"uploaded: {commit.commit_url}")
+
+
+# ------------------------------------------------------------------------------------------------------------- serve
 
 
 def command(model: str, loops: int, trained: Settings, *options: str, revision: str | None = None) -> str:
@@ -322,16 +270,12 @@ def serve(run: Resolved) -> None:
         UserError: the run is not finished, the base's config cannot be read, or vLLM cannot serve it and it is not
             merged.
     """
-    folder, trained, adapter = finished(run)
+    folder, trained, adapter = finished_run(run)
     name, revision, loops = trained.model_name_or_path, base_revision(folder, trained), depth(run, trained)
-    try:
-        config = OuroConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {name}: {' '.join(str(error).split())}") from None
-    merged = (folder / "merged").is_dir() and whole(folder / "merged", "merge again, in an empty place")
+    config, merged = read_config(name, revision), folder / "merged"
     rank = next((rank for rank in RANKS if rank >= trained.r), None)
     unservable = "DoRA" if trained.use_dora else f"rank {trained.r}" if rank is None else None
-    if unservable and not merged:
+    if unservable and not merged.exists():
         raise UserError(f"vLLM cannot serve adapters with {unservable}: make merge EXP={run.run}, then it serves that")
 
     slot = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim / 2**20  # K and V, 2 bytes
@@ -341,7 +285,7 @@ def serve(run: Resolved) -> None:
     if not unservable:
         write_atomic(folder / "generation_config.json", generation_config(adapter).to_json_string())
         place = str(Path(name).resolve()) if Path(name).exists() else name
-        if (kept := frozen_weights(trained)) not in EXACT:
+        if (kept := frozen_kind(trained)) not in EXACT:
             print(f"# The adapter was trained beside {kept} weights; here it stands beside bf16 ones: nearly the same.")
         print(f"# The adapter; clients ask for model {run.run!r} ({place!r}: the base at this depth).")
         options = (
@@ -350,9 +294,10 @@ def serve(run: Resolved) -> None:
             f"--lora-modules {shlex.quote(f'{run.run}={adapter.resolve()}')}",
         )
         print(command(place, loops, trained, *options, revision=revision))
-    if merged:
+    if merged.exists():
+        model = str(whole(merged, f"rm -r {merged}, and merge again").resolve())
         print(f"# The merged model; clients ask for model {run.run!r}.")
-        print(command(str(merged.resolve()), loops, trained, f"--served-model-name {shlex.quote(run.run)}"))
+        print(command(model, loops, trained, f"--served-model-name {shlex.quote(run.run)}"))
 
 
 ACTIONS = {"merge": merge, "push": push, "serve": serve}

@@ -1,6 +1,5 @@
 """Models under test: the base, trained runs, adapter folders, baselines, served models."""
 
-import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import find_endpoint
 from ouro.evaluate.scoring import readout
-from ouro.files import UserError, read_yaml
+from ouro.files import UserError, file_sha256, read_yaml
 from ouro.model.loading import (
     check_adapter,
     frozen_here,
@@ -58,14 +57,6 @@ class Subject:
             "data_report_sha256": file_sha256(report) if report and report.exists() else None,
             "published": self.published,
         }
-
-
-def file_sha256(file: Path) -> str:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def fingerprint(path: str, revision: str | None) -> str:

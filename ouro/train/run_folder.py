@@ -80,6 +80,29 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
     return folder, recorded_settings(folder)
 
 
+def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
+    """A run's folder, the settings it was trained with, and its adapter.
+
+    Raises:
+        UserError: it is not trained, or the adapter is damaged.
+    """
+    folder, trained = run_settings(run)
+    return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
+
+
+def whole(folder: Path, remedy: str) -> Path:
+    """`folder`, which `remedy` makes.
+
+    Raises:
+        UserError: it is not there, or its files are not those that were written.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no {folder}: {remedy}")
+    if not is_good(folder):
+        raise UserError(f"{folder} is damaged or was changed, its files are not those of its {SUMS}: {remedy}")
+    return folder
+
+
 def in_short(error: Exception) -> str:
     return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
 
