@@ -7,11 +7,16 @@ Paths in tests/smoke.yaml are relative: a module that trains uses the fixture `i
 """
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from ouro.settings import Resolved, resolve
+
+from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory(prefix="ouro-thai-cache-")  # tokenised rows, for all tests of this process
@@ -66,3 +71,21 @@ def port() -> str:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return str(opened.getsockname()[1])
+
+
+def in_two_processes(*command: str) -> tuple[list[int], list[str]]:
+    """Runs python with these arguments twice, as torchrun does; the exit codes, and what was printed."""
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=os.environ | places | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [process.returncode for process in both], printed
