@@ -99,8 +99,8 @@ cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
 	jobs=$$(awk -F '\t' -v here="$$PWD" '$$5 == here && $$4 ~ "$(if $(EXP),/$(EXP)$$)" {print $$1}' <<<"$$queue") && \
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
-bench: env  ## measure: make bench WHAT=data [CONFIG=… ROWS=4000]; train, plan, generate, score: see tools/bench.py
-	@$(RUN) tools/bench.py $(or $(WHAT),data) --config $(SMOKE) $(if $(ROWS),--rows $(ROWS))
+bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml]; plan, trainer, generate, score: see tools/bench.py
+	@$(RUN) tools/bench.py $(or $(WHAT),plan) --config $(CLUSTER)
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
