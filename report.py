@@ -19,11 +19,11 @@ from pathlib import Path
 from ouro.files import UserError, call, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
-from ouro.verdict.page import basis, document, missing_lines, page, verdict_lines
-from ouro.verdict.plots import CAPTIONS, draw, render
+from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
+from ouro.verdict.plots import CAPTIONS, draw, save
 from ouro.verdict.rule import verdicts
-from ouro.verdict.study import Reader, panels
-from ouro.verdict.tables import samples, tables, training_flops
+from ouro.verdict.study import Reader, conversations, panels
+from ouro.verdict.tables import tables
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -46,28 +46,40 @@ def main() -> None:
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return
-    found = panels(reader)
-    made, talks = verdicts(found, reader.answers), samples(reader)
+
+    found = panels(reader)  # what may be compared
+    made = verdicts(found, reader.answers)
+    talks = conversations(reader)
+    shown = tables(reader, found)  # after all that may be left out, which is one of them
+    figures = draw(reader.runs, found, made[0].dataset)
+
     out, folder = Path(run.options.out), Path(run.settings.results_dir) / "report"
-    figures = draw(reader, found, made[0].dataset, training_flops)
-    drawn = {name: render(name, figure, folder, write_atomic) for name, figure in figures.items()}
-    shown = tables(reader, found)
+    write_json(folder / "verdict.json", [dataclasses.asdict(verdict) for verdict in made])
     for table in shown:
         if run.options.csv:
             write_atomic(folder / f"{table.name}.csv", table.csv())
         if run.options.latex:
             write_atomic(folder / f"{table.name}.tex", table.latex())
-    write_json(folder / "verdict.json", [dataclasses.asdict(verdict) for verdict in made])
-    for name in CAPTIONS.keys() - drawn.keys():  # of an earlier report, no longer true
+    for name in CAPTIONS.keys() - figures.keys():  # of an earlier report, no longer true
         for suffix in (".png", ".svg"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
-    place, rests_on = Path(os.path.relpath(folder, out)).as_posix(), basis(reader, found, made)
-    write_atomic(out / "RESULTS.md", document(made, rests_on, shown, drawn, talks, place))
-    write_atomic(out / "report.html", page(made, rests_on, shown, drawn, talks))
-    print(f"{rests_on}\n")
-    for name, sentence in verdict_lines(made):
+    content = {
+        "basis": basis(reader, found, made),
+        "verdicts": verdict_lines(made),
+        "missing": missing_lines(made),
+        "figures": {name: save(name, figure, folder) for name, figure in figures.items()},
+        "captions": CAPTIONS,
+        "plots": Path(os.path.relpath(folder, out)).as_posix(),
+        "tables": shown,
+        "conversations": talks,
+    }
+    for name in ("RESULTS.md", "report.html"):
+        write_atomic(out / name, fill(name, **content))
+
+    print(f"{content['basis']}\n")
+    for name, sentence in content["verdicts"]:
         print(textwrap.fill(f"{name}. {sentence}", 100, subsequent_indent="  "))
-    for what in missing_lines(made):
+    for what in content["missing"]:
         print(f"missing: {what}")
     print(f"\nread: {read}")
     print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {folder}")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ouro.files import UserError
 from ouro.verdict import stats
-from ouro.verdict.study import MAX_ITEMS, METRICS, Reader
-from ouro.verdict.tables import markdown
+from ouro.verdict.page import markdown
+from ouro.verdict.study import METRICS, Reader
 
 import numpy as np
 
@@ -68,10 +68,7 @@ def compare(reader: Reader, first: str, second: str, examples: int = 5) -> str:
             p = stats.binomial_test(only_a, only_a + only_b, 0.5) if only_a + only_b else 1.0
             text += f"\nBoth right {int(((x > 0.5) & (y > 0.5)).sum())}, only the first {only_a}, only the second "
             text += f"{only_b}, neither {int(((x < 0.5) & (y < 0.5)).sum())}; exact McNemar p = {p:.2g}.\n"
-        rows = [
-            {item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"), MAX_ITEMS)}
-            for r in (one, two)
-        ]
+        rows = [{item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"))} for r in (one, two)]
         order = sorted(range(len(both)), key=lambda i, x=x, y=y: (-abs(y[i] - x[i]), i))
         for i in order[:examples]:
             left, right = (source[one.ids[both[i]]] for source in rows)

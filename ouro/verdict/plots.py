@@ -1,4 +1,6 @@
-"""The report's figures. Each function returns a figure, or None without data; `render` gives PNG, SVG and inline SVG.
+"""The report's figures: a function each, of the panels that the verdict rests on, the runs and the training set.
+
+It returns None where there is no data; `save` writes PNG and SVG. FIGURES, at the end, has their order and captions.
 
 Colour and marker say the depth, from one loop to four; grey dashes are the base model, the zero line of the study.
 """
@@ -7,9 +9,10 @@ import io
 import re
 from pathlib import Path
 
+from ouro.files import write_atomic
 from ouro.verdict import stats
 from ouro.verdict.rule import Differences
-from ouro.verdict.study import ASPECTS, Panel, Reader, loops
+from ouro.verdict.study import ASPECTS, Panel, Run, depth_text
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -53,34 +56,23 @@ def look(depth: int) -> dict:
     return {"color": COLOURS[(depth - 1) % len(COLOURS)], "marker": MARKERS[(depth - 1) % len(MARKERS)]}
 
 
-def primary(found: dict, dataset: str) -> list[Panel]:
-    """The panels that the verdict rests on, in its order."""
-    mine = {p.study["aspect"]: p for (_, name), p in found.items() if name == dataset and p.study.get("primary")}
-    return [mine[aspect] for aspect in ASPECTS if aspect in mine]
-
-
 def named(panel: Panel) -> str:
     return f"{ASPECTS[panel.study['aspect']]}: {panel.study['task']}"
 
 
-def row_of(count: int, height: float = 2.5, **more) -> tuple[Figure, list]:
-    figure, axes = plt.subplots(1, count, figsize=(6.8 if count > 1 else 4.2, height), squeeze=False, **more)
-    return figure, list(axes[0])
-
-
 def grid_of(count: int, height: float = 2.3) -> tuple[Figure, list]:
-    columns = 1 if count == 1 else 2
+    """A figure with so many axes, two a row, each `height` inches high."""
+    columns = min(count, 2)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6.8 if columns > 1 else 4.2, height * rows), squeeze=False)
-    axes = list(axes.flat)
-    for spare in axes[count:]:
+    for spare in axes.flat[count:]:
         spare.set_axis_off()
-    return figure, axes[:count]
+    return figure, list(axes.flat[:count])
 
 
-def whole_depths(axis, depths) -> None:
+def whole_depths(axis, depths, label: str = "loops") -> None:
     axis.set_xticks(sorted(depths))
-    axis.set_xlabel("loops")
+    axis.set_xlabel(label)
 
 
 def bars(axis, panel: Panel, x, estimates, **style) -> None:
@@ -90,16 +82,17 @@ def bars(axis, panel: Panel, x, estimates, **style) -> None:
     axis.errorbar(x, scaled, (value - low, high - value) * np.array(panel.factor), capsize=2.5, elinewidth=1, **style)
 
 
-def learning(reader: Reader) -> Figure | None:
-    runs = [run for run in reader.runs.values() if np.isfinite(run.log["loss"]).sum() > 1]
-    if not runs:
+def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
+    """Loss and token accuracy of every run by the tokens seen, in means of so many log lines as can be told apart."""
+    drawn = [run for run in runs.values() if np.isfinite(run.log["loss"]).sum() > 1]
+    if not drawn:
         return None
-    figure, axes = row_of(2)
+    figure, axes = grid_of(2, 2.5)
     depths = set()
-    for run in runs:
+    for run in drawn:
         depth = run.config.get("total_ut_steps") or 1
         depths.add(depth)
-        size = -(-len(run.log["loss"]) // max(20, min(POINTS[0], POINTS[1] // len(runs))))
+        size = -(-len(run.log["loss"]) // max(20, min(POINTS[0], POINTS[1] // len(drawn))))
         starts = np.arange(0, len(run.log["loss"]), size)
         colour = look(depth)["color"]
         for axis, key in zip(axes, ("loss", "mean_token_accuracy"), strict=True):
@@ -108,15 +101,17 @@ def learning(reader: Reader) -> Figure | None:
             axis.plot(run.log["num_tokens"][ends - 1] / 1e6, values, color=colour, lw=0.8, alpha=0.8)
     axes[0].set_ylabel("training loss")
     axes[1].set_ylabel("token accuracy")
-    axes[0].legend([Line2D([], [], color=look(d)["color"]) for d in sorted(depths)], [loops(d) for d in sorted(depths)])
+    axes[0].legend(
+        [Line2D([], [], color=look(d)["color"]) for d in sorted(depths)], [depth_text(d) for d in sorted(depths)]
+    )
     for axis in axes:
         axis.set_xlabel("million tokens")
     return figure
 
 
-def gain(reader: Reader, found: dict, dataset: str) -> Figure | None:
+def gain(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """The main figure: what training gained over the base at the same depth."""
-    chosen = [panel for panel in primary(found, dataset) if any(panel.gain(k, k) for k in panel.trained)]
+    chosen = [panel for panel in panels if any(panel.gain(k, k) for k in panel.trained)]
     if not chosen:
         return None
     figure, axes = grid_of(len(chosen))
@@ -135,25 +130,23 @@ def gain(reader: Reader, found: dict, dataset: str) -> Figure | None:
         axis.axhline(0, color=GREY, ls="--", lw=1)
         axis.set_title(named(panel))
         axis.set_ylabel(f"{'change' if panel.study['aspect'] == 'english' else 'gain'}, {panel.unit}")
-        whole_depths(axis, estimates)
-        axis.set_xlabel("loops, in training and read")
+        whole_depths(axis, estimates, "loops, in training and read")
     return figure
 
 
-def levels(reader: Reader, found: dict, dataset: str) -> Figure | None:
+def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """Base and adapted against the depth read: marks where it was trained, thin lines for it elsewhere."""
-    chosen = primary(found, dataset)
     by_depth: dict[int, list[list[float]]] = {}
     before: list[float] = []  # of the base: the same in each run, as far as its loops go
-    for run in reader.runs.values():
+    for run in runs.values():
         if run.held_out and run.config.get("dataset") == dataset:
             by_depth.setdefault(len(run.held_out), []).append(run.held_out)
             before = max(before, run.base_held_out, key=len)
     held_out = {k: np.mean(losses, 0) for k, losses in by_depth.items()}
-    if not chosen:
+    if not panels:
         return None
-    figure, axes = grid_of(len(chosen) + bool(held_out))
-    for axis, panel in zip(axes, chosen, strict=False):
+    figure, axes = grid_of(len(panels) + bool(held_out))
+    for axis, panel in zip(axes, panels, strict=False):
         if panel.base:
             bars(axis, panel, list(panel.base), [panel.estimate(c) for c in panel.base.values()], color=GREY, ls="--")
         for k in panel.trained:
@@ -167,8 +160,7 @@ def levels(reader: Reader, found: dict, dataset: str) -> Figure | None:
             axis.annotate("chance", (1, chance * panel.factor), color=GREY, va="bottom", fontsize=7)
         axis.set_title(named(panel))
         axis.set_ylabel(panel.axis)
-        whole_depths(axis, {depth for _, depth in panel.adapted} | set(panel.base))
-        axis.set_xlabel("loops, read")
+        whole_depths(axis, {depth for _, depth in panel.adapted} | set(panel.base), "loops, read")
     if held_out:
         axis = axes[-1]
         axis.plot(range(1, len(before) + 1), before, color=GREY, ls="--", marker="x")
@@ -177,15 +169,17 @@ def levels(reader: Reader, found: dict, dataset: str) -> Figure | None:
         axis.set_title("held-out training rows")
         axis.set_ylabel("loss")
         whole_depths(axis, range(1, max(map(len, held_out.values())) + 1))
-    trained = sorted({k for panel in chosen for k in panel.trained})
+    trained = sorted({k for panel in panels for k in panel.trained})
     handles = [Line2D([], [], color=GREY, ls="--")] + [Line2D([], [], **look(k)) for k in trained]
-    figure.legend(handles, ["base", *(f"trained at {loops(k)}" for k in trained)], loc="outside lower center", ncols=5)
+    figure.legend(
+        handles, ["base", *(f"trained at {depth_text(k)}" for k in trained)], loc="outside lower center", ncols=5
+    )
     return figure
 
 
-def heat(reader: Reader, found: dict, dataset: str) -> Figure | None:
+def heat(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """Gain by trained depth and depth read."""
-    chosen = [panel for panel in primary(found, dataset) if len(panel.adapted) > 1 and panel.base]
+    chosen = [panel for panel in panels if len(panel.adapted) > 1 and panel.base]
     if not chosen:
         return None
     figure, axes = grid_of(len(chosen), 2.6)
@@ -216,22 +210,23 @@ def heat(reader: Reader, found: dict, dataset: str) -> Figure | None:
     return figure
 
 
-def compute(reader: Reader, found: dict, dataset: str, training_flops) -> Figure | None:
+def compute(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """Quality against what it costs to train, and to use."""
-    chosen = [p for p in primary(found, dataset) if p.study["aspect"] in ("thai_text", "thai_exams") and p.trained]
+    chosen = [p for p in panels if p.study["aspect"] in ("thai_text", "thai_exams") and p.trained]
     points = []
     for panel in chosen:
         for k in panel.trained:
             sources = panel.sources.get((k, k), [])
-            spent = [training_flops(reader.runs.get(study["run"]), study) for study in sources]
+            spent = [runs[s["run"]].flops(s) if s["run"] in runs else None for s in sources]
             if sources:
                 mean = sum(spent) / len(spent) if all(spent) else None
                 points.append((panel, k, mean, sources[0].get("inference_flops_per_token")))
     if not any(spent or forward for _, _, spent, forward in points):
         return None
-    figure, axes = plt.subplots(len(chosen), 2, figsize=(6.8, 2.3 * len(chosen)), squeeze=False)
+    figure, axes = grid_of(2 * len(chosen))
     for i, panel in enumerate(chosen):
-        for j, (axis, name) in enumerate(zip(axes[i], ("training FLOPs", "inference FLOPs per token"), strict=True)):
+        for j, name in enumerate(("training FLOPs", "inference FLOPs per token")):
+            axis = axes[2 * i + j]
             reads = [(k, (spent, forward)[j]) for p, k, spent, forward in points if p is panel and (spent, forward)[j]]
             for k, x in reads:
                 bars(axis, panel, [x], [panel.estimate(panel.adapted[k, k])], **look(k), ls="none")
@@ -250,9 +245,9 @@ def compute(reader: Reader, found: dict, dataset: str, training_flops) -> Figure
     return figure
 
 
-def inside(reader: Reader, found: dict, dataset: str) -> Figure | None:
+def inside(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """How far a loop moves the state, and at which loop the exit gate would stop, before and after training."""
-    for panel in primary(found, dataset):
+    for panel in panels:
         if not panel.base_sources or max(panel.base_sources) < 2:
             continue
         deepest = max(panel.base_sources)
@@ -260,47 +255,44 @@ def inside(reader: Reader, found: dict, dataset: str) -> Figure | None:
         rows += [(k, panel.sources[k, deepest]) for k in panel.trained if (k, deepest) in panel.sources]
         if not all(s.get("exit_distribution") and s.get("state_distance") for _, group in rows for s in group):
             continue
-        figure, axes = row_of(2)
+        figure, axes = grid_of(2, 2.5)
         for i, (k, group) in enumerate(rows):
             style = look(k) if k else {"color": GREY, "ls": "--", "marker": "x"}
             distance = np.mean([s["state_distance"] for s in group], 0)
-            axes[0].plot(range(2, deepest + 1), distance, label=f"trained at {loops(k)}" if k else "base", **style)
+            axes[0].plot(range(2, deepest + 1), distance, label=f"trained at {depth_text(k)}" if k else "base", **style)
             width = 0.8 / len(rows)
             x = np.arange(1, deepest + 1) - 0.4 + (i + 0.5) * width
             exits = np.mean([s["exit_distribution"] for s in group], 0)
             axes[1].bar(x, exits, width, color=style["color"])
         axes[0].set_ylabel("relative change of the state")
         axes[1].set_ylabel("mean exit probability")
-        axes[0].set_title(f"{panel.study['task']}, read at {loops(deepest)}")
+        axes[0].set_title(f"{panel.study['task']}, read at {depth_text(deepest)}")
         for axis, first in zip(axes, (2, 1), strict=True):
-            whole_depths(axis, range(first, deepest + 1))
-            axis.set_xlabel("loop")
+            whole_depths(axis, range(first, deepest + 1), "loop")
         axes[0].legend()
         return figure
     return None
 
 
-def letters(reader: Reader, found: dict, dataset: str) -> Figure | None:
+def letters(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """Which letters were answered: a model that answers one letter knows nothing."""
-    for panel in primary(found, dataset):
-        rows = [(f"base, {d}", [s]) for d, s in panel.base_sources.items()]
-        rows += [(f"trained, {k}", panel.sources[k, k]) for k in panel.trained if (k, k) in panel.sources]
+    for panel in panels:
+        rows = [(f"base, {depth_text(d)}", [s]) for d, s in panel.base_sources.items()]
+        rows += [(f"trained, {depth_text(k)}", panel.sources[k, k]) for k in panel.trained if (k, k) in panel.sources]
         rows = [(name, group) for name, group in rows if all(s.get("predicted") for s in group)]
         if not rows:
             continue
         names = sorted({letter for _, group in rows for s in group for letter in s["predicted"]})
-        figure, (axis,) = row_of(1, 0.9 + 0.28 * len(rows))
+        figure, (axis,) = grid_of(1, 0.9 + 0.28 * len(rows))
         left = np.zeros(len(rows))
         for letter, colour in zip(names, LETTERS * 3, strict=False):
-            share = np.array(
-                [
-                    np.mean([s["predicted"].get(letter, 0) / max(1, sum(s["predicted"].values())) for s in group])
-                    for _, group in rows
-                ]
-            )
-            axis.barh(range(len(rows)), 100 * share, left=100 * left, color=colour, label=letter, height=0.75)
+            share = np.zeros(len(rows))
+            for i, (_, group) in enumerate(rows):
+                predicted = [s["predicted"] for s in group]
+                share[i] = 100 * np.mean([p.get(letter, 0) / max(1, sum(p.values())) for p in predicted])
+            axis.barh(range(len(rows)), share, left=left, color=colour, label=letter, height=0.75)
             left += share
-        axis.set_yticks(range(len(rows)), [f"{name} {'loop' if name.endswith(' 1') else 'loops'}" for name, _ in rows])
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
         axis.set_xlabel(f"answers by letter, %: {panel.study['task']}")
@@ -310,37 +302,44 @@ def letters(reader: Reader, found: dict, dataset: str) -> Figure | None:
     return None
 
 
-CAPTIONS = {
-    "gain": "Gain over the base at the same depth, trained and read at that depth, with 95 % intervals. A star: it "
-    "differs from the gain at 1 loop (paired by item, Holm, 5 %), which the bars alone do not show. For English, below "
-    "zero is forgetting.",
-    "levels": "Base and adapted models by the depth they are read at. Thin lines: one adapter at all depths; marks "
-    "with 95 % intervals: read at the depth it was trained at.",
-    "heat": "Gain over the base at the depth read, by trained depth (rows) and depth read (columns).",
-    "compute": "Quality against training FLOPs and against inference FLOPs per token.",
-    "learning": "Training loss and token accuracy by tokens seen, a line a run.",
-    "inside": "How far each loop moves the state, and where the exit gate would stop, before and after training.",
-    "letters": "Letters answered. A model that answers one letter is at chance, whatever its accuracy.",
+FIGURES = {  # name: (function, caption), in the report's order
+    "gain": (
+        gain,
+        "Gain over the base at the same depth, trained and read at that depth, with 95 % intervals. A star: it differs "
+        "from the gain at 1 loop (paired by item, Holm, 5 %), which the bars alone do not show. For English, below "
+        "zero is forgetting.",
+    ),
+    "levels": (
+        levels,
+        "Base and adapted models by the depth they are read at. Thin lines: one adapter at all depths; marks with 95 % "
+        "intervals: read at the depth it was trained at.",
+    ),
+    "heat": (heat, "Gain over the base at the depth read, by trained depth (rows) and depth read (columns)."),
+    "compute": (compute, "Quality against training FLOPs and against inference FLOPs per token."),
+    "learning": (learning, "Training loss and token accuracy by tokens seen, a line a run."),
+    "inside": (
+        inside,
+        "How far each loop moves the state, and where the exit gate would stop, before and after training.",
+    ),
+    "letters": (
+        letters,
+        "Letters answered. A model that answers one letter is at chance, whatever its accuracy.",
+    ),
 }
+CAPTIONS = {name: caption for name, (_, caption) in FIGURES.items()}
 
 
-def draw(reader: Reader, found: dict, dataset: str, training_flops) -> dict[str, Figure]:
-    """The figures for which there is data, by name, in the report's order."""
+def draw(runs: dict[str, Run], found: dict[tuple[str, str], Panel], dataset: str) -> dict[str, Figure]:
+    """The figures for which there is data, by name."""
+    primary = {p.study["aspect"]: p for (_, name), p in found.items() if name == dataset and p.study.get("primary")}
+    panels = [primary[aspect] for aspect in ASPECTS if aspect in primary]
     with matplotlib.rc_context(STYLE):
-        made = {
-            "gain": gain(reader, found, dataset),
-            "levels": levels(reader, found, dataset),
-            "heat": heat(reader, found, dataset),
-            "compute": compute(reader, found, dataset, training_flops),
-            "learning": learning(reader),
-            "inside": inside(reader, found, dataset),
-            "letters": letters(reader, found, dataset),
-        }
+        made = {name: function(panels, runs, dataset) for name, (function, _) in FIGURES.items()}
     return {name: figure for name, figure in made.items() if figure}
 
 
-def render(name: str, figure: Figure, folder: Path, write) -> str:
-    """Writes folder/name.png and .svg by `write(path, bytes)`; returns the SVG for a page. No dates, ids by name."""
+def save(name: str, figure: Figure, folder: Path) -> str:
+    """Writes folder/name.png and .svg; returns the SVG for a page. No dates, ids by name: the same bytes each time."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # once is enough, and half of the time
@@ -348,8 +347,8 @@ def render(name: str, figure: Figure, folder: Path, write) -> str:
         figure.savefig(image, format="png", dpi=200, facecolor="white", metadata={"Software": None})
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    write(folder / f"{name}.png", image.getvalue())
-    write(folder / f"{name}.svg", vector.getvalue())
+    write_atomic(folder / f"{name}.png", image.getvalue())
+    write_atomic(folder / f"{name}.svg", vector.getvalue())
     svg = vector.getvalue().decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # unique in the page

@@ -5,7 +5,7 @@ from collections import Counter
 
 from ouro.verdict import stats
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import ASPECTS, BASE, SEEDS, Panel, loops
+from ouro.verdict.study import ASPECTS, BASE, SEEDS, Panel, depth_text
 
 import numpy as np
 
@@ -90,16 +90,20 @@ def sign(e: Estimate, p: float) -> int:
 
 
 def what_is_missing(panel: Panel) -> list[str]:
-    missing = [f"a model trained at {loops(k)}" for k in range(1, max(4, *panel.trained) + 1) if k not in panel.trained]
-    missing += [f"the model trained at {loops(k)}, read there" for k in panel.trained if (k, k) not in panel.adapted]
-    missing += [f"the base at {loops(k)}" for k in panel.trained if k not in panel.base]
+    missing = [
+        f"a model trained at {depth_text(k)}" for k in range(1, max(4, *panel.trained) + 1) if k not in panel.trained
+    ]
+    missing += [
+        f"the model trained at {depth_text(k)}, read there" for k in panel.trained if (k, k) not in panel.adapted
+    ]
+    missing += [f"the base at {depth_text(k)}" for k in panel.trained if k not in panel.base]
     seeds = {k: len(panel.seeds[k, k]) for k in panel.trained if (k, k) in panel.seeds}
-    if few := [f"{n} at {loops(k)}" for k, n in seeds.items() if n < SEEDS]:
+    if few := [f"{n} at {depth_text(k)}" for k, n in seeds.items() if n < SEEDS]:
         missing.append(f"at least {SEEDS} seeds: now {listed(few)}")
     return missing
 
 
-def judge(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
+def decide(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
     """By rule, from the interactions (do the gains differ?) and the levels (do the adapted models?), depth k against 1.
 
     helps, hurts: both significant, in one direction. mixed: the gains differ, and the level does not follow. A base
@@ -114,7 +118,7 @@ def judge(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
     change = "change on English" if english else "gain over the base at the same depth"
 
     def gained(k: int) -> str:
-        return f"{panel.signed(found.gains[k])} at {loops(k)}"
+        return f"{panel.signed(found.gains[k])} at {depth_text(k)}"
 
     if not found.interaction:
         why = "A gain at 1 loop and one at more loops are needed"
@@ -129,25 +133,25 @@ def judge(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
         f"the {change} is {gained(k)} and {gained(1)}; difference {panel.signed(e)} {panel.unit}, "
         f"Holm {p_text(found.interaction_p[k])}"
     )
-    better = f"{loops(k)} are" if after.value > 0 else "1 loop is"
+    better = f"{depth_text(k)} are" if after.value > 0 else "1 loop is"
     if not after_sign:
-        ends = f"after training, {loops(k)} and 1 loop do not differ measurably ({panel.signed(after)})"
+        ends = f"after training, {depth_text(k)} and 1 loop do not differ measurably ({panel.signed(after)})"
     elif label == "mixed" and after.value * e.value < 0:
         ends = f"after training, {better} still better by {panel.size(after.value)}"
     else:
         ends = f"after training, {better} better by {panel.size(after.value)}"
 
     if label == "mixed":
-        ahead = loops(k) if e.value > 0 else "1 loop"
+        ahead = depth_text(k) if e.value > 0 else "1 loop"
         starts = (
             f"the base starts from {panel.show(panel.base[1].values[0])} at 1 loop and "
-            f"{panel.show(panel.base[k].values[0])} at {loops(k)} ({panel.axis})"
+            f"{panel.show(panel.base[k].values[0])} at {depth_text(k)} ({panel.axis})"
         )
         because = "because " if before_sign == -np.sign(e.value) and not english else ""
         what = "less is lost" if english else "the gain is larger"
         sentence = f"{what} at {ahead}, {because}{starts}: {facts}; {ends}"
         if len(set(found.labels.values())) > 1:
-            sentence += "; by depth: " + ", ".join(f"{loops(d)} {name}" for d, name in found.labels.items())
+            sentence += "; by depth: " + ", ".join(f"{depth_text(d)} {name}" for d, name in found.labels.items())
     elif label == "no evidence":
         least = panel.size(float(e.detectable(len(found.interaction))))
         sentence = f"{facts}; the smallest difference it would find four times in five is {least}"
@@ -159,7 +163,7 @@ def judge(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
             sentence += f"; the same at {listed(also)} loops"
     if english:
         lost = [d for d, gain in found.gains.items() if sign(gain, float(gain.p)) < 0]
-        at = loops(1) if lost == [1] else f"{listed(lost)} loops"
+        at = depth_text(1) if lost == [1] else f"{listed(lost)} loops"
         sentence += f"; English is measurably forgotten at {at}" if lost else "; no measurable loss of English"
     headline = headlines[label]
     if min(e.seeds, after.seeds) == 1:
@@ -178,7 +182,7 @@ def verdicts(found: dict[tuple[str, str], Panel], answers: list | None = None) -
     for dataset in datasets:
         mine = {p.study["aspect"]: p for (_, name), p in found.items() if name == dataset and p.study.get("primary")}
         for aspect in ASPECTS:
-            verdict = judge(aspect, dataset, mine.get(aspect))
+            verdict = decide(aspect, dataset, mine.get(aspect))
             if aspect == "thai_conversation" and aspect not in mine and answers:
                 verdict.sentence = "There are answers, and no ratings of them."
                 verdict.missing = ["ratings (tools/judge.py)"]

@@ -1,4 +1,4 @@
-"""The report's statistics in plain numpy: paired bootstrap over items, seeds, Holm's correction, exact binomial, power.
+"""The report's statistics: paired bootstrap over items, seeds by Student's t, Holm's correction, power.
 
 A *cell* is a model read at one depth on one benchmark: per item a numerator and a denominator (bits and characters;
 correct and 1), whose sums' ratio is the value. All cells of a benchmark are resampled with the same weights, so every
@@ -7,10 +7,9 @@ items and seeds as crossed random effects, the item part from the bootstrap, the
 """
 
 import dataclasses
-import math
-from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import t as student
 
 RESAMPLES = 2000  # the standard error's own error is then 1 / sqrt(2 * 2000) = 1.6 %
 ALPHA, POWER = 0.05, 0.8
@@ -49,7 +48,7 @@ class Estimate:
         """The smallest effect found with a chance of 80 % at 5 %, shared by so many tests.
 
         Bloom (1995), Minimum detectable effects: (t of the level + t of the power) * standard error."""
-        return (t_quantile(1 - ALPHA / tests / 2, self.df) + t_quantile(POWER, self.df)) * self.stderr
+        return (student.ppf(1 - ALPHA / tests / 2, self.df) + student.ppf(POWER, self.df)) * self.stderr
 
 
 def resample(items: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -93,64 +92,15 @@ def estimate(groups: list[Cell], items: int) -> Estimate:
     parts.insert(0, (np.maximum(item, 0), max(items - 1, 1)))
     variance = sum(part for part, _ in parts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        df = np.nan_to_num(variance**2 / sum(part**2 / free for part, free in parts), nan=MANY)
+        df = variance**2 / sum(part**2 / free for part, free in parts)
+        df = np.minimum(np.nan_to_num(df, nan=MANY), MANY)
         stderr = np.sqrt(variance)
         ratio = np.where(value == 0, 0.0, value / stderr)
         effect = np.where(value == 0, 0.0, value / np.sqrt(whole * items))
-    half = t_quantile(1 - ALPHA / 2, df) * stderr
+    half = student.ppf(1 - ALPHA / 2, df) * stderr
+    p = 2 * student.sf(np.abs(ratio), df)
     seeds = min(len(group.values) for group in groups)
-    return Estimate(value, value - half, value + half, t_test(ratio, df), stderr, df, effect, items, seeds)
-
-
-def log_gamma(x: np.ndarray) -> np.ndarray:
-    return np.vectorize(math.lgamma, otypes=[float])(x)
-
-
-def incomplete_beta(a: np.ndarray, b: float, x: np.ndarray) -> np.ndarray:
-    """Regularised, by its continued fraction (DLMF 8.17.22) with Lentz's method."""
-    a, x = np.broadcast_arrays(np.asarray(a, float), np.asarray(x, float))
-    mirrored = x > (a + 1) / (a + b + 2)
-    p, q, y = np.where(mirrored, b, a), np.where(mirrored, a, b), np.where(mirrored, 1 - x, x)
-    with np.errstate(divide="ignore"):
-        log_front = log_gamma(p + q) - log_gamma(p) - log_gamma(q) + p * np.log(y) + q * np.log1p(-y) - np.log(p)
-    tiny = 1e-300
-    c, d = np.ones_like(y), 1 / np.where(np.abs(1 - (p + q) * y / (p + 1)) < tiny, tiny, 1 - (p + q) * y / (p + 1))
-    total = d.copy()
-    for m in range(1, 300):
-        for step in (
-            m * (q - m) * y / ((p + 2 * m - 1) * (p + 2 * m)),
-            -(p + m) * (p + q + m) * y / ((p + 2 * m) * (p + 2 * m + 1)),
-        ):
-            d = 1 / np.where(np.abs(1 + step * d) < tiny, tiny, 1 + step * d)
-            c = np.where(np.abs(1 + step / c) < tiny, tiny, 1 + step / c)
-            total = total * c * d
-        if np.all(np.abs(c * d - 1) < 1e-13):
-            break
-    result = np.exp(log_front) * total
-    return np.where(mirrored, 1 - result, result)
-
-
-def t_test(t: np.ndarray, df: np.ndarray) -> np.ndarray:
-    """Two-sided p of Student's t."""
-    df = np.minimum(df, MANY)
-    t = np.asarray(t, float)
-    with np.errstate(over="ignore"):
-        return incomplete_beta(df / 2, 0.5, df / (df + t * t))
-
-
-def t_quantile(q: float, df: np.ndarray) -> np.ndarray:
-    """For q above one half. Newton's method from the normal quantile, which lies left of it: the distribution function
-    is concave there, so that no step goes too far."""
-    df = np.minimum(np.asarray(df, float), MANY)
-    log_scale = log_gamma((df + 1) / 2) - log_gamma(df / 2) - np.log(df * math.pi) / 2
-    t = np.full_like(df, NormalDist().inv_cdf(q))
-    for _ in range(100):
-        density = np.exp(log_scale - (df + 1) / 2 * np.log1p(t * t / df))
-        step = (t_test(t, df) / 2 - (1 - q)) / density
-        t = t + step
-        if np.all(np.abs(step) < 1e-9 * t):
-            break
-    return t
+    return Estimate(value, value - half, value + half, p, stderr, df, effect, items, seeds)
 
 
 def holm(p: list[float]) -> list[float]:
@@ -160,13 +110,3 @@ def holm(p: list[float]) -> list[float]:
         running = max(running, min(1.0, float(p[index]) * (len(p) - rank)))
         adjusted[index] = running
     return adjusted
-
-
-def binomial_test(successes: int, trials: int, chance: float) -> float:
-    """Exact and two-sided: the probability of all outcomes that are no likelier than this one."""
-    if not 0 < chance < 1:
-        return 1.0 if successes == trials * chance else 0.0
-    k = np.arange(trials + 1)
-    log_p = log_gamma(trials + 1.0) - log_gamma(k + 1.0) - log_gamma(trials - k + 1.0)
-    log_p = log_p + k * math.log(chance) + (trials - k) * math.log1p(-chance)
-    return float(min(1.0, np.exp(log_p[log_p <= log_p[successes] + 1e-7]).sum()))

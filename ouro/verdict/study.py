@@ -1,25 +1,32 @@
-"""What the study's files say: reads runs and results, decides which may be compared, and draws the verdict by rule.
+"""What the study's files say: reads runs and results, and decides which of them may be compared.
 
-report.py shows it. What cannot be used is not an error but an entry of `Reader.left_out`: a file and why.
+    reader = Reader(Path("output"), Path("results"))
+    for (task, dataset), panel in panels(reader).items():
+        print(task, dataset, {depth: panel.gain(depth, depth) for depth in panel.trained})
+
+What cannot be used is not an error but an entry of `Reader.left_out`: a file and why.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError, read_yaml
+from ouro.settings import LEARNING
 from ouro.verdict import stats
 from ouro.verdict.stats import Cell, Estimate
 
 import numpy as np
 
 FORMAT = 1
-MAX_METRICS, MAX_ITEMS = 64 << 20, 512 << 20  # bytes; a run of 3,000 log lines has one million
+LARGEST = 512 << 20  # bytes of a file of JSON lines; a run of 3,000 log lines has one million
 SEEDS = 3  # fewer are named as missing
 BASE = "base model"
 METRICS = {  # metric: unit, factor, decimals, name of an axis
@@ -33,12 +40,14 @@ ASPECTS = {
     "thai_conversation": "Thai conversation",
     "english": "English retention",
 }
-# Runs that differ in one of these were not trained, or not measured, alike: never averaged, never subtracted.
-ALIKE = ("model", "model_revision", "precision")
-TRAINED_ALIKE = (*ALIKE, "loss", "data report", "settings")
-MEASURED_ALIKE = ("metric", "protocol", "benchmark_revision", "split", "limit", "prompt_sha256", "judge")
-LEARNING = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "loraplus_lr_ratio", "learning_rate")
-LEARNING += ("lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "num_train_epochs", "max_steps")
+# Results that differ in one of these were not measured alike, or their adapters not trained alike: they are never
+# averaged and never subtracted. Trained depth and training set are what the study itself compares, or keeps apart.
+MEASURED_ALIKE = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split")
+MEASURED_ALIKE += ("limit", "prompt_sha256", "judge")
+SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
+TRAINED_ALIKE = ("data report", *(f"setting {name}" for name in SETTINGS_ALIKE), "rows per step")
+T = TypeVar("T")
+LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
 
 
 @dataclasses.dataclass
@@ -50,8 +59,8 @@ class Run:
     manifest: dict
     data: dict
     log: dict[str, np.ndarray]
-    held_out: list[float]  # losses by loop, last and before training
-    base_held_out: list[float]
+    held_out: list[float]  # the last held-out losses, by depth
+    base_held_out: list[float]  # the same before training
     completed: bool
 
     @property
@@ -70,24 +79,41 @@ class Run:
         return f"not finished: step {self.log['step'][-1]:.0f}" + (f" of {total}" if total > 0 else "")
 
     @property
+    def tokens(self) -> float:
+        return last(self.log["num_tokens"])
+
+    @property
     def seconds(self) -> np.ndarray:
+        """What each logged interval took."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.nan_to_num(np.diff(self.log["num_tokens"], prepend=0) / self.log["tokens_per_second"], posinf=0)
 
     @property
-    def flops(self) -> float | None:
-        """Of forward and backward pass, as counted in training; it is logged where the GPU's rate is known."""
-        rate = (self.manifest.get("gpu_tflops") or 0) * 1e12 * (self.manifest.get("processes") or 1)
-        use = self.log["model_flop_use"]
-        known = np.isfinite(use)
-        if not rate or not known.any():
+    def gpu_hours(self) -> float | None:
+        """None: trained on a CPU."""
+        if not self.manifest.get("gpu"):
             return None
-        return float((use * self.seconds)[known].sum() * rate * self.seconds.sum() / self.seconds[known].sum())
+        return float(self.seconds.sum()) * (self.manifest.get("processes") or 1) / 3600
+
+    def flops(self, study: dict) -> float | None:
+        """Of forward and backward passes. As counted in training, where the GPU's rate is known; else twice the forward
+        pass of its tokens, which `study` (of a result) tells, for frozen weights have no gradient of their own."""
+        rate = (self.manifest.get("gpu_tflops") or 0) * 1e12 * (self.manifest.get("processes") or 1)
+        use, seconds = self.log["model_flop_use"], self.seconds
+        known = np.isfinite(use)
+        if rate and known.any() and (counted := float((use * seconds)[known].sum() * rate)):
+            return counted * seconds.sum() / seconds[known].sum()
+        forward = study.get("inference_flops_per_token")
+        return 2 * forward * self.tokens if forward and math.isfinite(self.tokens) else None
+
+
+def last(values: np.ndarray) -> float:
+    return float(values[-1]) if len(values) else math.nan
 
 
 @dataclasses.dataclass
 class Result:
-    """A result file; ids, numerators, denominators and right answers of its items in the file's order."""
+    """A result file: its block "study"; ids, numerators, denominators and right answers of its items, in its order."""
 
     study: dict
     path: Path
@@ -95,10 +121,21 @@ class Result:
     numerators: np.ndarray
     denominators: np.ndarray
     golds: list = dataclasses.field(default_factory=list)
+    signature: dict[str, str] = dataclasses.field(default_factory=dict)  # what must be equal, see `set_signatures`
 
 
-DEPTHS = ("total_ut_steps", "trained_ut_steps")
-LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
+def read_config(path: Path) -> dict:
+    config = read_yaml(path)
+    if not isinstance(config.get("total_ut_steps", 1), int):
+        raise ValueError("total_ut_steps is not a whole number")
+    return config
+
+
+def read_object(path: Path) -> dict:
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
 
 
 class Reader:
@@ -106,158 +143,115 @@ class Reader:
 
     def __init__(self, output: Path, results: Path):
         self.left_out: list[tuple[str, str]] = []
-        self.runs = {run.name: run for run in map(self.run, self.folders(output)) if run}
-        self.results: list[Result] = []
+        self.runs = {run.name: run for run in (self.run(*named) for named in self.folders(output)) if run}
         self.answers: list[tuple[dict, Path]] = []  # of generated conversations, rated or not
-        for path in (path for _, folder in self.folders(results) for path in sorted(folder.glob("*-ut*.json"))):
-            if result := self.result(path):
-                self.results.append(result)
+        files = [path for _, folder in self.folders(results) for path in sorted(folder.glob("*-ut*.json"))]
+        self.results: list[Result] = [r for r in (self.attempt(path, self.result, None) for path in files) if r]
 
     def folders(self, root: Path) -> list[tuple[str, Path]]:
-        if not root.is_dir():
-            return []
-        found = [*root.glob("*/"), *root.glob("seed*/*/")]
-        return sorted((path.relative_to(root).as_posix(), path) for path in found)
+        return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
-    def lines(self, path: Path, limit: int) -> list[dict]:
-        """JSON lines; those that are broken are left out.
-
-        Raises:
-            ValueError: a file larger than `limit` bytes."""
-        size = path.stat().st_size
-        if size > limit:
-            raise ValueError(f"{size / 2**20:,.0f} MiB, and at most {limit >> 20} are read")
-        lines = path.read_bytes().splitlines()
+    def attempt(self, path: Path, read: Callable[[Path], T], otherwise: T) -> T:
+        """What `read` makes of a file; `otherwise` if there is none, or one that cannot be used, which is noted."""
+        if not path.exists():
+            return otherwise
         try:
-            rows = json.loads(b"[" + b",".join(lines) + b"]")
-        except ValueError:
-            rows = []
-            for line in lines:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        good = [row for row in rows if isinstance(row, dict)]
-        if len(good) < len(lines):
-            self.left_out.append((str(path), f"{len(lines) - len(good)} of {len(lines)} lines are not JSON objects"))
-        return good
-
-    def json(self, path: Path) -> dict:
-        try:
-            content = json.loads(path.read_bytes())
-            if isinstance(content, dict):
-                return content
-            self.left_out.append((str(path), "is not a JSON object"))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            self.left_out.append((str(path), f"cannot be read: {error}"))
-        return {}
-
-    def run(self, named: tuple[str, Path]) -> Run | None:
-        name, folder = named
-        if not (folder / "config.yaml").exists() and not (folder / "metrics.jsonl").exists():
-            return None
-        try:
-            config = read_yaml(folder / "config.yaml")
-            if not isinstance(config.get("total_ut_steps", 1), int):
-                raise UserError(f"{folder / 'config.yaml'}: total_ut_steps is not a whole number")
-        except UserError as error:
-            self.left_out.append((str(folder), str(error)))
-            config = {}
-        try:
-            rows = self.lines(folder / "metrics.jsonl", MAX_METRICS)
-        except FileNotFoundError:
-            rows = []
-        except (OSError, ValueError) as error:
-            self.left_out.append((str(folder / "metrics.jsonl"), str(error)))
-            rows = []
-        try:
-            log = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in LOGGED}
-            held_out = [float(x) for x in next((r["held_out_loss"] for r in rows[::-1] if "held_out_loss" in r), [])]
-        except (TypeError, ValueError) as error:
-            self.left_out.append((str(folder / "metrics.jsonl"), f"holds something other than numbers: {error}"))
-            log, held_out = {key: np.array([]) for key in LOGGED}, []
-        if not np.isfinite(log["loss"]).all():
-            self.left_out.append((str(folder / "metrics.jsonl"), "loss is not a number in some lines"))
-        manifest, data = self.json(folder / "manifest.json"), self.json(folder / "data_report.json")
-        try:
-            before = [float(x) for x in manifest.get("base_held_out_loss", [])]
-        except (TypeError, ValueError) as error:
-            self.left_out.append((str(folder / "manifest.json"), f"base_held_out_loss are no numbers: {error}"))
-            before = []
-        return Run(name, config, manifest, data, log, held_out, before, (folder / "completed").exists())
-
-    def result(self, path: Path) -> Result | None:
-        try:
-            study = json.loads(path.read_bytes()).get("study")
-            if not isinstance(study, dict) or study.get("format") != FORMAT:
-                version = study.get("format") if isinstance(study, dict) else None
-                raise ValueError(f"format {version!r}, and this program reads {FORMAT}; evaluate again")
-            if study["metric"] not in METRICS:
-                raise ValueError(f"metric {study['metric']!r} is unknown")
-            if study["metric"] == "rating":
-                self.answers.append((study, path.with_suffix(".items.jsonl")))
-            if study["value"] is None and study["metric"] == "rating":  # one note for all of them
-                self.left_out.append((f"{study['task']}-ut*.json", "answers that tools/judge.py has not rated (yet)"))
-                return None
-            if not study["items"] or not math.isfinite(study["value"]):
-                raise ValueError(f"{study['items']} items, value {study['value']}")
-            rows = self.lines(path.with_suffix(".items.jsonl"), MAX_ITEMS)
-            ids = [row["id"] for row in rows]
-            if study["metric"] == "bits_per_character":
-                pairs = [(row["bits"], row["characters"]) for row in rows]
-            else:  # an item without a rating weighs nothing
-                pairs = [(0.0, 0.0) if row["value"] is None else (row["value"], 1.0) for row in rows]
-            above, below = np.array(pairs, float).reshape(-1, 2).T
-            if len(ids) != study["items"] or len(set(ids)) != len(ids):
-                raise ValueError(
-                    f"{len(set(ids))} different items in {len(ids)} lines, and {study['items']} were scored"
-                )
-            if not np.isfinite(above).all() or not below.sum() > 0:
-                raise ValueError("an item's value is not a number")
-            mean = above.sum() / below.sum()
-            if abs(mean - study["value"]) > 1e-3 * max(1, abs(study["value"])):
-                raise ValueError(f"the items give {mean:.4f}, the file says {study['value']:.4f}")
-            if not all(isinstance(study[key], int) for key in DEPTHS[: 1 + (study["kind"] == "adapter")]):
-                raise ValueError("a depth is not a whole number")
-            for key in (*ALIKE, *MEASURED_ALIKE, "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better"):
-                study[key]  # a missing one is named by the KeyError
-            return Result(study, path, ids, above, below, [row.get("gold") for row in rows])
+            return read(path)
         except KeyError as error:
             self.left_out.append((str(path), f"has no {error}"))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, UserError, ValueError, TypeError, AttributeError) as error:
             self.left_out.append((str(path), f"cannot be used: {error}"))
-        return None
+        return otherwise
 
+    def lines(self, path: Path) -> list[dict]:
+        """JSON lines; broken ones, as a stopped run may leave at its log's end, are left out.
 
-def over_exams(study: dict, key: str) -> float | None:
-    """The chance or majority that belongs to `macro`; of older results from the subsets, by benchmarks.macro's rule
-    (which is not imported: torch comes with it)."""
-    if (told := study.get(f"macro_{key}")) is not None:
-        return told
-    groups = defaultdict(list)
-    try:
-        for subset, row in study["subsets"].items():
-            groups[subset[:7] if subset.startswith("onet_m") else subset].append(row[key])
-        return statistics.fmean(map(statistics.fmean, groups.values()))
-    except (AttributeError, KeyError, TypeError, ValueError):  # a subset does not say
-        return None
+        Raises:
+            ValueError: a file of more than LARGEST bytes."""
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f"{size / 2**20:,.0f} MiB, and at most {LARGEST >> 20} are read")
+        rows, lines = [], path.read_bytes().splitlines()
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        if len(rows) < len(lines):
+            self.left_out.append((str(path), f"{len(lines) - len(rows)} of {len(lines)} lines are not JSON"))
+        return rows
+
+    def log(self, path: Path) -> tuple[dict[str, np.ndarray], list[float]]:
+        """Columns of metrics.jsonl, and its last held-out losses."""
+        rows = self.lines(path)
+        log = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in LOGGED}
+        if not np.isfinite(log["loss"]).all():
+            self.left_out.append((str(path), "loss is not a number in some lines"))
+        held_out = next((row["held_out_loss"] for row in reversed(rows) if "held_out_loss" in row), [])
+        return log, [float(loss) for loss in held_out]
+
+    def run(self, name: str, folder: Path) -> Run | None:
+        config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+        if not config.exists() and not metrics.exists():
+            return None
+        log, held_out = self.attempt(metrics, self.log, ({key: np.array([]) for key in LOGGED}, []))
+        manifest = self.attempt(folder / "manifest.json", read_object, {})
+        return Run(
+            name,
+            self.attempt(config, read_config, {}),
+            manifest,
+            self.attempt(folder / "data_report.json", read_object, {}),
+            log,
+            held_out,
+            manifest.get("base_held_out_loss", []),
+            (folder / "completed").exists(),
+        )
+
+    def result(self, path: Path) -> Result | None:
+        study = read_object(path)["study"]
+        if study.get("format") != FORMAT:
+            raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
+        for key in (*MEASURED_ALIKE, "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better"):
+            study[key]  # a missing one is named by the KeyError
+        items_file = path.with_suffix(".items.jsonl")
+        if study["metric"] == "rating":
+            self.answers.append((study, items_file))
+            if study["value"] is None:  # one note for all of them
+                self.left_out.append((f"{study['task']}-ut*.json", "answers that tools/judge.py has not rated (yet)"))
+                return None
+        rows = self.lines(items_file)
+        ids = [row["id"] for row in rows]
+        if not len(set(ids)) == len(ids) == study["items"]:
+            raise ValueError(f"{len(set(ids))} different items in {len(ids)} lines, and {study['items']} were scored")
+        if study["metric"] == "bits_per_character":
+            pairs = [(row["bits"], row["characters"]) for row in rows]
+        else:  # an item without a rating weighs nothing
+            pairs = [(0.0, 0.0) if row["value"] is None else (row["value"], 1.0) for row in rows]
+        above, below = np.array(pairs, float).reshape(-1, 2).T
+        with np.errstate(invalid="ignore"):
+            mean = above.sum() / below.sum()
+        if not abs(mean - study["value"]) <= 1e-3 * max(1, abs(study["value"])):  # `not <=` also refuses nan
+            raise ValueError(f"the items give {mean:.4f}, the file says {study['value']:.4f}")
+        depths = ("total_ut_steps", "trained_ut_steps") if study["kind"] == "adapter" else ("total_ut_steps",)
+        if not all(isinstance(study[key], int) for key in depths):
+            raise ValueError("a depth is not a whole number")
+        return Result(study, path, ids, above, below, [row.get("gold") for row in rows])
 
 
 def trained_as(run: Run) -> dict[str, str]:
-    """Data and settings of a run, as far as they must not differ between depths and seeds."""
-    told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}  # the seed's, the place's
-    found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()} if told else {}
+    """Data and settings of a run, as far as they must not differ between depths and seeds; less if its files lack."""
+    found = {}
+    if run.data:  # without the padding, which depends on the seed's order of rows, and without the cache's folder
+        told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}
+        found["data report"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     if run.config:
+        found |= {f"setting {name}": str(run.config.get(name)) for name in SETTINGS_ALIKE}
         rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
-        settings = {key: run.config[key] for key in LEARNING if key in run.config} | {"rows a step": rows}
-        found["settings"] = ", ".join(f"{key} {value}" for key, value in settings.items())
+        found["rows per step"] = str(rows)
     return found
 
 
-def signatures(reader: Reader) -> dict[Path, dict]:
-    """By result file: all that must be equal in results that are pooled or subtracted.
+def set_signatures(reader: Reader) -> None:
+    """Gives each result its signature: all that must be equal in results that are pooled or subtracted.
 
     Results whose training folder is elsewhere are taken to be trained as most others on that set, and listed.
     """
@@ -265,22 +259,27 @@ def signatures(reader: Reader) -> dict[Path, dict]:
     known = defaultdict(Counter)
     for result in reader.results:
         for key, value in trained.get(result.study["run"], {}).items():
-            known[str(result.study.get("dataset")), key][value] += 1
-    found = {}
+            known[result.study.get("dataset"), key][value] += 1
     for result in reader.results:
         study = result.study
-        found[result.path] = {key: study.get(key) for key in (*ALIKE, *MEASURED_ALIKE)}
+        result.signature = {key: str(study[key]) for key in MEASURED_ALIKE}
+        result.signature["set of items"] = hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest()
         if study["kind"] != "adapter":
             continue
         mine = trained.get(study["run"], {})
-        if len(mine) < 2:
+        if len(mine) < len(TRAINED_ALIKE):
             why = "its training folder is not here, or not whole: data and settings could not be compared; counted"
             reader.left_out.append((str(result.path.parent), why))
-        found[result.path]["loss"] = study.get("loss")
-        for key in ("data report", "settings"):
-            usual = known[str(study.get("dataset")), key]
-            found[result.path][key] = mine.get(key) or max(sorted(usual), key=usual.get, default="unknown")
-    return found
+        result.signature["loss"] = str(study.get("loss"))
+        for key in TRAINED_ALIKE:
+            usual = known[study.get("dataset"), key]
+            result.signature[key] = mine.get(key) or max(sorted(usual), key=usual.get, default="unknown")
+
+
+def differences(one: Result, other: Result) -> str:
+    """In what the first's signature is not like the second's; empty if in nothing."""
+    pairs = ((key, value, other.signature[key]) for key, value in one.signature.items())
+    return "; ".join(f"{key} is {a[:80]}, not {b[:80]}" for key, a, b in pairs if a != b)
 
 
 class Panel:
@@ -347,47 +346,36 @@ class Panel:
         return f"{value} [{low}, {high}]"
 
 
-def majority(results: list[Result], signatures: list[dict], keys: tuple[str, ...], left_out: list) -> list[Result]:
-    """The largest group of results that agree in `keys`; the others go to left_out, with the difference."""
+def largest_group(results: list[Result], left_out: list) -> list[Result]:
+    """The most results that are alike; the others go to left_out, with the difference."""
     groups: dict[tuple, list[Result]] = defaultdict(list)
-    for result, found in zip(results, signatures, strict=True):
-        groups[tuple(str(found.get(key)) for key in keys)].append(result)
-    if not groups:
-        return []
-    best = max(sorted(groups), key=lambda group: len(groups[group]))
-    for group, members in groups.items():
-        if group != best:
-            differing = [(k, a, b) for k, a, b in zip(keys, group, best, strict=True) if a != b]
-            why = "; ".join(f"{key} is {a[:80]}, that of the others {b[:80]}" for key, a, b in differing)
-            left_out += [(str(result.path), f"not pooled: {why}") for result in members]
-    return groups[best]
+    for result in results:
+        groups[tuple(result.signature.values())].append(result)
+    best = groups[max(sorted(groups), key=lambda group: len(groups[group]), default=())]
+    for result in results:
+        if why := differences(result, best[0]):
+            left_out.append((str(result.path), f"not pooled with the others: {why}"))
+    return best
 
 
-def once(results: list[Result], signs: dict[Path, dict], left_out: list) -> list[Result]:
+def once(results: list[Result], left_out: list) -> list[Result]:
     """Without those that repeat another's seed, depths and training."""
-    taken: dict[tuple, Path] = {}
+    taken: dict[tuple, Result] = {}
     for result in results:
         key = tuple(str(result.study.get(k)) for k in ("trained_ut_steps", "total_ut_steps", "seed"))
-        key += tuple(str(value) for value in signs[result.path].values())
-        if taken.setdefault(key, result.path) is not result.path:
-            why = f"the same training set, depth and seed as {taken[key]}: counted once"
+        first = taken.setdefault((*key, *result.signature.values()), result)
+        if first is not result:
+            why = f"the same training set, depth and seed as {first.path}: counted once"
             left_out.append((str(result.path), why))
-    return [result for result in results if result.path in taken.values()]
+    return list(taken.values())
 
 
-def zero_line(bases: list[Result], mine: list[Result], signs: dict[Path, dict], left_out: list) -> list[Result]:
+def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[Result]:
     """The base's results that these adapted models' can be subtracted from, one a depth."""
-    reference = (mine or bases)[0]
     found = {}
     for result in bases:
-        here, there = signs[result.path], signs[reference.path]
-        other = [
-            f"{key} {here[key]} instead of {there[key]}" for key in (*ALIKE, *MEASURED_ALIKE) if here[key] != there[key]
-        ]
-        if not other and sorted(result.ids) != sorted(reference.ids):
-            other = ["other items"]
-        if other:
-            left_out.append((str(result.path), f"no zero line of the adapted models: {', '.join(other)}"))
+        if why := differences(result, (mine or bases)[0]):
+            left_out.append((str(result.path), f"no zero line of the adapted models: {why}"))
         else:
             found.setdefault(result.study["total_ut_steps"], result)
     return list(found.values())
@@ -395,21 +383,17 @@ def zero_line(bases: list[Result], mine: list[Result], signs: dict[Path, dict], 
 
 def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
     """By (task, training set), in the verdict's order: what may be compared. The rest is added to what was left out."""
-    found, weights, signs = {}, {}, signatures(reader)
-    by_task = defaultdict(list)
-    for result in reader.results:
-        if result.study["kind"] != "baseline":
-            by_task[result.study["task"]].append(result)
-    for task, results in by_task.items():
-        adapted = [result for result in results if result.study["kind"] == "adapter"]
-        bases = [result for result in results if result.study["kind"] == "base"]
-        for dataset in sorted({str(result.study.get("dataset")) for result in adapted}) or [BASE]:
-            mine = [result for result in adapted if str(result.study.get("dataset")) == dataset]
-            mine = once(mine, signs, reader.left_out)
-            keys = (*TRAINED_ALIKE, *MEASURED_ALIKE)
-            mine = majority(mine, [signs[result.path] for result in mine], keys, reader.left_out)
-            mine = same_items(mine, reader.left_out)
-            ours = zero_line(bases, mine, signs, reader.left_out)
+    set_signatures(reader)
+    found, weights = {}, {}
+    for task in dict.fromkeys(result.study["task"] for result in reader.results):
+        adapted, bases = (
+            [r for r in reader.results if (r.study["task"], r.study["kind"]) == (task, kind)]
+            for kind in ("adapter", "base")
+        )
+        for dataset in sorted({str(r.study.get("dataset")) for r in adapted}) or [BASE] * bool(bases):
+            mine = once([r for r in adapted if str(r.study.get("dataset")) == dataset], reader.left_out)
+            mine = largest_group(mine, reader.left_out)
+            ours = zero_line(bases, mine, reader.left_out)
             items = len((mine or ours)[0].ids)
             if items not in weights:
                 weights[items] = stats.resample(items)
@@ -417,16 +401,10 @@ def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
     order = [*ASPECTS, "other"]
 
     def place(key: tuple[str, str]) -> tuple:
-        told = found[key].study
-        aspect = told["aspect"] if told["aspect"] in order else "other"
-        return order.index(aspect), not told.get("primary"), *key
+        aspect = found[key].study["aspect"]
+        return order.index(aspect if aspect in order else "other"), not found[key].study.get("primary"), *key
 
     return {key: found[key] for key in sorted(found, key=place)}
-
-
-def same_items(results: list[Result], left_out: list) -> list[Result]:
-    ids = [hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest() for result in results]
-    return majority(results, [{"set of items": x} for x in ids], ("set of items",), left_out)
 
 
 def gaps(found: dict[tuple[str, str], Panel], left_out: list) -> dict[str, tuple[Panel, Panel, Panel]]:
@@ -468,5 +446,24 @@ def in_both(thai: list[Result], english: list[Result], left_out: list) -> list[t
     return made
 
 
-def loops(depth: int) -> str:
+def depth_text(depth: int) -> str:
     return "1 loop" if depth == 1 else f"{depth} loops"
+
+
+def conversations(reader: Reader, count: int = 2) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, [(who, reply)]) of the first conversations: each model at the depth it was trained at, one seed."""
+
+    def first_turns(path: Path) -> list[dict]:
+        with open(path, "rb") as file:
+            return [json.loads(line)["turns"][0] for line in islice(file, count)]
+
+    asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    seen = set()
+    for study, path in reader.answers:
+        model = study.get("experiment") or study["run"], study["total_ut_steps"]
+        if study["kind"] == "adapter" and study["trained_ut_steps"] != study["total_ut_steps"] or model in seen:
+            continue
+        seen.add(model)
+        for turn in reader.attempt(path, first_turns, []):
+            asked[str(turn["prompt"])].append((f"{model[0]}, {depth_text(model[1])}", str(turn["reply"])))
+    return list(asked.items())

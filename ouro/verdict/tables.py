@@ -1,97 +1,68 @@
-"""The report's tables, from runs and results."""
+"""The report's tables, from runs and results: rows of {column: cell}, for the report, as CSV and as LaTeX."""
 
-import csv
 import dataclasses
-import html
-import io
 import json
 import math
-import re
 from collections import defaultdict
-from pathlib import Path
 
-from ouro.verdict import stats
+from ouro.verdict.rule import Differences
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import BASE, METRICS, Panel, Reader, Run, gaps, loops, over_exams
+from ouro.verdict.study import BASE, METRICS, Panel, Reader, Run, depth_text, gaps, last
 
 import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+Cell = str | tuple[float, str]  # text, or (number to sort by, text)
 
 
 @dataclasses.dataclass
 class Table:
-    """Cells are text, or (number to sort by, text)."""
+    """`folded`: closed in report.html, and not in RESULTS.md."""
 
     name: str
     title: str
-    columns: list[str]
-    rows: list[list]
+    rows: list[dict[str, Cell]]
     note: str = ""
     folded: bool = False
 
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0])
+
     def texts(self) -> list[list[str]]:
-        return [[cell[1] if isinstance(cell, tuple) else str(cell) for cell in row] for row in self.rows]
+        return [[cell[1] if isinstance(cell, tuple) else cell for cell in row.values()] for row in self.rows]
 
-    def markdown(self) -> str:
-        def line(cells) -> str:
-            return "| " + " | ".join(markdown(cell) for cell in cells) + " |\n"
-
-        note = f"{markdown(self.note)}\n\n" if self.note else ""
-        rule = "|" + "---|" * len(self.columns) + "\n"
-        return f"## {self.title}\n\n{note}{line(self.columns)}{rule}" + "".join(map(line, self.texts())) + "\n"
-
-    def html(self) -> str:
-        head = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in self.columns)
-        body = []
-        for row in self.rows:
-            cells = []
-            for cell in row:
-                if isinstance(cell, tuple):
-                    cells.append(f'<td class="n" data-v="{cell[0]!r}">{html.escape(cell[1])}</td>')
-                else:
-                    number_missing = ' class="n"' if cell == "–" else ""
-                    cells.append(f"<td{number_missing}>{html.escape(str(cell))}</td>")
-            body.append(f"<tr>{''.join(cells)}</tr>\n")
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{''.join(body)}</tbody></table>"
-        table = f'<div class="box" tabindex="0">{table}</div>'
-        if self.folded:
-            table = f"<details><summary>{len(self.rows)} rows</summary>{table}</details>"
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        return f'<section id="{self.name}"><h2>{html.escape(self.title)}</h2>{note}{table}</section>\n'
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame(self.texts(), columns=self.columns)
 
     def csv(self) -> str:
-        file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([self.columns, *self.texts()])
-        return file.getvalue()
+        return self.frame().to_csv(index=False)
 
     def latex(self) -> str:
-        lines = [" & ".join(map(latex, row)) + r" \\" for row in (self.columns, *self.texts())]
-        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
-        begin = f"% {self.title}; needs booktabs\n\\begin{{tabular}}{{{'l' * len(self.columns)}}}"
-        return f"{begin}\n{body}\n\\end{{tabular}}\n"
+        style = self.frame().style.hide(axis="index").format(escape="latex").format_index(axis=1, escape="latex")
+        table = style.to_latex(hrules=True, column_format="l" * len(self.columns))
+        return f"% {self.title}; needs booktabs\n{table.replace('–', '--')}"
 
 
-def markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False)).replace("\\_", "_")
-
-
-def latex(text: str) -> str:
-    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
-    return "".join(({"\\": r"\textbackslash{}"} | special).get(c, c) for c in text)
-
-
-def number(value: float | None, form: str = ",.0f", factor: float = 1) -> tuple | str:
-    """A cell; nothing known: a dash."""
-    if value is None or isinstance(value, str | list | dict) or not math.isfinite(value):
+def number_cell(value: float | None, form: str = ",.0f", factor: float = 1) -> Cell:
+    """What is not known is a dash."""
+    if not isinstance(value, int | float | np.number) or not math.isfinite(value):
         return "–"
     return (float(value), f"{value * factor:{form}}")
 
 
-def interval(panel: Panel, e: Estimate | None, signed: bool = True) -> tuple | str:
-    if e is None:
-        return "–"
-    if signed:
-        return (float(e.value), panel.signed(e))
+def value_cell(panel: Panel, value: float | None) -> Cell:
+    """A number in the panel's unit."""
+    return number_cell(value, f".{panel.decimals}f", panel.factor)
+
+
+def level_cell(panel: Panel, e: Estimate) -> Cell:
     return (float(e.value), f"{panel.show(e.value)} [{panel.show(e.low)}, {panel.show(e.high)}]")
+
+
+def difference_cell(panel: Panel, e: Estimate | None) -> Cell:
+    return "–" if e is None else (float(e.value), panel.signed(e))
 
 
 def nan_mean(values: np.ndarray) -> float:
@@ -99,320 +70,271 @@ def nan_mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def last(values: np.ndarray) -> float:
-    return float(values[-1]) if len(values) else math.nan
-
-
 def runs_table(runs: list[Run]) -> Table:
-    columns = (
-        "run,training set,loops,seed,state,steps,final loss,average loss,final token accuracy,average token accuracy"
-    )
-    columns += ",tokens,hours,GPU-hours,tokens/s,model-FLOP use"
     rows = []
     for run in runs:
         log, seconds = run.log, run.seconds.sum()
-        tokens, gpus = (
-            last(log["num_tokens"]),
-            (run.manifest.get("processes") or 1) if run.manifest.get("gpu") else None,
-        )
         rows.append(
-            [
-                run.name,
-                str(run.config.get("dataset", "–")),
-                number(run.config.get("total_ut_steps"), "d"),
-                number(run.config.get("seed"), "d"),
-                run.state,
-                number(last(log["step"])),
-                number(last(log["loss"]), ".4f"),
-                number(nan_mean(log["loss"]), ".4f"),
-                number(last(log["mean_token_accuracy"]), ".3f"),
-                number(nan_mean(log["mean_token_accuracy"]), ".3f"),
-                number(tokens),
-                number(seconds / 3600, ".2f"),
-                number(gpus and seconds * gpus / 3600, ".2f"),
-                number(tokens / seconds if seconds else None),
-                number(nan_mean(log["model_flop_use"]), ".1%"),
-            ]
+            {
+                "run": run.name,
+                "training set": str(run.config.get("dataset", "–")),
+                "loops": number_cell(run.config.get("total_ut_steps"), "d"),
+                "seed": number_cell(run.config.get("seed"), "d"),
+                "state": run.state,
+                "steps": number_cell(last(log["step"])),
+                "final loss": number_cell(last(log["loss"]), ".4f"),
+                "average loss": number_cell(nan_mean(log["loss"]), ".4f"),
+                "final token accuracy": number_cell(last(log["mean_token_accuracy"]), ".3f"),
+                "average token accuracy": number_cell(nan_mean(log["mean_token_accuracy"]), ".3f"),
+                "tokens": number_cell(run.tokens),
+                "hours": number_cell(seconds / 3600, ".2f"),
+                "GPU-hours": number_cell(run.gpu_hours, ".2f"),
+                "tokens/s": number_cell(run.tokens / seconds if seconds else None),
+                "model-FLOP use": number_cell(nan_mean(log["model_flop_use"]), ".1%"),
+            }
         )
     note = "Averages are over the logged steps. Hours are the steps' own, without loading and saving."
-    return Table("runs", "Training runs", columns.split(","), rows, note)
-
-
-def training_flops(run: Run | None, study: dict) -> float | None:
-    """As logged; else twice the forward pass of its tokens, for frozen weights have no gradient of their own."""
-    if run is None:
-        return None
-    if run.flops:
-        return run.flops
-    forward, tokens = study.get("inference_flops_per_token"), last(run.log["num_tokens"])
-    return 2 * forward * tokens if forward and math.isfinite(tokens) else None
+    return Table("runs", "Training runs", rows, note)
 
 
 def cost_table(reader: Reader, found: dict[tuple[str, str], Panel]) -> Table:
-    forward = {}
+    forward = {}  # by run, a result's block that says what a token costs at the depth that the run was trained at
     for panel in found.values():
         for (trained, depth), sources in panel.sources.items():
             if trained == depth:
                 forward |= {study["run"]: study for study in sources if study.get("inference_flops_per_token")}
-    groups = defaultdict(list)
+    experiments = defaultdict(list)
     for run in reader.runs.values():
         if len(run.log["step"]):
-            groups[run.experiment].append(run)
+            experiments[run.experiment].append(run)
     rows = []
-    for name, runs in sorted(groups.items()):
+    for name, runs in sorted(experiments.items()):
         final = np.array([last(run.log["loss"]) for run in runs])
         spread = f" ± {final.std(ddof=1):.4f}" if len(runs) > 1 else ""
         study = next((forward[run.name] for run in runs if run.name in forward), {})
-        spent = [training_flops(run, study) for run in runs]
-        hours = sum(float(r.seconds.sum()) * (r.manifest.get("processes") or 1) for r in runs if r.manifest.get("gpu"))
+        spent = [run.flops(study) for run in runs]
         rows.append(
-            [
-                name,
-                ", ".join(str(run.config.get("seed", "–")) for run in runs),
-                (nan_mean(final), f"{nan_mean(final):.4f}{spread}"),
-                number(sum(last(run.log["num_tokens"]) for run in runs)),
-                number(sum(float(run.seconds.sum()) for run in runs) / 3600, ".2f"),
-                number(hours / 3600 or None, ".2f"),
-                number(sum(spent) if all(spent) else None, ".3g"),
-                number(study.get("inference_flops_per_token"), ".3g"),
-                number(max(nan_mean(run.log["memory_gib"]) for run in runs) or None, ".1f"),
-                ", ".join(sorted({str(run.manifest.get("gpu") or "CPU") for run in runs})),
-            ]
+            {
+                "experiment": name,
+                "seeds": ", ".join(str(run.config.get("seed", "–")) for run in runs),
+                "final loss": (nan_mean(final), f"{nan_mean(final):.4f}{spread}"),
+                "tokens": number_cell(sum(run.tokens for run in runs)),
+                "hours": number_cell(sum(float(run.seconds.sum()) for run in runs) / 3600, ".2f"),
+                "GPU-hours": number_cell(sum(run.gpu_hours or 0 for run in runs) or None, ".2f"),
+                "training FLOPs": number_cell(sum(spent) if all(spent) else None, ".3g"),
+                "inference FLOPs/token": number_cell(study.get("inference_flops_per_token"), ".3g"),
+                "GiB": number_cell(max(nan_mean(run.log["memory_gib"]) for run in runs) or None, ".1f"),
+                "device": ", ".join(sorted({str(run.manifest.get("gpu") or "CPU") for run in runs})),
+            }
         )
-    columns = "experiment,seeds,final loss,tokens,hours,GPU-hours,training FLOPs,inference FLOPs/token,GiB,device"
     note = "Sums over the seeds. Training FLOPs as counted in training, else estimated as twice the forward pass."
-    return Table("cost", "Cost", columns.split(","), rows, note)
+    return Table("cost", "Cost", rows, note)
 
 
 def data_table(runs: list[Run]) -> Table:
-    rows, seen = [], set()
+    rows = {}  # one for all runs on the same rows
     for run in runs:
-        d, per_row = run.data, run.data.get("tokens_per_row") or {}
-        key = json.dumps(
-            [d.get("dataset"), d.get("data_revision"), d.get("settings"), d.get("rows_kept")], sort_keys=True
-        )
-        if not d or key in seen:
+        if not (d := run.data):
             continue
-        seen.add(key)
-        dropped = ", ".join(f"{k} {v}" for k, v in (d.get("rows_dropped") or {}).items()) or "0"
+        key = json.dumps([d.get(k) for k in ("dataset", "data_revision", "settings", "rows_kept")], sort_keys=True)
+        dropped, licences, per_row = (d.get(k) or {} for k in ("rows_dropped", "licences", "tokens_per_row"))
         thai = ((d.get("tokens_per_unit") or {}).get("Thai") or {}).get("tokens_per_character")
-        licences = ", ".join(f"{name}: {count}" for name, count in (d.get("licences") or {}).items())
-        rows.append(
-            [
-                str(d.get("dataset", "–")),
-                str(d.get("data_revision"))[:20],
-                number(d.get("rows_in")),
-                number(d.get("rows_kept")),
-                dropped,
-                number(d.get("tokens")),
-                number(d.get("trained_share"), ".1%"),
-                number(d.get("end_token_survival"), ".1%"),
-                " / ".join(f"{per_row.get(p, 0):,}" for p in ("p5", "p50", "p95", "p100")),
-                number(thai, ".2f"),
-                number(d.get("thai_share_of_letters"), ".1%"),
-                licences,
-            ]
-        )
-    columns = "training set,revision,rows,kept,dropped,tokens,trained,ends kept,tokens/row 5 / 50 / 95 / 100 %"
-    columns += ",tokens/Thai character,Thai letters,licences"
-    return Table("data", "Training data", columns.split(","), rows)
+        rows[key] = rows.get(key) or {
+            "training set": str(d.get("dataset", "–")),
+            "revision": str(d.get("data_revision"))[:20],
+            "rows": number_cell(d.get("rows_in")),
+            "kept": number_cell(d.get("rows_kept")),
+            "dropped": ", ".join(f"{k} {v}" for k, v in dropped.items()) or "0",
+            "tokens": number_cell(d.get("tokens")),
+            "trained": number_cell(d.get("trained_share"), ".1%"),
+            "ends kept": number_cell(d.get("end_token_survival"), ".1%"),
+            "tokens/row 5 / 50 / 95 / 100 %": " / ".join(
+                f"{per_row.get(p, 0):,}" for p in ("p5", "p50", "p95", "p100")
+            ),
+            "tokens/Thai character": number_cell(thai, ".2f"),
+            "Thai letters": number_cell(d.get("thai_share_of_letters"), ".1%"),
+            "licences": ", ".join(f"{name}: {count}" for name, count in licences.items()),
+        }
+    return Table("data", "Training data", list(rows.values()))
 
 
-def gain_tables(found: dict[tuple[str, str], Panel]) -> list[Table]:
-    gains, matrices = [], []
+def gains_table(found: dict[tuple[str, str], Panel]) -> Table:
+    rows = []
     for (task, dataset), panel in found.items():
-        inter = {k: e for k in panel.trained if k > 1 and (e := panel.interaction(k))}
-        p = dict(zip(inter, stats.holm([float(e.p) for e in inter.values()]), strict=True))
-        for k in panel.trained:
-            if (gain := panel.gain(k, k)) is None:
-                continue
-            many = inter.get(k)
-            gains.append(
-                [
-                    task,
-                    dataset,
-                    (k, str(k)),
-                    (gain.seeds, str(gain.seeds)),
-                    number(panel.base[k].values[0], f".{panel.decimals}f", panel.factor),
-                    number(panel.adapted[k, k].values.mean(), f".{panel.decimals}f", panel.factor),
-                    interval(panel, gain),
-                    number(gain.effect, ".2f"),
-                    interval(panel, many),
-                    number(p.get(k), ".3g"),
-                    number(many and float(many.detectable(len(inter))), f".{panel.decimals}f", panel.factor),
-                    panel.unit,
-                ]
+        differences = Differences(panel)
+        for k, gain in differences.gains.items():
+            more = differences.interaction.get(k)
+            rows.append(
+                {
+                    "benchmark": task,
+                    "training set": dataset,
+                    "loops": number_cell(k, "d"),
+                    "seeds": number_cell(gain.seeds, "d"),
+                    "base": value_cell(panel, panel.base[k].values[0]),
+                    "adapted": value_cell(panel, panel.adapted[k, k].values.mean()),
+                    "gain": difference_cell(panel, gain),
+                    "effect": number_cell(float(gain.effect), ".2f"),
+                    "gain minus gain at 1 loop": difference_cell(panel, more),
+                    "Holm p": number_cell(differences.interaction_p.get(k), ".3g"),
+                    "smallest found": value_cell(panel, more and float(more.detectable(len(differences.interaction)))),
+                    "unit": panel.unit,
+                }
             )
-        depths = sorted({depth for _, depth in panel.adapted})
-        cells = [
-            [(k, loops(k)), *(interval(panel, panel.gain(k, depth)) for depth in depths)]
-            for k in panel.trained
-            if depths
-        ]
-        if cells and panel.study.get("primary"):
-            title = f"Gain by depth: {task}, {dataset}"
-            note = (
-                f"Rows: trained depth, columns: depth read. In {panel.unit}; positive: better than the base read there."
-            )
-            matrices.append(Table(f"matrix-{task}-{dataset}", title, ["trained at", *map(loops, depths)], cells, note))
-    columns = (
-        "benchmark,training set,loops,seeds,base,adapted,gain,effect,gain minus gain at 1 loop,Holm p,smallest found"
-    )
-    columns += ",unit"
     note = (
         "Trained and read at the same depth, against the base at that depth; positive is better. Intervals: 95 %, "
         "paired by item, over items and seeds. Effect: in standard deviations of an item's difference. "
         "Smallest found: the difference of gains that would be found four times in five."
     )
-    return [Table("gains", "Gain over the base at the same depth", columns.split(","), gains, note), *matrices]
+    return Table("gains", "Gain over the base at the same depth", rows, note)
+
+
+def gain_matrices(found: dict[tuple[str, str], Panel]) -> list[Table]:
+    """Of each task that a verdict rests on: every adapter at every depth."""
+    matrices = []
+    for (task, dataset), panel in found.items():
+        if not panel.study.get("primary"):
+            continue
+        depths = sorted({depth for _, depth in panel.adapted})
+        rows = [
+            {"trained at": (k, depth_text(k))}
+            | {depth_text(depth): difference_cell(panel, panel.gain(k, depth)) for depth in depths}
+            for k in panel.trained
+        ]
+        note = f"Rows: trained depth, columns: depth read. In {panel.unit}; positive: better than the base read there."
+        matrices.append(Table(f"matrix-{task}-{dataset}", f"Gain by depth: {task}, {dataset}", rows, note))
+    return matrices
+
+
+def models(dataset: str, panel: Panel) -> list[tuple[str, int | None, int]]:
+    """(model, trained depth, depth read): the base, which has no trained depth, and the adapted models."""
+    return [(BASE, None, depth) for depth in panel.base] + [(dataset, *depths) for depths in panel.adapted]
 
 
 def benchmark_table(found: dict[tuple[str, str], Panel]) -> Table:
-    rows, done = [], set()
+    rows = {}  # the base has one for all training sets
     for (task, dataset), panel in found.items():
-        cells = [(BASE, None, depth, cell, [panel.base_sources[depth]]) for depth, cell in panel.base.items()]
-        cells += [(dataset, k, depth, cell, panel.sources[k, depth]) for (k, depth), cell in panel.adapted.items()]
-        for name, trained, depth, cell, studies in cells:
-            if (task, name, trained, depth, studies[0]["precision"]) in done:
-                continue
-            done.add((task, name, trained, depth, studies[0]["precision"]))
-            e, study = panel.estimate(cell), studies[0]
-            chance, right = study.get("chance"), round(float(e.value) * panel.items)
-            scored = study["metric"] == "accuracy"
-            above = stats.binomial_test(right, panel.items, chance) if scored and chance else None
-            unread = nan_mean(np.array([s.get("unparsed", math.nan) for s in studies], float))
+        for name, trained, depth in models(dataset, panel):
+            cell = panel.adapted[trained, depth] if trained else panel.base[depth]
+            studies = panel.sources[trained, depth] if trained else [panel.base_sources[depth]]
+            study, e = studies[0], panel.estimate(cell)
             macro = [s["macro"] for s in studies if s.get("macro") is not None]
-            rows.append(
-                [
-                    task,
-                    name,
-                    number(trained, "d"),
-                    (depth, str(depth)),
-                    (len(studies), str(len(studies))),
-                    (panel.items, f"{panel.items:,}"),
-                    interval(panel, e, signed=False),
-                    number(chance, ".1f", 100) if scored else "–",
-                    number(above, ".2g"),
-                    number(study.get("majority"), ".1f", 100) if scored else "–",
-                    number(sum(macro) / len(macro) if macro else None, f".{panel.decimals}f", panel.factor),
-                    number(over_exams(study, "chance"), ".1f", 100) if scored else "–",
-                    number(over_exams(study, "majority"), ".1f", 100) if scored else "–",
-                    number(unread, ".0f"),
-                    panel.axis,
-                ]
-            )
-    columns = "benchmark,model,trained at,read at,seeds,items,value,chance,p against chance,always the commonest"
-    columns += ",macro,its chance,its commonest,no answer,unit"
+            told = study if study["metric"] == "accuracy" else {}
+            above = None
+            if told.get("chance"):
+                above = binomtest(round(float(e.value) * panel.items), panel.items, told["chance"]).pvalue
+            row = {
+                "benchmark": task,
+                "model": name,
+                "trained at": number_cell(trained, "d"),
+                "read at": number_cell(depth, "d"),
+                "seeds": number_cell(len(studies), "d"),
+                "items": number_cell(panel.items),
+                "value": level_cell(panel, e),
+                "chance": number_cell(told.get("chance"), ".1f", 100),
+                "p against chance": number_cell(above, ".2g"),
+                "always the commonest": number_cell(told.get("majority"), ".1f", 100),
+                "macro": value_cell(panel, sum(macro) / len(macro) if macro else None),
+                "its chance": number_cell(told.get("macro_chance"), ".1f", 100),
+                "its commonest": number_cell(told.get("macro_majority"), ".1f", 100),
+                "no answer": number_cell(nan_mean(np.array([s.get("unparsed", math.nan) for s in studies], float))),
+                "unit": panel.axis,
+            }
+            rows.setdefault((task, name, trained, depth, study["precision"]), row)
     note = (
         "Value: all items alike (micro), with its 95 % interval over items (and seeds). p against chance: exact "
         "binomial, two-sided. Macro: the mean over exams (MT-Bench: categories), beside the same mean of chance and of "
         "each exam's commonest answer."
     )
-    return Table("benchmarks", "Benchmarks", columns.split(","), rows, note)
+    return Table("benchmarks", "Benchmarks", list(rows.values()), note)
 
 
 def gap_table(reader: Reader, found: dict[tuple[str, str], Panel]) -> Table:
-    rows, done = [], set()
-    for dataset, (thai, english, gap) in gaps(found, reader.left_out).items():
-        for trained, depth in [*((None, depth) for depth in gap.base), *gap.adapted]:
-            name = dataset if trained else BASE
-            if (name, trained, depth, gap.study["precision"]) in done:
-                continue
-            done.add((name, trained, depth, gap.study["precision"]))
-            cells = [panel.adapted[trained, depth] if trained else panel.base[depth] for panel in (thai, english, gap)]
-            levels = [interval(gap, gap.estimate(cell), signed=False) for cell in cells[:2]]
-            e = gap.estimate(cells[2])
-            rows.append([name, number(trained, "d"), number(depth, "d"), number(e.seeds, "d"), number(gap.items)])
-            rows[-1] += [*levels, interval(gap, e), interval(gap, gap.gain(trained, depth))]
-    columns = "model,trained at,read at,seeds,questions,Thai,English,English minus Thai,change by training"
+    rows = {}
+    for dataset, panels in gaps(found, reader.left_out).items():
+        gap = panels[-1]
+        for name, trained, depth in models(dataset, gap):
+            cells = [panel.adapted[trained, depth] if trained else panel.base[depth] for panel in panels]
+            thai, english, e = map(gap.estimate, cells)
+            row = {
+                "model": name,
+                "trained at": number_cell(trained, "d"),
+                "read at": number_cell(depth, "d"),
+                "seeds": number_cell(e.seeds, "d"),
+                "questions": number_cell(gap.items),
+                "Thai": level_cell(gap, thai),
+                "English": level_cell(gap, english),
+                "English minus Thai": difference_cell(gap, e),
+                "change by training": difference_cell(gap, gap.gain(trained, depth)),
+            }
+            rows.setdefault((name, trained, depth, gap.study["precision"]), row)
     note = (
         "Belebele, accuracy in % on the same questions in both languages; the gap is positive where English is ahead. "
         "Change by training: the adapted models' gap minus the base's at the same depth; negative: the gap is smaller, "
         "be it because Thai rose or because English fell. Intervals: 95 %, paired by question, over questions and "
         "seeds. A description: no verdict rests on it."
     )
-    return Table("gap", "From English to Thai: the same questions", columns.split(","), rows, note)
-
-
-def published(study: dict) -> list[dict]:
-    """The baseline's published scores on this benchmark."""
-    told = study.get("published")
-    named = [row for row in told if isinstance(row, dict)] if isinstance(told, list) else []
-    return [row for row in named if row.get("benchmark", "") == study.get("benchmark")]
+    return Table("gap", "From English to Thai: the same questions", list(rows.values()), note)
 
 
 def baselines_table(reader: Reader) -> Table:
     rows = []
-    for result in reader.results:
-        study = result.study
-        if study["kind"] != "baseline":
-            continue
+    for study in (result.study for result in reader.results if result.study["kind"] == "baseline"):
         _, factor, decimals, axis = METRICS[study["metric"]]
         low, high = study.get("ci95") or (math.nan, math.nan)
-        shown = f"{study['value'] * factor:.{decimals}f} [{low * factor:.{decimals}f}, {high * factor:.{decimals}f}]"
-        if isinstance(study.get("published"), dict):
-            why = "its published score is in the older form, without benchmark and mean: not shown"
-            reader.left_out.append((str(result.path.parent), why))
-        for row in published(study) or [{}]:
-            mean = str(row.get("mean") or "micro")
-            macro = number(study.get("macro"), f".{decimals}f", factor)
-            rows.append([study["run"], study["task"], str(study["protocol"]), number(study["items"]), mean])
-            rows[-1] += [macro if mean == "macro" else (study["value"], shown), number(row.get("value"), ".4g", factor)]
-            rows[-1] += [axis, str(row.get("protocol") or "–"), str(row.get("source") or "–")]
-    columns = "model,benchmark,protocol,items,mean,measured here,published,unit,its protocol,source"
+        micro = f"{study['value'] * factor:.{decimals}f} [{low * factor:.{decimals}f}, {high * factor:.{decimals}f}]"
+        macro = number_cell(study.get("macro"), f".{decimals}f", factor)
+        published = [row for row in study.get("published") or [] if row["benchmark"] == study["benchmark"]]
+        for row in published or [{}]:
+            mean = row.get("mean", "micro")
+            rows.append(
+                {
+                    "model": study["run"],
+                    "benchmark": study["task"],
+                    "protocol": str(study["protocol"]),
+                    "items": number_cell(study["items"]),
+                    "mean": mean,
+                    "measured here": macro if mean == "macro" else (study["value"], micro),
+                    "published": number_cell(row.get("value"), ".4g", factor),
+                    "unit": axis,
+                    "its protocol": row.get("protocol", "–"),
+                    "source": row.get("source", "–"),
+                }
+            )
     note = (
         "Measured here: all items alike (micro), with its 95 % interval, or, where the published score is a mean over "
         "exams or categories, that mean (macro). Where the protocols differ, so may the scores."
     )
-    return Table("baselines", "Baselines", columns.split(","), rows, note)
+    return Table("baselines", "Baselines", rows, note)
 
 
 def scores_table(reader: Reader) -> Table:
     rows = []
-    for result in reader.results:
-        study = result.study
+    for study in (result.study for result in reader.results):
         _, factor, decimals, axis = METRICS[study["metric"]]
         low, high = study.get("ci95") or (math.nan, math.nan)
-        rows.append([study["run"], study["task"], (study["total_ut_steps"], str(study["total_ut_steps"]))])
-        rows[-1] += [number(x, f".{decimals}f", factor) for x in (study["value"], low, high)]
-        rows[-1] += [
-            axis,
-            number(study["items"]),
-            number(study.get("unparsed")),
-            number(study.get("thai_share"), ".1%"),
-        ]
-    columns = "run,benchmark,read at,value,low,high,unit,items,no answer,replies in Thai"
-    return Table("scores", "Every result", columns.split(","), rows, folded=True)
+        rows.append(
+            {
+                "run": study["run"],
+                "benchmark": study["task"],
+                "read at": number_cell(study["total_ut_steps"], "d"),
+                "value": number_cell(study["value"], f".{decimals}f", factor),
+                "low": number_cell(low, f".{decimals}f", factor),
+                "high": number_cell(high, f".{decimals}f", factor),
+                "unit": axis,
+                "items": number_cell(study["items"]),
+                "no answer": number_cell(study.get("unparsed")),
+                "replies in Thai": number_cell(study.get("thai_share"), ".1%"),
+            }
+        )
+    return Table("scores", "Every result", rows, folded=True)
 
 
 def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
+    """Those for which there is something, in the report's order."""
     runs = list(reader.runs.values())
-    made = [*gain_tables(found), benchmark_table(found), gap_table(reader, found), baselines_table(reader)]
-    made += [runs_table(runs), cost_table(reader, found), data_table(runs), scores_table(reader)]
-    left = sorted(set(reader.left_out))
-    made.append(Table("left-out", "What was left out, and why", ["file", "why"], [list(row) for row in left]))
+    made = [gains_table(found), *gain_matrices(found), benchmark_table(found), gap_table(reader, found)]
+    made += [baselines_table(reader), runs_table(runs), cost_table(reader, found), data_table(runs)]
+    made.append(scores_table(reader))
+    left = [{"file": file, "why": why} for file, why in sorted(set(reader.left_out))]
+    made.append(Table("left-out", "What was left out, and why", left))
     return [table for table in made if table.rows]
-
-
-def replies(path: Path, count: int) -> list[dict]:
-    """The first items of a file of conversations."""
-    with open(path, "rb") as file:
-        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-def samples(reader: Reader, count: int = 2) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(who, reply)]) of the first conversations: each model at the depth it was trained at, one seed."""
-    asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    seen = set()
-    for study, path in reader.answers:
-        experiment, depth = study.get("experiment") or study.get("run"), study.get("total_ut_steps")
-        if study.get("kind") == "adapter" and study.get("trained_ut_steps") != depth or (experiment, depth) in seen:
-            continue
-        seen.add((experiment, depth))
-        try:
-            for item in replies(path, count):
-                turn = item["turns"][0]
-                asked[str(turn["prompt"])].append((f"{experiment}, {loops(depth)}", str(turn["reply"])))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            reader.left_out.append((str(path), f"no sample: {type(error).__name__} {error}"))
-    return list(asked.items())
