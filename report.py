@@ -19,8 +19,8 @@ from pathlib import Path
 from ouro.files import UserError, call, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
-from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
-from ouro.verdict.plots import CAPTIONS, draw, save
+from ouro.verdict.page import TEXTS, basis, fill, missing_lines, verdict_lines
+from ouro.verdict.plots import draw, save
 from ouro.verdict.rule import verdicts
 from ouro.verdict.study import Reader, conversations, panels
 from ouro.verdict.tables import tables
@@ -60,7 +60,7 @@ def main() -> None:
             write_atomic(folder / f"{table.name}.csv", table.csv())
         if run.options.latex:
             write_atomic(folder / f"{table.name}.tex", table.latex())
-    for name in CAPTIONS.keys() - figures.keys():  # of an earlier report, no longer true
+    for name in TEXTS["figures"].keys() - figures.keys():  # of an earlier report, no longer true
         for suffix in (".png", ".svg"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
     content = {
@@ -68,7 +68,7 @@ def main() -> None:
         "verdicts": verdict_lines(made),
         "missing": missing_lines(made),
         "figures": {name: save(name, figure, folder) for name, figure in figures.items()},
-        "captions": CAPTIONS,
+        "texts": TEXTS,
         "plots": Path(os.path.relpath(folder, out)).as_posix(),
         "tables": shown,
         "conversations": talks,

@@ -5,10 +5,27 @@ from pathlib import Path
 
 from ouro.files import UserError
 from ouro.verdict import stats
-from ouro.verdict.page import markdown
-from ouro.verdict.study import METRICS, Reader
+from ouro.verdict.page import fill
+from ouro.verdict.study import METRICS, Reader, Result
 
 import numpy as np
+from scipy.stats import binomtest
+
+EXAMPLES = 5  # items of each benchmark that are shown
+
+
+def chosen(reader: Reader, name: str) -> dict[str, Result]:
+    """By task: a model's results at the depth named (run:depth), else at its own.
+
+    Raises:
+        UserError: no such run."""
+    run, colon, depth = name.rpartition(":") if re.search(r":\d+$", name) else (name, "", "")
+    mine = [r for r in reader.results if r.study["run"] == run]
+    if not mine:
+        known = ", ".join(sorted({r.study["run"] for r in reader.results})) or "none"
+        raise UserError(f"no results of {run!r}; runs with results: {known}")
+    own = mine[0].trained or max(r.study["total_ut_steps"] for r in mine)
+    return {r.study["task"]: r for r in mine if r.study["total_ut_steps"] == (int(depth) if colon else own)}
 
 
 def said(item: dict) -> str:
@@ -20,68 +37,49 @@ def said(item: dict) -> str:
     return f"{item.get('prediction')} (right: {item.get('gold')})"
 
 
-def compare(reader: Reader, first: str, second: str, examples: int = 5) -> str:
+def asked(item: dict) -> str:
+    doc = item.get("doc") or {}
+    return str(doc.get("question") or doc.get("text") or (item.get("turns") or [{}])[0].get("prompt") or item["id"])
+
+
+def compare_task(reader: Reader, one: Result, two: Result) -> dict:
+    """What compare.md.j2 shows of a task: the difference, and the items in which it is largest."""
+    place = {identity: i for i, identity in enumerate(two.ids)}
+    here = [i for i, identity in enumerate(one.ids) if identity in place]
+    there = [place[one.ids[i]] for i in here]
+    shown = {"name": one.study["task"], "count": len(here)}
+    if not here:
+        return shown
+    weights = stats.resample(len(here))
+    values = [(r.numerators[rows], r.denominators[rows]) for r, rows in ((one, here), (two, there))]
+    first, second = (stats.cell(weights, above[:, None], below) for above, below in values)
+    e = stats.estimate([second - first], len(here))
+    _, factor, decimals, shown["axis"] = METRICS[one.study["metric"]]
+    low, value, high = (f"{x * factor:+.{decimals}f}" for x in (e.low, e.value, e.high))
+    shown |= {"difference": f"{value} [{low}, {high}]", "p": float(e.p)}
+    shown["other_prompts"] = one.study["prompt_sha256"] != two.study["prompt_sha256"]
+    x, y = (above / np.maximum(below, 1e-9) for above, below in values)
+    if one.study["metric"] == "accuracy":
+        counts = [int(np.sum(((x > 0.5) == a) & ((y > 0.5) == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
+        p = binomtest(counts[1], counts[1] + counts[2]).pvalue if counts[1] + counts[2] else 1.0
+        shown |= {"right": counts, "mcnemar": p}
+    lines = [{item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"))} for r in (one, two)]
+    largest = np.argsort(-np.abs(y - x), kind="stable")[:EXAMPLES]
+    pairs = [[source[one.ids[here[i]]] for source in lines] for i in largest]
+    shown["examples"] = [(a["id"], asked(a), said(a), said(b)) for a, b in pairs]
+    return shown
+
+
+def compare(reader: Reader, first: str, second: str) -> str:
     """Two models item by item, as Markdown: `run` or `run:depth`, without it the depth that the run was trained at.
 
     Raises:
         UserError: no such run or depth, or no benchmark in common."""
-
-    def chosen(name: str) -> dict[str, object]:
-        run, colon, depth = name.rpartition(":") if re.search(r":\d+$", name) else (name, "", "")
-        mine = [r for r in reader.results if r.study["run"] == run]
-        if not mine:
-            known = ", ".join(sorted({r.study["run"] for r in reader.results})) or "none"
-            raise UserError(f"no results of {run!r}; runs with results: {known}")
-        deepest = max(r.study["total_ut_steps"] for r in mine)
-        want = int(depth) if colon else mine[0].study.get("trained_ut_steps") or deepest
-        return {r.study["task"]: r for r in mine if r.study["total_ut_steps"] == want}
-
-    a, b = chosen(first), chosen(second)
-    tasks = sorted(a.keys() & b.keys())
+    one, two = chosen(reader, first), chosen(reader, second)
+    tasks = sorted(one.keys() & two.keys())
     if not tasks:
         raise UserError(f"{first} and {second} have no benchmark in common, or were not read at these depths")
-    text = f"# {markdown(first)} and {markdown(second)}, item by item\n"
-    for task in tasks:
-        one, two = a[task], b[task]
-        place = {identity: i for i, identity in enumerate(two.ids)}
-        both = [i for i, identity in enumerate(one.ids) if identity in place]
-        other = [place[one.ids[i]] for i in both]
-        if not both:
-            text += f"\n## {task}\n\nNo item in common.\n"
-            continue
-        weights = stats.resample(len(both))
-        cells = [
-            stats.cell(weights, r.numerators[rows][:, None], r.denominators[rows])
-            for r, rows in ((one, both), (two, other))
-        ]
-        e = stats.estimate([cells[1] - cells[0]], len(both))
-        _, factor, decimals, axis = METRICS[one.study["metric"]]
-        low, value, high = (f"{x * factor:+.{decimals}f}" for x in (e.low, e.value, e.high))
-        text += f"\n## {task}\n\n{len(both)} items in common. Second minus first: {value} [{low}, {high}] ({axis})"
-        text += f", p = {e.p:.2g}.\n"
-        if one.study["prompt_sha256"] != two.study["prompt_sha256"]:
-            text += "\nThe prompts differ: this is not a comparison of the models alone.\n"
-        x, y = one.numerators[both] / np.maximum(one.denominators[both], 1e-9), two.numerators[other]
-        y = y / np.maximum(two.denominators[other], 1e-9)
-        if one.study["metric"] == "accuracy":
-            only_a, only_b = int(((x > 0.5) & (y < 0.5)).sum()), int(((x < 0.5) & (y > 0.5)).sum())
-            p = stats.binomial_test(only_a, only_a + only_b, 0.5) if only_a + only_b else 1.0
-            text += f"\nBoth right {int(((x > 0.5) & (y > 0.5)).sum())}, only the first {only_a}, only the second "
-            text += f"{only_b}, neither {int(((x < 0.5) & (y < 0.5)).sum())}; exact McNemar p = {p:.2g}.\n"
-        rows = [{item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"))} for r in (one, two)]
-        order = sorted(range(len(both)), key=lambda i, x=x, y=y: (-abs(y[i] - x[i]), i))
-        for i in order[:examples]:
-            left, right = (source[one.ids[both[i]]] for source in rows)
-            doc = left.get("doc") or {}
-            question = (
-                doc.get("question") or doc.get("text") or (left.get("turns") or [{}])[0].get("prompt") or left["id"]
-            )
-            text += (
-                f"\n### {markdown(left['id'])}\n\n{markdown(str(question)[:600])}\n\n| first | second |\n|---|---|\n"
-            )
-            text += f"| {markdown(said(left)[:1500])} | {markdown(said(right)[:1500])} |\n"
-    runs = {r.study["run"] for results in (a, b) for r in results.values()}
-    for what, why in reader.left_out:
-        if any(f"/{run}/" in Path(what).as_posix() for run in runs):
-            text += f"\nleft out: {markdown(what)}: {markdown(why)}\n"
-    return text
+    compared = [compare_task(reader, one[task], two[task]) for task in tasks]
+    runs = {r.study["run"] for r in (*one.values(), *two.values())}
+    left_out = [entry for entry in reader.left_out if any(f"/{run}/" in Path(entry[0]).as_posix() for run in runs)]
+    return fill("compare.md", first=first, second=second, tasks=compared, left_out=left_out)

@@ -7,10 +7,13 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from ouro.files import read_yaml
 from ouro.verdict.rule import Verdict
 from ouro.verdict.study import ASPECTS, Panel, Reader
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
 
 
 def markdown(text: str) -> str:
@@ -63,7 +66,6 @@ TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.
 TEMPLATES.tests["narrow"] = lambda svg: float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1]) < 400
 
 
-def fill(template: str, **content) -> str:
-    """A page: RESULTS.md or report.html, from the template of that name beside this file."""
-    title = "Does looping help a language model learn Thai?"
-    return TEMPLATES.get_template(f"{template}.j2").render(title=title, **content)
+def fill(name: str, **content) -> str:
+    """The page of that name, from the template beside this file."""
+    return TEMPLATES.get_template(f"{name}.j2").render(content)

@@ -123,6 +123,11 @@ class Result:
     golds: list = dataclasses.field(default_factory=list)
     signature: dict[str, str] = dataclasses.field(default_factory=dict)  # what must be equal, see `set_signatures`
 
+    @property
+    def trained(self) -> int | None:
+        """The depth that an adapted model was trained at; None: the base."""
+        return self.study["trained_ut_steps"] if self.study["kind"] == "adapter" else None
+
 
 def read_config(path: Path) -> dict:
     config = read_yaml(path)
@@ -283,22 +288,24 @@ def differences(one: Result, other: Result) -> str:
 
 
 class Panel:
-    """One benchmark and one training set: base and adapted models by depth, resampled together."""
+    """One benchmark and one training set: base and adapted models by depth, resampled together.
 
-    def __init__(self, results: list[Result], bases: list[Result], weights: np.ndarray):
-        first = (results or bases)[0]
-        self.study, self.items, self.ids = first.study, len(first.ids), first.ids
-        self.results, self.bases = results, bases
+    cells and sources (blocks "study") are by (trained depth, depth read), the base's trained depth is None."""
+
+    def __init__(self, results: list[Result], weights: np.ndarray):
+        self.results, self.study, self.ids = results, results[0].study, results[0].ids
+        self.items = len(self.ids)
         self.sign = 1 if self.study["higher_is_better"] else -1
-        self.unit, self.factor, self.decimals, self.axis = METRICS[self.study["metric"]]
+        self.metric = self.study["metric"]
+        self.unit, self.factor, self.decimals, self.axis = METRICS[self.metric]
         groups = defaultdict(list)
-        for result in results:
-            groups[result.study["trained_ut_steps"], result.study["total_ut_steps"]].append(result)
-        self.adapted = {key: self.cell(group, weights) for key, group in sorted(groups.items())}
+        for result in sorted(results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"])):
+            groups[result.trained, result.study["total_ut_steps"]].append(result)
+        self.cells = {key: self.cell(group, weights) for key, group in groups.items()}
         self.sources = {key: [result.study for result in group] for key, group in groups.items()}
-        self.seeds = {key: [result.study["seed"] for result in group] for key, group in groups.items()}
-        self.base = {result.study["total_ut_steps"]: self.cell([result], weights) for result in bases}
-        self.base_sources = {result.study["total_ut_steps"]: result.study for result in bases}
+        self.seeds = {key: [study["seed"] for study in sources] for key, sources in self.sources.items()}
+        self.base = {depth: cell for (trained, depth), cell in self.cells.items() if trained is None}
+        self.adapted = {key: cell for key, cell in self.cells.items() if key[0] is not None}
         self.trained = sorted({trained for trained, _ in self.adapted})
 
     def cell(self, group: list[Result], weights: np.ndarray) -> Cell:
@@ -397,7 +404,7 @@ def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
             items = len((mine or ours)[0].ids)
             if items not in weights:
                 weights[items] = stats.resample(items)
-            found[task, dataset] = Panel(mine, ours, weights[items])
+            found[task, dataset] = Panel(mine + ours, weights[items])
     order = [*ASPECTS, "other"]
 
     def place(key: tuple[str, str]) -> tuple:
@@ -414,11 +421,9 @@ def gaps(found: dict[tuple[str, str], Panel], left_out: list) -> dict[str, tuple
         thai, english = (found.get((task, dataset)) for task in LANGUAGES)
         if english is None:
             continue
-        adapted = in_both(thai.results, english.results, left_out)
-        bases = in_both(thai.bases, english.bases, left_out)
-        if adapted or bases:
-            weights = stats.resample(len((adapted or bases)[0][0].ids))
-            made[dataset] = tuple(Panel([r[i] for r in adapted], [r[i] for r in bases], weights) for i in range(3))
+        if both := in_both(thai.results, english.results, left_out):
+            weights = stats.resample(len(both[0][0].ids))
+            made[dataset] = tuple(Panel(list(results), weights) for results in zip(*both, strict=True))
     return made
 
 
