@@ -3,7 +3,10 @@
 import hashlib
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
+
+from ouro.settings import Settings
 
 import numpy as np
 
@@ -132,9 +135,8 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
 def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng, completed=True) -> None:
     folder = output / run
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"dataset": dataset, "total_ut_steps": depth, "seed": seed, "loss": "last", "learning_rate": 2e-4}
-    settings |= {"r": 16, "max_steps": lines * 10, "num_train_epochs": 3, "logging_steps": 10, "use_qlora": False}
-    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items()))
+    settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
+    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(settings).items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
     record |= {"git_commit": "e" * 40, "git_dirty": False, "model": "ByteDance/Ouro-2.6B"}
     record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}

@@ -63,6 +63,9 @@ print(json.dumps(found))
 """
 
 
+pytestmark = pytest.mark.slow  # a browser
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     chromium = shutil.which("chromium")

@@ -283,8 +283,7 @@ def score_rows(results: Iterable[Result]) -> Rows:
 def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
     """Those for which there is something, in the report's order."""
     runs, results = reader.runs.values(), reader.results
-    before = [Table.titled("gains", gain_rows(found)), *gain_matrices(found)]
-    after = {
+    rows = {
         "benchmarks": benchmark_rows(found),
         "gap": gap_rows(found, reader.left_out),
         "baselines": baseline_rows(results),
@@ -292,7 +291,9 @@ def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
         "cost": cost_rows(runs, found),
         "data": data_rows(runs),
         "scores": score_rows(results),
-        "left-out": ({"file": file, "why": why} for file, why in sorted(reader.left_out)),  # the gap's too
     }
-    made = before + [Table.titled(name, rows) for name, rows in after.items()]
+    made = [Table.titled("gains", gain_rows(found)), *gain_matrices(found)]
+    made += [Table.titled(name, some) for name, some in rows.items()]
+    left_out = [{"file": file, "why": why} for file, why in sorted(reader.left_out)]  # the gap's pairs are among them
+    made.append(Table.titled("left-out", left_out))
     return [table for table in made if table.rows]
