@@ -209,12 +209,12 @@ def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
         }
 
     monkeypatch.setattr(tool, "pip_report", replay)
-    monkeypatch.setattr(tool, "resolve", tool.PINS.read_text)
-    assert tool.refresh() == (tool.PINS.read_text(), tool.LOCK.read_text(), tool.MANIFEST.read_text())
+    monkeypatch.setattr(tool, "resolve_pins", tool.PINS.read_text)
+    assert tool.renew() == (tool.PINS.read_text(), tool.LOCK.read_text(), tool.MANIFEST.read_text())
 
-    monkeypatch.setattr(tool, "resolve", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
+    monkeypatch.setattr(tool, "resolve_pins", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
     with pytest.raises(ValueError, match=r"torch 2\.8\.0: .* of 2\.7\.1 alone"):
-        tool.refresh()
+        tool.renew()
 
 
 def test_the_committed_lock_names_no_host_of_the_index():

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
@@ -22,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 import evaluate
 import report
 import train_qlora
-from ouro.files import UserError, call, read_yaml
-from ouro.settings import EXPERIMENTS, resolve
+from ouro.files import UserError, call
+from ouro.settings import resolve
 
 import torch
 from tqdm import tqdm
@@ -38,52 +39,60 @@ SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a
     ("--tasks", "thai_exam", "--limit", "1"),
     ("--tasks", "mt_bench_thai", "--limit", "2", "--judge", "none"),
 )
-Job = tuple[str, float, Callable[[], None], list[tuple[str, ...]]]  # name, share of the time, main, its command lines
-# SIGTERMs so far. Noted, not raised: what is raised while a process is forked, Python prints and forgets.
-SIGNALS: list[int] = []
+STOPS = {signal.SIGTERM, signal.SIGINT}
 
 
-def run(main: Callable[[], None], commands: list[tuple[str, ...]], log: Path) -> None:
-    """In a process of its own: one main after the other, all output into the log."""
+@dataclass
+class Step:
+    name: str
+    share: float  # of the time
+    main: Callable[[], None]
+    commands: list[tuple[str, ...]]  # command lines, run one after the other
+
+
+def run(step: Step, log: Path) -> None:
+    """In a process of its own, all output into the log."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if SIGNALS:  # it came before this line
-        sys.exit(143)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    for command in commands:
-        sys.argv = [Path(sys.modules[main.__module__].__file__).name, *command]
-        call(main)
+    for command in step.commands:
+        sys.argv = [Path(sys.modules[step.main.__module__].__file__).name, *command]
+        call(step.main)
         sys.stdout.flush()
 
 
-def together(jobs: list[Job], logs: Path, cores: int, progress: tqdm) -> None:
-    """All jobs, in their order, as many at once as there are cores.
+def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
+    """All steps, in their order, as many at once as there are cores.
+
+    Forked, so that torch is imported once and not 60 times. Not concurrent.futures: a ProcessPoolExecutor can neither
+    end a step that runs nor, forking, give each step a process of its own.
 
     Raises:
         UserError: one failed; with the end of its log. Those that run are stopped first; repeated, they continue.
     """
-    context, waiting, running = multiprocessing.get_context("fork"), list(jobs), {}
+    context, waiting, running = multiprocessing.get_context("fork"), list(steps), {}
     try:
         while waiting or running:
             while waiting and len(running) < cores:
-                name, share, main, commands = waiting.pop(0)
-                log = logs / f"{name.replace('/', '-')}.log"
-                process = context.Process(target=run, args=(main, commands, log))
+                step = waiting.pop(0)
+                log = logs / f"{step.name.replace('/', '-')}.log"
+                process = context.Process(target=run, args=(step, log))
+                # A signal in here waits: Python drops what its handler raises while a process is forked.
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
                 process.start()
-                running[process] = name, share, log
-            if SIGNALS:
-                sys.exit(143)
-            progress.set_postfix_str(", ".join(name for name, _, _ in running.values()), refresh=False)
-            if progress.fp.isatty():
-                progress.refresh()
+                running[process] = step, log
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            names = ", ".join(step.name for step, _ in running.values())
+            progress.set_postfix_str(names, refresh=progress.fp.isatty())
             for process in [process for process in running if not process.is_alive()]:
-                name, share, log = running.pop(process)
+                step, log = running.pop(process)
                 if process.exitcode:
                     end = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-                    raise UserError(f"{name} failed (exit code {process.exitcode}); the end of {log}:\n{end}")
-                progress.update(share)
+                    raise UserError(f"{step.name} failed (exit code {process.exitcode}); the end of {log}:\n{end}")
+                progress.update(step.share)
             time.sleep(0.2)
     finally:
         for process in running:
@@ -95,16 +104,11 @@ def together(jobs: list[Job], logs: Path, cores: int, progress: tqdm) -> None:
 def main() -> None:
     arguments = ("--config", CONFIG, *sys.argv[1:])
     s = resolve(__doc__, list(arguments)).settings
-    try:
-        seeds = range(s.seed, s.seed + int(os.environ.get("DEMO_SEEDS") or 3))
-    except ValueError:
-        raise UserError(f"DEMO_SEEDS must be a number, got {os.environ['DEMO_SEEDS']!r}") from None
-    if not seeds:
-        raise UserError("DEMO_SEEDS must be at least 1")
-    unknown = STUDY.keys() - read_yaml(EXPERIMENTS).keys()
-    if unknown:
-        raise UserError(f"configs/experiments.yaml does not have {', '.join(sorted(unknown))}, which the demo trains")
-    signal.signal(signal.SIGTERM, lambda number, _: SIGNALS.append(number))  # so that the others are stopped too
+    count = os.environ.get("DEMO_SEEDS") or "3"
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"DEMO_SEEDS must be a number, at least 1, got {count!r}")
+    seeds = range(s.seed, s.seed + int(count))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the processes
     logs = Path(s.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
@@ -113,19 +117,18 @@ def main() -> None:
     # The longest first, so that the cores end together.
     runs = sorted(((f"seed{seed}/{exp}", exp, seed) for exp in STUDY for seed in seeds), key=lambda r: -STUDY[r[1]])
     scored = [(*arguments, *options) for options in SCORES]
-    training: list[Job] = [("base", 4, evaluate.main, [(*command, "--base") for command in scored])]
+    training = [Step("base", 4, evaluate.main, [(*command, "--base") for command in scored])]
     for name, exp, seed in runs:
         place = ("--exp", exp, "--seed", f"{seed}", "--output_dir", f"{s.output_dir}/seed{seed}")
-        training.append((f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [(*arguments, *place)]))
-    scoring: list[Job] = [
-        (f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored]) for name, _, _ in runs
+        training.append(Step(f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [(*arguments, *place)]))
+    scoring = [
+        Step(f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored]) for name, *_ in runs
     ]
     layout = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left  {postfix}"
-    total = sum(share for _, share, _, _ in training + scoring)
+    total = sum(step.share for step in training + scoring)
     with tqdm(total=total, desc=f"{len(runs)} runs on {cores} cores", bar_format=layout, mininterval=1) as progress:
         together(training, logs, cores, progress)
         together(scoring, logs, cores, progress)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = ["report.py", *arguments, "--out", s.results_dir]
     report.main()
     print(f"{len(runs)} runs, {(time.monotonic() - started) / 60:.1f} minutes")

@@ -11,7 +11,6 @@ as they stand there: one solve of conda-forge, taken from a public lock file. Re
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -40,31 +39,26 @@ BUILDS = {
 }
 CHANNEL = "https://conda.anaconda.org/conda-forge/"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
-# A plain YAML scalar must not begin with "@": these stand in for the placeholders while YAML is read and written.
-STAND_INS = {"@PYPI_INDEX@": "https://index.invalid", "@PYPI_FILES@": "https://files.invalid"}
+# In pixi.lock.in; and what stands there while YAML is read and written, where no plain text begins with "@".
+PLACEHOLDERS, STAND_INS = ("@PYPI_INDEX@", "@PYPI_FILES@"), ("https://index.invalid", "https://files.invalid")
 
 
-def render(text: str, index: str | None = None, files: str | None = None) -> str:
+def fill_in(text: str, index: str | None = None, files: str | None = None) -> str:
     """pixi.lock from pixi.lock.in; the addresses not given are PyPI's, as pip knows them. Raises ValueError."""
     if not (index and files):
-        bundled = importlib.util.find_spec("ensurepip")  # pip's own copy of itself, for a Python without pip
-        if bundled:
-            sys.path += map(str, Path(bundled.origin).parent.glob("_bundled/pip-*.whl"))
         try:
             from pip._internal.models.index import PyPI
         except ImportError:
-            raise ValueError(
-                f"{sys.executable} has no pip to ask for PyPI's addresses: PYPI_FILES=… PYPI_INDEX=…"
-            ) from None
+            raise ValueError(f"{sys.executable} has no pip, which knows PyPI's addresses: give both") from None
         index, files = index or PyPI.simple_url, files or f"https://{PyPI.file_storage_domain}"
-    for placeholder, url in (("@PYPI_INDEX@", index), ("@PYPI_FILES@", files)):
+    for placeholder, url in zip(PLACEHOLDERS, (index, files), strict=True):
         if not re.fullmatch(r"(https?|file)://[^\s@#'\"]+", url):
             raise ValueError(f"not an address to fetch packages from: {url}")
         text = text.replace(placeholder, url.rstrip("/"))
     return text
 
 
-def resolve() -> str:
+def resolve_pins() -> str:
     """requirements.txt for Python 3.11 to 3.13; a version that is in it and still fits stays."""
     uv = Path(sys.executable).with_name("uv")
     if not uv.exists():
@@ -119,7 +113,7 @@ def wheel(name: str, item: dict, pins: dict[str, str], build: str | None) -> dic
     if not path:
         raise ValueError(f"{name}: not a wheel of PyPI or of an exact mirror: {download['url']}")
     entry = {
-        "pypi": STAND_INS["@PYPI_FILES@"] + unquote(path[0]),
+        "pypi": STAND_INS[1] + unquote(path[0]),
         "name": name,
         "version": meta["version"],
         "sha256": download["archive_info"]["hashes"]["sha256"],
@@ -147,53 +141,35 @@ def wheel(name: str, item: dict, pins: dict[str, str], build: str | None) -> dic
     return entry
 
 
-def refresh() -> tuple[str, str, str]:
+def renew() -> tuple[str, str, str]:
     """requirements.txt, pixi.lock.in and pixi.toml, as requirements.in asks for."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data):
-            return True
+    previous = yaml.safe_load(fill_in(LOCK.read_text(), *STAND_INS))
+    conda = [entry for entry in previous["packages"] if "conda" in entry]
 
-        def string(self, text):  # YAML 1.2 reads 1.10, and a hash such as 12e34, as numbers: quote those
-            number = re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text)
-            return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if number else None)
-
-    Dumper.add_representer(str, Dumper.string)
-
-    text = LOCK.read_text()
-    for placeholder, stand_in in STAND_INS.items():
-        text = text.replace(placeholder, stand_in)
-    conda = [entry for entry in yaml.safe_load(text)["packages"] if "conda" in entry]
-
-    requirements = resolve()
+    requirements = resolve_pins()
     pins = read_pins(requirements)
     if pins["torch"] != TORCH:
-        raise ValueError(
-            f"torch {pins['torch']}: lock.py knows the cu128 and cpu builds of {TORCH} alone; see BUILDS there"
-        )
+        raise ValueError(f"torch {pins['torch']}: lock.py knows the {' and '.join(BUILDS)} builds of {TORCH} alone")
     environments = {"default": pins}
     for build, (_, cuda) in BUILDS.items():
         own = {f"nvidia-{name}-cu12": version for name, version in (pair.split() for pair in cuda.split(", ") if pair)}
         bare = {n: v for n, v in pins.items() if not n.startswith("nvidia-") and (own or n != "triton")}
         environments[build] = bare | own
     base = pip_report(pins)
-    packages, listed = {}, {}
+    wheels, listed = {}, {}
     for env, wanted in sorted(environments.items()):
         other = {n: v for n, v in wanted.items() if pins[n] != v}
         report = base | (pip_report(other) if other else {})
         entries = [wheel(n, report[n], wanted, env if env in BUILDS else None) for n in sorted(wanted)]
-        packages |= {entry["pypi"]: entry for entry in entries}
-        rows = [{"conda": entry["conda"]} for entry in conda] + [{"pypi": entry["pypi"]} for entry in entries]
-        listed[env] = {
-            "channels": [{"url": CHANNEL}],
-            "indexes": [STAND_INS["@PYPI_INDEX@"]],
-            "packages": {"linux-64": rows},
-        }
-    wheels = sorted(packages.values(), key=lambda entry: (entry["name"], entry["version"]))
-    lock = {"version": 6, "environments": listed, "packages": conda + wheels}
-    text = yaml.dump(lock, Dumper=Dumper, sort_keys=False, width=10**6, allow_unicode=True)
-    for placeholder, stand_in in STAND_INS.items():
+        wheels |= {entry["pypi"]: entry for entry in entries}
+        rows = [{kind: entry[kind]} for kind, part in (("conda", conda), ("pypi", entries)) for entry in part]
+        listed[env] = {"channels": [{"url": CHANNEL}], "indexes": [STAND_INS[0]], "packages": {"linux-64": rows}}
+    packages = conda + sorted(wheels.values(), key=lambda entry: (entry["name"], entry["version"]))
+    lock = {"version": 6, "environments": listed, "packages": packages}
+    text = yaml.safe_dump(lock, sort_keys=False, width=10**6, allow_unicode=True)
+    for placeholder, stand_in in zip(PLACEHOLDERS, STAND_INS, strict=True):
         text = text.replace(stand_in, placeholder)
 
     asked = re.findall(r"^([\w.-]+)==([\w.]+)", (HERE / "requirements.in").read_text(), re.MULTILINE)
@@ -214,16 +190,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.render:
-            files = {args.render: render(LOCK.read_text(), args.index, args.files)}
+            files = {args.render: fill_in(LOCK.read_text(), args.index, args.files)}
         else:
-            files = dict(zip((PINS, LOCK, MANIFEST), refresh(), strict=True))
+            files = dict(zip((PINS, LOCK, MANIFEST), renew(), strict=True))
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    except subprocess.CalledProcessError as error:
-        parser.exit(
-            2, f"error: {Path(error.cmd[0]).name} failed, see above (it needs PyPI): exit code {error.returncode}\n"
-        )
-    for path, text in files.items():  # not settings.write_atomic: rendering has to run before there are any packages
+    except subprocess.CalledProcessError as error:  # whose own text is the whole command
+        parser.exit(2, f"error: {error.cmd[0]} failed, see above (it needs PyPI): exit code {error.returncode}\n")
+    for path, text in files.items():  # not files.write_atomic: rendering has to run before there are any packages
         part = path.with_name(f".{path.name}.tmp")
         part.write_text(text)
         part.replace(path)

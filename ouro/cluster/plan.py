@@ -1,4 +1,8 @@
-"""What a run will take on a kind of GPU: hours, memory, requeues."""
+"""What a run will take on a kind of GPU: layers recomputed, memory, steps, hours, and how often it is requeued.
+
+p = predict(settings, "H100", 4)       # from counted operations, as sweep.py and `make bench WHAT=plan` print them
+p.told(done=120)                       # "at most 11.2, 1 requeue": of the steps after the 120th
+"""
 
 import math
 import os
@@ -24,6 +28,14 @@ class Prediction:
     steps: int
     hours: float
     at_most: bool  # the rows are not tokenised here: each counted as max_length tokens, all trained
+
+    def told(self, done: int = 0) -> str:
+        """The hours of the steps after `done`, and in how many further pieces the time limit cuts them."""
+        hours = self.hours * (1 - done / max(self.steps, 1))
+        limit, grace = limits()
+        requeues = max(0, math.ceil(hours * 3600 / max(limit - grace, 1)) - 1)
+        said = f", {requeues} requeue{'s' * (requeues > 1)}" if requeues else ""
+        return f"{'at most ' * self.at_most}{hours:.1f}{said}"
 
 
 def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Prediction:
@@ -75,18 +87,13 @@ def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, boo
 
 
 def limits() -> tuple[float, int]:
-    """Seconds of TIME and of GRACE."""
-    wanted, grace = os.environ["TIME"], os.environ["GRACE"]
+    """Seconds of TIME, the time limit of a training job, and of GRACE, those of them that are for saving.
+
+    Raises:
+        UserError: not a time as Slurm writes it, or not a number of seconds.
+    """
+    wanted, grace = (os.environ.get(name, "") for name in ("TIME", "GRACE"))
     try:
         return seconds(wanted), int(grace)
     except ValueError:
-        raise UserError(
-            f"TIME = {wanted} or GRACE = {grace} is no time: HH:MM:SS, or another of Slurm's forms, and seconds"
-        ) from None
-
-
-def requeues(hours: float) -> str:
-    """What to say of a training job of so many hours that meets its time limit; GRACE seconds of it are for saving."""
-    limit, grace = limits()
-    count = math.ceil(hours * 3600 / max(limit - grace, 1)) - 1
-    return f", {count} requeue{'s' * (count > 1)}" if count > 0 else ""
+        raise UserError(f"TIME = {wanted} must be as Slurm writes times, GRACE = {grace} a number of seconds") from None

@@ -4,10 +4,12 @@
     python -m ouro.cluster.preflight --config configs/default.yaml --gpu     # and one real step, and one exam item
 
 Any setting can follow, as for train_qlora.py. Exit code 0, or 2 when a check failed. Downloads nothing but the model's
-tokenizer: `make fetch` does.
+tokenizer: `make fetch` does. torch and its relatives are imported by the checks that need them, after `versions` and
+`imports`, which say what is wrong with a broken environment; an import up here would end in a traceback.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -17,15 +19,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ouro.cluster.plan import limits, requeues
-from ouro.files import ROOT, UserError, call, nearest, read_yaml
-from ouro.settings import Resolved, resolve
-from ouro.train.time_limit import seconds
+from ouro.files import ROOT, UserError, call
+from ouro.settings import Resolved, Settings, resolve
 
 ROWS = 200  # of a training set that are looked at
 DISK = 3e9  # free bytes that checkpoints (0.4 GB each with r = 16) and the cache of rows need
@@ -34,16 +33,6 @@ MEMORY = 2e9  # bytes that a process needs beside the weights
 
 class Skip(Exception):
     """A check that does not apply here."""
-
-
-def check_code(run: Resolved) -> str:
-    for name in ("train_qlora.py", "evaluate.py", "configs/experiments.yaml", "requirements.txt"):
-        if not (ROOT / name).exists():
-            raise UserError(
-                f"no {name} in {ROOT}: this is a copy, as in Slurm's spool folder, or the code is not mounted in the "
-                "container; run in the repository (make cluster-sweep does)"
-            )
-    return str(ROOT)
 
 
 def check_versions(run: Resolved) -> str:
@@ -134,12 +123,7 @@ def check_disk(run: Resolved) -> str:
     return ", ".join(said)
 
 
-def proxies() -> str:
-    found = sorted({os.environ[name] for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)})
-    return f" through the proxy {', '.join(re.sub('//.*@', '//…@', proxy) for proxy in found)}" if found else ""
-
-
-def on_hub(name: str, settings) -> Path | None:
+def on_hub(name: str, settings: Settings) -> Path | None:
     """The cached snapshot of what the settings name so; None where it is not in the cache, but can be had.
 
     Raises:
@@ -149,37 +133,30 @@ def on_hub(name: str, settings) -> Path | None:
 
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    download = next(d for d in wanted(settings) if d.name == name)
+    found = next(download for download in wanted(settings) if download.name == name)
+    place = {"revision": found.revision, "repo_type": found.repo_type}
     try:
-        return Path(
-            snapshot_download(
-                download.hub_id,
-                repo_type=download.repo_type,
-                revision=download.revision,
-                allow_patterns=download.patterns,
-                local_files_only=True,
-            )
-        )
+        return Path(snapshot_download(found.hub_id, allow_patterns=found.patterns, local_files_only=True, **place))
     except (OSError, ValueError):
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(
-                f"{download.hub_id} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: make fetch where "
-                "there is a network, with the same HF_HOME"
-            ) from None
-    try:
-        HfApi().repo_info(download.hub_id, revision=download.revision, repo_type=download.repo_type, timeout=20)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{download.hub_id} is not in {constants.HF_HUB_CACHE}, and cannot be reached{proxies()} "
-            f"({type(error).__name__}): make fetch on the login node, and HF_HUB_OFFLINE=1 in the jobs (slurm/site.env)"
-        ) from None
-    return None
+        reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().repo_info(found.hub_id, timeout=20, **place)
+            return None
+        except (OSError, ValueError) as error:
+            proxies = {os.environ[name] for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)}
+            through = [f" through the proxy {re.sub('//.*@', '//…@', proxy)}" for proxy in sorted(proxies)]
+            reason = f"it cannot be reached{','.join(through)} ({type(error).__name__})"
+    raise UserError(
+        f"{found.hub_id} is not in {constants.HF_HUB_CACHE}, and {reason}: make fetch where there is a network, as on "
+        "the login node, with the same HF_HOME, and HF_HUB_OFFLINE=1 in the jobs (slurm/site.env)"
+    )
 
 
 def check_model(run: Resolved) -> str:
     from ouro.model.loading import load_tokenizer
 
-    s, said = run.settings, ""
+    s = run.settings
     folder = Path(s.model_name_or_path)
     if not folder.exists() and not folder.is_absolute() and not (folder.parent.is_dir() and folder.parent != Path()):
         folder = on_hub("model", s)
@@ -191,20 +168,16 @@ def check_model(run: Resolved) -> str:
     missing = sorted(name for name in names if not (folder / name).exists())
     if missing and "init_seed" not in json.loads((folder / "config.json").read_text()):  # a random model needs no file
         raise UserError(f"{folder} lacks {', '.join(missing)}: make fetch downloads it")
-    if not missing:
-        said = f", {sum((folder / name).stat().st_size for name in names) / 1e9:.1f} GB of weights"
-    return f"{s.model_name_or_path}{said}, chat template found"
+    weights = sum((folder / name).stat().st_size for name in names if name not in missing)
+    return f"{s.model_name_or_path}, {weights / 1e9:.1f} GB of weights, chat template found"
 
 
 def check_data(run: Resolved) -> str:
     from ouro.data.chats import to_chat
-    from ouro.data.sources import find_source, read_file
-    from ouro.settings import DATASETS
+    from ouro.data.sources import entry_of, find_source, read_file
 
-    s, entries = run.settings, read_yaml(DATASETS)
-    entry = entries.get(s.dataset)
-    if entry is None:
-        raise UserError(f"unknown dataset {s.dataset!r}{nearest(s.dataset, entries)}")
+    s = run.settings
+    entry = entry_of(s.dataset)
     local = s.dataset_path or s.dataset in s.paths or "path" in entry
     if not local and "hub_id" in entry and on_hub(s.dataset, s) is None:
         return f"{entry['hub_id']}: to be downloaded; its columns cannot be looked at before (make fetch)"
@@ -227,18 +200,18 @@ def check_benchmarks(run: Resolved) -> str:
     from ouro.evaluate.benchmarks import load, table, task_names
 
     s, specs, said = run.settings, table(), []
-    used = {} if s.overlap in ("", "none") else dict.fromkeys(s.overlap.split(","))
-    for name in used:
-        if "hub_id" in specs["benchmarks"].get(name, {}) and name not in s.paths and on_hub(name, s) is None:
+    absent = functools.cache(lambda name: on_hub(name, s) is None)  # several tasks may share a benchmark
+    for name in [] if s.overlap in ("", "none") else s.overlap.split(","):
+        if "hub_id" in specs["benchmarks"].get(name, {}) and name not in s.paths and absent(name):
             said.append(f"{name} to be downloaded")
         else:
             said.append(f"{name} {len(benchmark_items(replace(s, overlap=name)))} items")
     for task in task_names(s.tasks, specs["tasks"]):
         spec = specs["tasks"][task]
         name = specs["benchmarks"][spec["benchmark"]].get("dataset", spec["benchmark"])
-        if not {task, name} & s.paths.keys() and on_hub(name, s) is None:
+        if not {task, name} & s.paths.keys() and absent(name):
             said.append(f"{task} to be downloaded")
-        elif spec["protocol"] != "mt_bench":  # which judge.py reads
+        elif spec["protocol"] != "mt_bench":  # whose questions judge.py reads
             said.append(f"{task} {len(load(task, s))} items")
     return ", ".join(said)
 
@@ -246,17 +219,8 @@ def check_benchmarks(run: Resolved) -> str:
 def check_logger(run: Resolved) -> str:
     from ouro.train.loggers import check_logger
 
-    if run.settings.report_to == "none":
-        return "metrics.jsonl"
     check_logger(run.settings)
-    return f"metrics.jsonl and {run.settings.report_to}"
-
-
-def check_container(run: Resolved) -> str:
-    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    if not image:
-        raise Skip("none: IMAGE is not set")
-    return image
+    return "metrics.jsonl" + (f" and {run.settings.report_to}" if run.settings.report_to != "none" else "")
 
 
 def check_slurm(run: Resolved) -> str:
@@ -268,21 +232,22 @@ def check_slurm(run: Resolved) -> str:
     if "to start at" not in says:
         reason = " ".join(says.partition("PartitionName")[0].split())
         raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
-    wanted, (limit, grace) = os.environ["TIME"], limits()
+    from ouro.cluster.plan import limits, predict
+    from ouro.train.time_limit import seconds
+
+    wanted, nodes, gpus, gpu = (os.environ[name] for name in ("TIME", "NODES", "GPUS", "GPU_TYPE"))
+    limit, grace = limits()
     most = re.search(r"MaxTime=(\S+)", says)
     if most and seconds(most[1]) < limit:
         raise UserError(f"TIME = {wanted} is more than the partition's {most[1]}: such a job waits for ever; set TIME")
     if limit <= grace:
         raise UserError(f"TIME = {wanted} leaves nothing after the GRACE = {grace} s for saving: raise TIME")
-    from ouro.cluster.plan import predict
-
-    nodes, gpus, gpu = os.environ["NODES"], os.environ["GPUS"], os.environ["GPU_TYPE"]
     p = predict(run.settings, gpu, int(nodes) * int(gpus))
-    most, step = "at most " * p.at_most, p.hours * 3600 / max(p.steps, 1)
+    step = p.hours * 3600 / max(p.steps, 1)
     if step > grace:
-        raise UserError(f"a step is predicted to take {most}{step:.0f} s, more than GRACE = {grace} s: raise GRACE")
-    hours = f"{most}{p.hours:.1f} hours predicted{requeues(p.hours)}"
-    return f"partition {os.environ['PARTITION']} takes {wanted} on {nodes} x {gpus} {gpu}; {hours}"
+        at_most = "at most " * p.at_most
+        raise UserError(f"a step is predicted to take {at_most}{step:.0f} s, more than GRACE = {grace} s: raise GRACE")
+    return f"{os.environ['PARTITION']} takes {wanted} on {nodes} x {gpus} {gpu}; predicted hours: {p.told()}"
 
 
 def check_step(run: Resolved) -> str:
@@ -301,26 +266,14 @@ def check_step(run: Resolved) -> str:
     return f"loss {log['loss']:.4f}, {log['tokens_per_second']:,.0f} tokens/s, {log['memory_gib']} GiB; one item scored"
 
 
-CHECKS: dict[str, Callable[[Resolved], str]] = {
-    "code": check_code,
-    "versions": check_versions,
-    "imports": check_imports,
-    "GPU": check_gpu,
-    "memory": check_memory,
-    "disk": check_disk,
-    "model": check_model,
-    "data": check_data,
-    "benchmarks": check_benchmarks,
-    "logger": check_logger,
-    "container": check_container,
-    "Slurm": check_slurm,
-}
+CHECKS = (
+    check_versions, check_imports, check_gpu, check_memory, check_disk, check_model, check_data,
+    check_benchmarks, check_logger, check_slurm,
+)  # fmt: skip
 
 
-def line(mark: str, name: str, text: str) -> None:
-    colour = {"ok": "32", "FAIL": "31"}.get(mark) if sys.stdout.isatty() else None
-    shown = f"\033[{colour}m{mark:<5}\033[0m" if colour else f"{mark:<5}"
-    print(f"{shown} {name:<11} {'; '.join(text.splitlines())}", flush=True)
+def say(mark: str, name: str, text: str) -> None:
+    print(f"{mark:<5} {name:<11} {'; '.join(text.splitlines())}", flush=True)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -331,21 +284,23 @@ def main() -> None:
     try:
         run = resolve(__doc__, add_options=options, several=True)
     except UserError as error:
-        line("FAIL", "settings", str(error))
+        say("FAIL", "settings", str(error))
         raise UserError(f"preflight: settings: {error}") from None
-    line("ok", "settings", f"{run.config or 'defaults'}, {run.run}")
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER") or "none"
+    say("ok", "settings", f"{run.config or 'defaults'}, {run.run}; code in {ROOT}, image: {image}")
     failed = []
-    checks = CHECKS | {"step": check_step} if run.options.gpu else CHECKS
-    for name, check in checks.items():
+    checks = (*CHECKS, check_step) if run.options.gpu else CHECKS
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
         try:
-            line("ok", name, check(run))
+            say("ok", name, check(run))
         except Skip as why:
-            line("-", name, str(why))
+            say("-", name, str(why))
         except UserError as error:
-            line("FAIL", name, str(error))
+            say("FAIL", name, str(error))
             failed.append(f"{name}: {str(error).splitlines()[0]}")
             if name in ("versions", "imports"):
-                break  # the others would only repeat it
+                break  # what comes after would fail of the same
     if failed:
         raise UserError(f"preflight: {len(failed)} of {len(checks)} checks failed, the first: {failed[0]}")
 

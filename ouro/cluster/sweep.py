@@ -1,10 +1,11 @@
-"""How far the experiments of a cluster sweep are, and what is left to submit.
+"""What a sweep of the cluster has left to do, and how far it is. Both read the user's live jobs from standard input.
 
-    squeue … | python -m ouro.cluster.sweep        # make status: a line an experiment, and why one failed
-    python -m ouro.cluster.sweep --plan --exps "exp1-wangchan-ut4" --config configs/a100.yaml [any setting]
+    squeue … | python -m ouro.cluster.sweep          # make status: a line a run, and why one failed
+    squeue … | python -m ouro.cluster.sweep --plan --exps "exp1-wangchan-ut4" --config configs/a100.yaml [any setting]
 
-The second is for slurm/run_experiments.sh: the runs of a sweep, tab-separated. What was submitted stands in
-slurm/logs/jobs.tsv, everything else in the runs' own folders.
+The plan is decided here and submitted by slurm/run_experiments.sh, because Python may run in a container that has no
+sbatch: a line a job, tab-separated, as Job has them. What was submitted stands in slurm/logs/jobs.tsv, everything else
+in the runs' own folders.
 """
 
 import argparse
@@ -13,77 +14,95 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
-from ouro.cluster.plan import requeues
+from ouro.cluster.plan import predict
 from ouro.files import Parser, UserError, call, read_yaml
+from ouro.model.cost import check_share
 from ouro.settings import Resolved, resolve
-from ouro.train.run_folder import has_begun, other_settings
+from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
 
 LOGS = Path("slurm/logs")
 
 
-def checkpoint_step(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
-    return max((int(name[1]) for name in names if name), default=0)
+@dataclass
+class Job:
+    """A job of a sweep: one that is to be submitted, or why it is not. No field is empty: the shell would skip it."""
+
+    kind: str  # train, eval or report
+    name: str  # of the job and its logs
+    folder: Path  # of the run
+    scores: Path  # the run's folder in RESULTS_DIR
+    id: str  # "new": to be submitted; "-": nothing to do; else of a live job (a report's: to be cancelled before)
+    hours: str  # predicted, or "-"
+    state: str
+    arguments: list[str]  # of train_qlora.py, evaluate.py or report.py
 
 
-def evaluated(folder: Path, results: Path) -> bool:
+Queue = list[list[str]]  # of each live job of the user's: id, state, reason, and kind and folder of the Job
+
+
+def evaluated(folder: Path, scores: Path) -> bool:
     """Whether the run was scored after it was trained; eval.sbatch leaves the file."""
-    done, scored = folder / "completed", results / "evaluated"
+    done, scored = folder / "completed", scores / "evaluated"
     return done.exists() and scored.exists() and scored.stat().st_mtime >= done.stat().st_mtime
 
 
-def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str]) -> list[tuple[str, ...]]:
-    """Name, experiment, seed, output_dir, results_dir, folders of the run and of its scores, state, "yes" once it is
-    evaluated, and predicted hours, of each run of a sweep. With seeds, each has its own OUTPUT_DIR and RESULTS_DIR.
+def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str], queue: Queue) -> list[Job]:
+    """Training and evaluation of each run of a sweep; then the report, unless nothing is evaluated.
+
+    A run with a seed is in OUTPUT_DIR/seed<n>/<experiment>, its scores likewise. Its evaluation is called from the
+    folder above, so that all seeds share the base's scores.
 
     Raises:
-        UserError: an unknown experiment or setting, one named twice, no GPU_TYPE in the environment, steps that the
-            processes cannot share, or too small a GPU.
+        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice, steps that the processes
+            cannot share, or too small a GPU.
     """
-    from ouro.model.cost import check_share
-
-    if "GPU_TYPE" not in os.environ:
-        raise UserError("GPU_TYPE is not set: `set -a; . slurm/site.sh` first, or GPU_TYPE=H100 before it")
     for kind, names in (("experiment", exps), ("seed", seeds)):
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"{kind} {', '.join(sorted(twice))} is named twice")
-    rows = []
-    for exp in exps:
-        for seed in seeds or ["-"]:
-            chosen = [] if seed == "-" else ["--seed", seed]
-            run = resolve(__doc__, [*argv, "--exp", exp, *chosen])
-            s = run.settings
-            check_share(s, processes)
-            if chosen:
-                s.output_dir, s.results_dir = (f"{place}/seed{s.seed}" for place in (s.output_dir, s.results_dir))
-            folder, results = (Path(place).absolute() / run.run for place in (s.output_dir, s.results_dir))
-            state, step = "new", 0
-            if (folder / "config.yaml").exists():
-                other = other_settings(folder, run)
-                if other and has_begun(folder):
-                    state = f"refused: {folder} holds a run with other {', '.join(other)}; use another OUTPUT_DIR"
-                elif (folder / "completed").exists():
-                    state = "complete"
-                elif step := checkpoint_step(folder):
-                    state = f"resumes at step {step}"
-            name = exp if seed == "-" else f"{exp}-seed{s.seed}"
-            done = "yes" if evaluated(folder, results) else "no"
-            hours = "-" if state == "complete" or state.startswith("refused") else predicted(run, processes, step)
-            rows.append((name, exp, seed, s.output_dir, s.results_dir, str(folder), str(results), state, done, hours))
-    return rows
+    live, jobs = {work: (id, f"{state}, left alone") for id, state, _, work in queue}, []
+    for exp, seed in product(exps, seeds or [""]):
+        chosen = ["--seed", seed] if seed else []
+        run = resolve(__doc__, [*argv, "--exp", exp, *chosen])
+        s = run.settings
+        check_share(s, processes)
+        above, name = (f"seed{s.seed}/", f"{exp}-seed{s.seed}") if seed else ("", exp)
+        folder, scores = (Path(place, above, exp).absolute() for place in (s.output_dir, s.results_dir))
+
+        state, step = state_of(folder, run)
+        finished = state.startswith(("complete", "refused"))
+        hours = "-" if finished else predict(s, os.environ.get("GPU_TYPE", ""), processes).told(step)
+        id, state = ("-", state) if finished else live.get(f"train {folder}", ("new", state))
+        places = ["--output_dir", str(Path(s.output_dir, above)), "--results_dir", str(Path(s.results_dir, above))]
+        arguments = [*argv, "--exp", exp, *places, *chosen]
+        jobs.append(Job("train", name, folder, scores, id, hours, state, arguments))
+        if state.startswith("refused"):
+            continue
+        scored = evaluated(folder, scores)
+        id, state = ("-", "complete, skipped") if scored else live.get(f"eval {folder}", ("new", "new"))
+        arguments = [*argv, "--exp", above + exp, "--output_dir", s.output_dir, "--results_dir", s.results_dir]
+        jobs.append(Job("eval", f"{name}-eval", folder, scores, id, "-", state, arguments))
+    if any(job.kind == "eval" and job.id != "-" for job in jobs):
+        here = Path.cwd()
+        id = live.get(f"report {here}", ("new",))[0]  # it would not wait for what is new
+        jobs.append(Job("report", "report", here, here, id, "-", "new", argv))
+    return jobs
 
 
-def predicted(run: Resolved, processes: int, done: int) -> str:
-    """The hours that the steps after `done` take by the plan's count, and the requeues that they mean."""
-    from ouro.cluster.plan import predict
-
-    p = predict(run.settings, os.environ["GPU_TYPE"], processes)
-    hours = p.hours * (1 - done / max(p.steps, 1))
-    return f"{'at most ' * p.at_most}{hours:.1f}{requeues(hours)}"
+def state_of(folder: Path, run: Resolved) -> tuple[str, int]:
+    """What a sweep finds in a run's folder, and the step that a training goes on from."""
+    if not (folder / "config.yaml").exists():
+        return "new", 0
+    if (others := other_settings(folder, run)) and has_begun(folder):
+        return f"refused: {folder} holds a run with other {', '.join(others)}; use another OUTPUT_DIR", 0
+    if (folder / "completed").exists():
+        return "complete, skipped", 0
+    step = next(map(step_of, checkpoints(folder)), 0)
+    return f"resumes at step {step}" if step else "new", step
 
 
 def why(job: str, name: str) -> str:
@@ -92,12 +111,12 @@ def why(job: str, name: str) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = text.rpartition("DUE TO JOB REQUEUE ***")[2].splitlines()
     errors = [line.strip() for line in lines if re.search("error", line, re.IGNORECASE)]
-    ours = [line for line in errors if not line.startswith("srun:")]  # which only repeats that a process failed
+    ours = [line for line in errors if not line.startswith("srun:")]  # srun's only repeat that a process failed
     return (ours or errors or ["no message: it was killed, or its node failed"])[-1]
 
 
 def progress(folder: Path) -> tuple[str, str, str, str]:
-    """Step of all steps, loss, tokens/s and time left, by the last line of metrics.jsonl."""
+    """Step of all steps, loss, tokens/s and time left, by the last lines of metrics.jsonl."""
     try:
         *before, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         settings = read_yaml(folder / "config.yaml")
@@ -108,68 +127,62 @@ def progress(folder: Path) -> tuple[str, str, str, str]:
     if total < 0:
         total = math.ceil(round(step / last["epoch"]) * settings["num_train_epochs"])
     earlier = before[-1] if before else {"step": 0, "num_tokens": 0}
-    pace = (last["num_tokens"] - earlier["num_tokens"]) / rate / (step - earlier["step"])  # seconds per step
+    pace = (last["num_tokens"] - earlier["num_tokens"]) / rate / (step - earlier["step"])  # seconds a step
     left = timedelta(seconds=round(pace * (total - step)))
     return f"{step}/{total}", f"{last['loss']:.4f}", f"{rate:,.0f}", str(left)
 
 
-def status(queue: list[str]) -> None:
-    """Prints a line for each run that was submitted from here; `queue`: live jobs as id, state, reason, …"""
-    jobs = LOGS / "jobs.tsv"
-    if not jobs.exists():
+def status(queue: Queue) -> None:
+    """Prints a line for each run that was submitted from here, and below it why one failed."""
+    if not (LOGS / "jobs.tsv").exists():
         raise UserError("nothing has been submitted from here yet: make cluster-sweep")
-    live = {}
-    for line in filter(None, queue):
-        job, state, reason, *_ = line.split("\t")
-        live[job] = state if state == "RUNNING" else f"{state} ({reason})"
-    runs: dict[str, dict[str, tuple[str, str]]] = {}  # folder -> kind -> job and its name, the newest
-    results = {}
-    for line in jobs.read_text().splitlines():
+    live = {id: state if state == "RUNNING" else f"{state} ({reason})" for id, state, reason, _ in queue}
+    runs: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}  # folders -> kind -> the newest job's id and name
+    for line in (LOGS / "jobs.tsv").read_text().splitlines():
         job, kind, name, folder, scores = line.split("\t")
-        runs.setdefault(folder, {})[kind] = (job, name)
-        results[folder] = Path(scores)
+        runs.setdefault((folder, scores), {})[kind] = job, name
     layout = "{:<28} {:>8} {:<24} {:>12} {:>8} {:>9} {:>16}  {}"
     print(layout.format("experiment", "job", "state", "step", "loss", "tokens/s", "time left", "evaluation"))
-    for folder, kinds in runs.items():
+    for (folder, scores), kinds in runs.items():
         if "report" in kinds:
             continue
-        job, name = kinds.get("train", ("-", Path(folder).name))
-        done, reasons = (Path(folder) / "completed").exists(), []
-        step, loss, rate, left = progress(Path(folder))
+        training = job, name = kinds.get("train", ("-", Path(folder).name))
+        scoring = kinds.get("eval", ("-", ""))
+        done, failed = (Path(folder) / "completed").exists(), []
+        *numbers, left = progress(Path(folder))
         if done or job not in live:
             left = "-"
         if not done and job not in live:
-            reasons.append(f"job {job}: {why(job, name)}")
-        state = "complete" if done else live.get(job, "failed")
-        scoring, eval_name = kinds.get("eval", ("-", ""))
-        if evaluated(Path(folder), results[folder]):
+            failed.append(training)
+        state, scored = "complete" if done else live.get(job, "failed"), "-"
+        if evaluated(Path(folder), Path(scores)):
             scored = "complete"
-        elif scoring in live:
-            scored = f"job {scoring} {live[scoring]}"
+        elif scoring[0] in live:
+            scored = f"job {scoring[0]} {live[scoring[0]]}"
         elif done:
-            scored = "failed"
-            reasons.append(f"job {scoring}: {why(scoring, eval_name)}")
-        else:
-            scored = "-"
-        print(layout.format(name, job, state, step, loss, rate, left, scored))
-        for reason in reasons:
-            print(f"    {reason}\n    then: make cluster-sweep again, which continues it")
-    if job := runs.get(str(Path.cwd()), {}).get("report"):
-        print(f"report: job {job[0]} {live.get(job[0], 'has ended')}")
+            scored, failed = "failed", [scoring]
+        print(layout.format(name, job, state, *numbers, left, scored))
+        for one in failed:
+            print(f"    job {one[0]}: {why(*one)}\n    then: make cluster-sweep again, which continues it")
+    if report := runs.get((os.getcwd(),) * 2):
+        job, _ = report["report"]
+        print(f"report: job {job} {live.get(job, 'has ended')}")
 
 
 def main() -> None:
     parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="store_true", help="the runs of a sweep, instead of how far they are")
+    parser.add_argument("--plan", action="store_true", help="the jobs of a sweep, instead of how far they are")
     parser.add_argument("--exps", default="", help="experiments of the sweep, with spaces between them")
     parser.add_argument("--seeds", default="", help="their seeds, likewise; none: the config's")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of a run")
     options, rest = parser.parse_known_args()
+    queue = [line.split("\t")[:4] for line in sys.stdin.read().splitlines() if line]
     if not options.plan:
-        status(sys.stdin.read().splitlines())
+        status(queue)
         return
-    for row in plan(options.exps.split(), options.seeds.split(), options.processes, rest):
-        print("\t".join(row))
+    for job in plan(options.exps.split(), options.seeds.split(), options.processes, rest, queue):
+        fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
+        print(*fields, sep="\t")
 
 
 if __name__ == "__main__":
