@@ -15,24 +15,26 @@ import sys
 import time
 from pathlib import Path
 
+import report
+from ouro.files import UserError
+
 import numpy as np
 import pytest
 from conftest import PATIENCE
 from fabricate import NAMES, study_block, write_result, write_run
+from helpers import ROOT, read_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDED = json.loads((ROOT / "tests" / "demo_results.json").read_text())
 DEPTHS = (1, 2, 3, 4)
 
 
 def labels(folder: Path, bits: dict, seeds=(0, 1, 2)) -> dict[str, str]:
-    """The verdict of report.py, a real process, on bits[task]["<trained>/<seed>"][depth read - 1]."""
+    """The verdict of report.py on bits[task]["<trained>/<seed>"][depth read - 1]."""
     rng = np.random.default_rng(0)
     for trained in DEPTHS:
         for seed in seeds:
-            write_run(
-                folder / "output", f"seed{seed}/{NAMES[trained].format('wangchan')}", trained, seed, "wangchan", 4, rng
-            )
+            name = f"seed{seed}/{NAMES[trained].format('wangchan')}"
+            write_run(folder / "output", name, trained, seed, "wangchan", 4, rng)
     for task, models in bits.items():
         characters = np.array(RECORDED["characters"][task])
         for model, depths in models.items():
@@ -44,9 +46,10 @@ def labels(folder: Path, bits: dict, seeds=(0, 1, 2)) -> dict[str, str]:
                 values = np.array(values) / characters
                 block = study_block(name, task, depth, trained or None, seed if trained else None, "wangchan", values)
                 write_result(folder / "results", block, values, characters)
-    places = ["--output_dir", folder / "output", "--results_dir", folder / "results", "--out", folder]
-    done = subprocess.run([sys.executable, "report.py", *places], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    places = ["--output_dir", f"{folder}/output", "--results_dir", f"{folder}/results", "--out", f"{folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["report.py", *places])
+        report.main()
     return {v["aspect"]: v["label"] for v in json.loads((folder / "results/report/verdict.json").read_text())}
 
 
@@ -97,6 +100,7 @@ def demo(folder: Path, **environment: str) -> tuple[list[str], dict]:
     return command, {"cwd": ROOT, "text": True, "env": os.environ | {"DEMO_SEEDS": "1"} | environment}
 
 
+@pytest.mark.slow
 def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_path):
     command, options = demo(tmp_path)
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
@@ -121,6 +125,7 @@ def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_pat
             assert len(list((tmp_path / "results" / name).glob(f"{task}-ut[1-4].json"))) == 4
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_step_is_started_stops_the_demo(tmp_path):
     """Python drops exceptions, a handler's too, while it runs the hooks of a fork."""
     command, options = demo(tmp_path)
@@ -135,19 +140,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("seeds", ["0", "three"])
-def test_a_number_of_seeds_that_is_none_is_an_error(tmp_path, seeds):
-    command, options = demo(tmp_path, DEMO_SEEDS=seeds)
-    done = subprocess.run(command, capture_output=True, **options)
-    assert done.returncode == 2 and done.stderr.startswith("error: DEMO_SEEDS must be") and not list(tmp_path.iterdir())
+def test_a_number_of_seeds_that_is_none_is_an_error(monkeypatch, seeds):
+    from tools import demo
+
+    monkeypatch.setenv("DEMO_SEEDS", seeds)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    with pytest.raises(UserError, match="DEMO_SEEDS must be"):
+        demo.main()
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_ends_the_demo_with_the_end_of_its_log(tmp_path):
     command, options = demo(tmp_path)
     done = subprocess.run([*command, "--dataset_path", str(tmp_path / "nothing")], capture_output=True, **options)
-    assert done.returncode == 2 and re.search(
-        r"^error: train seed0/\S+ failed \(exit code 2\); the end of ", done.stderr, re.M
-    )
-    assert "nothing" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+    assert re.search(r"^error: train seed0/\S+ failed \(exit code 2\); the end of ", done.stderr, re.M)
 
 
 def record(results: Path) -> None:
@@ -159,7 +166,7 @@ def record(results: Path) -> None:
         models = found["bits"][task] = {}
         for file in sorted(results.rglob(f"{task}-ut[1-4].json")):  # by model, then by the depth read
             block = json.loads(file.read_text())["study"]
-            items = [json.loads(line) for line in file.with_suffix(".items.jsonl").read_text().splitlines()]
+            items = read_jsonl(file.with_suffix(".items.jsonl"))
             found["characters"][task] = [item["characters"] for item in items]
             bits = [round(item["bits"], 1) for item in items]
             models.setdefault(f"{block['trained_ut_steps'] or 0}/{block['seed'] or 0}", []).append(bits)

@@ -1,13 +1,14 @@
 """Operations and bytes counted by hand and by torch, and the layers that are recomputed to save memory."""
 
 import dataclasses
+from pathlib import Path
 
 from ouro.cluster.plan import predict
 from ouro.data.sources import cache_only
 from ouro.files import UserError
 from ouro.model.cost import GPUS, REACHED, layers_to_recompute, product_sizes, sizes, training_flops, training_memory
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
-from ouro.settings import EXPERIMENTS, Settings, resolve
+from ouro.settings import Settings, resolve
 
 import pytest
 import requests
@@ -20,6 +21,7 @@ from tiny_ouro import SIZES, tiny, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 GIB = 2**30
 SEQ = 2048
 OURO = OuroConfig()
@@ -70,8 +72,7 @@ def memory(recomputed: int = 0, **changes) -> float:
 
 def test_memory_grows_with_tokens_loops_and_dropout_and_falls_with_recomputed_layers():
     plain = memory()
-    assert memory(max_length=2 * SEQ) > plain and memory(per_device_train_batch_size=5) > plain
-    assert memory(max_length=2 * SEQ) == memory(per_device_train_batch_size=8)  # tokens are what counts
+    assert memory(max_length=2 * SEQ) == memory(per_device_train_batch_size=8) > plain  # tokens are what counts
     assert memory(total_ut_steps=1) < memory(total_ut_steps=2) < plain
     assert memory(lora_dropout=0.0) < plain < memory(r=64)
     assert memory(use_qlora=True) < plain < memory(bf16=False)
@@ -116,19 +117,15 @@ def layers(asked: str, free: float | None, compiled: bool = True) -> int:
     return layers_to_recompute(dataclasses.replace(LORA, activation_checkpointing=asked), OURO, free, compiled)
 
 
-@pytest.mark.parametrize("free", [None, 80 * GIB])
 @pytest.mark.parametrize(("asked", "count"), [("none", 0), ("full", 48), ("0", 0), ("7", 7), ("48", 48)])
-def test_a_named_number_of_layers_is_taken(asked, count, free):
-    assert layers(asked, free) == count
+def test_a_named_number_of_layers_is_taken(asked, count):
+    assert layers(asked, None) == layers(asked, 80 * GIB) == count
 
 
-@pytest.mark.parametrize("asked", ["-1", "half", "3.0", "", "true"])
-def test_anything_else_is_refused(asked):
-    with pytest.raises(UserError, match="activation_checkpointing must be one of auto, none, full, a number, got"):
-        resolve("", ["--activation_checkpointing", asked])
-
-
-def test_more_layers_than_there_are_is_refused():
+def test_what_is_no_number_of_layers_is_refused():
+    for asked in ("-1", "half", "3.0", ""):
+        with pytest.raises(UserError, match="activation_checkpointing must be one of auto, none, full, a number, got"):
+            resolve("", ["--activation_checkpointing", asked])
     with pytest.raises(UserError, match="activation_checkpointing = 49, and the model has 48 layers"):
         layers("49", None)
 
@@ -146,41 +143,31 @@ def test_auto_recomputes_as_few_layers_as_fit():
     assert layers("auto", exact * 1.0001) == 20 and layers("auto", exact * 0.9999) == 21
 
 
-def test_auto_without_a_gpu_recomputes_nothing():
-    assert layers("auto", None) == layers("auto", None, compiled=False) == 0
-
-
-def test_auto_without_the_compiler_recomputes_everything():
+def test_auto_without_a_gpu_or_the_compiler():
     """The estimate is of compiled layers."""
+    assert layers("auto", None) == layers("auto", None, compiled=False) == 0
     assert layers("auto", 10_000 * GIB, compiled=False) == 48
 
 
 def test_auto_refuses_what_does_not_fit_with_figures():
-    need = memory(48) / GIB
-    with pytest.raises(UserError) as error:
+    need = f"about {memory(48) / GIB:.1f} GiB of GPU memory are needed, 9.2 GiB can be used; lower max_length"
+    with pytest.raises(UserError, match=need):
         layers("auto", 10 * GIB)
-    assert str(error.value) == (
-        f"about {need:.1f} GiB of GPU memory are needed, 9.2 GiB can be used; lower max_length (2048) or "
-        "per_device_train_batch_size (4), or set use_qlora"
-    )
-    assert layers("auto", 24 * GIB) <= 48
 
 
 def test_the_default_configuration_fits_a_card_of_10_gb():
-    settings = resolve("", ["--config", str(EXPERIMENTS.parent / "default.yaml")]).settings
+    settings = resolve("", ["--config", "configs/default.yaml"]).settings
     assert settings.activation_checkpointing == "auto"
     assert 0 < layers_to_recompute(settings, OURO, 9.3 * GIB) <= 48  # at four loops, max_length 4,096
 
 
 def sample(cache, *argv: str) -> Settings:
-    config = EXPERIMENTS.parent.parent / "tests/smoke.yaml"
-    return resolve("", ["--config", str(config), "--cache_dir", str(cache), *argv]).settings
+    return resolve("", ["--config", "tests/smoke.yaml", "--cache_dir", str(cache), *argv]).settings
 
 
-def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(tmp_path, monkeypatch):
-    monkeypatch.chdir(EXPERIMENTS.parent.parent)
+def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(tmp_path):
     s = sample(tmp_path / "cache", "--num_train_epochs", "2")
-    rows = (EXPERIMENTS.parent.parent / "sample/wangchan/train.jsonl").read_text().count("\n")
+    rows = Path("sample/wangchan/train.jsonl").read_text().count("\n")
     most = predict(s, "H100", 1)
     assert most.at_most and most.tokens == rows * s.max_length
     assert not (tmp_path / "cache").exists(), "nothing is tokenised for a prediction"
@@ -194,8 +181,7 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
     assert most.hours * 3600 * 989e12 * 0.36 == pytest.approx(2 * operations * recomputed, rel=1e-9)
 
 
-def test_predicted_hours_follow_gpus_and_steps(tmp_path, monkeypatch):
-    monkeypatch.chdir(EXPERIMENTS.parent.parent)
+def test_predicted_hours_follow_gpus_and_steps(tmp_path):
     one = predict(sample(tmp_path), "H100", 1)
     assert predict(sample(tmp_path), "H100", 4).hours == pytest.approx(one.hours / 4)
     assert predict(sample(tmp_path), "A100", 1).hours == pytest.approx(one.hours * GPUS["H100"][0] / GPUS["A100"][0])
@@ -207,7 +193,7 @@ def test_predicted_hours_follow_gpus_and_steps(tmp_path, monkeypatch):
 
 def test_the_study_on_the_hub_is_predicted_without_asking_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    s = resolve("", ["--config", str(EXPERIMENTS.parent / "a100.yaml"), "--cache_dir", str(tmp_path)]).settings
+    s = resolve("", ["--config", "configs/a100.yaml", "--cache_dir", str(tmp_path)]).settings
     s.model_name_or_path = "ByteDance/Ouro-2.6B"
     predicted = predict(s, "H100", 4)
     assert predicted.at_most and predicted.steps == 3 * 1007 and predicted.hours == pytest.approx(5.4, abs=0.1)

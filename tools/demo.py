@@ -29,8 +29,6 @@ from ouro.settings import resolve
 import torch
 from tqdm import tqdm
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers with and without a GPU, and nothing to wait for
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CONFIG = "configs/demo.yaml"
 STUDY = {"exp2-wangchan-ut1": 1, "exp3a-wangchan-ut2": 2, "exp3b-wangchan-ut3": 3, "exp1-wangchan-ut4": 4}
 SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a model, so few items will do
@@ -108,6 +106,7 @@ def main() -> None:
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"DEMO_SEEDS must be a number, at least 1, got {count!r}")
     seeds = range(s.seed, s.seed + int(count))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers with and without a GPU
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the processes
     logs = Path(s.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
