@@ -18,7 +18,6 @@ from ouro.files import UserError
 from ouro.settings import resolve
 from ouro.train import time_limit
 
-import huggingface_hub
 import pytest
 from conftest import PATIENCE
 from helpers import ROOT, metrics, read_jsonl, repeatable, write_jsonl
@@ -222,7 +221,7 @@ def test_a_time_limit_that_comes_before_the_first_step_fails_instead_of_requeuei
 @pytest.mark.slow
 def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster, monkeypatch):
     for change, told in (
-        ("", None),
+        ("NODES=1", None),
         ("TIME=3-00:00:00", "TIME = 3-00:00:00 is more than the partition's 2-00:00:00"),
         ("GPUS=9", "a training job would be refused: allocation failure: Requested node configuration"),
         ("PARTITION=gpu", "a training job would be refused: sbatch: error: invalid partition specified: gpu"),
@@ -276,7 +275,8 @@ def test_preflight_of_the_embedded_default_is_green(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_preflight_ends_with_a_real_step():
+def test_preflight_ends_with_a_real_step(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--gpu", "--config", "tests/smoke.yaml"])
     told = preflight.check_step(resolved("--gpu"))
     assert re.fullmatch(r"loss \d\.\d+, .* tokens/s, .*; one item scored", told)
 
@@ -304,22 +304,17 @@ def test_a_hub_that_cannot_be_reached_is_named_with_its_proxy(monkeypatch, tmp_p
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", at_fault == "offline")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
-    huggingface_hub.configure_http_backend()
     real = resolved("--model_name_or_path", "ByteDance/Ouro-2.6B")
     real.settings.paths = {}
-    try:
-        for check, name in (
-            (preflight.check_model, "ByteDance/Ouro-2.6B"),
-            (preflight.check_data, "airesearch/WangchanThaiInstruct"),
-            (preflight.check_benchmarks, "scb10x/thai_exam"),
-        ):
-            with pytest.raises(UserError, match=f"^{name} is not in {tmp_path}, and .*make fetch") as error:
-                check(real)
-            assert "secret" not in str(error.value)
-            assert at_fault == "offline" or "through the proxy http://…@127.0.0.1:9 (ProxyError)" in str(error.value)
-    finally:
-        monkeypatch.undo()
-        huggingface_hub.configure_http_backend()
+    for check, name in (
+        (preflight.check_model, "ByteDance/Ouro-2.6B"),
+        (preflight.check_data, "airesearch/WangchanThaiInstruct"),
+        (preflight.check_benchmarks, "scb10x/thai_exam"),
+    ):
+        with pytest.raises(UserError, match=f"^{name} is not in {tmp_path}, and .*make fetch") as error:
+            check(real)
+        assert "secret" not in str(error.value)
+        assert at_fault == "offline" or "through the proxy http://…@127.0.0.1:9 (ProxyError)" in str(error.value)
 
 
 def test_a_benchmark_that_several_tasks_share_is_asked_for_once(monkeypatch):
