@@ -28,6 +28,7 @@ from tools.export import merge_adapter, merged_model
 
 import pytest
 import torch
+from helpers import trained
 from local_hub import Handler, LocalHub, Scripts, copy_project
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -143,19 +144,17 @@ def scripts(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     copy_project(folder / "project")
     scripts = Scripts(hub, folder, modules=("tools.export",))
-    scripts.output(
-        "train_qlora.py", *where(folder, NF4), "--cache_dir", folder / "cache", "--max_steps", 2, "--eval_steps", 0,
-        "--learning_rate", 0.05, "--activation_checkpointing", "none"
-    )  # fmt: skip
+    few = ["--max_steps", "2", "--eval_steps", "0", "--learning_rate", "0.05", "--activation_checkpointing", "none"]
+    trained(folder / "output", "--exp", NF4, *few)
     for name in (DORA, RSLORA):
         another(folder / "output" / NF4, folder / "output" / name, **VARIANTS[name])
     yield scripts
     scripts.close()
 
 
-def another(trained: Path, folder: Path, **changes) -> None:
-    """A run as `trained`, but for these settings and an adapter that is drawn, not trained."""
-    shutil.copytree(trained, folder)
+def another(run: Path, folder: Path, **changes) -> None:
+    """A run as another, but for these settings and an adapter that is drawn, not trained."""
+    shutil.copytree(run, folder)
     config = changed(folder, **changes)
     names = ("r", "lora_alpha", "use_rslora", "use_dora")
     lora = LoraConfig(**{name: config[name] for name in names}, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
@@ -194,17 +193,17 @@ def run(scripts, tmp_path):
 
 
 @pytest.fixture
-def merge(scripts, tmp_path):
-    """Merges a run of tmp_path; gives what is printed."""
-    return lambda name, *more, **more_of_it: scripts.output(
-        "tools/export.py", "merge", *where(tmp_path, name), *more, **more_of_it
+def export(scripts, tmp_path):
+    """Does an action with a run of tmp_path; gives what is printed."""
+    return lambda action, name, *more, **environment: scripts.output(
+        "tools/export.py", action, *where(tmp_path, name), *more, **environment
     )
 
 
 @pytest.fixture
 def refused(scripts, tmp_path):
     """The message with which an action on a run of tmp_path is refused."""
-    return lambda name, action="merge", *more: scripts.refusal("tools/export.py", action, *where(tmp_path, name), *more)
+    return lambda name, action="merge": scripts.refusal("tools/export.py", action, *where(tmp_path, name))
 
 
 def reseal(folder: Path) -> None:
@@ -221,9 +220,9 @@ def plain(folder: Path) -> Settings:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_merged_model_is_the_adapted_one_at_every_depth(merge, run, name):
+def test_the_merged_model_is_the_adapted_one_at_every_depth(export, run, name):
     folder = run(name)
-    printed = merge(name)
+    printed = export("merge", name)
     assert ("unquantised" in printed) == (name == NF4) and f"{folder / 'merged'}, 2 MB" in printed
     card = (folder / "merged/README.md").read_text()
     assert ("trained beside weights in nf4 and is merged into the unquantised ones" in card) == (name == NF4)
@@ -255,9 +254,9 @@ def test_bf16_weights_are_summed_in_fp32_and_rounded_once(run):
     assert changes == 7 * 4
 
 
-def test_the_merged_folder_is_a_model_folder_like_the_published_one(merge, run):
+def test_the_merged_folder_is_a_model_folder_like_the_published_one(export, run):
     merged = run(RSLORA) / "merged"
-    merge(RSLORA)
+    export("merge", RSLORA)
     weights, base = load_file(merged / "model.safetensors"), load_ouro(TINY).state_dict()
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in base.items()}
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
@@ -276,21 +275,15 @@ def test_the_merged_folder_is_a_model_folder_like_the_published_one(merge, run):
     assert "Apache-2.0: 204 rows" in card and "base_model:" not in card and "ouro-tiny (a local folder)" in card
 
 
-def test_another_depth_is_written_when_asked_for(merge, refused, run):
-    merged = run(RSLORA) / "merged"
-    merge(RSLORA, "--total_ut_steps", 2)
+def test_a_folder_merged_at_another_depth_is_left_alone_or_refused(export, refused, run):
+    folder = run(RSLORA)
+    merged, weights = folder / "merged", folder / "final_adapter/adapter_model.safetensors"
+    export("merge", RSLORA, "--total_ut_steps", 2)
     assert load_ouro(str(merged)).config.total_ut_steps == 2
     assert "trained at `total_ut_steps = 3`" in " ".join((merged / "README.md").read_text().split())
     assert f"total_ut_steps 2, not 3): rm -r {merged}" in refused(RSLORA)
-    assert "is there already" in merge(RSLORA, TOTAL_UT_STEPS="2")
-
-
-def test_a_merged_folder_is_left_alone_or_refused(merge, refused, run):
-    folder = run(RSLORA)
-    merged, weights = folder / "merged", folder / "final_adapter/adapter_model.safetensors"
-    merge(RSLORA)
     before = (merged / "model.safetensors").stat().st_mtime_ns
-    assert "is there already" in merge(RSLORA)
+    assert "is there already" in export("merge", RSLORA, TOTAL_UT_STEPS="2")
     assert (merged / "model.safetensors").stat().st_mtime_ns == before
     original = weights.read_bytes()
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
@@ -307,7 +300,7 @@ def test_a_merged_folder_is_left_alone_or_refused(merge, refused, run):
 
 
 @pytest.mark.slow
-def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, merge, run, tmp_path):
+def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, export, run, tmp_path):
     folder = run(RSLORA)
     killed = 0
     for moment in (".", "model.safetensors", "tokenizer.json", "merge.json"):
@@ -323,7 +316,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, merge, run, tmp
             assert code == "-9", err
             killed += 1
     assert killed
-    merge(RSLORA)
+    export("merge", RSLORA)
     assert is_good(folder / "merged") and not (folder / ".merged").exists()
 
 
@@ -367,85 +360,71 @@ def test_a_run_whose_manifest_is_gone_is_refused(refused, run):
 # -------------------------------------------------------------------------------------------------------------- push
 
 
-def pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environment: str) -> str:
-    asked = {"HF_TOKEN": hub.token} | environment
-    printed = scripts.output("tools/export.py", "push", *where(tmp_path, name), *options, **asked)
-    assert hub.token not in printed
-    return printed
+@pytest.fixture
+def push(scripts, hub, tmp_path):
+    """Pushes a run of tmp_path; gives what is printed, or the refusal, after which nothing is uploaded."""
+
+    def play(repo: str | None, *options: str, refused: bool = False, token: str = hub.token) -> str:
+        before, named = dict(hub.committed), ["--repo", repo] if repo else []
+        command = ["tools/export.py", "push", *where(tmp_path, RSLORA), *named, *options]
+        printed = (scripts.refusal if refused else scripts.output)(*command, HF_TOKEN=token)
+        assert hub.token not in printed and (hub.committed == before or not refused)
+        return printed
+
+    return play
 
 
-def not_pushed(scripts, hub, tmp_path, *options: str, name: str = RSLORA, **environment: str) -> str:
-    asked = {"HF_TOKEN": hub.token} | environment
-    before = dict(hub.committed)
-    refused = scripts.refusal("tools/export.py", "push", *where(tmp_path, name), *options, **asked)
-    assert hub.token not in refused and hub.committed == before
-    return refused
-
-
-def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository(scripts, hub, run, tmp_path):
+def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository(push, hub, run):
     adapter = run(RSLORA, model_name_or_path=BASE) / "final_adapter"
-    printed = pushed(scripts, hub, tmp_path, "--repo", "somchai/ouro-thai")
+    printed = push("somchai/ouro-thai")
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "SHA256SUMS"}
     assert hub.committed["somchai/ouro-thai"] == files
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
     assert hub.private["somchai/ouro-thai"] is True
     assert "as somchai to somchai/ouro-thai (private)" in printed and "/somchai/ouro-thai/commit/222" in printed
-    pushed(scripts, hub, tmp_path, "--repo", "somchai/ouro-thai")  # again
+    push("somchai/ouro-thai")  # again
+    hub.private["somchai/known"] = False
+    assert "exists and is public" in push("somchai/known", refused=True)
+    assert "(public)" in push("somchai/known", "--public")
 
 
-def test_the_merged_model_is_uploaded_on_request(scripts, hub, run, tmp_path):
-    folder = run(RSLORA)
-    assert f"make merge EXP={RSLORA}" in not_pushed(scripts, hub, tmp_path, "--repo", "somchai/all", "--merged")
-    scripts.output("tools/export.py", "merge", *where(tmp_path, RSLORA))
-    pushed(scripts, hub, tmp_path, "--repo", "somchai/all", "--merged", "--public")
+def test_the_merged_model_is_uploaded_on_request(push, export, hub, run):
+    merged = run(RSLORA) / "merged"
+    assert f"{TINY}, which nobody else has" in push("somchai/all", refused=True)
+    assert f"make merge EXP={RSLORA}" in push("somchai/all", "--merged", refused=True)
+    export("merge", RSLORA)
+    push("somchai/all", "--merged", "--public")
     files = hub.committed["somchai/all"]
-    assert files["model.safetensors"] == (folder / "merged/model.safetensors").read_bytes()
+    assert files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files.keys()
     assert not {"SHA256SUMS", "merge.json"} & files.keys() and hub.private["somchai/all"] is False
 
 
-def test_a_public_repository_is_written_only_when_said_so(scripts, hub, run, tmp_path):
+def test_what_the_hub_refuses_is_one_message(push, hub, run, monkeypatch):
     run(RSLORA, model_name_or_path=BASE)
-    hub.private["somchai/known"] = False
-    assert "exists and is public" in not_pushed(scripts, hub, tmp_path, "--repo", "somchai/known")
-    assert "(public)" in pushed(scripts, hub, tmp_path, "--repo", "somchai/known", "--public")
-
-
-def test_what_the_hub_refuses_is_one_message(scripts, hub, run, tmp_path):
-    run(RSLORA, model_name_or_path=BASE)
-    mine = ["--repo", "somchai/new"]
-    assert "no token for the Hub" in not_pushed(scripts, hub, tmp_path, *mine, HF_TOKEN="")
-    assert "does not know the token (401)" in not_pushed(scripts, hub, tmp_path, *mine, HF_TOKEN="hf_wrong")
-    refused = not_pushed(scripts, hub, tmp_path, "--repo", "another/new")
-    assert "(403)" in refused and "another must be you or an organisation of yours" in refused
-    try:
-        hub.fails = 507
-        assert "the Hub answered 507" in not_pushed(scripts, hub, tmp_path, *mine)
-    finally:
-        hub.fails = 0
+    assert "no token for the Hub" in push("somchai/new", refused=True, token="")
+    assert "does not know the token (401)" in push("somchai/new", refused=True, token="hf_wrong")
+    assert "(403): it needs write access, and another must be you" in push("another/new", refused=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "fails", 507)
+        assert "the Hub answered 507" in push("somchai/new", refused=True)
     hub.close()
     try:
-        assert f"no connection to {hub.url}" in not_pushed(scripts, hub, tmp_path, *mine)
+        assert f"no connection to {hub.url}" in push("somchai/new", refused=True)
     finally:
         hub.open()
 
 
 @pytest.mark.parametrize("repo", [None, "ouro-thai", "a/b/c", "somchai/../x", "somchai/what?"])
-def test_a_repository_without_a_good_name_is_refused(scripts, hub, run, tmp_path, repo):
+def test_a_repository_without_a_good_name_is_refused(push, run, repo):
     run(RSLORA, model_name_or_path=BASE)
-    refused = not_pushed(scripts, hub, tmp_path, *(["--repo", repo] if repo else []))
-    assert f"name the repository as USER/NAME, got {repo!r}" in refused
-
-
-def test_an_adapter_whose_base_nobody_else_has_is_not_uploaded(scripts, hub, run, tmp_path):
-    run(RSLORA)
-    assert "sample/ouro-tiny, which nobody else has" in not_pushed(scripts, hub, tmp_path, "--repo", "somchai/x")
+    assert f"name the repository as USER/NAME, got {repo!r}" in push(repo, refused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- serve
 
 
-def commands(printed: str, tmp_path: Path) -> list[list[str]]:
+def commands(printed: str) -> list[list[str]]:
     """The arguments of each vllm command, as a shell passes them."""
     script = 'vllm() { printf "%s\\0" "$@"; printf "\\1"; }\n' + printed
     out = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
@@ -459,12 +438,12 @@ def option(arguments: list[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
-def test_vllm_is_told_adapter_depth_rank_and_pinned_base(scripts, run, tmp_path):
+def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path):
     folder = run(RSLORA, model_name_or_path=BASE, max_length=4096)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"model_commit": BASE_COMMIT}))
-    printed = scripts.output("tools/export.py", "serve", *where(tmp_path, RSLORA))
-    (arguments,) = commands(printed, tmp_path)
+    printed = export("serve", RSLORA)
+    (arguments,) = commands(printed)
     assert arguments[:2] == ["serve", BASE]
     assert option(arguments, "--revision") == option(arguments, "--code-revision") == BASE_COMMIT
     assert json.loads(option(arguments, "--hf-overrides")) == {"total_ut_steps": 3}
@@ -475,20 +454,19 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(scripts, run, tmp_path)
     assert generation["eos_token_id"] == [0, 2]
     # K and V of 4 layers, 2 heads of 64, 2 bytes: 2048 bytes a loop
     assert "0.00586 MiB a token at depth 3, 0.00195 a loop; 0.0234 GiB for 4096 tokens" in printed
-    deeper = scripts.output("tools/export.py", "serve", *where(tmp_path, RSLORA), "--total_ut_steps", 4)
-    assert json.loads(option(commands(deeper, tmp_path)[0], "--hf-overrides")) == {"total_ut_steps": 4}
+    deeper = export("serve", RSLORA, "--total_ut_steps", 4)
+    assert json.loads(option(commands(deeper)[0], "--hf-overrides")) == {"total_ut_steps": 4}
     (tmp_path / "output/seed1").mkdir()
     moved = folder.rename(tmp_path / "output/seed1" / RSLORA)  # as a sweep with SEEDS has it
-    (arguments,) = commands(scripts.output("tools/export.py", "serve", *where(tmp_path, f"seed1/{RSLORA}")), tmp_path)
+    (arguments,) = commands(export("serve", f"seed1/{RSLORA}"))
     assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}={moved / 'final_adapter'}"
 
 
-def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):
+def test_vllm_serves_the_merged_model_too(export, run):
     folder = run(NF4)
-    where_ = where(tmp_path, NF4)
-    scripts.output("tools/export.py", "merge", *where_)
-    printed = scripts.output("tools/export.py", "serve", *where_)
-    adapter, merged = commands(printed, tmp_path)
+    export("merge", NF4)
+    printed = export("serve", NF4)
+    adapter, merged = commands(printed)
     assert "trained beside nf4 weights" in printed
     assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}=/")
     assert merged[:2] == ["serve", str(folder / "merged")] and option(merged, "--served-model-name") == NF4
@@ -496,11 +474,9 @@ def test_vllm_serves_the_merged_model_too(scripts, run, tmp_path):
     assert json.loads(option(merged, "--hf-overrides")) == {"total_ut_steps": 1}
 
 
-def test_a_dora_adapter_is_served_merged_or_not_at_all(scripts, run, tmp_path):
+def test_a_dora_adapter_is_served_merged_or_not_at_all(export, refused, run):
     run(DORA)
-    assert f"vLLM cannot serve adapters with DoRA: make merge EXP={DORA}" in scripts.refusal(
-        "tools/export.py", "serve", *where(tmp_path, DORA)
-    )
-    scripts.output("tools/export.py", "merge", *where(tmp_path, DORA))
-    (merged,) = commands(scripts.output("tools/export.py", "serve", *where(tmp_path, DORA)), tmp_path)
+    assert f"vLLM cannot serve adapters with DoRA: make merge EXP={DORA}" in refused(DORA, "serve")
+    export("merge", DORA)
+    (merged,) = commands(export("serve", DORA))
     assert merged[1].endswith("/merged")

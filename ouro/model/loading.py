@@ -67,12 +67,12 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
             f"cannot load the tokenizer of {path}: {' '.join(str(error).split())}\n"
             "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
         ) from None
-    except (KeyError, ImportError):  # what transformers makes of a missing tokenizer.json
-        raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is missing or damaged") from None
-    except Exception as error:  # what the tokenizers library makes of an unreadable one, and nothing more special
-        if type(error) is not Exception:
+    except Exception as error:
+        # transformers makes a KeyError or ImportError of a missing tokenizer.json; the tokenizers library raises
+        # Exception itself for an unreadable one.
+        if type(error) not in (KeyError, ImportError, Exception):
             raise
-        raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is damaged: {error}") from None
+        raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is missing or damaged") from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():
