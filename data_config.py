@@ -1,36 +1,35 @@
-"""Training sets by name -> checked, masked token rows, and the data report.
+"""Checks a training set and shows what would be trained: its rows as masked tokens, and the data report.
 
-    python data_config.py --config configs/smoke.yaml --dataset wangchan            # the report of the embedded default
+    python data_config.py --config configs/smoke.yaml --dataset sample                       # the embedded rows
+    python data_config.py --config configs/default.yaml --dataset wangchan
     python data_config.py --config configs/default.yaml --dataset wangchan --dataset_path FOLDER_OR_FILE
 
 configs/datasets.yaml names the training sets; a Hub id and a local copy of the same layout are read by the same code.
 A row becomes a chat in the model's own template, of which the assistant's turns and their end-of-turn tokens are
-trained. The rows are kept, memory-mapped, in CACHE_DIR/<dataset>-<key>/; the key covers data, tokenizer, template,
-settings and code, so that no change to any of them can serve old rows. This command also writes the report to
-OUTPUT_DIR/data-report/<dataset>.json and its histogram to <dataset>.png.
+trained. The rows are kept, memory-mapped, in CACHE_DIR/<dataset>-<split>-<key>/; the key covers data, tokenizer,
+template, settings and code, so that no change to any of them can serve old rows. This command also writes the report
+to OUTPUT_DIR/data-report/<dataset>.json.
 """
 
 from pathlib import Path
 
 from ouro.data.cache import prepare
-from ouro.data.report import plot, print_report, save_report
+from ouro.data.report import print_report, save_report
 from ouro.data.sources import entry_of
 from ouro.files import call
 from ouro.model.loading import load_tokenizer
-from ouro.settings import Resolved, resolve
+from ouro.settings import resolve
 
 
 def main() -> None:
-    run: Resolved = resolve(__doc__)
-    s = run.settings
+    s = resolve(__doc__).settings
     entry_of(s.dataset)  # a wrong name is said before the model is asked for
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     _, report = prepare(s, tokenizer)
     print_report(report)
     path = Path(s.output_dir) / "data-report" / f"{s.dataset}.json"
     save_report(path, report)
-    plot(report, path.with_suffix(".png"))
-    print(f"files: {path}, {path.with_suffix('.png')}")
+    print(f"file: {path}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGE = (".safetensors", ".parquet", ".gz", ".bin", ".pt")  # kept in LFS on the Hub, whatever their size
 URL = re.compile(
     r"(/api)?/(models/)?(?P<repo>(datasets/)?[^/]+/[^/]+)"
-    r"(/(?P<call>resolve|revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
+    r"(/(?P<call>resolve|revision|tree)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
 MISSING = {
     "RepoNotFound": "Repository not found",
@@ -46,8 +46,8 @@ MISSING = {
 
 
 class Request(NamedTuple):
-    """One request about a repository. `call` is resolve, storage (the content of a large file), tree, paths-info,
-    revision, or info: the main branch's."""
+    """One request about a repository. `call` is resolve, storage (the content of a large file), tree, revision, or
+    info: the main branch's."""
 
     method: str
     repo: str
@@ -102,7 +102,7 @@ def hashes(file: Path, changed: int) -> tuple[str, str]:
 
 
 def entry(path: str, file: Path) -> dict:
-    """A file or folder as the tree and paths-info endpoints describe it."""
+    """A file or folder as the tree endpoint describes it."""
     if file.is_dir():
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
     size, (sha1, sha256) = file.stat().st_size, hashes(file, file.stat().st_mtime_ns)
@@ -151,8 +151,6 @@ class Handler(BaseHTTPRequestHandler):
             blobs = form.get("blobs", [""])[0].lower() in ("true", "1")
             siblings = [sibling(name, file, blobs) for name, file in files.items() if file.is_file()]
             result = {"id": repo.removeprefix("datasets/"), "sha": commit, "private": False, "siblings": siblings}
-        elif call == "paths-info":
-            result = [entry(name, files[name]) for name in form["paths"] if name in files]
         elif path and path not in files:
             return self.missing("EntryNotFound", revision, headers)
         elif call == "tree":
@@ -206,9 +204,8 @@ class Handler(BaseHTTPRequestHandler):
 # The project's scripts as processes that use the Hub. Importing torch takes each of them seconds, so they are forked
 # from one that has done it: the libraries read the Hub's address and HF_HUB_OFFLINE when they are imported.
 PARENT = """
-import gc, importlib, json, os, runpy, sys, time, traceback
-for name in sys.argv[1:]:
-    importlib.import_module(name)
+import gc, json, os, runpy, sys, time, traceback
+import data_config, ouro.evaluate.benchmarks
 from ouro.data.report import word_tokenize
 word_tokenize("ก")  # reads its dictionary
 slept = []
@@ -262,10 +259,10 @@ def copy_project(folder: Path) -> Path:
 class Scripts:
     """A process in folder/project, a copy of the project, that runs its scripts, each in a process of its own."""
 
-    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False, modules: tuple[str, ...] = ()):
+    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, "matplotlib.pyplot", *modules],
+            [sys.executable, "-c", PARENT],
             env=environment(hub, folder / "cache", offline),
             cwd=folder / "project",
             text=True,

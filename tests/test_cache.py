@@ -182,14 +182,6 @@ def test_a_change_of_what_rows_are_made_of_gives_new_rows(world, monkeypatch, ch
     assert files(report["cache"]).keys() == files(new_report["cache"]).keys() == {"rows.arrow", "report.json"}
 
 
-def test_a_benchmark_of_which_no_row_repeats_an_item_is_still_another_cache(world):
-    """The report counts the items, so it cannot be shared either."""
-    _, report = prepared(world)
-    _, other = prepared(world, overlap="none")
-    assert other["cache"] != report["cache"]
-    assert (report["overlap"]["items"], other["overlap"]["items"]) == (100, 0)
-
-
 def test_rows_that_repeat_items_are_kept_only_where_that_is_asked(world, monkeypatch):
     change_benchmark(world, monkeypatch)
     dropped, report = prepared(world)

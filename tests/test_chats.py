@@ -229,17 +229,6 @@ def test_split_trains_every_trained_token_exactly_once(stretches, limit):
         assert piece.ids[0] == 0 or piece.trained[0] >= limit // 2  # after half a stretch of what precedes it
 
 
-def test_split_trains_long_rows_in_pieces_up_to_their_end(prepared, tokenizer):
-    asked = sample_text(6, 200, seed=2)
-    rows = [ROW | {"Instruction": q, "Output": a} for q, a in zip(asked, sample_text(6, 400, seed=3), strict=True)]
-    whole, _ = prepared("wangchan", rows)
-    got, report = prepared("wangchan", rows, max_length=100, length_policy="split")
-    assert got.lengths.max() <= 100 and report["rows_written"] == len(got) > len(whole) == report["rows_kept"]
-    assert report["rows_touched"] == {"split": int((whole.lengths > 100).sum())} and report["end_token_survival"] == 1
-    trained = [[x for i in range(len(part)) for x in part.row(i)[1].tolist() if x != IGNORE] for part in (got, whole)]
-    assert trained[0] == trained[1] and report["trained_tokens"] == len(trained[1])
-
-
 def test_truncate_keeps_the_beginning_and_counts_the_ends_it_loses(prepared, tokenizer):
     n = length(LONG, tokenizer)
     full, _ = prepared("wangchan", [LONG])

@@ -29,9 +29,9 @@ from tiny_ouro import tiny
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "sample"
 TINY = {file.name: file.read_bytes() for file in (SAMPLE / "ouro-tiny").iterdir()}
-MODEL, OTHER_MODEL = "ByteDance/Ouro-2.6B", "ByteDance/Ouro-1.4B"
+MODEL = "ByteDance/Ouro-2.6B"
 WANGCHAN, EXAM = "datasets/airesearch/WangchanThaiInstruct", "datasets/scb10x/thai_exam"
-OPEN, BENCH = "datasets/iapp/openthaieval", "datasets/ThaiLLM-Leaderboard/mt-bench-thai"
+OPEN = "datasets/iapp/openthaieval"
 OTHER_COMMIT = "0" * 40
 SPEC = files.read_yaml(EVALS)["benchmarks"]["thai_exam"]
 PINNED = REVISIONS | {EXAM: SPEC["revision"]}
@@ -43,31 +43,28 @@ TEST = [json.loads(line) for line in (SAMPLE / "wangchan/test.jsonl").read_text(
 
 LOAD = f"""
 import sys, torch
-from ouro.model.loading import load_tokenizer
-from ouro.evaluate.benchmarks import load_items
-from ouro.settings import EVALS
-from ouro.model.loading import load_ouro
-from ouro.files import read_yaml
-from ouro.settings import Settings
 from ouro.data.sources import find_source, read_file
-name, file = sys.argv[1:]
-model = load_ouro(name)
-result = {{"weights": model.state_dict(), "logits": model(torch.arange(1, 25).reshape(2, 12)).logits}}
-result["commit"] = model.config._commit_hash
-if name == "{MODEL}":
-    result["chat"] = load_tokenizer(name).apply_chat_template({CHAT})
-    source = find_source(Settings())
-    result["rows"] = [row for part in source.files["train"] for _, row in read_file(part)]
-    result["held out"] = [row for part in source.files["held_out"] for _, row in read_file(part)]
-    result["items"] = load_items("thai_exam", read_yaml(EVALS)["benchmarks"]["thai_exam"], None)
-torch.save(result, file)
+from ouro.evaluate.benchmarks import load_items
+from ouro.files import read_yaml
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.settings import EVALS, Settings
+model, source = load_ouro("{MODEL}"), find_source(Settings())
+torch.save({{
+    "weights": model.state_dict(),
+    "logits": model(torch.arange(1, 25).reshape(2, 12)).logits,
+    "commit": model.config._commit_hash,
+    "chat": load_tokenizer("{MODEL}").apply_chat_template({CHAT}),
+    "rows": [row for part in source.files["train"] for _, row in read_file(part)],
+    "held out": [row for part in source.files["held_out"] for _, row in read_file(part)],
+    "items": load_items("thai_exam", read_yaml(EVALS)["benchmarks"]["thai_exam"], None),
+}}, sys.argv[1])
 """
 
 
-def load(scripts: Scripts, model: str) -> dict:
+def load(scripts: Scripts) -> dict:
     """What the script LOAD gives."""
     write(scripts.folder, {"load.py": LOAD})
-    scripts.output(scripts.folder / "load.py", model, scripts.folder / "result")
+    scripts.output(scripts.folder / "load.py", scripts.folder / "result")
     return torch.load(scripts.folder / "result")
 
 
@@ -162,7 +159,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     copy_project(folder / "project")
     hub = LocalHub()
-    scripts = [Scripts(hub, folder, offline, ("evaluate",)) for offline in (False, True)]
+    scripts = [Scripts(hub, folder, offline) for offline in (False, True)]
     yield hub, *scripts
     for each in scripts:
         each.close()
@@ -186,7 +183,7 @@ def loaded(world, source):
     for name, scripts, network in (("online", online, contextlib.nullcontext()), ("offline", offline, closed(hub))):
         hub.requests.clear()
         with network:
-            found[name] = load(scripts, MODEL) | {"report": report(scripts, *REPORT)}
+            found[name] = load(scripts) | {"report": report(scripts, *REPORT)}
         found[name] |= {"tokens": tokens(found[name]["report"]), "requests": hub.requests[:], "sent": hub.contents()}
     return found | {"remote code ran": marker.exists(), "main": commit}
 
@@ -273,20 +270,15 @@ def test_a_pinned_training_set_is_asked_for_and_read_at_that_commit(empty, tmp_p
     assert (again["rows_in"], again["data_revision"]) == (40, pinned)
 
 
-def test_a_pinned_revision_that_is_not_there_is_named(empty, tmp_path):
-    hub, online, _ = empty
-    hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
-    configure(online, wangchan=OTHER_COMMIT)
-    message = online.refusal(*REPORT)
-    assert re.search(f"airesearch/WangchanThaiInstruct .*Revision Not Found .*{OTHER_COMMIT}", message)
-    assert hub.contents() == []
-
-
-def test_another_commit_is_not_served_from_the_cache_offline(empty, tmp_path):
+def test_a_pinned_revision_that_is_not_there_is_named_and_no_other_is_served_from_the_cache(empty, tmp_path):
     hub, online, offline = empty
     hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
     report(online, *REPORT)
     configure(online, wangchan=OTHER_COMMIT)
+    hub.requests.clear()
+    message = online.refusal(*REPORT)
+    assert re.search(f"airesearch/WangchanThaiInstruct .*Revision Not Found .*{OTHER_COMMIT}", message)
+    assert hub.contents() == []
     assert "cannot load airesearch/WangchanThaiInstruct" in offline.refusal(*REPORT)
 
 
@@ -305,56 +297,6 @@ def test_a_main_branch_that_moved_gets_a_cache_of_its_own(empty, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ benchmarks
 
-EXAM_ITEM = json.loads((SAMPLE / "thai_exam/data/ic/ic_test.jsonl").read_text(encoding="utf-8").splitlines()[6])
-OPEN_ROWS = [
-    {"year": "2564", "no": str(n), "instruction": "จงเลือกคำตอบที่ถูกต้อง", "input": row["Input"] or row["Instruction"],
-     "result": "(1)", "isAnswerable": True}
-    for n, row in enumerate(TEST)
-]  # fmt: skip
-OPEN_LONGEST = max(range(len(OPEN_ROWS)), key=lambda n: len(OPEN_ROWS[n]["input"]))
-BENCH_ROWS = [
-    {"question_id": n, "turns": [row["Instruction"], row["Output"]], "reference": [None, None],
-     "generation_kwargs": {"temperature": 0.7}, "category": "Writing"}
-    for n, row in enumerate(TEST[:3])
-]  # fmt: skip
-
-
-def rows_that_repeat(file: Path) -> Path:
-    """A training set whose rows 2, 4 and 6 hold an item of thai_exam, openthaieval and mt_bench_thai."""
-    exam = EXAM_ITEM["question"] + EXAM_ITEM["a"] + EXAM_ITEM["b"]
-    texts = [exam, OPEN_ROWS[OPEN_LONGEST]["input"], TEST[2]["Output"]]
-    rows = [{"prompt": row["Instruction"], "completion": row["Output"]} for row in ROWS]
-    for number, text in zip((2, 4, 6), texts, strict=True):
-        rows[number - 1]["completion"] = f"คำตอบคือ {text} ดังนี้"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
-
-
-def test_benchmarks_are_read_over_http_for_the_overlap_check(empty, tmp_path):
-    hub, online, offline = empty
-    hub.add(EXAM, write(tmp_path / "exam", {"thai_exam.tar.gz": archive(), "thai_exam.py": CODE}), PINNED[EXAM])
-    hub.add(OPEN, write(tmp_path / "open", {"data/test.parquet": parquet(OPEN_ROWS), "x.py": CODE}), branch="main")
-    hub.add(
-        BENCH, write(tmp_path / "bench", {"mt_bench_thai_full.json": json.dumps(BENCH_ROWS, indent=2)}), branch="main"
-    )
-    command = ["data_config.py", *LOCAL_MODEL, "--dataset", "pairs", "--dataset_path"]
-    command += [rows_that_repeat(tmp_path / "train.jsonl")]
-    read = report(online, *command)
-    assert set(hub.contents()) == {
-        f"{EXAM}/thai_exam.tar.gz", f"{OPEN}/data/test.parquet", f"{BENCH}/mt_bench_thai_full.json"}  # fmt: skip
-    assert {request.revision for request in hub.requests if request.repo == EXAM} == {PINNED[EXAM]}
-    overlap = read["overlap"]
-    assert overlap["items"] == 100 + len(OPEN_ROWS) + len(BENCH_ROWS)
-    assert [(Path(hit["row"]).name, hit["item"]) for hit in overlap["rows"]] == [
-        ("train.jsonl, line 2", "thai_exam, ic_test.jsonl, item 7"),
-        ("train.jsonl, line 4", f"openthaieval, test.parquet, item {OPEN_LONGEST + 1}"),
-        ("train.jsonl, line 6", "mt_bench_thai, mt_bench_thai_full.json, item 3"),
-    ]
-    assert read["rows_dropped"]["repeats a benchmark item"] == 3
-    with closed(hub):
-        assert report(offline, *command)["overlap"] == overlap
-
-
 CHECKED = ["data_config.py", *LOCAL_MODEL, "--dataset", "sample", "--overlap"]
 
 
@@ -364,15 +306,13 @@ def test_a_benchmark_that_cannot_be_read_stops_the_run_and_names_the_way_around(
         message = scripts.refusal(*CHECKED, "openthaieval")
         assert "cannot load iapp/openthaieval from the Hub" in message and "--paths openthaieval=FOLDER" in message
         assert "openthaieval is needed to find" in message and "--overlap none" in message
-    assert "files: " in offline.output(*CHECKED, "none", "--output_dir", offline.folder / "output")
+    assert "file: " in offline.output(*CHECKED, "none", "--output_dir", offline.folder / "output")
 
 
 # ------------------------------------------------------------------------------------------------ what is missing
 
 TOKENIZER = ["data_config.py"]  # reads the tokenizer from the Hub first
 ITEMS = [*CHECKED, "thai_exam"]  # the benchmark alone
-SCORE = ["evaluate.py", "--base", "--model_name_or_path", "a/unfinished", "--use_qlora", "false", "--bf16", "false"]
-SCORE += ["--tasks", "thai_exam"]  # the benchmark, and then the model
 OPEN_ITEMS, V2 = [*CHECKED, "openthaieval"], [*TOKENIZER, "--model_revision", "v2"]
 EXAM_FILES = {"thai_exam.tar.gz": archive()}
 DAMAGED = bytes(b ^ 0xFF if 200 < i < 20_000 and i % 97 == 0 else b for i, b in enumerate(parquet(ROWS)))
@@ -380,13 +320,7 @@ LACKS = {  # the command, what the Hub has, what the message says
     "no model": (TOKENIZER, None, {}, "ByteDance/Ouro-2.6B is not a local folder and is not a valid model identifier"),
     "no dataset": (REPORT, None, {}, "airesearch/WangchanThaiInstruct from the Hub: .*Repository Not Found"),
     "no benchmark": (ITEMS, None, {}, "scb10x/thai_exam from the Hub: .*Repository Not Found"),
-    "no benchmark to score": (SCORE, None, {}, "scb10x/thai_exam from the Hub: .*Repository Not Found"),
-    "no pinned revision": (
-        TOKENIZER,
-        f"{MODEL}@{OTHER_COMMIT}",
-        TINY,
-        f"{PINNED[MODEL]} is not a valid git identifier",
-    ),
+    "no pinned revision": (TOKENIZER, f"{MODEL}@{OTHER_COMMIT}", TINY, f"{PINNED[MODEL]} is not a valid git id"),
     "no such revision": (V2, f"{MODEL}@{PINNED[MODEL]}", TINY, "v2 is not a valid git identifier"),
     "no main branch": (REPORT, f"{WANGCHAN}@{OTHER_COMMIT}", PUBLISHED, "Revision Not Found .*Instruct/revision/main"),
     "no benchmark revision": (ITEMS, f"{EXAM}@{OTHER_COMMIT}", EXAM_FILES, "Revision Not Found .*thai_exam.tar.gz"),
@@ -440,14 +374,3 @@ def test_a_network_that_swallows_everything_is_an_error_soon(empty):
         silent.close()
         hub.open()
     assert code == "2" and "cannot load airesearch/WangchanThaiInstruct" in err
-
-
-def test_a_checkpoint_without_weights_is_named_with_and_without_a_network(empty):
-    hub, online, offline = empty
-    folder = online.folder
-    config = {key: value for key, value in json.loads(TINY["config.json"]).items() if key != "init_seed"}
-    hub.add("a/unfinished", write(folder / "unfinished", TINY | {"config.json": json.dumps(config)}), branch="main")
-    command = [*SCORE, "--paths", f"thai_exam={SAMPLE / 'thai_exam'}", "--limit", "1"]
-    for scripts in (online, offline):
-        message = scripts.refusal(*command)
-        assert re.search("a/unfinished does not appear to have a file named .*safetensors", message)

@@ -226,16 +226,6 @@ def test_fifty_shared_characters_are_found_in_any_disguise_and_forty_nine_are_no
     assert whole.find(f"ฮฮ{passage}ฮฮ") == ("item", window)
 
 
-@pytest.mark.parametrize(("shared_characters", "hit"), [(49, False), (50, True), (51, True)])
-@pytest.mark.parametrize("place", ["start", "middle", "end"])
-def test_a_passage_is_found_wherever_it_stands(shared_characters, hit, place):
-    passage = (LATIN + "Z")[:shared_characters].lower()
-    around = {"start": "{}ขขข", "middle": "ขขข{}ขขข", "end": "ขขข{}"}[place]
-    expected = ("item", passage[:WINDOW]) if hit else None
-    for item, text in ((f"กก{passage}กก", around.format(passage)), (around.format(passage), f"กก{passage}กก")):
-        assert Overlap([("first", "ค" * 60), ("item", item), ("last", "ง" * 60)]).find(text) == expected
-
-
 def test_items_are_looked_up_one_by_one_and_the_first_that_holds_a_passage_is_named():
     overlap = Overlap([("one", LATIN[:25]), ("two", LATIN[25:]), ("three", "ก" * 60)])
     assert overlap.find(LATIN) is None and overlap.short == 2
@@ -276,13 +266,3 @@ def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherw
     trained = "".join(tokenizer.decode(ids) for document in kept for ids, _ in document)
     assert (TGAT[2]["question"] in trained) is not drop
     assert whole(IC[5])[:30] in trained
-
-
-def test_half_an_emoji_is_a_garbled_row_and_no_crash(tmp_path, tokenizer):
-    # JSON may hold "\ud83d", the first half of an emoji that something cut in two.
-    rows = [("ถาม", "ตอบ \ud83d"), ("\ude00", "ตอบ"), ("ถาม 👩", "ตอบ 👩\u200d👧")]
-    items = [IC[0], IC[1] | {"a": "\ud83d"}]
-    paths = {"thai_exam": exam(tmp_path / "exam", items)}
-    kept, report = prepare(training_set(tmp_path, rows, overlap="thai_exam", paths=paths), tokenizer, quiet=True)
-    assert report["rows_dropped"]["garbled (U+FFFD or mojibake)"] == 2
-    assert len(kept) == report["rows_kept"] >= 55

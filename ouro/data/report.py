@@ -1,6 +1,5 @@
 """The data report: what was read, kept, dropped and trained of a training set, and why that is refused."""
 
-import io
 import json
 import math
 import random
@@ -14,7 +13,7 @@ from ouro.data.batches import IGNORE, Rows
 from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts, split_row
 from ouro.data.sources import read_file
 from ouro.data.thai import count_letters
-from ouro.files import ROOT, write_atomic, write_json
+from ouro.files import ROOT, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -35,7 +34,7 @@ PLACES = 5  # of rows that the report names for each reason
 
 @dataclass
 class Tally:
-    """What is counted row by row; the report takes it over under the same names, but for what is in `reads`."""
+    """What is counted row by row; all but the last five stand in the report under the same names."""
 
     rows_in: int = 0
     rows_kept: int = 0
@@ -247,24 +246,3 @@ def print_report(report: dict, rows: int = 3) -> None:
         print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")
         text = text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if colour else text
         print("    " + text.replace("\n", "\n    "), flush=True)
-
-
-def plot(report: dict, path: Path) -> None:
-    """The histogram of tokens per row, as a picture."""
-    import matplotlib  # here: it takes a second, and training does not need it
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    edges, rows = report["histogram"]["edges"], report["histogram"]["rows"]
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.stairs(rows, edges, fill=True)
-    if (limit := report["settings"]["max_length"]) < edges[-1]:
-        axes.axvline(limit, color="tab:red", label=f"max_length {limit:,}")
-        axes.legend(frameon=False)
-    title = f"{report['dataset']}: {sum(rows):,} rows"
-    axes.set(xlabel="tokens per row", ylabel="rows", xlim=(0, edges[-1]), title=title)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    write_atomic(path, picture.getvalue())
