@@ -204,8 +204,9 @@ class Handler(BaseHTTPRequestHandler):
 # The project's scripts as processes that use the Hub. Importing torch takes each of them seconds, so they are forked
 # from one that has done it: the libraries read the Hub's address and HF_HUB_OFFLINE when they are imported.
 PARENT = """
-import gc, json, os, runpy, sys, time, traceback
-import data_config, ouro.evaluate.benchmarks
+import gc, importlib, json, os, runpy, sys, time, traceback
+for name in ("data_config", "ouro.evaluate.benchmarks", *sys.argv[1:]):
+    importlib.import_module(name)
 from ouro.data.report import word_tokenize
 word_tokenize("ก")  # reads its dictionary
 slept = []
@@ -259,10 +260,10 @@ def copy_project(folder: Path) -> Path:
 class Scripts:
     """A process in folder/project, a copy of the project, that runs its scripts, each in a process of its own."""
 
-    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False):
+    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False, modules: tuple[str, ...] = ()):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT],
+            [sys.executable, "-c", PARENT, *modules],
             env=environment(hub, folder / "cache", offline),
             cwd=folder / "project",
             text=True,

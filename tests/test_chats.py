@@ -260,12 +260,12 @@ def test_the_policy_error_names_the_row(prepared, tokenizer):
 
 
 def test_the_reports_table_is_what_the_policies_then_do(prepared, tokenizer, monkeypatch):
-    asked, answers = sample_text(40, 300, seed=4), sample_text(40, 200, seed=5)
+    asked, answers = sample_text(24, 300, seed=4), sample_text(24, 200, seed=5)
     rows = [ROW, *(ROW | {"Instruction": q, "Output": a} for q, a in zip(asked, answers, strict=True))]
     ns = [length(row, tokenizer) for row in rows]
     # Round ones; some where just the last newline is too much; some where the question can just be cut short enough.
-    limits = {*range(80, 200, 30), *(n - 1 for n in ns[1:4])}
-    limits |= {n - count(q, tokenizer) + chats.KEPT_QUESTION for n, q in zip(ns[6:11], asked[5:10], strict=True)}
+    limits = {*range(80, 200, 60), *(n - 1 for n in ns[1:3])}
+    limits |= {n - count(q, tokenizer) + chats.KEPT_QUESTION for n, q in zip(ns[6:9], asked[5:8], strict=True)}
     limits = sorted(limits)
     monkeypatch.setattr(data_report, "LENGTHS", limits)
     told = prepared("wangchan", rows)[1]["too_long"]
