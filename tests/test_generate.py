@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from ouro.files import UserError
-from ouro.model import kernels
 from ouro.model.fp8 import by_row
 from ouro.model.generate import Decoder, generate, pick
 from ouro.model.loading import load_ouro
@@ -16,9 +15,8 @@ from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
 import pytest
 import reference_ouro as ref
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_ouro import SIZES, assert_close, reference, tiny, tokens
+from tiny_ouro import SIZES, reference, tiny, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "sample/ouro-tiny")
@@ -225,111 +223,6 @@ def test_the_batch_follows_from_free_memory(monkeypatch):
         assert decoder.rows(4, 1024, 100, 7) == 7
     with pytest.raises(UserError, match="a cache of 4096 tokens at 4 loops takes 6.0 GiB, and 3.5 GiB"):
         decoder.rows(4, 4096, 1, None)
-
-
-# ------------------------------------------------------------------------------------------------------------- kernel
-
-KERNEL = """
-import sys, torch
-sys.path[:0] = [ROOT, ROOT + "/tests"]
-from ouro.model import kernels
-from ouro.model import kernels
-from test_generate import TINY, kernel_agrees, one_row_agrees, products_agree
-from triton.runtime import interpreter
-usual = interpreter._patch_lang_tensor
-def patch(tensor):  # NumPy 2.4 no longer converts arrays of one number, as the interpreter does
-    usual(tensor)
-    tensor.__index__ = lambda self: int(self.handle.data.item())
-interpreter._patch_lang_tensor = patch
-kernel_agrees("cpu", torch.float32, 64, 1e-6)
-kernel_agrees("cpu", torch.bfloat16, 128, 1e-2)
-products_agree("cpu", torch.float32, 1e-6)
-products_agree("cpu", torch.bfloat16, 2e-2)
-kernels.compiled = lambda function: function
-one_row_agrees("cpu")
-"""
-
-
-def products_agree(device: str, dtype: torch.dtype, relative: float) -> None:
-    """The kernels of one row give what torch gives, for matrices that do not fill their blocks."""
-    torch.manual_seed(0)
-    new = {"device": device, "dtype": dtype}
-    for size, width in ((37, 24), (4099, 40), (64, 128)):
-        matrix, x, y = torch.randn(size, width, **new), torch.randn(1, width, **new), torch.randn(1, width, **new)
-        before, after, last = (torch.rand(width, **new) + 0.5 for _ in range(3))
-        for given in ("", "y last before") if size > 4096 else ("", "before", "y before", "y last before", "y last"):
-            has = given.split()
-            state = x + kernels.rms_norm(y, after, 1e-6) if "y" in has else x
-            state = kernels.rms_norm(state, last, 1e-6) if "last" in has else state
-            row = kernels.rms_norm(state, before, 1e-6) if "before" in has else state
-            options = {"before": before, "last": last, "y": y}
-            options = {name: value if name in has else None for name, value in options.items()}
-            ours, out = kernels.multiply(x, matrix, 1e-6, after=after if "y" in has else None, **options)
-            assert_close(ours, state, relative)
-            assert_close(out.double(), row.double() @ matrix.double().t(), relative)
-        gates = torch.randn(1, 2 * width, **new)
-        inner = F.silu(gates[:, :width]) * gates[:, width:]
-        assert_close(kernels.multiply_gated(gates, matrix).double(), inner.double() @ matrix.double().t(), relative)
-
-
-@torch.no_grad()
-def one_row_agrees(device: str) -> None:
-    """A step of one row by kernels gives the logits, the cache and so the tokens of the step of several."""
-    model = load_ouro(TINY, dtype=torch.float32, device=device).eval()
-    decoder = Decoder(model)
-    decoder.copy_weights()
-    decoder.cuda = False  # prepares nothing
-    decoder.prepare(2, 1, 64)
-    decoder.read([PROMPTS[2]], [0], [0])
-    slots, (cos, sin) = (
-        decoder.slots.clone(),
-        (t[0] for t in model.model.rotations(decoder.position[None], torch.float32)),
-    )
-    x = F.embedding(decoder.token, model.model.embed_tokens.weight)
-    expected, cache = decoder.rows_together(x, cos, sin), decoder.slots.clone()
-    decoder.slots.copy_(slots)
-    assert_close(decoder.one_row(x, cos, sin), expected, 1e-4)
-    assert_close(decoder.slots, cache, 1e-4)
-
-
-def kernel_agrees(device: str, dtype: torch.dtype, dim: int, relative: float) -> None:
-    """The kernel gives what `attend_to_cache` gives, and leaves the same cache, in one part or several."""
-    torch.manual_seed(0)
-    batch, heads, capacity = 3, 2, 128
-    new = {"device": device, "dtype": dtype}
-    qkv, angle = torch.randn(batch, 3 * heads * dim, **new), torch.randn(batch, 1, dim, **new)
-    position = torch.tensor([0, 67, 127], device=device)
-    slots = torch.randn(2, 2, batch, heads, capacity, dim, **new)
-    for splits in (1, 3, 16):
-        plain, fast = slots.clone(), slots.clone()
-        expected, _ = kernels.attend_to_cache(qkv, angle.cos(), angle.sin(), *plain[1], position)
-        y, weight = kernels.attend_by_kernel(qkv, angle.cos(), angle.sin(), *fast[1], position, splits)
-        assert (weight is None) == (splits == 1)
-        y = y if weight is None else (y * weight.softmax(-1)[..., None]).sum(2, keepdim=True)
-        assert_close(y.to(dtype), expected, relative)
-        assert_close(fast, plain, relative)
-        assert torch.equal(fast[0], slots[0])
-
-
-@pytest.mark.skipif(kernels.triton is None, reason="needs triton")
-def test_the_kernels_are_right_in_tritons_interpreter():
-    code = KERNEL.replace("ROOT", repr(str(ROOT)))
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@gpu
-def test_the_kernel_is_attention_on_this_gpu():
-    kernel_agrees("cuda", torch.float32, 64, 1e-5)
-    kernel_agrees("cuda", torch.bfloat16, 128, 1e-2)
-
-
-@gpu
-def test_the_products_of_one_row_are_torchs_on_this_gpu():
-    products_agree("cuda", torch.float32, 1e-5)
-    products_agree("cuda", torch.bfloat16, 2e-2)
-    one_row_agrees("cuda")
 
 
 @gpu

@@ -8,8 +8,18 @@ from ouro.model.lora import fuse, refresh
 
 import pytest
 import torch
-from test_lora import adapted, fused, loss_and_gradients, moved
-from tiny_ouro import SIZES, assert_close, assert_same_gradients, gradients, rows, tokens
+from tiny_ouro import (
+    SIZES,
+    adapted,
+    assert_close,
+    assert_same_gradients,
+    fused,
+    gradients,
+    loss_and_gradients,
+    moved,
+    rows,
+    tokens,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 TOKENS = 4 * 128

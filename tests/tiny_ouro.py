@@ -1,11 +1,15 @@
 """Small random Ouro models for the tests, in float64, every parameter of which matters, and batches of all layouts."""
 
+from pathlib import Path
 from typing import Any
 
-from ouro.model.modeling_ouro import IGNORE, OuroConfig, OuroForCausalLM
+from ouro.model.loading import load_ouro
+from ouro.model.lora import fuse
+from ouro.model.modeling_ouro import IGNORE, PROJECTIONS, OuroConfig, OuroForCausalLM
 
 import reference_ouro as ref
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 VOCAB = 61  # no other size of the models, so that a tensor of this width is one over the vocabulary
@@ -17,6 +21,7 @@ SIZES = [
     {"total_ut_steps": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "head_dim": 12},
 ]
 MEDIUM = SIZES[2]
+SAMPLE = str(Path(__file__).parents[1] / "sample/ouro-tiny")
 
 
 def tiny_config(size: dict[str, Any] = MEDIUM, **changes) -> OuroConfig:
@@ -136,3 +141,49 @@ LAYOUTS["packed, shared positions"] = (
     [[0, 1], [4, 1]],
     without(rows([0, 1], [4, 1]), "attention_mask") | {"position_ids": rows([0, 1])["position_ids"]},
 )
+
+
+# LoRA
+
+KINDS = {  # name -> (how it is loaded, what fuse is told)
+    "fp32": (None, "bf16"),
+    "nf4": ({"double_quant": False}, "nf4"),
+    "nf4, double": ({"double_quant": True}, "nf4"),
+}
+
+
+def adapted(kind: str = "fp32", loops: int = 2, seed: int = 0, size: dict = MEDIUM, **config) -> PeftModel:
+    """A tiny model in training mode with random adapters, B too, as PEFT makes it; the same at every call."""
+    quantised, _ = KINDS[kind]
+    if quantised is None:
+        model = tiny(size, total_ut_steps=loops).float()
+    else:
+        model = load_ouro(SAMPLE, dtype=torch.float32, nf4=True, total_ut_steps=loops, **quantised)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        common = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "target_modules": PROJECTIONS}
+        model = get_peft_model(model, LoraConfig(**common | {"init_lora_weights": False} | config))
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def fused(kind: str = "fp32", **options) -> PeftModel:
+    model = adapted(kind, **options)
+    fuse(model, KINDS[kind][1])
+    return model
+
+
+def loss_and_gradients(model: PeftModel, objective: str = "last") -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(**rows([0, 1], [3]), objective=objective).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def moved(model: PeftModel) -> PeftModel:
+    """As after an optimizer step: every adapter changed, in place."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model

@@ -1,0 +1,142 @@
+"""Triton's kernels give what torch gives: on this GPU, and on a CPU in Triton's interpreter.
+
+The interpreter is chosen when a kernel is defined, so it runs in a process of its own:
+PYTHONPATH=. TRITON_INTERPRET=1 python tests/test_kernels.py few      # or all: every form of every kernel, in minutes
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+from ouro.model import generate, kernels
+from ouro.model.fp8 import by_row, by_row_in_one_kernel
+from ouro.model.generate import Decoder
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT
+from tiny_ouro import SIZES, assert_close, tiny
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def decoding_attends(device: str, dtype: torch.dtype, dim: int, relative: float, parts: tuple[int, ...]) -> None:
+    """Attention's kernel gives what `attend_to_cache` gives, and leaves the same cache, in one part or several."""
+    torch.manual_seed(0)
+    batch, heads, capacity = 3, 2, 128
+    new = {"device": device, "dtype": dtype}
+    qkv, angle = torch.randn(batch, 3 * heads * dim, **new), torch.randn(batch, 1, dim, **new)
+    position = torch.tensor([0, 67, 127], device=device)
+    slots = torch.randn(2, 2, batch, heads, capacity, dim, **new)
+    for splits in parts:
+        plain, fast = slots.clone(), slots.clone()
+        expected, _ = kernels.attend_to_cache(qkv, angle.cos(), angle.sin(), *plain[1], position)
+        y, weight = kernels.attend_by_kernel(qkv, angle.cos(), angle.sin(), *fast[1], position, splits)
+        assert (weight is None) == (splits == 1)
+        y = y if weight is None else (y * weight.softmax(-1)[..., None]).sum(2, keepdim=True)
+        assert_close(y.to(dtype), expected, relative)
+        assert_close(fast, plain, relative)
+        assert torch.equal(fast[0], slots[0])
+
+
+def rows_multiply(device: str, dtype: torch.dtype, relative: float, shapes: dict[tuple[int, int], list[str]]) -> None:
+    """The products of one row, for matrices (size, width) that do not fill their blocks, with the norms named."""
+    torch.manual_seed(0)
+    new = {"device": device, "dtype": dtype}
+    for (size, width), forms in shapes.items():
+        matrix, x, y = torch.randn(size, width, **new), torch.randn(1, width, **new), torch.randn(1, width, **new)
+        before, after, last = (torch.rand(width, **new) + 0.5 for _ in range(3))
+        for has in map(str.split, forms):
+            state = x + kernels.rms_norm(y, after, 1e-6) if "y" in has else x
+            state = kernels.rms_norm(state, last, 1e-6) if "last" in has else state
+            row = kernels.rms_norm(state, before, 1e-6) if "before" in has else state
+            options = {"before": before, "last": last, "y": y}
+            options = {name: value if name in has else None for name, value in options.items()}
+            ours, out = kernels.multiply(x, matrix, 1e-6, after=after if "y" in has else None, **options)
+            assert_close(ours, state, relative)
+            assert_close(out.double(), row.double() @ matrix.double().t(), relative)
+        gates = torch.randn(1, 2 * width, **new)
+        inner = F.silu(gates[:, :width]) * gates[:, width:]
+        assert_close(kernels.multiply_gated(gates, matrix).double(), inner.double() @ matrix.double().t(), relative)
+
+
+EVERY_FORM = ["", "before", "y before", "y last before", "y last"]
+EVERY_SHAPE = {(37, 24): EVERY_FORM, (4099, 40): ["", "y last before"], (64, 128): EVERY_FORM}  # 4096: other blocks
+
+
+@torch.no_grad()
+def one_row_decodes(device: str) -> None:
+    """A step of one row by kernels gives the logits and the cache, and so the tokens, of the step of several."""
+    model = tiny(SIZES[0] | {"total_ut_steps": 2}).float().to(device)
+    decoder = Decoder(model)
+    decoder.copy_weights()
+    decoder.cuda = False  # captures nothing
+    decoder.prepare(2, 1, 64)
+    decoder.read([[5, 9, 7]], [0], [0])
+    slots = decoder.slots.clone()
+    cos, sin = (t[0] for t in model.model.rotations(decoder.position[None], torch.float32))
+    x = F.embedding(decoder.token, model.model.embed_tokens.weight)
+    expected, cache = decoder.rows_together(x, cos, sin), decoder.slots.clone()
+    decoder.slots.copy_(slots)
+    assert_close(decoder.one_row(x, cos, sin), expected, 1e-4)
+    assert_close(decoder.slots, cache, 1e-4)
+
+
+def rows_scale_to_fp8(device: str, widths: tuple[int, ...], differing: float) -> None:
+    """differing: share of the numbers that may be rounded to the other side."""
+    for width, count in itertools.product(widths, (2, 3)):
+        torch.manual_seed(0)
+        parts = [torch.randn(5, width, device=device) * torch.rand(5, 1, device=device) for _ in range(count)]
+        parts[1] = torch.randn(5, width + 3, device=device)[:, :width]  # columns of a wider matrix
+        parts = [part.bfloat16() for part in parts]
+        parts[0][3] = parts[-1][3] = 0
+        (got, scales), (expected, expected_scales) = by_row_in_one_kernel(parts), by_row(torch.cat(parts, 1))
+        assert torch.equal(scales, expected_scales) and got.shape == expected.shape
+        assert (got.float() != expected.float()).float().mean() <= differing
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs triton")
+@pytest.mark.parametrize("amount", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_kernels_are_right_in_tritons_interpreter(amount):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__, amount], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@gpu
+def test_kernels_are_right_on_this_gpu():
+    for dtype, dim, one, other in ((torch.float32, 64, 1e-5, 1e-5), (torch.bfloat16, 128, 1e-2, 2e-2)):
+        decoding_attends("cuda", dtype, dim, one, (1, 3, 16))
+        rows_multiply("cuda", dtype, other, EVERY_SHAPE)
+    rows_scale_to_fp8("cuda", (24, 2048, 5632), 1e-4)
+    one_row_decodes("cuda")
+
+
+def interpret(amount: str) -> None:
+    from triton.runtime import interpreter
+
+    usual = interpreter._patch_lang_tensor
+
+    def patch(tensor, *scope):  # triton 3.6 gives the scope of its patches, too
+        usual(tensor, *scope)
+        # NumPy 2.4 no longer converts an array of one number, which the interpreter relies on.
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+    generate.compiled = lambda function: function
+    # The interpreter's fp8 loses the carry where rounding reaches the next power of two.
+    rows_scale_to_fp8("cpu", (24, 40), 0.04)
+    one_row_decodes("cpu")
+    if amount == "few":
+        decoding_attends("cpu", torch.bfloat16, 16, 1e-2, (1, 3))
+        rows_multiply("cpu", torch.float32, 1e-6, {(37, 24): EVERY_FORM})
+    else:
+        for dtype, dim, one, other in ((torch.float32, 64, 1e-6, 1e-6), (torch.bfloat16, 128, 1e-2, 2e-2)):
+            decoding_attends("cpu", dtype, dim, one, (1, 3, 16))
+            rows_multiply("cpu", dtype, other, EVERY_SHAPE)
+
+
+if __name__ == "__main__":
+    interpret(sys.argv[1])
