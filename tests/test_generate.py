@@ -1,8 +1,5 @@
 """Generation: the tokens are those of a loop without a cache, whatever runs beside them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from ouro.files import UserError

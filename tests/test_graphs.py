@@ -98,26 +98,6 @@ def test_what_the_graphs_have_no_room_for_is_recomputed_without_them(replays, mo
     assert not replays
 
 
-def test_a_step_of_the_optimizer_reaches_the_graphs():
-    models = pair()
-    before, _ = loss_and_gradients(models[0])
-    for model in models:
-        moved(model)
-        refresh(model)
-    ids = tokens(2, 9)
-    assert_same(models, {"input_ids": ids, "labels": ids})
-    models[0].zero_grad()
-    assert abs(loss_and_gradients(models[0])[0] - before) > 1e-3
-
-
-def test_gradients_are_added_up_over_passes():
-    models = pair()
-    for model in models:
-        loss_and_gradients(model)
-    (_, grads), (_, expected) = (loss_and_gradients(model) for model in models)
-    assert_same_gradients(grads, expected, 1e-5)
-
-
 def test_the_model_does_not_know_of_graphs(tmp_path):
     model, plain = pair()[0], moved(adapted("nf4, double"))
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -188,8 +168,9 @@ def test_a_backward_pass_after_another_forward_pass_is_refused():
     second.backward()
 
 
-def test_steps_of_the_optimizer_reach_replayed_loops_and_gradients_are_added_up():
-    models = kept_pair()
+@pytest.mark.parametrize("made", [pair, kept_pair])
+def test_steps_of_the_optimizer_reach_the_graphs_and_gradients_are_added_up(made):
+    models = made()
     for _ in range(2):
         for model in models:
             loss_and_gradients(model)

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
 objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
+slow = pytest.mark.slow
 
 
 @functools.cache
@@ -249,10 +250,12 @@ def test_autocast_trains_close_to_full_precision(objective):
 
 # One translation serves all layers and loops as long as the first layer's input needs a gradient like all others do.
 # With LoRA on frozen embeddings it does only after enable_input_require_grads (PEFT calls that for checkpointing).
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("lora", "frames"), [(None, 1), ("inputs need gradients", 1), ("frozen", 2)])
-def test_compiler_translates_one_layer_for_all_layers_and_loops(backend, checkpointing, lora, frames):
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=slow), True])
+@pytest.mark.parametrize(
+    ("lora", "frames"),
+    [pytest.param(None, 1, marks=slow), ("inputs need gradients", 1), pytest.param("frozen", 2, marks=slow)],
+)
+def test_compiler_translates_one_layer_for_all_layers_and_loops(checkpointing, lora, frames):
     torch._dynamo.reset()
     ids = tokens(2, 9)
     model = decoder = tiny(SIZES[1], total_ut_steps=3).train()
@@ -269,7 +272,7 @@ def test_compiler_translates_one_layer_for_all_layers_and_loops(backend, checkpo
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     grads = gradients(model)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     for layer in decoder.model.layers:
         layer.compile(backend=counter)
     compiled = model(input_ids=ids, labels=ids).loss
@@ -279,7 +282,10 @@ def test_compiler_translates_one_layer_for_all_layers_and_loops(backend, checkpo
     assert_same_gradients(gradients(model), grads, 1e-10)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+COMPILED = [name if name == "packed, padded, mask" else pytest.param(name, marks=slow) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", COMPILED)
 def test_compiled_layers_give_the_same_in_every_layout(layout):
     groups, batch = LAYOUTS[layout]
     counters = []
