@@ -13,13 +13,14 @@ What is there already is not computed again, unless something that its numbers d
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ouro.data.sources import read_file
 from ouro.evaluate import benchmarks, judge, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
+from ouro.evaluate.models import ModelUnderTest, Weights, find_models, fingerprint
 from ouro.evaluate.results import (
     FORMAT,
     METRIC,
@@ -32,40 +33,132 @@ from ouro.evaluate.results import (
     save,
     spare_the_fuller,
 )
-from ouro.evaluate.subjects import Model, Subject, find_subjects, fingerprint
-from ouro.evaluate.tasks import (
-    Outcome,
-    chat_with,
-    load_task,
-    score_choices,
-    score_replies,
-    score_texts,
-)
+from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
 from ouro.files import UserError, call, file_sha256
 from ouro.model.cost import forward_flops
 from ouro.model.loading import read_config
-from ouro.settings import Resolved, resolve
+from ouro.settings import Resolved, Settings, resolve
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def find_depths(asked: list[int] | None, model: Model) -> list[int]:
+@dataclass
+class Job:
+    """A task on which a model under test has no current result at some depths."""
+
+    model: ModelUnderTest
+    task: Task
+    study: dict  # what the study block says of the model
+    keys: dict[int, str]  # by depth: what the result's numbers depend on
+
+
+def evaluate(run: Resolved) -> None:
+    """Scores what the command asks for, and prints the tables.
+
+    Raises:
+        UserError: a mistake in the command, the configuration or the data.
+    """
+    specs = asked_tasks(run)
+    asked = parse_depths(run.options.ut_steps)
+    weights, settings, models = find_models(run)
+    depths = find_depths(asked, weights)
+    tasks = load_tasks(run, specs, weights)
+    jobs = find_jobs(run, weights, models, tasks, depths)
+    if jobs:
+        score_jobs(run, jobs, weights, settings, models)
+    print_results(Path(run.settings.results_dir), models, tasks, depths)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is asked
+
+
+def asked_tasks(run: Resolved) -> dict[str, dict]:
+    """The rows of evals.yaml that --tasks names."""
+    if run.options.limit is not None and run.options.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {run.options.limit}")
+    specs = benchmarks.table()["tasks"]
+    return {name: specs[name] for name in benchmarks.task_names(run.settings.tasks, specs)}
+
+
+def parse_depths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    depths = sorted({int(part) for part in text.split(",") if part.strip().isdigit()})
+    if not depths or depths[0] < 1 or len(depths) != len(text.split(",")):
+        raise UserError(f"--ut_steps must be different loop counts like 1,2,3,4, got {text!r}")
+    return depths
+
+
+def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
     """The depths to score.
 
     Raises:
         UserError: they are not of this model: one that does not loop has one, and so has a served one.
     """
-    if model.looped:
+    if weights.looped:
         return asked or [1, 2, 3, 4]
-    if model.endpoint and (asked is None or len(asked) > 1):
+    if weights.endpoint and (asked is None or len(asked) > 1):
         raise UserError(
-            f"{model.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "
+            f"{weights.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "
             "(--ut_steps 1 for a model that does not loop)"
         )
-    if not model.endpoint and asked not in (None, [1]):
-        raise UserError(f"{model.path} does not loop, so it has one depth: leave --ut_steps out")
+    if not weights.endpoint and asked not in (None, [1]):
+        raise UserError(f"{weights.path} does not loop, so it has one depth: leave --ut_steps out")
     return asked or [1]
+
+
+def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[Task]:
+    """The tasks with their items.
+
+    Raises:
+        UserError: a served model cannot be asked for them, or the items cannot be read.
+    """
+    silent = [name for name, spec in specs.items() if spec["protocol"] not in REPLIES]
+    if weights.endpoint and silent:
+        raise UserError(
+            f"a served model gives no log-probabilities; {', '.join(silent)} needs them: --tasks openthaieval"
+        )
+    subsets = benchmarks.subset_names(run.options.subsets, list(specs.values()))
+    return [load_task(name, run.settings, run.options.limit, subsets) for name in specs]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is stale
+
+
+def find_jobs(
+    run: Resolved, weights: Weights, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]
+) -> list[Job]:
+    """What is to be scored: whatever has no current result.
+
+    Raises:
+        UserError: results of all items would be replaced by those of some.
+    """
+    options, s, results = run.options, run.settings, Path(run.settings.results_dir)
+    if not weights.endpoint:  # main is looked up once: what is loaded later is of this commit
+        weights.revision = read_config(weights.path, weights.revision)._commit_hash or weights.revision
+    base = {"model": weights.path, "model_revision": weights.revision, "precision": weights.precision}
+    known = base | {"weights": fingerprint(weights.path, weights.revision), "double_quant": weights.double_quant,
+                    "normalise_thai": s.normalise_thai, "system_prompt": s.system_prompt}  # fmt: skip
+    jobs = []
+    for model in models:
+        study = model.study() | base
+        config = model.adapter and file_sha256(model.adapter / "adapter_config.json")
+        known |= {"adapter": study["adapter_sha256"], "adapter_config": config}
+        done = len(jobs) + len(tasks)
+        for task in tasks:
+            files = {depth: result_file(results, model.run, task.name, depth) for depth in depths}
+            keys = {depth: key_of(task, known, depth, run) for depth in depths}
+            stale = {d: key for d, key in keys.items() if not is_current(files[d], task, key, options.judge)}
+            if stale and (options.limit or options.subsets):
+                spare_the_fuller([files[depth] for depth in stale], task)
+            if stale:
+                jobs.append(Job(model, task, study, stale))
+        if done > len(jobs):
+            print(f"{model.run}: {done - len(jobs)} of {len(tasks)} tasks are complete already")
+    return jobs
 
 
 def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
@@ -79,179 +172,145 @@ def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
     return study.get("key") == key
 
 
-def find_grader(wanted: list[tuple[Task, list[int], dict]], choice: str, max_new_tokens: int) -> Server | None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass
+class Loaded:
+    """What answers: the weights in memory and their tokenizer, or neither where a server has them; and the judge."""
+
+    weights: Weights
+    network: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    grader: Server | None
+
+
+def score_jobs(
+    run: Resolved, jobs: list[Job], weights: Weights, settings: Settings, models: list[ModelUnderTest]
+) -> None:
+    """Loads the weights and scores one model after the other; what is scored is on the disk before the next task."""
+    results, started = Path(run.settings.results_dir), time.monotonic()
+    check_writable(results)
+    loaded = Loaded(weights, None, None, find_grader(jobs, run))
+    if not weights.endpoint:
+        loaded.tokenizer, loaded.network = weights.tokenizer(), weights.load(settings)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    for number, model in enumerate(models, 1):
+        own = [job for job in jobs if job.model is model]
+        if not own:
+            continue
+        with weights.attach(loaded.network, model.adapter):
+            for job in own:
+                begin = time.monotonic()
+                tokens = score_job(job, run, loaded)
+                seconds = time.monotonic() - begin
+                facts = {"tokens": tokens, "model": asdict(weights), "seed": run.settings.seed, "gpu": gpu}
+                note(results, model.run, job.task, seconds, facts)
+                where = f"model {number} of {len(models)}, {time.monotonic() - started:.0f} s so far"
+                done = f"{job.task.name}, {len(job.task.items)} items in {seconds:.1f} s"
+                print(f"{model.run}: {done} ({where})", flush=True)
+
+
+def find_grader(jobs: list[Job], run: Resolved) -> Server | None:
     """The judge, after telling what it will cost and one call that shows that it is there; None if nothing is to be
     rated. Errors as judge.py's."""
-    spoken = [(task, stale) for task, stale, _ in wanted if task.spec["protocol"] == "mt_bench"]
-    if not spoken:
+    rated = [job for job in jobs if job.task.spec["protocol"] == "mt_bench"]
+    if not rated:
         return None
-    grader = find_judge(choice)
-    judge.announce(spoken[0][0].items, grader, sum(len(stale) for _, stale in spoken), max_new_tokens)
+    grader = find_judge(run.options.judge)
+    results = sum(len(job.keys) for job in rated)
+    judge.announce(rated[0].task.items, grader, results, run.settings.max_new_tokens)
     if grader:
         grader.check()
     return grader
 
 
-def evaluate(run: Resolved) -> None:
-    """Scores what the command asks for, and prints the tables.
-
-    Raises:
-        UserError: a mistake in the command, the configuration or the data.
-    """
-    options, s = run.options, run.settings
-    asked = None if options.ut_steps is None else parse_depths(options.ut_steps)
-    table = benchmarks.table()
-    names = benchmarks.task_names(s.tasks, table["tasks"])
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit must be at least 1, got {options.limit}")
-    model, base_settings, subjects = find_subjects(run)
-    depths = find_depths(asked, model)
-    spoken = {name for name in names if table["tasks"][name]["protocol"] in REPLIES}
-    if model.endpoint and (silent := [name for name in names if name not in spoken]):
-        raise UserError(
-            f"a served model gives no log-probabilities; {', '.join(silent)} needs them: --tasks openthaieval"
-        )
-    subsets = benchmarks.subset_names(options.subsets, [table["tasks"][name] for name in names])
-    tasks = [load_task(name, s, options.limit, subsets) for name in names]
-    results = Path(s.results_dir)
-    if not model.endpoint:  # main is read once: what is loaded below is of this commit
-        model.revision = read_config(model.path, model.revision)._commit_hash or model.revision
-    base = {"model": model.path, "model_revision": model.revision, "precision": model.precision}
-    identity = base | {"weights": fingerprint(model.path, model.revision), "double_quant": model.double_quant,
-                       "normalise_thai": s.normalise_thai, "system_prompt": s.system_prompt}  # fmt: skip
-    plan = []
-    for subject in subjects:
-        study = subject.study() | base
-        adapter = subject.adapter and file_sha256(subject.adapter / "adapter_config.json")
-        known = identity | {"adapter": study["adapter_sha256"], "adapter_config": adapter}
-        wanted = []
-        for task in tasks:
-            keys = {d: key_of(task, known, d, run) for d in depths}
-            files = {d: result_file(results, subject.run, task.name, d) for d in depths}
-            stale = [d for d in depths if not is_current(files[d], task, keys[d], options.judge)]
-            if stale:
-                if options.limit or options.subsets:
-                    spare_the_fuller([files[d] for d in stale], task)
-                wanted.append((task, stale, keys))
-        plan.append((subject, study, wanted))
-        done = len(tasks) - len(wanted)
-        if done:
-            print(f"{subject.run}: {done} of {len(tasks)} tasks are complete already")
-    everything = [part for _, _, wanted in plan for part in wanted]
-    if everything:
-        check_writable(results)
-    grader = find_grader(everything, options.judge, s.max_new_tokens)
-    tokenizer = model.tokenizer() if everything and not model.endpoint else None
-    loaded, started = None, time.monotonic()
-    for number, (subject, study, wanted) in enumerate(plan):
-        if not wanted:
-            continue
-        if loaded is None and not model.endpoint:
-            loaded = model.load(base_settings)
-        with model.attach(loaded, subject.adapter):
-            for task, stale, keys in wanted:
-                begin = time.monotonic()
-                tokens = score_task(task, stale, keys, subject, loaded, tokenizer, model, study, run, grader)
-                seconds = time.monotonic() - begin
-                gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-                facts = {"tokens": tokens, "model": asdict(model), "seed": s.seed, "gpu": gpu}
-                note(results, subject.run, task, seconds, facts)
-                where = f"model {number + 1} of {len(subjects)}, {time.monotonic() - started:.0f} s so far"
-                print(f"{subject.run}: {task.name}, {len(task.items)} items in {seconds:.1f} s ({where})", flush=True)
-    print_results(results, subjects, tasks, depths)
+def score_job(job: Job, run: Resolved, loaded: Loaded) -> int:
+    """Saves the results of a task at the job's depths; the number of tokens that were read."""
+    depths, tokens = list(job.keys), 0
+    if job.task.spec["protocol"] in REPLIES:  # one depth is saved before the next is asked
+        outcomes = (reply(job, depth, run, loaded) for depth in depths)
+    else:
+        function = score_texts if job.task.spec["protocol"] == "text" else score_choices
+        title, budget = f"{job.model.run}, {job.task.name}", run.settings.eval_batch_tokens
+        outcomes = function(loaded.network, loaded.tokenizer, job.task, depths, budget, title)
+    for depth, outcome in zip(depths, outcomes, strict=True):
+        study = study_block(job, depth, run, loaded.network) | outcome.numbers
+        file = result_file(Path(run.settings.results_dir), job.model.run, job.task.name, depth)
+        save(file, content(job.task, study, loaded.weights.looped), outcome.lines)
+        tokens = outcome.tokens
+    return tokens
 
 
-def print_results(results: Path, subjects: list[Subject], tasks: list[Task], depths: list[int]) -> None:
-    for subject in subjects:
-        if subject.folder:
-            tables.print_training(subject)
+def study_block(job: Job, depth: int, run: Resolved, network: PreTrainedModel | None) -> dict:
+    """What a result says of itself, but for its numbers."""
+    task, protocol = job.task, job.task.spec["protocol"]
+    return {
+        "format": FORMAT,
+        **job.study,
+        "total_ut_steps": depth,
+        "task": task.name,
+        "benchmark": task.spec["benchmark"],
+        "protocol": task.spec.get("name", protocol),
+        "aspect": task.spec["aspect"],
+        "primary": task.spec.get("primary", False),
+        "metric": METRIC[protocol],
+        "higher_is_better": protocol != "text",
+        "benchmark_revision": task.benchmark["revision"],
+        "split": task.benchmark.get("split"),
+        "limit": run.options.limit,
+        "skipped": task.skipped,
+        "replies_seed": run.settings.seed if protocol in REPLIES else None,  # `seed` is the training's
+        "prompt_sha256": task.sha256,
+        "key": job.keys[depth],
+        "exit_distribution": None,
+        "state_distance": [],
+        "inference_flops_per_token": network and forward_flops(network, depth),
+        "thai_share": None,
+        "judge": None,
+    }
+
+
+def reply(job: Job, depth: int, run: Resolved, loaded: Loaded) -> Outcome:
+    """A task of replies at one depth. What was replied, and rated, before a process died is not asked for again."""
+    s, task, key = run.settings, job.task, job.keys[depth]
+    title = f"{job.model.run} at {depth} loops, {task.name}"
+    length = task.spec.get("max_new_tokens", s.max_new_tokens)
+    if endpoint := loaded.weights.endpoint:
+        chat = find_endpoint(endpoint, length, s.temperature, s.seed, s.system_prompt)
+    else:
+        chat = chat_with(loaded.network, loaded.tokenizer, depth, s, length)
+    file = result_file(Path(s.results_dir), job.model.run, task.name, depth)
+    cache = file.with_name(f".{file.stem}.cache.jsonl")
+    if task.spec["protocol"] == "generate":
+        return score_replies(task, chat, key, cache, title)
+    numbers, lines = judge.run_mt_bench(task.items, chat, loaded.grader, who=key, cache=cache, name=title)
+    rated = judge.result_key(key, loaded.grader and loaded.grader.model)
+    return Outcome(numbers | {"generation_key": key, "key": rated}, lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def print_results(results: Path, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]) -> None:
+    for model in models:
+        if model.folder:
+            tables.print_training(model)
     for task in tasks:
-        found = {(x.run, d): read_study(result_file(results, x.run, task.name, d)) for x in subjects for d in depths}
-        tables.print_task(task, subjects, found, depths)
+        found = {(m.run, d): read_study(result_file(results, m.run, task.name, d)) for m in models for d in depths}
+        tables.print_task(task, models, found, depths)
     if any(task.name in LANGUAGES for task in tasks):  # the other language may have been scored before
         rows = []
-        for subject, depth in ((subject, depth) for subject in subjects for depth in depths):
-            files = [results / subject.run / f"{name}-ut{depth}.items.jsonl" for name in LANGUAGES]
+        for run, depth in ((model.run, depth) for model in models for depth in depths):
+            files = [result_file(results, run, name, depth).with_suffix(".items.jsonl") for name in LANGUAGES]
             if all(file.exists() for file in files):
-                rows.append((subject.run, depth, *([line for _, line in read_file(file)] for file in files)))
+                rows.append((run, depth, *([line for _, line in read_file(file)] for file in files)))
         if rows:
             tables.print_gaps(rows)
-    for subject in subjects:
-        print(f"files: {results / subject.run}/" + (f" and {subject.folder}/" if subject.folder else ""))
-
-
-def score_task(
-    task: Task, depths: list[int], keys: dict, subject: Subject, loaded: PreTrainedModel | None, tokenizer,
-    model: Model, study: dict, run: Resolved, grader: Server | None,
-) -> int:  # fmt: skip
-    """Scores a task at some depths and saves each; the number of tokens that were read."""
-    s, protocol = run.settings, task.spec["protocol"]
-    scores, cut, longest = None, 0, None
-    if protocol in REPLIES:
-        outcomes = (
-            replied(task, depth, keys[depth], subject, loaded, tokenizer, model, run, grader) for depth in depths
-        )
-    else:
-        longest = None if model.looped else getattr(loaded.config, "max_position_embeddings", None)
-        function = score_texts if protocol == "text" else score_choices
-        outcomes, scores, cut = function(loaded, tokenizer, task, depths, s.eval_batch_tokens, longest, subject.run)
-    if cut:
-        print(f"  warning: {task.name}: {cut} prompts are longer than {longest} tokens and lost their beginning")
-    for d, (depth, outcome) in enumerate(zip(depths, outcomes, strict=True)):
-        block = {
-            "format": FORMAT,
-            **study,
-            "total_ut_steps": depth,
-            "task": task.name,
-            "benchmark": task.spec["benchmark"],
-            "protocol": task.spec.get("name", protocol),
-            "aspect": task.spec["aspect"],
-            "primary": task.spec.get("primary", False),
-            "metric": METRIC[protocol],
-            "higher_is_better": protocol != "text",
-            "benchmark_revision": task.benchmark["revision"],
-            "split": task.benchmark.get("split"),
-            "limit": run.options.limit,
-            "skipped": task.skipped,
-            "replies_seed": s.seed if protocol in REPLIES else None,  # `seed` is the training's
-            "prompt_sha256": task.sha256,
-            "key": keys[depth],
-            "exit_distribution": scores and scores.exits and scores.exits[d],
-            "state_distance": scores.distances[: depth - 1] if scores else [],
-            "inference_flops_per_token": loaded and forward_flops(loaded, depth),
-            "thai_share": None,
-            "judge": None,
-            **outcome.numbers,
-        }
-        file = result_file(Path(s.results_dir), subject.run, task.name, depth)
-        save(file, content(task, block, model.looped), outcome.lines)
-    return scores.tokens if scores else 0
-
-
-def replied(
-    task: Task, depth: int, key: str, subject: Subject, loaded: PreTrainedModel | None, tokenizer, model: Model,
-    run: Resolved, grader: Server | None,
-) -> Outcome:  # fmt: skip
-    """A task of replies at one depth. What was replied, and rated, before a process died is not asked for again."""
-    s, who = run.settings, f"{subject.run} at {depth} loops, {task.name}"
-    length = task.spec.get("max_new_tokens", s.max_new_tokens)
-    if model.endpoint:
-        chat = find_endpoint(model.endpoint, length, s.temperature, s.seed, s.system_prompt)
-    else:
-        chat = chat_with(loaded, tokenizer, depth, s, length)
-    cache = result_file(Path(s.results_dir), subject.run, task.name, depth).with_suffix(".cache.jsonl")
-    cache = cache.with_name(f".{cache.name}")
-    if task.spec["protocol"] == "generate":
-        return score_replies(task, chat, key, cache, who)
-    numbers, lines = judge.run_mt_bench(task.items, chat, grader, who=key, cache=cache, name=who)
-    return Outcome(numbers | {"generation_key": key, "key": judge.result_key(key, grader and grader.model)}, lines)
-
-
-def parse_depths(text: str) -> list[int]:
-    depths = sorted({int(part) for part in text.split(",") if part.strip().isdigit()})
-    if not depths or depths[0] < 1 or len(depths) != len(text.split(",")):
-        raise UserError(f"--ut_steps must be different loop counts like 1,2,3,4, got {text!r}")
-    return depths
+    for model in models:
+        print(f"files: {results / model.run}/" + (f" and {model.folder}/" if model.folder else ""))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

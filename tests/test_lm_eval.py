@@ -94,8 +94,8 @@ def theirs(two_tasks, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(two_tasks):
     model, tokenizer = load_ouro(str(MODEL), dtype=torch.float32).eval(), load_tokenizer(str(MODEL))
-    (choices,), _, _ = tasks.score_choices(model, tokenizer, two_tasks[0], [DEPTH], 4096, None, "test")
-    (texts,), _, _ = tasks.score_texts(model, tokenizer, two_tasks[1], [DEPTH], 4096, None, "test")
+    (choices,) = tasks.score_choices(model, tokenizer, two_tasks[0], [DEPTH], 4096, "test")
+    (texts,) = tasks.score_texts(model, tokenizer, two_tasks[1], [DEPTH], 4096, "test")
     return choices, texts
 
 

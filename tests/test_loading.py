@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import evaluate
-from ouro.evaluate.subjects import find_subjects
+from ouro.evaluate.models import find_models
 from ouro.files import UserError
 from ouro.model import loading
 from ouro.model.loading import load_ouro
@@ -403,7 +403,7 @@ def test_a_result_says_beside_which_weights_an_fp8_run_was_read(run, on_a_gpu, c
     argv = ["--config", "tests/smoke.yaml", "--exp", EXP, "--output_dir", str(folder.parent)]
     asked = resolve("", argv, add_options=evaluate.options, several=True)
     on_a_gpu(capability)
-    model, base, (first, subject) = find_subjects(asked)
+    model, base, (first, subject) = find_models(asked)
     assert (model.precision, first.run, subject.study()["trained_precision"]) == (label, f"base-{label}", "fp8")
     assert base.frozen_weights == "fp8" and base.bf16 and not base.use_qlora
     assert (f"warning: {EXP} has frozen weights in fp8" in capsys.readouterr().out) == (label == "bf16")

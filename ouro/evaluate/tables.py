@@ -5,7 +5,7 @@ import math
 from ouro.data.sources import read_file
 from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import Task
-from ouro.evaluate.subjects import Subject
+from ouro.evaluate.models import ModelUnderTest
 
 BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
 Found = dict[tuple[str, int], dict]  # the study block of each run and depth
@@ -17,8 +17,8 @@ def shown(study: dict, value: float | None) -> str:
     return format(value, {"accuracy": ".1%", "rating": ".2f"}.get(study["metric"], ".4f"))
 
 
-def print_task(task: "Task", subjects: "list[Subject]", found: Found, depths: list[int]) -> None:
-    base = subjects[0] if subjects[0].kind == "base" else None
+def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: list[int]) -> None:
+    base = models[0] if models[0].kind == "base" else None
     some = next(iter(found.values()))
     exams = len(some["subsets"]) > 1
     what = f"\n{task.name} ({some['protocol']}): {some['items']} items"
@@ -27,13 +27,13 @@ def print_task(task: "Task", subjects: "list[Subject]", found: Found, depths: li
         what += f", chance {some['chance']:.1%}{chance}, always the commonest letter {some['majority']:.1%}{most}"
         what += "; in brackets: mean of exams" if exams else ""
     print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
-    width = max(len(subject.run) for subject in subjects)
+    width = max(len(model.run) for model in models)
     mean = f" {'of exams':>9}" if exams else ""
     print(f"  {'':<{width}} loops {'value':>9} {'95 % interval':>17}{mean} {'base':>9} {'gain':>9}  answers")
-    for subject in subjects:
+    for model in models:
         for depth in depths:
-            row = found[subject.run, depth]
-            other = found.get((base.run, depth)) if base and subject is not base else None
+            row = found[model.run, depth]
+            other = found.get((base.run, depth)) if base and model is not base else None
             ends = row["ci95"] if row["ci95"] and row["items"] > 1 else ()  # one item has no spread
             interval = " – ".join(shown(row, x) for x in ends) or "-"
             mean = f" {shown(row, row['macro']):>9}" if exams else ""
@@ -43,49 +43,49 @@ def print_task(task: "Task", subjects: "list[Subject]", found: Found, depths: li
                 compared, difference = shown(row, other["value"]), sign * (row["value"] - other["value"])
                 gain = f"{difference:+.1%}" if row["metric"] == "accuracy" else f"{difference:+.4f}"
             letters = " ".join(f"{letter}:{count}" for letter, count in (row["predicted"] or {}).items())
-            print(f"  {subject.run:<{width}} {depth:>5} {shown(row, row['value']):>9} {interval:>17}{mean} "
+            print(f"  {model.run:<{width}} {depth:>5} {shown(row, row['value']):>9} {interval:>17}{mean} "
                   f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
             for letter, count in (row["predicted"] or {}).items():
                 if count > BIASED * row["items"]:
                     print(f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge")
-        for score in subject.published:
+        for score in model.published:
             if score["benchmark"] == task.spec["benchmark"]:
                 of = {"macro": "mean of exams", "micro": "all items alike"}[score["mean"]]
-                print(f"  published for {subject.run}: {shown(row, score['value'])} ({of}; {score['protocol']}; "
+                print(f"  published for {model.run}: {shown(row, score['value'])} ({of}; {score['protocol']}; "
                       f"{score['source']})")  # fmt: skip
     if exams and some["chance"] is not None:
-        print_exams(subjects, found, depths)
-    print_matrix(task, subjects, found, depths)
+        print_exams(models, found, depths)
+    print_matrix(task, models, found, depths)
 
 
-def print_exams(subjects: "list[Subject]", found: Found, depths: list[int]) -> None:
-    for subject in subjects:
-        rows = {depth: found[subject.run, depth] for depth in depths}
+def print_exams(models: list[ModelUnderTest], found: Found, depths: list[int]) -> None:
+    for model in models:
+        rows = {depth: found[model.run, depth] for depth in depths}
         exams = rows[depths[0]]["subsets"]
         width = max(16, *(len(exam) for exam in exams))
         loops = "".join(f"{f'at {depth}':>9}" for depth in depths)
-        print(f"  {subject.run} by exam\n  {'':<{width}} items    chance commonest{loops}")
+        print(f"  {model.run} by exam\n  {'':<{width}} items    chance commonest{loops}")
         for exam, first in exams.items():
             values = "".join(f"{shown(row, row['subsets'][exam]['value']):>9}" for row in rows.values())
             print(f"  {exam:<{width}} {first['items']:>5} {first['chance']:>9.1%} {first['majority']:>9.1%}{values}")
 
 
-def print_matrix(task: "Task", subjects: "list[Subject]", found: Found, depths: list[int]) -> None:
+def print_matrix(task: Task, models: list[ModelUnderTest], found: Found, depths: list[int]) -> None:
     """Mean over seeds, by loops in training and in the test, where several depths were trained."""
-    trained: dict[tuple[str, int], list[Subject]] = {}
-    for subject in subjects:
-        if subject.trained:
-            trained.setdefault((subject.trained.dataset, subject.trained.total_ut_steps), []).append(subject)
+    trained: dict[tuple[str, int], list[ModelUnderTest]] = {}
+    for model in models:
+        if model.trained:
+            trained.setdefault((model.trained.dataset, model.trained.total_ut_steps), []).append(model)
     if len(trained) < 2:
         return
     print(f"  {task.name} by loops in training (rows) and in the test")
     print(f"  {'':<16}" + "".join(f"{depth:>9}" for depth in depths))
-    rows = [("base", [subjects[0]])] if subjects[0].kind == "base" else []
+    rows = [("base", [models[0]])] if models[0].kind == "base" else []
     rows += [(f"{dataset} {loops}", trained[dataset, loops]) for dataset, loops in sorted(trained)]
     for name, group in rows:
         cells = []
         for depth in depths:
-            studies = [found[subject.run, depth] for subject in group]
+            studies = [found[model.run, depth] for model in group]
             values = [study["value"] for study in studies]
             mean = None if None in values else math.fsum(values) / len(values)  # not of fewer seeds than elsewhere
             cells.append(shown(studies[0], mean))
@@ -111,14 +111,14 @@ def print_gaps(rows: list[tuple[str, int, list[dict], list[dict]]]) -> None:
                   f"{interval:>17}")  # fmt: skip
 
 
-def print_training(subject: "Subject") -> None:
-    log = [row for _, row in read_file(subject.folder / "metrics.jsonl")]
+def print_training(model: ModelUnderTest) -> None:
+    log = [row for _, row in read_file(model.folder / "metrics.jsonl")]
     tokens, before, seconds = log[-1]["num_tokens"], 0, 0.0
     for row in log:
         seconds += (row["num_tokens"] - before) / row["tokens_per_second"]
         before = row["num_tokens"]
     what = f"{log[-1]['step']} steps, {tokens:,} tokens"
-    print(f"\ntraining of {subject.run} at {subject.trained.total_ut_steps} loops, {what}")
+    print(f"\ntraining of {model.run} at {model.trained.total_ut_steps} loops, {what}")
     print(f"  loss            first {log[0]['loss']:.4f}   last {log[-1]['loss']:.4f}")
     print(f"  token accuracy  first {log[0]['mean_token_accuracy']:.3f}    last {log[-1]['mean_token_accuracy']:.3f}")
     print(f"  tokens/s        {tokens / seconds:,.0f}")

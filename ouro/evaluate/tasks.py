@@ -1,4 +1,8 @@
-"""A benchmark under a protocol -> prompts -> outcomes, of one model at any depths."""
+"""A benchmark under a protocol -> prompts -> outcomes, of one model at any depths.
+
+task = load_task("thai_exam", settings, limit=50, subsets=[])
+outcomes = score_choices(network, tokenizer, task, [1, 2, 3, 4], 8192, "shown with the progress")
+"""
 
 import math
 from collections.abc import Callable
@@ -9,7 +13,7 @@ from ouro.evaluate import benchmarks, judge
 from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
 from ouro.evaluate.replies import Cache, answer
-from ouro.evaluate.scoring import Scores, encode, score
+from ouro.evaluate.scoring import Scores, score, to_sequences
 from ouro.model.generate import Decoder, generate, pick
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Settings
@@ -42,47 +46,74 @@ def load_task(name: str, settings: Settings, limit: int | None, subsets: list[st
 
 @dataclass
 class Outcome:
-    """What a task gives at one depth: the numbers of the study block, and a line an item."""
+    """What a task gives at one depth: the numbers of the study block, a line an item, and how many tokens were read in
+    the pass that served all depths."""
 
     numbers: dict
     lines: list[dict]
+    tokens: int = 0
 
 
-def line_of(number: int, item: dict, prompt_sha256: str, rest: dict) -> dict:
-    question = item.get("question", item.get("text", ""))
-    line = {"doc_id": number, "doc": {"id": item["id"], "question": question[:200]}, "target": item.get("gold", ""),
-            "arguments": {}, "id": item["id"], "subset": item["subset"], "prompt_sha256": prompt_sha256}  # fmt: skip
-    return line | rest
+def item_lines(task: Task, found: list[dict]) -> list[dict]:
+    """The lines of items.jsonl: of each item what was asked, and what was found."""
+    asked = task.prompts or [item["text"] for item in task.items]
+    lines = []
+    for number, (item, prompts, rest) in enumerate(zip(task.items, asked, found, strict=True)):
+        doc = {"id": item["id"], "question": item.get("question", item.get("text"))[:200]}
+        lines.append({"doc_id": number, "doc": doc, "target": item.get("gold", ""), "arguments": {}, "id": item["id"],
+                      "subset": item["subset"], "prompt_sha256": digest(prompts), **rest})  # fmt: skip
+    return lines
+
+
+def choice_outcome(task: Task, predictions: list[str | None], found: list[dict], numbers: dict, tokens: int) -> Outcome:
+    """The outcome of a task whose items have one right answer."""
+    found = [
+        rest | {"prediction": prediction, "gold": item["gold"], "value": float(prediction == item["gold"])}
+        for item, prediction, rest in zip(task.items, predictions, found, strict=True)
+    ]
+    return Outcome(benchmarks.accuracy(task.items, predictions, task.spec) | numbers, item_lines(task, found), tokens)
+
+
+def loop_numbers(scores: Scores, place: int, depth: int) -> dict:
+    """What the study block says of the loops at a depth, the `place`-th of those that were scored."""
+    exits = scores.exits and scores.exits[place]
+    return {"exit_distribution": exits, "state_distance": scores.distances[: depth - 1]}
+
+
+def positions_of(network: PreTrainedModel) -> int | None:
+    """How many tokens a baseline can read at once; None: more than any prompt has."""
+    looped = isinstance(network, OuroForCausalLM)
+    return None if looped else getattr(network.config, "max_position_embeddings", None)
 
 
 def score_choices(
-    model: PreTrainedModel, tokenizer, task: Task, depths: list[int], budget: int, longest: int | None, who: str
-) -> tuple[list[Outcome], Scores, int]:
-    questions = [question for item in task.prompts for question in item]
-    sequences, cut = encode(tokenizer, questions, longest)
-    scores = score(model, sequences, depths, budget, f"{who}, {task.name}")
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, depths: list[int], budget: int, title: str
+) -> list[Outcome]:
+    """By depth: the options or letters with the highest log-probability. budget: tokens a forward pass."""
+    longest = positions_of(network)
+    questions = [question for prompts in task.prompts for question in prompts]
+    sequences, cut = to_sequences(tokenizer, questions, longest)
+    if cut:
+        print(f"  warning: {task.name}: {cut} prompts are longer than {longest} tokens and lost their beginning")
+    scores = score(network, sequences, depths, budget, title)
     outcomes = []
-    for values in scores.log_p.tolist():
-        at, lines, predictions = iter(values), [], []
-        for number, (item, prompts) in enumerate(zip(task.items, task.prompts, strict=True)):
-            raw = [[next(at) for _ in continuations] for _, continuations in prompts]
+    for place, depth in enumerate(depths):
+        values, predictions, found = iter(scores.log_p[place].tolist()), [], []
+        for item, prompts in zip(task.items, task.prompts, strict=True):
+            raw = [[next(values) for _ in continuations] for _, continuations in prompts]
             by_letter, prediction = benchmarks.choose(item, task.spec, raw)
             predictions.append(prediction)
-            lines.append(
-                line_of(number, item, digest(prompts), {
-                    "resps": raw, "filtered_resps": list(by_letter.values()), "scores": by_letter,
-                    "prediction": prediction, "gold": item["gold"], "value": float(prediction == item["gold"]),
-                })
-            )  # fmt: skip
-        outcomes.append(Outcome(benchmarks.accuracy(task.items, predictions, task.spec), lines))
-    return outcomes, scores, cut
+            found.append({"resps": raw, "filtered_resps": list(by_letter.values()), "scores": by_letter})
+        outcomes.append(choice_outcome(task, predictions, found, loop_numbers(scores, place, depth), scores.tokens))
+    return outcomes
 
 
 def score_texts(
-    model: PreTrainedModel, tokenizer, task: Task, depths: list[int], budget: int, longest: int | None, who: str
-) -> tuple[list[Outcome], Scores, int]:
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, depths: list[int], budget: int, title: str
+) -> list[Outcome]:
+    """By depth: the bits per character of texts, each token scored once. budget: tokens a forward pass."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    window = min(task.spec["window"], longest or math.inf)
+    window = min(task.spec["window"], positions_of(network) or math.inf)
     stride = min(task.spec["stride"], window // 2)
     sequences, owner, lossy = [], [], 0
     for number, item in enumerate(task.items):
@@ -92,24 +123,36 @@ def score_texts(
         sequences += pieces
         owner += [number] * len(pieces)
     if lossy:
-        print(
-            f"  warning: {who}'s tokenizer changes {lossy} of {len(task.items)} texts: its bits are not for all of them"
-        )
-    scores = score(model, sequences, depths, budget, f"{who}, {task.name}")
+        told = f"changes {lossy} of {len(task.items)} texts: its bits are not for all of them"
+        print(f"  warning: {title}: the tokenizer {told}")
+    scores = score(network, sequences, depths, budget, title)
     characters = [len(item["text"]) for item in task.items]
     outcomes = []
-    for values in scores.log_p:
+    for place, depth in enumerate(depths):
         bits = np.zeros(len(task.items))
-        np.add.at(bits, owner, -values / math.log(2))
-        lines = [
-            line_of(n, item, digest(item["text"]), {
-                "resps": [[float(-b * math.log(2))]], "filtered_resps": [float(-b * math.log(2))],
-                "bits": float(b), "characters": c, "value": float(b) / c,
-            })
-            for n, (item, b, c) in enumerate(zip(task.items, bits, characters, strict=True))
+        np.add.at(bits, owner, -scores.log_p[place] / math.log(2))
+        found = [
+            {"resps": [[-b * math.log(2)]], "filtered_resps": [-b * math.log(2)], "bits": b, "characters": c,
+             "value": b / c}
+            for b, c in zip(bits.tolist(), characters, strict=True)
         ]  # fmt: skip
-        outcomes.append(Outcome(benchmarks.bits_per_character(bits.tolist(), characters), lines))
-    return outcomes, scores, 0
+        numbers = benchmarks.bits_per_character(bits.tolist(), characters) | loop_numbers(scores, place, depth)
+        outcomes.append(Outcome(numbers, item_lines(task, found), scores.tokens))
+    return outcomes
+
+
+def score_replies(task: Task, chat: Chat, who: str, cache: Path, title: str) -> Outcome:
+    """The choices that the replies to prompts name; replies that `cache` holds already are not asked for again."""
+    conversations = [[{"role": "user", "content": prompts[0][0]}] for prompts in task.prompts]
+    with Cache(cache) as saved:
+        replies = answer(conversations, chat, saved, title, who)
+    predictions = [benchmarks.parse_choice(text) for text in replies]
+    found = [{"resps": [[text]], "filtered_resps": [choice]} for text, choice in zip(replies, predictions, strict=True)]
+    return choice_outcome(task, predictions, found, {}, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replies of a model in this process
 
 
 class Sample(LogitsProcessor):
@@ -126,7 +169,7 @@ class Sample(LogitsProcessor):
 
 
 def chat_with(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, depth: int, s: Settings, max_new_tokens: int
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, depth: int, s: Settings, max_new_tokens: int
 ) -> Chat:
     """The model at a depth as judge.py calls it: replies to conversations, without the token that ends them."""
 
@@ -135,44 +178,27 @@ def chat_with(
         return [int(digest([s.seed, prompt])[:15], 16) for prompt in prompts]
 
     def looped(prompts: list[list[int]], done: Callable[[int, list[int]], None]) -> None:
-        stop = set(model.generation_config.eos_token_id)
-        generate(model, prompts, depth=depth, max_new_tokens=max_new_tokens, stop=stop, temperature=s.temperature,
+        stop = set(network.generation_config.eos_token_id)
+        generate(network, prompts, depth=depth, max_new_tokens=max_new_tokens, stop=stop, temperature=s.temperature,
                  seed=seeds(prompts), on_end=done)  # fmt: skip
 
     def dense(prompts: list[list[int]], done: Callable[[int, list[int]], None]) -> None:
-        ends = model.generation_config.eos_token_id
+        ends = network.generation_config.eos_token_id
         stop = set(ends if isinstance(ends, list) else [ends])
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for at in range(0, len(order), DENSE_BATCH):
             chosen = order[at : at + DENSE_BATCH]
             width = max(len(prompts[i]) for i in chosen)
-            rows = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-            sample = [Sample(seeds([prompts[i] for i in chosen]), width, s.temperature, model.device)]
-            out = model.generate(
-                rows, attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=0,
-                do_sample=False, logits_processor=sample if s.temperature else [],
+            padding = [[0] * (width - len(prompts[i])) for i in chosen]  # on the left: replies begin at one place
+            rows = torch.tensor([pad + prompts[i] for pad, i in zip(padding, chosen, strict=True)])
+            mask = torch.tensor([pad + [1] * (width - len(pad)) for pad in padding])
+            sample = [Sample(seeds([prompts[i] for i in chosen]), width, s.temperature, network.device)]
+            out = network.generate(
+                rows.to(network.device), attention_mask=mask.to(network.device), max_new_tokens=max_new_tokens,
+                pad_token_id=0, do_sample=False, logits_processor=sample if s.temperature else [],
             )  # fmt: skip
             for i, ids in zip(chosen, out[:, width:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stop), len(ids))
                 done(i, ids[:end])  # what follows is padding
 
-    return local_chat(tokenizer, looped if isinstance(model, OuroForCausalLM) else dense, s.system_prompt)
-
-
-def score_replies(task: Task, chat: Chat, who: str, cache: Path, name: str) -> Outcome:
-    """The choices that the replies to prompts name; replies that `cache` holds already are not asked for again."""
-    conversations = [[{"role": "user", "content": question[0][0]}] for question in task.prompts]
-    with Cache(cache) as saved:
-        replies = answer(conversations, chat, saved, name, who)
-    predictions = [benchmarks.parse_choice(text) for text in replies]
-    lines = [
-        line_of(n, item, digest(prompt), {
-            "resps": [[text]], "filtered_resps": [choice], "prediction": choice, "gold": item["gold"],
-            "value": float(choice == item["gold"]),
-        })
-        for n, (item, prompt, text, choice) in enumerate(
-            zip(task.items, task.prompts, replies, predictions, strict=True)
-        )
-    ]  # fmt: skip
-    return Outcome(benchmarks.accuracy(task.items, predictions, task.spec), lines)
+    return local_chat(tokenizer, looped if isinstance(network, OuroForCausalLM) else dense, s.system_prompt)
