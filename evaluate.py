@@ -17,22 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ouro.data.sources import read_file
-from ouro.evaluate import benchmarks, judge, tables
+from ouro.evaluate import benchmarks, judge, results, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.models import ModelUnderTest, Weights, find_models, fingerprint
-from ouro.evaluate.results import (
-    FORMAT,
-    METRIC,
-    check_writable,
-    content,
-    key_of,
-    note,
-    read_study,
-    result_file,
-    save,
-    spare_the_fuller,
-)
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
 from ouro.files import UserError, call, file_sha256
 from ouro.model.cost import forward_flops
@@ -67,11 +55,7 @@ def evaluate(run: Resolved) -> None:
     jobs = find_jobs(run, weights, models, tasks, depths)
     if jobs:
         score_jobs(run, jobs, weights, settings, models)
-    print_results(Path(run.settings.results_dir), models, tasks, depths)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is asked
+    print_results(run, models, tasks, depths)
 
 
 def asked_tasks(run: Resolved) -> dict[str, dict]:
@@ -124,10 +108,6 @@ def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[
     return [load_task(name, run.settings, run.options.limit, subsets) for name in specs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is stale
-
-
 def find_jobs(
     run: Resolved, weights: Weights, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]
 ) -> list[Job]:
@@ -136,7 +116,7 @@ def find_jobs(
     Raises:
         UserError: results of all items would be replaced by those of some.
     """
-    options, s, results = run.options, run.settings, Path(run.settings.results_dir)
+    options, s = run.options, run.settings
     if not weights.endpoint:  # main is looked up once: what is loaded later is of this commit
         weights.revision = read_config(weights.path, weights.revision)._commit_hash or weights.revision
     base = {"model": weights.path, "model_revision": weights.revision, "precision": weights.precision}
@@ -149,11 +129,11 @@ def find_jobs(
         known |= {"adapter": study["adapter_sha256"], "adapter_config": config}
         done = len(jobs) + len(tasks)
         for task in tasks:
-            files = {depth: result_file(results, model.run, task.name, depth) for depth in depths}
-            keys = {depth: key_of(task, known, depth, run) for depth in depths}
+            files = {depth: file_of(run, model, task, depth) for depth in depths}
+            keys = {depth: results.key_of(task, known, depth, run) for depth in depths}
             stale = {d: key for d, key in keys.items() if not is_current(files[d], task, key, options.judge)}
             if stale and (options.limit or options.subsets):
-                spare_the_fuller([files[depth] for depth in stale], task)
+                results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
                 jobs.append(Job(model, task, study, stale))
         if done > len(jobs):
@@ -161,19 +141,19 @@ def find_jobs(
     return jobs
 
 
+def file_of(run: Resolved, model: ModelUnderTest, task: Task, depth: int) -> Path:
+    return results.result_file(Path(run.settings.results_dir), model.run, task.name, depth)
+
+
 def is_current(file: Path, task: Task, key: str, choice: str) -> bool:
     """Whether a result is there, with its items, and of these inputs, rated as --judge says. One that is rated is not
     replaced by one that is not."""
-    study = read_study(file) or {}
+    study = results.read_study(file) or {}
     if not file.with_suffix(".items.jsonl").exists():
         return False
     if task.spec["protocol"] == "mt_bench":
         return study.get("generation_key") == key and judge.is_rated(study, choice)
     return study.get("key") == key
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring
 
 
 @dataclass
@@ -190,8 +170,8 @@ def score_jobs(
     run: Resolved, jobs: list[Job], weights: Weights, settings: Settings, models: list[ModelUnderTest]
 ) -> None:
     """Loads the weights and scores one model after the other; what is scored is on the disk before the next task."""
-    results, started = Path(run.settings.results_dir), time.monotonic()
-    check_writable(results)
+    folder, started = Path(run.settings.results_dir), time.monotonic()
+    results.check_writable(folder)
     loaded = Loaded(weights, None, None, find_grader(jobs, run))
     if not weights.endpoint:
         loaded.tokenizer, loaded.network = weights.tokenizer(), weights.load(settings)
@@ -206,7 +186,7 @@ def score_jobs(
                 tokens = score_job(job, run, loaded)
                 seconds = time.monotonic() - begin
                 facts = {"tokens": tokens, "model": asdict(weights), "seed": run.settings.seed, "gpu": gpu}
-                note(results, model.run, job.task, seconds, facts)
+                results.note(folder, model.run, job.task, seconds, facts)
                 where = f"model {number} of {len(models)}, {time.monotonic() - started:.0f} s so far"
                 done = f"{job.task.name}, {len(job.task.items)} items in {seconds:.1f} s"
                 print(f"{model.run}: {done} ({where})", flush=True)
@@ -219,8 +199,8 @@ def find_grader(jobs: list[Job], run: Resolved) -> Server | None:
     if not rated:
         return None
     grader = find_judge(run.options.judge)
-    results = sum(len(job.keys) for job in rated)
-    judge.announce(rated[0].task.items, grader, results, run.settings.max_new_tokens)
+    number = sum(len(job.keys) for job in rated)
+    judge.announce(rated[0].task.items, grader, number, run.settings.max_new_tokens)
     if grader:
         grader.check()
     return grader
@@ -237,8 +217,8 @@ def score_job(job: Job, run: Resolved, loaded: Loaded) -> int:
         outcomes = function(loaded.network, loaded.tokenizer, job.task, depths, budget, title)
     for depth, outcome in zip(depths, outcomes, strict=True):
         study = study_block(job, depth, run, loaded.network) | outcome.numbers
-        file = result_file(Path(run.settings.results_dir), job.model.run, job.task.name, depth)
-        save(file, content(job.task, study, loaded.weights.looped), outcome.lines)
+        file = file_of(run, job.model, job.task, depth)
+        results.save(file, results.content(job.task, study, loaded.weights.looped), outcome.lines)
         tokens = outcome.tokens
     return tokens
 
@@ -247,7 +227,7 @@ def study_block(job: Job, depth: int, run: Resolved, network: PreTrainedModel | 
     """What a result says of itself, but for its numbers."""
     task, protocol = job.task, job.task.spec["protocol"]
     return {
-        "format": FORMAT,
+        "format": results.FORMAT,
         **job.study,
         "total_ut_steps": depth,
         "task": task.name,
@@ -255,7 +235,7 @@ def study_block(job: Job, depth: int, run: Resolved, network: PreTrainedModel | 
         "protocol": task.spec.get("name", protocol),
         "aspect": task.spec["aspect"],
         "primary": task.spec.get("primary", False),
-        "metric": METRIC[protocol],
+        "metric": results.METRIC[protocol],
         "higher_is_better": protocol != "text",
         "benchmark_revision": task.benchmark["revision"],
         "split": task.benchmark.get("split"),
@@ -281,7 +261,7 @@ def reply(job: Job, depth: int, run: Resolved, loaded: Loaded) -> Outcome:
         chat = find_endpoint(endpoint, length, s.temperature, s.seed, s.system_prompt)
     else:
         chat = chat_with(loaded.network, loaded.tokenizer, depth, s, length)
-    file = result_file(Path(s.results_dir), job.model.run, task.name, depth)
+    file = file_of(run, job.model, task, depth)
     cache = file.with_name(f".{file.stem}.cache.jsonl")
     if task.spec["protocol"] == "generate":
         return score_replies(task, chat, key, cache, title)
@@ -290,27 +270,23 @@ def reply(job: Job, depth: int, run: Resolved, loaded: Loaded) -> Outcome:
     return Outcome(numbers | {"generation_key": key, "key": rated}, lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is printed
-
-
-def print_results(results: Path, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]) -> None:
+def print_results(run: Resolved, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]) -> None:
     for model in models:
         if model.folder:
             tables.print_training(model)
     for task in tasks:
-        found = {(m.run, d): read_study(result_file(results, m.run, task.name, d)) for m in models for d in depths}
+        found = {(m.run, d): results.read_study(file_of(run, m, task, d)) for m in models for d in depths}
         tables.print_task(task, models, found, depths)
+    folder, rows = Path(run.settings.results_dir), []
     if any(task.name in LANGUAGES for task in tasks):  # the other language may have been scored before
-        rows = []
-        for run, depth in ((model.run, depth) for model in models for depth in depths):
-            files = [result_file(results, run, name, depth).with_suffix(".items.jsonl") for name in LANGUAGES]
-            if all(file.exists() for file in files):
-                rows.append((run, depth, *([line for _, line in read_file(file)] for file in files)))
-        if rows:
-            tables.print_gaps(rows)
+        for name, depth in ((model.run, depth) for model in models for depth in depths):
+            both = [results.result_file(folder, name, task, depth).with_suffix(".items.jsonl") for task in LANGUAGES]
+            if all(file.exists() for file in both):
+                rows.append((name, depth, *([line for _, line in read_file(file)] for file in both)))
+    if rows:
+        tables.print_gaps(rows)
     for model in models:
-        print(f"files: {results / model.run}/" + (f" and {model.folder}/" if model.folder else ""))
+        print(f"files: {folder / model.run}/" + (f" and {model.folder}/" if model.folder else ""))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -68,10 +68,6 @@ def test_other_numbers_of_items_than_expected_are_named():
     assert benchmarks.miscounted([{"category": "c"}], {"items": {"c": 2}}) == "c 1 items (2 expected)"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Items
-
-
 def test_options_keep_their_letters_and_no_item_is_dropped(items):
     rows = sum(len(read_jsonl(file)) for file in Path(SAMPLE).rglob("*_test.jsonl"))
     assert len(items) == rows == len({item["id"] for item in items})
@@ -261,10 +257,6 @@ def test_windows_score_each_token_once_after_enough_others(length):
         assert start >= 4 and ids == list(range(ids[0], ids[0] + len(ids)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts and predictions
-
-
 def test_each_option_stands_once_at_each_letter(items):
     for item in (items[0], next(item for item in items if len(item["options"]) == 2)):
         asked = item_prompts(item, TASKS["thai_exam"])
@@ -323,10 +315,6 @@ def test_a_text_score_is_a_character_s_mean_over_rotations():
     item = {"id": "x", "options": {"a": "ab", "c": "abcd"}}
     by_letter, best = choose(item, TASKS["thai_exam"], [[-2.0, -2.0], [-4.0, -6.0]])
     assert by_letter == {"a": -1.5, "c": -1.0} and best == "c"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers of a result
 
 
 def test_the_mean_over_exams_counts_the_onet_exams_as_two():

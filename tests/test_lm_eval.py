@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import PATIENCE
 
+pytestmark = pytest.mark.slow  # another environment; test_evaluate.py compares the same scores with brute force
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers/bin/python"
 MODEL = ROOT / "sample/ouro-tiny"
@@ -23,15 +24,15 @@ DEPTH = 2
 PROGRAM = """
 import json, sys, torch
 sys.path[:0] = sys.argv[1:2]
-from ouro import settings
-from ouro.model.loading import load_ouro
+from ouro.model.modeling_ouro import OuroForCausalLM
 from transformers import AutoTokenizer
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 root, place, model, depth = sys.argv[1:]
-loaded = load_ouro(model, total_ut_steps=int(depth), dtype=torch.float32).eval()
+loaded = OuroForCausalLM.from_pretrained(model, torch_dtype=torch.float32).eval()
+loaded.config.total_ut_steps = int(depth)
 lm = HFLM(pretrained=loaded, tokenizer=AutoTokenizer.from_pretrained(model), batch_size=8, max_length=4096)
 manager = TaskManager(include_path=place, include_defaults=False)
 names = ["letters", "text"]
@@ -82,9 +83,11 @@ def theirs(two_tasks, tmp_path_factory):
     for name, spec in specs.items():
         files = {"dataset_kwargs": {"data_files": {"test": str(place / f"{name}.jsonl")}}}
         (place / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | files | spec), encoding="utf-8")
+    load_ouro(str(MODEL), dtype=torch.float32).save_pretrained(place / "model")
+    load_tokenizer(str(MODEL)).save_pretrained(place / "model")
     environment = os.environ | {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
-        [peers(), "-c", PROGRAM, ROOT, place, MODEL, str(DEPTH)],
+        [peers(), "-c", PROGRAM, ROOT, place, place / "model", str(DEPTH)],
         capture_output=True, text=True, cwd=place, env=environment, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -120,13 +123,8 @@ def test_every_text_has_their_log_likelihood(ours, theirs, two_tasks):
 def test_their_tables_are_made_from_our_files(ours, two_tasks, tmp_path):
     peers()
     task = two_tasks[0]
-    study = {
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "limit": None,
-        "total_ut_steps": DEPTH,
-        "prompt_sha256": "0",
-    }
+    study = {"metric": "accuracy", "higher_is_better": True, "limit": None, "total_ut_steps": DEPTH,
+             "prompt_sha256": "0"}  # fmt: skip
     study |= {"task": task.name, "model": "sample/ouro-tiny", "model_revision": None, "precision": "fp32"}
     write = results.content(task, study | ours[0].numbers, True)
     (tmp_path / "result.json").write_text(json.dumps(write))

@@ -98,10 +98,6 @@ def task_names(text: str, tasks: dict) -> list[str]:
     return names
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Items
-
-
 def row_of(task: str, settings: Settings) -> dict:
     """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
     are read at that one; None for a local copy.
@@ -315,10 +311,6 @@ def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> l
     return pieces
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts and predictions
-
-
 def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[str, list[str]]]:
     """What is asked about an item: for each prompt, the continuations that stand for its letters, in their order.
 
@@ -378,10 +370,6 @@ def parse_choice(reply: str) -> str | None:
             break
     found = re.search(ANSWER, reply)
     return found and found[1]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers of a result
 
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:

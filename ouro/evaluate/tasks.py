@@ -151,10 +151,6 @@ def score_replies(task: Task, chat: Chat, who: str, cache: Path, title: str) -> 
     return choice_outcome(task, predictions, found, {}, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Replies of a model in this process
-
-
 class Sample(LogitsProcessor):
     """Leaves one token in each row, sampled as in generate.py: whatever else is in the batch."""
 
