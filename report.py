@@ -19,10 +19,10 @@ from pathlib import Path
 from ouro.files import UserError, call, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
-from ouro.verdict.page import TEXTS, basis, fill, missing_lines, verdict_lines
+from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
 from ouro.verdict.plots import draw, save
 from ouro.verdict.rule import verdicts
-from ouro.verdict.study import Reader, conversations, panels
+from ouro.verdict.study import TEXTS, Reader, conversations, panels
 from ouro.verdict.tables import tables
 
 

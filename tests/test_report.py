@@ -16,7 +16,7 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError
 from ouro.settings import LEARNING
-from ouro.verdict import plots, rule, stats, study, tables
+from ouro.verdict import plots, rule, study, tables
 
 import fabricate
 import numpy as np
@@ -119,7 +119,7 @@ def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
 
 def test_false_helps_and_hurts_are_rare_where_the_base_alone_is_worse_at_one_loop():
     rng, items, base = np.random.default_rng(0), 60, (3.3, 3.1, 3.0, 2.9)
-    weights, ids, called = stats.resample(items, 500), [str(i) for i in range(items)], []
+    ids, called = [str(i) for i in range(items)], []
     for _ in range(100):
         ease, characters = 0.4 * rng.normal(size=items), rng.integers(100, 900, items).astype(float)
 
@@ -130,7 +130,7 @@ def test_false_helps_and_hurts_are_rare_where_the_base_alone_is_worse_at_one_loo
 
         bases = [result(None, depth, None, base[depth - 1]) for depth in fabricate.DEPTHS]
         adapted = [result(d, d, seed, base[d - 1] - 0.5) for seed in range(3) for d in fabricate.DEPTHS]
-        called.append(rule.decide("thai_text", "wangchan", study.Panel(adapted + bases, weights)).label)
+        called.append(rule.decide("thai_text", "wangchan", study.Panel(adapted + bases)).label)
     assert called.count("helps") + called.count("hurts") <= 5
     assert called.count("no evidence") >= 90
 
@@ -485,7 +485,7 @@ def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_
         apart = np.hypot(*(level.estimate(level.base[k]).stderr for level in (thai, english)))
         assert base.stderr < 0.95 * apart  # paired
     _, panels = reread(tmp_path)
-    shown = tables.Table.titled("gap", tables.gap_rows(panels, [])).texts()
+    shown = tables.Table("gap", tables.gap_rows(panels, [])).texts()
     assert [row[:3] for row in shown[:5]] == [["base model", "–", d] for d in "1234"] + [["wangchan", "1", "1"]]
     assert len(shown) == 20 and all((row[-1] == "–") == (row[0] == "base model") for row in shown)
     assert {v.label for v in rule.verdicts(panels)} == {"no comparison"}  # it is a description

@@ -7,13 +7,10 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from ouro.files import read_yaml
 from ouro.verdict.rule import Verdict
 from ouro.verdict.study import ASPECTS, Panel, Reader
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
 
 
 def markdown(text: str) -> str:

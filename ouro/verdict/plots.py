@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ouro.files import write_atomic
 from ouro.verdict import stats
-from ouro.verdict.page import TEXTS
 from ouro.verdict.rule import Differences
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import ASPECTS, Panel, Run, depth_text
+from ouro.verdict.study import ASPECTS, TEXTS, Panel, Run, depth_text
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -25,35 +24,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 matplotlib.use("Agg")
-INK = "#1a1a1b"  # becomes currentColor in the page, so that it can be dark
+INK = "#1a1a1b"  # of report.mplstyle; becomes currentColor in the page, so that it can be dark
 GREY = "#8a8a8a"
 COLOURS = ["#4477aa", "#228833", "#b8860b", "#d1495b", "#aa3377", "#66ccee"]
 MARKERS = "os^Dv*"
 LETTERS = ["#4477aa", "#66ccee", "#228833", "#b8860b", "#d1495b", "#aa3377"]
 POINTS = 300, 12000  # of a learning curve, and of all at most
-STYLE = {
-    "figure.figsize": (6.8, 2.6),
-    "figure.constrained_layout.use": True,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a run may be called $x$
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
-    ),
-}
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
 
 
 def look(depth: int | None) -> dict:
@@ -116,7 +93,7 @@ def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
     for run in runs.values():
         if run.held_out and run.config.get("dataset") == dataset:
             held_out[len(run.held_out)].append(run.held_out)
-            before = max(before, run.base_held_out, key=len)
+            before = max(before, run.manifest.get("base_held_out_loss", []), key=len)
     figure, axes = grid_of(len(panels) + bool(held_out))
     for axis, panel in zip(axes, panels, strict=False):
         if panel.base:
@@ -291,7 +268,7 @@ def draw(runs: dict[str, Run], found: dict[tuple[str, str], Panel], dataset: str
 
 def save(name: str, figure: Figure, folder: Path) -> str:
     """Writes folder/name.png and .svg; returns the SVG for a page. No dates, ids by name: the same bytes each time."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # once is enough, and half of the time
         image, vector = io.BytesIO(), io.BytesIO()

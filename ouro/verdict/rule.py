@@ -5,7 +5,7 @@ from collections import Counter
 
 from ouro.verdict import stats
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import ASPECTS, BASE, SEEDS, Panel, depth_text
+from ouro.verdict.study import ASPECTS, BASE, SEEDS, TEXTS, Panel, depth_text
 
 import numpy as np
 
@@ -24,21 +24,6 @@ class Verdict:
     @property
     def text(self) -> str:
         return f"{self.headline}. {self.sentence}"
-
-
-HEADLINES = {
-    "helps": "looping helps adaptation",
-    "hurts": "looping hurts adaptation",
-    "mixed": "mixed: the gain depends on depth, the level after training does not follow it",
-    "no evidence": "no evidence at this power",
-    "no comparison": "not comparable yet",
-}
-ENGLISH = HEADLINES | {
-    "helps": "looping forgets less",
-    "hurts": "looping forgets more",
-    "mixed": "mixed: what is forgotten depends on depth, the level after training does not follow it",
-    "no evidence": "no evidence at this power that looping changes what is forgotten",
-}
 
 
 def p_text(p: float) -> str:
@@ -110,7 +95,7 @@ def decide(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
     that is worse at one loop and gains as much there moves the levels alone: no evidence about adaptation.
     """
     english = aspect == "english"
-    headlines = ENGLISH if english else HEADLINES
+    headlines = TEXTS["headlines"]["english" if english else "thai"]
     if panel is None or not panel.adapted:
         why = "No adapted model was scored on its benchmark." if panel is None else "Only the base model was scored."
         return Verdict(aspect, dataset, "no comparison", headlines["no comparison"], why, ["adapted models"])

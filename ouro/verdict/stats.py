@@ -7,6 +7,7 @@ items and seeds as crossed random effects, the item part from the bootstrap, the
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from scipy.stats import t as student
@@ -51,6 +52,7 @@ class Estimate:
         return (student.ppf(1 - ALPHA / tests / 2, self.df) + student.ppf(POWER, self.df)) * self.stderr
 
 
+@functools.cache
 def resample(items: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """(resamples, items): how often each item was drawn; the same in every call, so that reports repeat."""
     counts = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)

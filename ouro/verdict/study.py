@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError, read_yaml
@@ -34,19 +34,14 @@ METRICS = {  # metric: unit, factor, decimals, name of an axis
     "accuracy": ("points", 100, 1, "accuracy, %"),
     "rating": ("rating points", 1, 2, "rating, 1 to 10"),
 }
-ASPECTS = {
-    "thai_text": "Thai text",
-    "thai_exams": "Thai exams",
-    "thai_conversation": "Thai conversation",
-    "english": "English retention",
-}
+TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
+ASPECTS = TEXTS["aspects"]
 # Results that differ in one of these were not measured alike, or their adapters not trained alike: they are never
 # averaged and never subtracted. Trained depth and training set are what the study itself compares, or keeps apart.
 MEASURED_ALIKE = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split")
 MEASURED_ALIKE += ("limit", "prompt_sha256", "judge")
 SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
 TRAINED_ALIKE = ("data report", *(f"setting {name}" for name in SETTINGS_ALIKE), "rows per step")
-T = TypeVar("T")
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
 
 
@@ -60,12 +55,7 @@ class Run:
     data: dict
     log: dict[str, np.ndarray]
     held_out: list[float]  # the last held-out losses, by depth
-    base_held_out: list[float]  # the same before training
     completed: bool
-
-    @property
-    def experiment(self) -> str:
-        return self.name.rpartition("/")[2]
 
     @property
     def state(self) -> str:
@@ -156,7 +146,7 @@ class Reader:
     def folders(self, root: Path) -> list[tuple[str, Path]]:
         return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
-    def attempt(self, path: Path, read: Callable[[Path], T], otherwise: T) -> T:
+    def attempt(self, path: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
         """What `read` makes of a file; `otherwise` if there is none, or one that cannot be used, which is noted."""
         if not path.exists():
             return otherwise
@@ -199,17 +189,11 @@ class Reader:
         if not config.exists() and not metrics.exists():
             return None
         log, held_out = self.attempt(metrics, self.log, ({key: np.array([]) for key in LOGGED}, []))
-        manifest = self.attempt(folder / "manifest.json", read_object, {})
-        return Run(
-            name,
-            self.attempt(config, read_config, {}),
-            manifest,
-            self.attempt(folder / "data_report.json", read_object, {}),
-            log,
-            held_out,
-            manifest.get("base_held_out_loss", []),
-            (folder / "completed").exists(),
+        settings = self.attempt(config, read_config, {})
+        manifest, data = (
+            self.attempt(folder / f"{file}.json", read_object, {}) for file in ("manifest", "data_report")
         )
+        return Run(name, settings, manifest, data, log, held_out, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
         study = read_object(path)["study"]
@@ -292,7 +276,7 @@ class Panel:
 
     cells and sources (blocks "study") are by (trained depth, depth read), the base's trained depth is None."""
 
-    def __init__(self, results: list[Result], weights: np.ndarray):
+    def __init__(self, results: list[Result]):
         self.results, self.study, self.ids = results, results[0].study, results[0].ids
         self.items = len(self.ids)
         self.sign = 1 if self.study["higher_is_better"] else -1
@@ -301,21 +285,21 @@ class Panel:
         groups = defaultdict(list)
         for result in sorted(results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"])):
             groups[result.trained, result.study["total_ut_steps"]].append(result)
-        self.cells = {key: self.cell(group, weights) for key, group in groups.items()}
+        self.cells = {key: self.cell(group) for key, group in groups.items()}
         self.sources = {key: [result.study for result in group] for key, group in groups.items()}
         self.seeds = {key: [study["seed"] for study in sources] for key, sources in self.sources.items()}
         self.base = {depth: cell for (trained, depth), cell in self.cells.items() if trained is None}
         self.adapted = {key: cell for key, cell in self.cells.items() if key[0] is not None}
         self.trained = sorted({trained for trained, _ in self.adapted})
 
-    def cell(self, group: list[Result], weights: np.ndarray) -> Cell:
+    def cell(self, group: list[Result]) -> Cell:
         columns = []
         for result in group:
             place = {identity: i for i, identity in enumerate(result.ids)}
             order = [place[identity] for identity in self.ids]
             columns.append((result.numerators[order], result.denominators[order]))
-        above, below = (np.stack([column[i] for column in columns], 1) for i in (0, 1))
-        return stats.cell(weights, above, below)
+        above, below = (np.stack(column, 1) for column in zip(*columns, strict=True))
+        return stats.cell(stats.resample(self.items), above, below)
 
     def estimate(self, *cells: Cell) -> Estimate:
         return stats.estimate(list(cells), self.items)
@@ -391,7 +375,7 @@ def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[R
 def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
     """By (task, training set), in the verdict's order: what may be compared. The rest is added to what was left out."""
     set_signatures(reader)
-    found, weights = {}, {}
+    found = {}
     for task in dict.fromkeys(result.study["task"] for result in reader.results):
         adapted, bases = (
             [r for r in reader.results if (r.study["task"], r.study["kind"]) == (task, kind)]
@@ -400,11 +384,7 @@ def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
         for dataset in sorted({str(r.study.get("dataset")) for r in adapted}) or [BASE] * bool(bases):
             mine = once([r for r in adapted if str(r.study.get("dataset")) == dataset], reader.left_out)
             mine = largest_group(mine, reader.left_out)
-            ours = zero_line(bases, mine, reader.left_out)
-            items = len((mine or ours)[0].ids)
-            if items not in weights:
-                weights[items] = stats.resample(items)
-            found[task, dataset] = Panel(mine + ours, weights[items])
+            found[task, dataset] = Panel(mine + zero_line(bases, mine, reader.left_out))
     order = [*ASPECTS, "other"]
 
     def place(key: tuple[str, str]) -> tuple:
@@ -422,8 +402,7 @@ def gaps(found: dict[tuple[str, str], Panel], left_out: list) -> dict[str, tuple
         if english is None:
             continue
         if both := in_both(thai.results, english.results, left_out):
-            weights = stats.resample(len(both[0][0].ids))
-            made[dataset] = tuple(Panel(list(results), weights) for results in zip(*both, strict=True))
+            made[dataset] = tuple(Panel(list(results)) for results in zip(*both, strict=True))
     return made
 
 

@@ -1,14 +1,12 @@
 """The report's tables, from runs and results: rows of {column: cell}, for the report, as CSV and as LaTeX."""
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from ouro.verdict.page import TEXTS
 from ouro.verdict.rule import Differences
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import BASE, METRICS, Panel, Reader, Result, Run, depth_text, gaps, last
+from ouro.verdict.study import BASE, METRICS, TEXTS, Panel, Reader, Result, Run, depth_text, gaps, last
 
 import numpy as np
 import pandas as pd
@@ -18,24 +16,15 @@ Cell = str | tuple[float, str]  # text, or (number to sort by, text)
 Rows = Iterable[dict[str, Cell]]
 
 
-@dataclasses.dataclass
 class Table:
-    name: str
-    title: str
-    rows: Rows
-    note: str = ""
-    folded: bool = False
+    """Rows of one table; name, title, note and whether it is folded from texts.yaml, where `values` are filled in."""
 
-    @classmethod
-    def titled(cls, name: str, rows: Rows, **values: str) -> "Table":
-        """With the title and note of texts.yaml, in which `values` are filled in."""
-        texts = TEXTS["tables"][name]
-        title, note = (texts.get(key, "").format(**values) for key in ("title", "note"))
-        return cls(name, title, rows, note, texts.get("folded", False))
-
-    def __post_init__(self):
-        """Rows that are the same in all columns, as the base's are for every training set, stand once."""
-        self.rows = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in self.rows)]
+    def __init__(self, name: str, rows: Rows, **values: str):
+        texts = {"name": name, "note": "", "folded": False} | TEXTS["tables"][name]
+        self.name, self.title, self.note = (texts[key].format(**values) for key in ("name", "title", "note"))
+        self.folded = texts["folded"]
+        # Rows that are the same in all columns, as the base's are for every training set, stand once.
+        self.rows = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
 
     @property
     def columns(self) -> list[str]:
@@ -107,16 +96,13 @@ def run_rows(runs: Iterable[Run]) -> Rows:
         }
 
 
-def cost_rows(runs: Iterable[Run], found: dict[tuple[str, str], Panel]) -> Rows:
-    forward = {}  # by run, a result's block that says what a token costs at the depth that the run was trained at
-    for panel in found.values():
-        for (trained, depth), sources in panel.sources.items():
-            if trained == depth:
-                forward |= {study["run"]: study for study in sources if study.get("inference_flops_per_token")}
+def cost_rows(runs: Iterable[Run], results: Iterable[Result]) -> Rows:
+    own = [r.study for r in results if r.trained == r.study["total_ut_steps"]]  # read at the depth trained at
+    forward = {study["run"]: study for study in own if study.get("inference_flops_per_token")}
     experiments = defaultdict(list)
     for run in runs:
         if len(run.log["step"]):
-            experiments[run.experiment].append(run)
+            experiments[run.name.rpartition("/")[2]].append(run)
     for name, seeds in sorted(experiments.items()):
         final = np.array([last(run.log["loss"]) for run in seeds])
         spread = f" ± {final.std(ddof=1):.4f}" if len(seeds) > 1 else ""
@@ -192,8 +178,7 @@ def gain_matrices(found: dict[tuple[str, str], Panel]) -> Iterator[Table]:
             for k in panel.trained
         ]
         if panel.study.get("primary"):
-            table = Table.titled("matrix", rows, task=task, dataset=dataset, unit=panel.unit)
-            yield dataclasses.replace(table, name=f"matrix-{task}-{dataset}")
+            yield Table("matrix", rows, task=task, dataset=dataset, unit=panel.unit)
 
 
 def benchmark_rows(found: dict[tuple[str, str], Panel]) -> Rows:
@@ -288,12 +273,12 @@ def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
         "gap": gap_rows(found, reader.left_out),
         "baselines": baseline_rows(results),
         "runs": run_rows(runs),
-        "cost": cost_rows(runs, found),
+        "cost": cost_rows(runs, results),
         "data": data_rows(runs),
         "scores": score_rows(results),
     }
-    made = [Table.titled("gains", gain_rows(found)), *gain_matrices(found)]
-    made += [Table.titled(name, some) for name, some in rows.items()]
+    made = [Table("gains", gain_rows(found)), *gain_matrices(found)]
+    made += [Table(name, some) for name, some in rows.items()]
     left_out = [{"file": file, "why": why} for file, why in sorted(reader.left_out)]  # the gap's pairs are among them
-    made.append(Table.titled("left-out", left_out))
+    made.append(Table("left-out", left_out))
     return [table for table in made if table.rows]
