@@ -11,7 +11,6 @@ The same inputs give the same bytes. What could not be used is listed in the rep
 
 import argparse
 import dataclasses
-import gc
 import os
 import textwrap
 from pathlib import Path
@@ -36,7 +35,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    gc.disable()  # a fifth of the time goes to looking for garbage among millions of numbers that are read once
     run = resolve(__doc__, add_options=options)
     places = [Path(run.settings.output_dir), Path(run.settings.results_dir)]
     read = " and ".join(f"{place}{' (which is not there)' * (not place.is_dir())}" for place in places)

@@ -57,8 +57,6 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "model": "ByteDance/Ouro-2.6B",
         "model_revision": "c" * 40,
         "precision": "bf16",
-        "adapter_sha256": digest(run) if adapted else None,
-        "data_report_sha256": digest(dataset) if adapted else None,
         "task": task,
         "benchmark": task.partition("_")[0] if task.startswith("belebele") else task,
         "protocol": "ours",
@@ -70,11 +68,9 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "split": "test",
         "limit": None,
         "prompt_sha256": digest(task),
-        "key": digest(f"{run} {task} {depth}"),
         "items": len(values),
         "value": float(np.mean(values)),
         "ci95": [float(np.mean(values) - 0.02), float(np.mean(values) + 0.02)],
-        "stderr": 0.01,
         "chance": mean("chance", own),
         "majority": mean("majority", own),
         "macro": mean("value", list(subsets)),
@@ -105,15 +101,9 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
     for i, (value, subset) in enumerate(zip(values, subsets_of(study["task"], len(values)), strict=True)):
         count[subset] += 1
         item = {
-            "doc_id": i,
             "doc": {"question": f"ข้อที่ {i}"},
-            "target": "abcd"[i % 4],
-            "resps": [[reply]],
-            "filtered_resps": [reply],
-            "arguments": {},
             "id": f"{study['benchmark'] if subset == 'all' else subset}-{count[subset]}",
             "subset": subset,
-            "prompt_sha256": digest(str(i)),
             "value": float(value),
         }
         if study["metric"] == "bits_per_character":
@@ -138,7 +128,6 @@ def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines
     settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
     (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(settings).items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
-    record |= {"git_commit": "e" * 40, "git_dirty": False, "model": "ByteDance/Ouro-2.6B"}
     record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}
     (folder / "manifest.json").write_text(json.dumps(record))
     report = {"dataset": dataset, "split": "train", "data_revision": "sha256:0", "rows_in": 1000, "rows_kept": 990}
@@ -154,15 +143,11 @@ def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines
         {
             "step": int(s),
             "loss": round(float(x), 6),
-            "grad_norm": 0.5,
-            "learning_rate": 1e-4,
             "mean_token_accuracy": round(float(1 - x / 2), 4),
             "num_tokens": int(s) * 65536,
-            "padding": 0.02,
             "tokens_per_second": 30000.0 / depth,
             "memory_gib": 40.0,
             "model_flop_use": 0.41,
-            "epoch": float(s) / 1000,
         }
         for s, x in zip(step, loss, strict=True)
     ]

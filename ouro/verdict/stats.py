@@ -42,7 +42,6 @@ class Estimate:
     stderr: np.ndarray
     df: np.ndarray
     effect: np.ndarray
-    items: int
     seeds: int  # of the group that has fewest
 
     def detectable(self, tests: int = 1) -> np.ndarray:
@@ -102,7 +101,7 @@ def estimate(groups: list[Cell], items: int) -> Estimate:
     half = student.ppf(1 - ALPHA / 2, df) * stderr
     p = 2 * student.sf(np.abs(ratio), df)
     seeds = min(len(group.values) for group in groups)
-    return Estimate(value, value - half, value + half, p, stderr, df, effect, items, seeds)
+    return Estimate(value, value - half, value + half, p, stderr, df, effect, seeds)
 
 
 def holm(p: list[float]) -> list[float]:

@@ -201,6 +201,8 @@ class Reader:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
         for key in (*MEASURED_ALIKE, "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better"):
             study[key]  # a missing one is named by the KeyError
+        if study["metric"] not in METRICS or study["aspect"] not in ASPECTS:
+            raise ValueError(f"metric {study['metric']!r} or aspect {study['aspect']!r} is unknown")
         items_file = path.with_suffix(".items.jsonl")
         if study["metric"] == "rating":
             self.answers.append((study, items_file))
@@ -385,11 +387,10 @@ def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
             mine = once([r for r in adapted if str(r.study.get("dataset")) == dataset], reader.left_out)
             mine = largest_group(mine, reader.left_out)
             found[task, dataset] = Panel(mine + zero_line(bases, mine, reader.left_out))
-    order = [*ASPECTS, "other"]
 
     def place(key: tuple[str, str]) -> tuple:
-        aspect = found[key].study["aspect"]
-        return order.index(aspect if aspect in order else "other"), not found[key].study.get("primary"), *key
+        study = found[key].study
+        return list(ASPECTS).index(study["aspect"]), not study.get("primary"), *key
 
     return {key: found[key] for key in sorted(found, key=place)}
 
