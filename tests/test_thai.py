@@ -9,7 +9,7 @@ from pathlib import Path
 from ouro.data.cache import prepare
 from ouro.data.chats import END_OF_TURN
 from ouro.data.sources import strings
-from ouro.data.thai import WINDOW, Overlap, normalise, squash
+from ouro.data.thai import WINDOW, Overlap, is_thai, normalise, squash
 from ouro.evaluate.benchmarks import load_items
 from ouro.files import ROOT, read_yaml
 from ouro.settings import EVALS, Settings
@@ -266,3 +266,31 @@ def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherw
     trained = "".join(tokenizer.decode(ids) for document in kept for ids, _ in document)
     assert (TGAT[2]["question"] in trained) is not drop
     assert whole(IC[5])[:30] in trained
+
+
+# ------------------------------------------------------------------------------------------------ replies
+
+
+@pytest.mark.parametrize(
+    ("reply", "thai"),
+    [
+        ("น้ำแข็งลอยน้ำได้เพราะมีความหนาแน่นน้อยกว่า", True),
+        ("การสังเคราะห์ด้วยแสง (photosynthesis in green plants and algae) สร้างน้ำตาล", True),
+        ('คำว่า "the quick brown fox jumps over the lazy dog" เป็นประโยคที่มีตัวอักษรครบ', True),
+        ("ใช้ฟังก์ชันนี้\n```python\ndef a_long_name(text):\n    return text.split()\n```", True),
+        ("ใช้ฟังก์ชันนี้\n```python\ndef never_closed(text):\n    return text.split()", True),
+        (r"คำตอบคือ \(\frac{numerator}{denominator}\)", True),
+        ("Ice floats because it is less dense than water.", False),
+        ("The answer คือ forty two, which everybody knows", False),
+        ("น้ำแข็ง ice water density molecules hydrogen", False),
+        ("冰浮在水面上", False),
+        ('"All of it is in quotation marks"', False),
+        ("ไป (ไปเที่ยวไหนมา where have you been)", False),  # a bracket with Thai in it counts whole
+        ("", False),
+        ("  \n", False),
+        ("378", None),
+        ("```python\nprint(1)\n```", None),
+    ],
+)
+def test_a_reply_is_thai_by_its_letters_outside_code_and_quoted_english(reply, thai):
+    assert is_thai(reply) is thai
