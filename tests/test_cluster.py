@@ -20,7 +20,7 @@ from ouro.train import time_limit
 
 import pytest
 from conftest import PATIENCE
-from helpers import ROOT, metrics, read_jsonl, repeatable, write_jsonl
+from helpers import ROOT, metrics, repeatable, write_jsonl
 
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
 SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
@@ -51,18 +51,16 @@ class Cluster:
     def __init__(self, folder: Path, configuration: str):
         self.folder, self.output = folder, folder / "output/smoke"
         # All experiments of a dataset are then the same run, and so what each must end in.
-        self.environment = os.environ | {
-            "SLURM_CONF": configuration, "TOTAL_UT_STEPS": "1", "PATH": SLURM_PATH,
-            "CONFIG": "configs/smoke.yaml",
-        }  # fmt: skip
+        self.environment = os.environ | {"SLURM_CONF": configuration, "PATH": SLURM_PATH}
+        self.environment |= {"TOTAL_UT_STEPS": "1", "CONFIG": "configs/smoke.yaml"}
 
-    def run(self, *command: str, code: int = 0) -> str:
+    def run(self, *command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.environment)
-        assert done.returncode == code, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def make(self, *arguments: str, code: int = 0) -> str:
-        return self.run("make", *arguments, code=code)
+    def make(self, *arguments: str) -> str:
+        return self.run("make", *arguments)
 
     def wait(self, condition) -> None:
         end = time.monotonic() + PATIENCE
@@ -259,19 +257,22 @@ def refused(check, *argv: str) -> str:
     return str(error.value)
 
 
-def shows(monkeypatch, capsys, *argv: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["preflight.py", *argv])
-    with suppress(UserError):
-        preflight.main()
-    return capsys.readouterr().out
-
-
 def test_preflight_of_the_embedded_default_is_green(monkeypatch, capsys):
-    printed = shows(monkeypatch, capsys, "--config", "configs/smoke.yaml")
-    assert [line.split()[1] for line in printed.splitlines()] == [
-        "settings", *(check.__name__.removeprefix("check_") for check in preflight.CHECKS)
-    ]  # fmt: skip
-    assert "FAIL" not in printed
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--config", "configs/smoke.yaml"])
+    preflight.main()
+    printed = capsys.readouterr().out
+    names = [check.__name__.removeprefix("check_") for check in preflight.CHECKS]
+    assert [line.split()[1] for line in printed.splitlines()] == ["settings", *names] and "FAIL" not in printed
+
+
+def test_what_fails_is_marked_and_ends_preflight(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--exp", "exp1"])
+    with pytest.raises(UserError, match="preflight: settings: unknown experiment 'exp1'"):
+        preflight.main()
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--config", "configs/smoke.yaml", "--output_dir", "/proc/x"])
+    with pytest.raises(UserError, match=r"preflight: 1 of \d+ checks failed, the first: disk: output_dir = /proc/x"):
+        preflight.main()
+    assert len(re.findall("^FAIL  (settings|disk) ", capsys.readouterr().out, re.MULTILINE)) == 2
 
 
 @pytest.mark.slow
@@ -284,19 +285,6 @@ def test_preflight_ends_with_a_real_step(monkeypatch):
 def test_preflight_can_say_what_is_wrong_with_the_libraries():
     code = "import sys, ouro.cluster.preflight; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "imported before they are checked"
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (["--config", "/configs/a100.yaml"], "cannot read /configs/a100.yaml"),
-        (["--exp", "exp1"], "unknown experiment 'exp1'"),
-        (["--learning_rat", "1"], "did you mean 'learning_rate'?"),
-    ],
-)
-def test_a_config_or_experiment_that_is_not_there_is_refused(monkeypatch, capsys, argv, told):
-    printed = shows(monkeypatch, capsys, *argv)
-    assert re.match("FAIL +settings ", printed) and told in printed
 
 
 @pytest.mark.parametrize("at_fault", ["proxy", "offline"])
@@ -322,10 +310,8 @@ def test_a_benchmark_that_several_tasks_share_is_asked_for_once(monkeypatch):
     monkeypatch.setattr(preflight, "on_hub", lambda name, settings: asked.append(name))
     real = resolved("--tasks", "thai_exam,thai_exam-helm,thai_text")
     real.settings.paths = {}
-    told = (
-        "thai_exam to be downloaded, thai_exam to be downloaded, thai_exam-helm to be downloaded, thai_text to be downl"
-    )
-    assert preflight.check_benchmarks(real).startswith(told) and asked == ["thai_exam", "wangchan"]
+    told = preflight.check_benchmarks(real)
+    assert told.count("to be downloaded") == 4 and asked == ["thai_exam", "wangchan"]
 
 
 EMPTY = [{"prompt": f"ก {n}", "completion": "ข" if n % 2 else ""} for n in range(20)]
@@ -346,22 +332,14 @@ def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path, dataset, 
     assert all(part in found for part in told.split(".*"))
 
 
-def test_a_benchmark_that_is_missing_or_damaged_is_refused(tmp_path):
+def test_a_benchmark_that_is_missing_is_refused(tmp_path):
     assert "did you mean 'thai_exam'?" in refused(preflight.check_benchmarks, "--overlap", "thai_exm")
     assert "no onet/onet_test.jsonl in it" in refused(preflight.check_benchmarks, "--paths", f"thai_exam={tmp_path}")
-    shutil.copytree(ROOT / "sample/thai_exam", tmp_path / "exam")
-    file = next((tmp_path / "exam").rglob("onet_test.jsonl"))
-    first, *others = read_jsonl(file)
-    write_jsonl(file, first | {"answer": "E"}, *others)
-    told = refused(preflight.check_benchmarks, "--paths", f"thai_exam={tmp_path / 'exam'}")
-    assert "item 1: answer 'E' is not among the options a, b, c, d" in told
 
 
 def test_libraries_that_are_not_the_locked_ones_or_broken_are_refused(monkeypatch, tmp_path):
-    files.write_atomic(
-        tmp_path / "transformers-4.50.0.dist-info/METADATA",
-        "Metadata-Version: 2.1\nName: transformers\nVersion: 4.50.0\n",
-    )
+    about = "Metadata-Version: 2.1\nName: transformers\nVersion: 4.50.0\n"
+    files.write_atomic(tmp_path / "transformers-4.50.0.dist-info/METADATA", about)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "transformers 4.50.0, locked 4.54.1 (1 of " in refused(preflight.check_versions)
     monkeypatch.setitem(sys.modules, "trl", None)
@@ -374,16 +352,7 @@ def test_a_step_that_fails_is_told_with_its_error(monkeypatch):
     assert refused(preflight.check_step) == "train_qlora.py: ValueError: no columns match"
 
 
-def test_wandb_without_a_key_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-    assert "WANDB_API_KEY" in refused(preflight.check_logger, "--report_to", "wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert preflight.check_logger(resolved("--report_to", "wandb")) == "metrics.jsonl and wandb"
-
-
 def test_too_little_disk_or_memory_is_refused(monkeypatch):
-    assert "/proc/x" in refused(preflight.check_disk, "--output_dir", "/proc/x")
     monkeypatch.setattr(preflight, "DISK", 1e18)
     assert re.search(r"output_dir = .*: \d+\.\d GB free, 1000000000 GB are needed", refused(preflight.check_disk))
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "3000")
@@ -627,7 +596,7 @@ def test_a_job_script_that_runs_in_slurms_spool_folder_says_so(tmp_path):
 
 def test_the_shell_scripts_are_clean():
     need("shellcheck", "shellcheck")
-    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("slurm/*.s*"), *ROOT.glob("t*/*.sh")]
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("slurm/*.s*"), *ROOT.glob("t*/*.sh"), ROOT / "tests/images/run"]
     names = [str(path.relative_to(ROOT)) for path in (*scripts, ROOT / ".ci/run") if path.name != "site.env"]
     done = subprocess.run(["shellcheck", "-x", *names], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout

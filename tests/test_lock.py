@@ -181,33 +181,20 @@ def test_every_environment_has_the_versions_and_hashes_of_requirements_txt(lock,
     assert wheels["torch"]["version"].split("+")[0] == pins["torch"][0]
 
 
-def test_the_manifest_asks_for_what_requirements_in_asks_for(manifest):
-    lines = (ROOT / "requirements.in").read_text().splitlines()
-    wanted = dict(re.match(r"([\w.-]+)(==[\w.]+)", line).groups() for line in lines if line and line[0] != "#")
-    for env in manifest["environments"]:
-        found = {n: spec if isinstance(spec, str) else spec["version"] for n, spec in asked(manifest, env).items()}
-        assert found == wanted
-
-
 def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
     """With pip's answers replayed from the lock, and uv's from requirements.txt: neither can be asked offline."""
     from tools import lock as tool
 
-    entries = {
-        (e["name"], e["version"]): e for e in yaml.load(lock, Loader=yaml.CSafeLoader)["packages"] if "pypi" in e
-    }
+    packages = yaml.load(lock, Loader=yaml.CSafeLoader)["packages"]
+    entries = {(entry["name"], entry["version"]): entry for entry in packages if "pypi" in entry}
 
     def replay(pins: dict[str, str]) -> dict[str, dict]:
-        return {
-            name: {
-                "metadata": entries[name, version],
-                "download_info": {
-                    "url": entries[name, version]["pypi"],
-                    "archive_info": {"hashes": {"sha256": entries[name, version]["sha256"]}},
-                },
-            }
-            for name, version in pins.items()
-        }
+        found = {}
+        for name, version in pins.items():
+            entry = entries[name, version]
+            download = {"url": entry["pypi"], "archive_info": {"hashes": {"sha256": entry["sha256"]}}}
+            found[name] = {"metadata": entry, "download_info": download}
+        return found
 
     monkeypatch.setattr(tool, "pip_report", replay)
     monkeypatch.setattr(tool, "resolve_pins", tool.PINS.read_text)
@@ -216,11 +203,6 @@ def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
     monkeypatch.setattr(tool, "resolve_pins", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
     with pytest.raises(ValueError, match=r"torch 2\.8\.0: .* of 2\.7\.1 alone"):
         tool.renew()
-
-
-def test_the_committed_lock_names_no_host_of_the_index():
-    text = (ROOT / "pixi.lock.in").read_text()
-    assert set(re.findall(r"https?://([^/\s]+)", text)) == {"conda.anaconda.org", "download.pytorch.org"}
 
 
 def test_a_mirror_has_every_wheel_but_torch_s_own_builds(lock):
@@ -232,9 +214,10 @@ def test_a_mirror_has_every_wheel_but_torch_s_own_builds(lock):
 
 def test_the_addresses_are_pip_s_unless_given(tmp_path):
     assert render(tmp_path).returncode == 0
-    text = (tmp_path / "pixi.lock").read_text()
-    assert not re.search(r"@[A-Z_]+@", text)
-    assert len(set(re.findall(r"https?://([^/\s]+)", text))) == 4  # conda's, torch's, the index, its files
+    committed, text = (ROOT / "pixi.lock.in").read_text(), (tmp_path / "pixi.lock").read_text()
+    hosts, rendered = (set(re.findall(r"https?://([^/\s]+)", part)) for part in (committed, text))
+    assert hosts == {"conda.anaconda.org", "download.pytorch.org"}, "no host of the index"
+    assert len(rendered) == 4 and not re.search(r"@[A-Z_]+@", text), "the index and its files beside them"
 
 
 def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path):
