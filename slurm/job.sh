@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced first by each job: settings, where its processes meet, preflight on each of its nodes.
+# Sourced first by each job: the settings, the address where its processes meet, and preflight on each of its nodes.
 # shellcheck source=slurm/site.sh
 . slurm/site.sh
 
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that the kernel hands out
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below 32768, where the ports begin that the kernel hands out by itself
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-$CPUS}"
-# --wait: when one process has ended and the others hang, they are ended too. srun's own default for CPUs is one.
+# --wait: 60 s after one process has ended, those that still hang are ended too. Without --cpus-per-task srun gives one CPU.
 step=(srun --mpi=none --wait=60 --cpus-per-task="$CPUS")
 
-check() { # EXIT_STATUS of a step: 138 is 128 + USR1, which train_qlora.py would have made 75
+check() { # EXIT_STATUS of a step: 138 (128 + 10) means that USR1 ended it before train_qlora.py could catch the signal
   if [ "$1" = 138 ]; then
     fail "the time limit came before the first step: raise TIME ($TIME, of which the last $GRACE s are for saving)"
   fi

@@ -19,7 +19,7 @@ set +a
 }
 
 if [ -n "$MODULES" ]; then
-  set +u # what modules run does not care for it
+  set +u # the scripts of modules read variables that are not set
   for file in /etc/profile.d/{modules,lmod}.sh; do
     # shellcheck source=/dev/null
     if ! command -v module >/dev/null && [ -e "$file" ]; then . "$file"; fi

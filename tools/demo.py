@@ -65,8 +65,8 @@ def run(step: Step, log: Path) -> None:
 def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
     """All steps, in their order, as many at once as there are cores.
 
-    Forked, so that torch is imported once and not 60 times. Not concurrent.futures: a ProcessPoolExecutor can neither
-    end a step that runs nor, forking, give each step a process of its own.
+    Each in a process of its own, forked, so that torch is imported once and not 25 times. A ProcessPoolExecutor of
+    concurrent.futures can neither end a step that runs nor, when it forks, take a new process for each step.
 
     Raises:
         UserError: one failed; with the end of its log. Those that run are stopped first; repeated, they continue.
@@ -78,7 +78,7 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
                 step = waiting.pop(0)
                 log = logs / f"{step.name.replace('/', '-')}.log"
                 process = context.Process(target=run, args=(step, log))
-                # A signal in here waits: Python drops what its handler raises while a process is forked.
+                # A signal waits until the process is noted: Python drops what a handler raises during a fork.
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
                 process.start()
                 running[process] = step, log

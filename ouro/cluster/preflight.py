@@ -88,7 +88,7 @@ def check_gpu(run: Resolved) -> str:
             torch.ones(2, 2, device=index).mm(torch.ones(2, 2, device=index)).sum().item()
         except RuntimeError as error:
             raise UserError(f"GPU {index}: {str(error).splitlines()[0]}") from None
-        if free < 0.8 * total:  # a desktop takes a tenth of a small one
+        if free < 0.8 * total:  # a desktop's windows take a tenth of a small GPU's
             raise UserError(f"GPU {index}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free: what else uses it?")
     return f"{count} x {torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
@@ -166,7 +166,8 @@ def check_model(run: Resolved) -> str:
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     missing = sorted(name for name in names if not (folder / name).exists())
-    if missing and "init_seed" not in json.loads((folder / "config.json").read_text()):  # a random model needs no file
+    # sample/ouro-tiny is made from its init_seed and has no weights.
+    if missing and "init_seed" not in json.loads((folder / "config.json").read_text()):
         raise UserError(f"{folder} lacks {', '.join(missing)}: make fetch downloads it")
     weights = sum((folder / name).stat().st_size for name in names if name not in missing)
     return f"{s.model_name_or_path}, {weights / 1e9:.1f} GB of weights, chat template found"
