@@ -37,7 +37,9 @@ SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a
     ("--tasks", "thai_exam", "--limit", "1"),
     ("--tasks", "mt_bench_thai", "--limit", "2", "--judge", "none"),
 )
-STOPS = {signal.SIGTERM, signal.SIGINT}
+# SIGTERMs so far. Noted, not raised: Python drops what a handler raises while a process is forked, and a mask does not
+# help, since any of torch's threads may take the signal.
+SIGNALS: list[int] = []
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Step:
 def run(step: Step, log: Path) -> None:
     """In a process of its own, all output into the log."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    if SIGNALS:  # it came before the line above
+        sys.exit(143)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -78,11 +81,10 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
                 step = waiting.pop(0)
                 log = logs / f"{step.name.replace('/', '-')}.log"
                 process = context.Process(target=run, args=(step, log))
-                # A signal waits until the process is noted: Python drops what a handler raises during a fork.
-                signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
                 process.start()
                 running[process] = step, log
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            if SIGNALS:
+                sys.exit(143)
             names = ", ".join(step.name for step, _ in running.values())
             progress.set_postfix_str(names, refresh=progress.fp.isatty())
             for process in [process for process in running if not process.is_alive()]:
@@ -107,7 +109,7 @@ def main() -> None:
         raise UserError(f"DEMO_SEEDS must be a number, at least 1, got {count!r}")
     seeds = range(s.seed, s.seed + int(count))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers with and without a GPU
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the processes
+    signal.signal(signal.SIGTERM, lambda number, _: SIGNALS.append(number))
     logs = Path(s.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
@@ -128,6 +130,7 @@ def main() -> None:
     with tqdm(total=total, desc=f"{len(runs)} runs on {cores} cores", bar_format=layout, mininterval=1) as progress:
         together(training, logs, cores, progress)
         together(scoring, logs, cores, progress)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = ["report.py", *arguments, "--out", s.results_dir]
     report.main()
     print(f"{len(runs)} runs, {(time.monotonic() - started) / 60:.1f} minutes")
