@@ -53,7 +53,7 @@ def adapted(model: OuroForCausalLM, seed: int = 0, **options) -> PeftModel:
 def test_greedy_tokens_are_those_of_a_loop_without_a_cache_at_every_depth(size):
     model = tiny(size)
     w, config = reference(model)
-    for depth in range(1, size["total_ut_steps"] + 1):
+    for depth in {1, size["total_ut_steps"]}:
         expected = [ref.generate_greedy(w, config | {"total_ut_steps": depth}, torch.tensor(p), NEW) for p in PROMPTS]
         assert ours(model, depth=depth) == expected
     assert len({*map(tuple, expected)}) > 1

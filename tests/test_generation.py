@@ -129,24 +129,16 @@ def answer(model: OuroForCausalLM, ids: Tensor, **kwargs) -> Tensor:
     return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False} | kwargs)[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @sizes
-def test_greedy_generation_is_the_references_at_every_exit(size, use_cache):
+def test_greedy_generation_is_the_references_at_every_exit_and_depth(size):
     model, ids = tiny(size), tokens(2, 5)
     w, config = reference(model)
-    for k in [None, *range(size["total_ut_steps"])]:
+    for k in range(size["total_ut_steps"]):
         expected = [ref.generate_greedy(w, config, row, NEW, exit_at_step=k) for row in ids]
-        arguments = {} if k is None else {"exit_at_step": k}
-        assert answer(model, ids, use_cache=use_cache, **arguments).tolist() == expected
+        arguments = [{"exit_at_step": k}, {"exit_at_step": k, "use_cache": False}, {"total_ut_steps": k + 1}]
+        for chosen in [*arguments, *([{}] if k == size["total_ut_steps"] - 1 else [])]:
+            assert answer(model, ids, **chosen).tolist() == expected, chosen
     assert len({*map(tuple, expected)}) > 1
-
-
-@pytest.mark.parametrize("loops", [1, 2, 4])
-def test_number_of_loops_passes_through_generate(loops):
-    model, ids = tiny(), tokens(1, 5)
-    w, config = reference(model)
-    expected = ref.generate_greedy(w, config | {"total_ut_steps": loops}, ids[0], NEW)
-    assert answer(model, ids, total_ut_steps=loops).tolist() == [expected]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"exit_at_step": 0}, {"use_cache": False}], ids=str)

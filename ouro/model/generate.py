@@ -188,7 +188,7 @@ class Decoder:
                 self.step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream):  # the default is a stream of the first GPU that was used
                 self.step()
 
     def step(self) -> None:

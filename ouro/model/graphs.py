@@ -83,6 +83,8 @@ class Memory:
 
     def __init__(self, x: Tensor):
         self.pool = torch.cuda.graph_pool_handle() if x.is_cuda else None
+        # By default a process captures all graphs on one stream, of the GPU that was current at its first capture.
+        self.stream = torch.cuda.Stream(x.device) if x.is_cuda else None
         self.kept = self.turn = 0
 
     def capture(self, work: Callable[[], None], warm_up: Callable[[], None], x: Tensor) -> Callable[[], None]:
@@ -94,16 +96,15 @@ class Memory:
             return work
         offset = generator(x).get_offset()
         with torch.cuda.device_of(x):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(2):
                     warm_up()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # The mode lets other threads, NCCL's and the data loader's, use the GPU during the capture.
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     before = torch.cuda.memory_reserved()
                     work()
                     self.kept += torch.cuda.memory_reserved() - before
