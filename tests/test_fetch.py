@@ -14,17 +14,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from ouro import files
-from ouro.data import fetch
 from ouro.model.loading import load_ouro
-from ouro.settings import DATASETS, EVALS, REVISIONS, Settings
+from ouro.settings import DATASETS, EVALS, REVISIONS
 
 import pytest
 import torch
 from conftest import PATIENCE
-from huggingface_hub.hf_api import RepoSibling
 from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
 from safetensors.torch import load_file, save
 
@@ -42,6 +39,7 @@ UNWANTED = (".py", ".bin", ".pt", ".pkl")
 FETCH = "tools/fetch.py"
 ROWS = ["data_config.py", "--model_name_or_path", "sample/ouro-tiny", "--overlap", "none"]  # the training set alone
 CHUNK = 10 * 2**20  # bytes that huggingface_hub writes at a time
+pytestmark = pytest.mark.slow  # test_hub.py downloads, and reads without a network, in less time
 
 
 def lines(name: str) -> list[dict]:
@@ -265,7 +263,6 @@ def finishes(big) -> None:
     assert rest.status == 206, "from where it stopped"
 
 
-@pytest.mark.slow
 def test_a_killed_download_is_continued_by_the_next_run(big):
     hub, online, _, _ = big
     killed = threading.Event()
@@ -282,7 +279,6 @@ def test_a_killed_download_is_continued_by_the_next_run(big):
     finishes(big)
 
 
-@pytest.mark.slow
 def test_half_a_training_set_is_not_trained_offline(fresh, tmp_path):
     hub, online, offline, folders = fresh
     shard = "data/train-00001-of-00003.parquet"
@@ -304,7 +300,6 @@ def test_with_hf_hub_offline_set_fetch_says_so(fresh):
     assert hub.requests == []
 
 
-@pytest.mark.slow
 def test_without_a_network_fetch_ends_with_one_message_soon(fresh):
     hub, online, _, _ = fresh
     hub.close()
@@ -333,17 +328,6 @@ def test_a_repository_without_any_wanted_file_is_refused(fresh, tmp_path):
     assert "holds none of thai_exam.tar.gz" in online.refusal(FETCH, "--only", "thai_exam")
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkeypatch, capsys):
-    siblings = [RepoSibling(rfilename=name, size=6_000_000) for name in ("model.safetensors", "config.json", "code.py")]
-    monkeypatch.setattr(fetch.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40, siblings=siblings))
-    monkeypatch.setattr(fetch.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
-    with pytest.raises(files.UserError, match="12.0 MB do not fit; set HF_HOME"):
-        fetch.fetch(Settings(), "model")
-    assert "free in the cache's file system: 12.0 MB" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_the_users_token_is_sent_and_never_shown(fresh, tmp_path):
     hub, online, _, _ = fresh
     said = [online.play(FETCH, HF_TOKEN=TOKEN)]

@@ -13,15 +13,18 @@ import socket
 import tarfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 from ouro import files
+from ouro.data import fetch
 from ouro.data.batches import Rows
 from ouro.evaluate.benchmarks import load_items
 from ouro.model.loading import load_tokenizer
-from ouro.settings import DATASETS, EVALS, REVISIONS
+from ouro.settings import DATASETS, EVALS, REVISIONS, Settings
 
 import pytest
 import torch
+from huggingface_hub.hf_api import RepoSibling
 from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
 from safetensors.torch import save_file
 from tiny_ouro import tiny
@@ -374,3 +377,13 @@ def test_a_network_that_swallows_everything_is_an_error_soon(empty):
         silent.close()
         hub.open()
     assert code == "2" and "cannot load airesearch/WangchanThaiInstruct" in err
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkeypatch, capsys):
+    siblings = [RepoSibling(rfilename=name, size=6_000_000) for name in ("model.safetensors", "config.json", "code.py")]
+    monkeypatch.setattr(fetch.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40, siblings=siblings))
+    monkeypatch.setattr(fetch.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+    with pytest.raises(files.UserError, match="12.0 MB do not fit; set HF_HOME"):
+        fetch.fetch(Settings(), "model")
+    assert "free in the cache's file system: 12.0 MB" in capsys.readouterr().out
