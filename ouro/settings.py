@@ -302,14 +302,22 @@ def resolve(
     return Resolved(Settings(**values), origins, run, config, options)
 
 
+HEAD = """# Settings
+
+Printed by `python -m ouro.settings`. Another value changes *learning*: other numbers are learnt, so the run is neither
+continued under it nor compared with others; the *run*: its folder would hold another record, or numbers that differ by
+rounding, so it is compared, but not continued; or *nothing*: it may differ.
+"""
+
+
 def table() -> str:
-    """All settings in Markdown, for docs/: name, default, meaning, what another value makes of a run."""
-    lines = ["| setting | default | meaning | another value changes |", "|---|---|---|---|"]
-    for name, default in dataclasses.asdict(Settings()).items():
+    """docs/settings.md: of all settings the default, the meaning, and what another value makes of a run."""
+    lines = [HEAD, "| setting | default | meaning | changes |", "|---|---|---|---|"]
+    for name, default in vars(Settings()).items():
         changes = FIELDS[name].metadata["changes"]
         lines.append(f"| `{name}` | `{json.dumps(default)}` | {explained(name)} | {changes} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    call(lambda: print(table()))
+    call(lambda: print(table(), end=""))

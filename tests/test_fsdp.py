@@ -5,27 +5,23 @@ python tests/test_fsdp.py FOLDER     # one of the two processes; the test starts
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_qlora
-from ouro.model import lora
-from ouro.settings import resolve
+from ouro.model import loading
 from ouro.train import processes, stopping, trainer
 
 import pytest
-from conftest import PATIENCE
-from test_resume import assert_same, port
+from helpers import assert_same_run, in_two_processes, trained
 from torch.distributed.tensor import DTensor
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_the_repository")]
 # One row of five is left for the last pass of the held-out loss: one process has none.
-SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--total_ut_steps", "2", "--overlap", "none",
-         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_steps", "2",
-         "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2", "--eval_rows", "5"]  # fmt: skip
+TWO = ["--total_ut_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4",
+       "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2",
+       "--eval_rows", "5"]  # fmt: skip
 KINDS = {
     "nf4": [],  # all layers recomputed
     "fp32": ["--use_qlora", "false", "--activation_checkpointing", "none", "--packing", "true", "--max_length", "512"],
@@ -54,53 +50,40 @@ def process(folder: Path) -> None:
 
     trainer.LoopTrainer.held_out_loss = measured
     # With fsdp the layers are PEFT's, so here they are without it too: groups have other dropout masks.
-    lora.fuse = lambda *_: None
+    loading.fuse = lambda *_: None
     for kind, argv in KINDS.items():
         for way in ("ddp", "fsdp", "stopped"):
             name = f"{kind} {way}"
-            options = [*SMALL, *argv, "--fsdp", str(way != "ddp"), "--cache_dir", str(folder / "cache")]
-            options += ["--output_dir", str(folder / kind / way)]
+            options = [*TWO, *argv, "--fsdp", str(way != "ddp"), "--cache_dir", str(folder / "cache")]
             if way == "stopped":
                 with pytest.raises(stopping.Stopped):
-                    train_qlora.train(resolve("", [*options, "--time_limit", "0"], add_options=train_qlora.options))
-            train_qlora.train(resolve("", options, add_options=train_qlora.options))
+                    trained(folder / kind / way, *options, "--time_limit", "0")
+            trained(folder / kind / way, *options)
     (folder / f"held-{processes.RANK}.json").write_text(json.dumps(held))
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def runs(tmp_path_factory, in_the_repository):
     """The folder of all runs, and the bytes that each process held in them."""
     folder = tmp_path_factory.mktemp("fsdp")
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment = {k: v for k, v in os.environ.items() if k not in ("CONFIG", "OUTPUT_DIR", "REPORT_TO")} | places
-    processes = []
-    for rank in "01":
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            environment |= {"RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, __file__, str(folder)]
-            processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT))
-    try:
-        codes = [process.wait(PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"output-{rank}.txt").read_text()[-3000:] for rank in "01")
+    codes, printed = in_two_processes(__file__, str(folder))
+    assert codes == [0, 0], "\n".join(text[-3000:] for text in printed)
     return folder, [json.loads((folder / f"held-{rank}.json").read_text()) for rank in "01"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_fsdp_a_run_ends_in_the_bytes_of_plain_ddp_also_when_stopped_and_continued(trained, kind):
-    folder, _ = trained
-    assert_same(folder / kind / "fsdp/smoke", folder / kind / "ddp/smoke")
-    assert_same(folder / kind / "stopped/smoke", folder / kind / "ddp/smoke")
+def test_with_fsdp_a_run_ends_in_the_bytes_of_plain_ddp_also_when_stopped_and_continued(runs, kind):
+    folder, _ = runs
+    assert_same_run(folder / kind / "fsdp/smoke", folder / kind / "ddp/smoke")
+    assert_same_run(folder / kind / "stopped/smoke", folder / kind / "ddp/smoke")
     continued = json.loads((folder / kind / "stopped/smoke/manifest.json").read_text())["continued"]
     assert [c["step"] for c in continued] == [1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_process_holds_half_of_the_frozen_weights_after_a_step_and_after_the_held_out_loss(trained, kind):
-    for held in trained[1]:
+def test_each_process_holds_half_of_the_frozen_weights_after_a_step_and_after_the_held_out_loss(runs, kind):
+    for held in runs[1]:
         (whole,), (half,) = set(held[f"{kind} ddp"]), set(held[f"{kind} fsdp"])
         assert half * 2 == whole > 0
 

@@ -2,11 +2,23 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def imported(nodes: Iterable[ast.AST]) -> list[str]:
+    """The packages that these statements import, in their order."""
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module.partition(".")[0])
+    return names
 
 
 def test_rooms_import_only_rooms_before_them(monkeypatch):
@@ -17,16 +29,20 @@ def test_rooms_import_only_rooms_before_them(monkeypatch):
 
 def test_the_model_needs_torch_and_transformers_alone():
     tree = ast.parse((ROOT / "ouro/model/modeling_ouro.py").read_text(encoding="utf-8"))
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"torch", "transformers"}
+    assert set(imported(ast.walk(tree))) - sys.stdlib_module_names == {"torch", "transformers"}
 
 
 def test_the_top_level_is_four_programs():
     assert {path.name for path in ROOT.glob("*.py")} == {
         "train_qlora.py", "data_config.py", "evaluate.py", "report.py",
     }  # fmt: skip
+
+
+def test_programs_and_tools_import_ouro_before_torch():
+    """ouro/__init__.py sets what torch, bitsandbytes and PyThaiNLP read from the environment when they are imported."""
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
+    orders = {path.name: imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in programs}
+    assert {name for name, order in orders.items() if "ouro" not in order} == {"lock.py"}, "which imports no torch"
+    for name, order in orders.items():
+        if "ouro" in order:
+            assert set(order[: order.index("ouro")]) <= sys.stdlib_module_names, name

@@ -10,33 +10,27 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import train_qlora
 from ouro.files import UserError
-from ouro.settings import Settings, resolve
+from ouro.settings import Settings
 from ouro.train import loggers, stopping
 
 import pytest
 import wandb
 from conftest import PATIENCE
+from helpers import ROOT, SMALL, metrics, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 KEY, OTHER_KEY = "0123456789abcdef" * 3, "fedcba9876543210" * 3
-SMALL = ["--config", "tests/smoke.yaml", "--total_ut_steps", "2", "--overlap", "none", "--eval_rows", "4",
-         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "3",
-         "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2"]  # fmt: skip
+THREE = ["--total_ut_steps", "2", "--max_steps", "3", "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch, tmp_path):
-    """Without this user's login, WANDB_… and settings."""
-    monkeypatch.chdir(ROOT)
-    for name in os.environ:
-        if name.startswith("WANDB_") or name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS"):
-            monkeypatch.delenv(name)
+def nobody(in_the_repository, monkeypatch, tmp_path):
+    """A user who has no login."""
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
@@ -126,9 +120,10 @@ def test_without_a_server_no_key_is_needed(server, monkeypatch, mode):
     assert not server.asked
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path):
     terminal, end = pty.openpty()
-    argv = [*SMALL, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
+    argv = [*SMALL, *THREE, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end)
     os.close(end)
     try:
@@ -141,10 +136,10 @@ def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path
     assert printed.count("\n") == 2 and not (tmp_path / "out").exists()
 
 
-def trained(folder: Path, *argv: str) -> Path:
+def three(folder: Path, *argv: str) -> Path:
+    """Trains for three steps; the run's folder."""
     try:
-        argv = [*SMALL, "--output_dir", str(folder), "--cache_dir", str(folder / "cache"), *argv]
-        return train_qlora.train(resolve("", argv, add_options=train_qlora.options))
+        return trained(folder, *THREE, *argv)
     finally:
         wandb.finish()  # as the end of a process does
         wandb.teardown()  # waits until its files are written
@@ -153,7 +148,7 @@ def trained(folder: Path, *argv: str) -> Path:
 def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
     """The numbers of metrics.jsonl by the names that they have in a logger."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in metrics(run):
         step, losses = line.pop("step"), line.pop("held_out_loss", [])
         line |= {f"held_out_loss/loop{i}": loss for i, loss in enumerate(losses, 1)}
         for name, value in line.items():
@@ -164,7 +159,7 @@ def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_gets_every_number_of_metrics_jsonl(tmp_path, caplog):
-    run = trained(tmp_path, "--report_to", "tensorboard")
+    run = three(tmp_path, "--report_to", "tensorboard")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     series = expected(run)
     assert series.keys() <= set(events.Tags()["scalars"])
@@ -176,11 +171,11 @@ def test_tensorboard_gets_every_number_of_metrics_jsonl(tmp_path, caplog):
 
 def test_tensorboard_drops_what_was_logged_after_the_checkpoint_that_a_run_continues_from(tmp_path):
     with pytest.raises(stopping.Stopped):
-        trained(tmp_path, "--report_to", "tensorboard", "--time_limit", "0")
+        three(tmp_path, "--report_to", "tensorboard", "--time_limit", "0")
     with SummaryWriter(str(tmp_path / "smoke/tensorboard")) as writer:  # as before a kill
         for step in (1, 2, 3):
             writer.add_scalar("train/lost", step, step)
-    run = trained(tmp_path, "--report_to", "tensorboard")
+    run = three(tmp_path, "--report_to", "tensorboard")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/lost")] == [1]
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
@@ -212,8 +207,8 @@ def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_hold
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     before = set(ROOT.iterdir())
     with pytest.raises(stopping.Stopped):
-        trained(tmp_path, "--report_to", "wandb", "--time_limit", "0")
-    run = trained(tmp_path, "--report_to", "wandb")
+        three(tmp_path, "--report_to", "wandb", "--time_limit", "0")
+    run = three(tmp_path, "--report_to", "wandb")
     assert set(ROOT.iterdir()) == before, "nothing in the working directory"
 
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
@@ -224,7 +219,3 @@ def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_hold
         assert logged == points, name
     for path in run.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
-
-    first = (run / "wandb/run_id").read_text()
-    trained(tmp_path, "--report_to", "wandb", "--overwrite")
-    assert (run / "wandb/run_id").read_text() != first, "a run from the start is another one"

@@ -10,7 +10,6 @@ and, last, `completed`. A process may be killed at any moment: what is there is 
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from ouro.files import UserError, code_version, read_yaml, write_atomic, write_json
+from ouro.files import UserError, code_version, file_sha256, read_yaml, write_atomic, write_json
 from ouro.model.loading import frozen_kind
 from ouro.settings import FIELDS, Resolved, Settings, parse
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
@@ -129,12 +128,7 @@ def sync_file(path: Path) -> None:
 
 def sums_of(folder: Path) -> str:
     """The SHA-256 of every file of a folder, a line each."""
-    lines = []
-    for path in sorted(folder.iterdir()):
-        if path.name != SUMS:
-            with open(path, "rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    return "".join(lines)
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS)
 
 
 def seal(folder: Path) -> None:
@@ -148,7 +142,7 @@ def is_good(folder: Path) -> bool:
     """Whether every file of a checkpoint is there and is what was written."""
     try:
         return (folder / SUMS).read_text() == sums_of(folder)
-    except (OSError, ValueError):  # ValueError: bytes that are no text
+    except (OSError, ValueError, UserError):  # ValueError: bytes that are no text
         return False
 
 
