@@ -20,7 +20,7 @@ from ouro.model import cost, loading
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings
-from ouro.train import build, collate, machine, processes, run_folder
+from ouro.train import build, collate, machine, processes, trainer
 from ouro.train.trainer import LoopTrainer
 
 import pytest
@@ -649,7 +649,7 @@ def test_a_gpu_that_is_full_while_saving_is_no_full_disk(tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(run_folder, "seal", full)
+    monkeypatch.setattr(trainer, "seal", full)
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
     with pytest.raises(UserError, match="^step 2: CUDA out of memory"):
         trained(tmp_path, *data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--max_steps", "1")

@@ -44,7 +44,7 @@ def smoke(tmp_path_factory, in_the_repository):
     argv = [*SMALL, "--overlap", "thai_exam", "--output_dir", str(folder)]
     commands = {
         train_qlora: [*argv, "--max_steps", "10", "--overwrite"],
-        evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "3"],
+        evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "3", "--tasks", "thai_exam,thai_text"],
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         for program, options in commands.items():
@@ -64,7 +64,7 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
     assert f"first {steps[0]:.4f}   last {steps[-1]:.4f}" in printed
     assert re.search(r"thai_exam \(ours\): 15 items, chance 2\d\.\d%", printed)
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d% +\d+\.\d% – \d+\.\d%", printed, re.MULTILINE)) == 4
-    assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d{4} +\d+\.\d{4} – \d+\.\d{4}", printed, re.MULTILINE)) == 8
+    assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d{4} +\d+\.\d{4} – \d+\.\d{4}", printed, re.MULTILINE)) == 4
     for name in ("smoke", "base-nf4"):
         for depth in (1, 2, 3, 4):
             place = folder / "results" / name
@@ -74,7 +74,7 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
             assert study["value"] == sum(item["prediction"] == item["gold"] for item in items) / len(items)
             low, high = study["ci95"]
             assert low < study["value"] < high
-            assert all((place / f"{language}_text-ut{depth}.json").exists() for language in ("thai", "english"))
+            assert (place / f"thai_text-ut{depth}.json").exists()
 
 
 def test_the_settings_and_a_decoded_row_are_printed_before_the_first_step(smoke):
@@ -142,11 +142,6 @@ def test_without_a_repository_the_commit_is_what_the_image_or_the_login_node_sai
     assert version(tmp_path, OURO_THAI_COMMIT="12ab-dirty") == ("34cd", False), "the code's own"
 
 
-def test_another_seed_gives_other_losses(tmp_path):
-    runs = [trained(tmp_path / seed, "--max_steps", "1", "--eval_steps", "0", "--seed", seed) for seed in ("42", "43")]
-    assert losses(runs[0]) != losses(runs[1])
-
-
 def test_an_experiment_trains_and_scores_under_its_name(tmp_path, capsys):
     exp = ["--exp", "exp2-wangchan-ut1"]
     run = trained(tmp_path, *exp, "--max_steps", "1")
@@ -176,7 +171,9 @@ def test_a_run_with_other_settings_is_neither_continued_nor_counted_and_one_refu
     with pytest.raises(UserError, match=r"holds a run with other settings:\n  learning_rate: 0.002 there, 0.001 asked"):
         trained(tmp_path, *argv, "--learning_rate", "1e-3")
     assert (run / "completed").read_bytes() == before
-    trained(tmp_path, *argv, "--learning_rate", "1e-3", "--overwrite")
+    other = resolved(*argv, "--output_dir", str(tmp_path), "--learning_rate", "1e-3", "--overwrite")
+    assert run_folder.claim(run, other) == "new"
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
     assert read_yaml(run / "config.yaml")["learning_rate"] == 1e-3
     for name in ("manifest.json", "metrics.jsonl", "checkpoint-1", "final_adapter"):
         place = tmp_path / name / "smoke"
