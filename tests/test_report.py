@@ -1,7 +1,9 @@
 """The report: known answers are found and no more is claimed, unlike runs are not pooled, broken files are named."""
 
+import base64
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -44,13 +46,8 @@ def verdicts(root: Path) -> dict[str, dict]:
     return {told["aspect"]: told for told in json.loads((root / "results/report/verdict.json").read_text())}
 
 
-def read(root: Path, **how) -> tuple[study.Reader, dict]:
-    """A fabricated study's reader and panels."""
-    reader = study.Reader(*fabricate.study(root, **how))
-    return reader, study.panels(reader)
-
-
-def reread(root: Path) -> tuple[study.Reader, dict]:
+def read(root: Path) -> tuple[study.Reader, dict]:
+    """A study's reader and panels."""
     reader = study.Reader(root / "output", root / "results")
     return reader, study.panels(reader)
 
@@ -135,8 +132,8 @@ def test_false_helps_and_hurts_are_rare_where_the_base_alone_is_worse_at_one_loo
 
 
 def test_one_seed_is_said_in_the_verdict_and_as_missing(tmp_path):
-    _, panels = read(tmp_path, gains={"thai_text": (0.3, 0.4, 0.5, 0.6)}, seeds=(0,), tasks=("thai_text",))
-    verdict = rule.verdicts(panels)[0]
+    fabricate.study(tmp_path, gains={"thai_text": (0.3, 0.4, 0.5, 0.6)}, seeds=(0,), tasks=("thai_text",))
+    verdict = rule.verdicts(read(tmp_path)[1])[0]
     assert verdict.label == "helps" and "one seed" in verdict.text
     assert "at least 3 seeds: now 1 at 1 loop, 1 at 2 loops, 1 at 3 loops and 1 at 4 loops" in verdict.missing
 
@@ -144,7 +141,7 @@ def test_one_seed_is_said_in_the_verdict_and_as_missing(tmp_path):
 def test_a_depth_a_base_and_a_benchmark_that_are_missing_are_named(tmp_path):
     _, results = fabricate.study(tmp_path, **TEXT | {"depths": (1, 4)})
     (results / "base-bf16" / "thai_text-ut1.json").unlink()
-    found = {v.aspect: v for v in rule.verdicts(reread(tmp_path)[1])}
+    found = {v.aspect: v for v in rule.verdicts(read(tmp_path)[1])}
     assert found["thai_text"].label == found["thai_exams"].label == "no comparison"
     missing = {"a model trained at 2 loops", "a model trained at 3 loops", "the base at 1 loop"}
     assert missing <= set(found["thai_text"].missing)
@@ -159,7 +156,7 @@ def test_a_result_that_was_trained_or_measured_otherwise_is_flagged_and_not_pool
         items = odd.with_suffix(".items.jsonl")
         value = np.mean([json.loads(line)["value"] for line in items.read_text().splitlines()])
         change(odd, value=float(value))
-    reader, panels = reread(tmp_path)
+    reader, panels = read(tmp_path)
     panel = panels["thai_text", "wangchan"]
     assert panel.seeds[1, 1] == [0, 2] and panel.seeds[4, 4] == [0, 1, 2]
     assert [(path, f"{key} is " in why) for path, why in reader.left_out] == [(str(odd), True)]
@@ -182,7 +179,7 @@ def test_runs_that_differ_in_what_is_learnt_are_neither_pooled_nor_compared(of_t
             config = yaml.safe_load(kept[file])
             config[name] = config[name] * 2 if name.startswith(("per_device", "gradient")) else "another"
             file.write_text(yaml.safe_dump(config))
-        found = reread(of_two_depths)
+        found = read(of_two_depths)
         for file, text in kept.items():
             file.write_text(text)
         return found
@@ -204,7 +201,7 @@ def test_all_that_is_learnt_counts_but_what_the_study_compares_and_how_rows_are_
     file = output / "seed0/exp1-wangchan-ut4/config.yaml"
     shared = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "torch_compile": False}
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | shared))
-    reader, panels = reread(tmp_path)
+    reader, panels = read(tmp_path)
     assert panels["thai_text", "wangchan"].seeds[4, 4] == [0, 1, 2] and not reader.left_out
 
 
@@ -212,7 +209,7 @@ def test_other_data_is_not_pooled_and_a_training_folder_elsewhere_is_named(tmp_p
     output, results = fabricate.study(tmp_path, **TEXT)
     change(output / "seed2" / "exp1-wangchan-ut4" / "data_report.json", rows_kept=7)
     shutil.rmtree(output / "seed1" / "exp2-wangchan-ut1")
-    reader, panels = reread(tmp_path)
+    reader, panels = read(tmp_path)
     seeds = panels["thai_text", "wangchan"].seeds
     assert seeds[4, 4] == [0, 1] and seeds[1, 1] == [0, 1, 2]
     whys = {Path(path).parts[-3]: why for path, why in reader.left_out if path.endswith(".json")}
@@ -235,8 +232,9 @@ def test_answers_without_ratings_are_said_to_be_there(tmp_path):
 
 def test_training_sets_are_judged_apart(tmp_path):
     fabricate.study(tmp_path, **TEXT)
-    _, panels = read(tmp_path, **TEXT | {"dataset": "r1", "depths": (1, 4)})
-    compared = [(v.dataset, v.aspect) for v in rule.verdicts(panels) if v.label != "no comparison"]
+    fabricate.study(tmp_path, **TEXT | {"dataset": "r1", "depths": (1, 4)})
+    made = rule.verdicts(read(tmp_path)[1])
+    compared = [(v.dataset, v.aspect) for v in made if v.label != "no comparison"]
     assert compared == [("wangchan", "thai_text"), ("r1", "thai_text")]
 
 
@@ -297,7 +295,7 @@ def test_a_value_that_is_not_that_of_its_items_is_not_used(tmp_path, task):
     _, results = fabricate.study(tmp_path, tasks=(task,), items=20, lines=2, seeds=(0,), depths=(1,))
     odd = results / "base-bf16" / f"{task}-ut3.json"
     change(odd, value=json.loads(odd.read_text())["study"]["value"] + 0.05)
-    reader, _ = reread(tmp_path)
+    reader, _ = read(tmp_path)
     assert [(path, "the items give" in why) for path, why in reader.left_out] == [(str(odd), True)]
 
 
@@ -310,7 +308,7 @@ def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
     ):
         (output / name / "completed").unlink()
         (output / name / "metrics.jsonl").write_text(log)
-    reader, _ = reread(tmp_path)
+    reader, _ = read(tmp_path)
     assert [run.state for run in reader.runs.values()] == [
         "complete", "not finished: step 50 of 50", "no step logged", "failed: loss is not a number at step 10",
     ]  # fmt: skip
@@ -354,6 +352,19 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(written):
     assert kept == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def test_what_runs_and_replies_say_is_text_in_the_pages(tmp_path):
+    """tests/test_report_html.py asks a browser the same."""
+    evil = "<script>alert(1)</script>"
+    fabricate.study(tmp_path, tasks=("mt_bench_thai",), items=3, lines=2, seeds=(0,), dataset=evil[:8], reply=evil)
+    write_report(tmp_path)
+    page, results_md = (tmp_path / "report.html").read_text(), (tmp_path / "RESULTS.md").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; 4" in page and "alert(1)&lt;/script&gt; 4" in results_md
+    assert page.count("<script>") == 1 and "<script" not in results_md
+    script = page.partition("<script>")[2].partition("</script>")[0].encode()
+    allowed = page.partition("script-src 'sha256-")[2].partition("'")[0]
+    assert base64.b64decode(allowed) == hashlib.sha256(script).digest()
+
+
 def test_numbers_of_the_runs_table_are_those_of_the_log(written):
     root, _ = written
     log = [json.loads(x) for x in (root / "output/seed0/exp1-wangchan-ut4/metrics.jsonl").read_text().splitlines()]
@@ -373,7 +384,7 @@ def test_the_table_of_gains_is_filled(written):
 
 
 def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
-    reader, panels = reread(written[0])
+    reader, panels = read(written[0])
     figure = plots.draw(reader.runs, panels, "wangchan")["levels"]
     axis = next(axis for axis in figure.axes if axis.get_title() == "held-out training rows")
     base, *adapted = (list(line.get_ydata()) for line in axis.lines)
@@ -443,7 +454,7 @@ def gap(root: Path, **how) -> tuple[tuple[study.Panel, study.Panel, study.Panel]
     """(Thai, English, English minus Thai), and what was left out."""
     if how:
         fabricate.study(root, **{"tasks": LANGUAGES, "lines": 2} | how)
-    reader, panels = reread(root)
+    reader, panels = read(root)
     return study.gaps(panels, reader.left_out).get("wangchan"), set(reader.left_out)
 
 
@@ -458,7 +469,7 @@ def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_
         assert base.value == pytest.approx(english.base[k].values[0] - thai.base[k].values[0])
         apart = np.hypot(*(level.estimate(level.base[k]).stderr for level in (thai, english)))
         assert base.stderr < 0.95 * apart  # paired
-    _, panels = reread(tmp_path)
+    _, panels = read(tmp_path)
     shown = tables.Table("gap", tables.gap_rows(panels, [])).texts()
     assert [row[:3] for row in shown[:5]] == [["base model", "–", d] for d in "1234"] + [["wangchan", "1", "1"]]
     assert len(shown) == 20 and all((row[-1] == "–") == (row[0] == "base model") for row in shown)
