@@ -318,7 +318,7 @@ def adapter(run: Path) -> dict[str, Tensor]:
     return load_file(run / "final_adapter/adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("nf4", ["true", "false"])
+@pytest.mark.parametrize("nf4", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_training_ends_with_the_adapter_that_pefts_layers_give(tmp_path, monkeypatch, nf4):
     argv = [*ARGV, "--max_steps", "4", "--lora_dropout", "0", "--optim", "adamw_torch", "--use_qlora", nf4]
     ours = adapter(trained(tmp_path / "ours", *argv))
