@@ -29,7 +29,7 @@ GREY = "#8a8a8a"
 COLOURS = ["#4477aa", "#228833", "#b8860b", "#d1495b", "#aa3377", "#66ccee"]
 MARKERS = "os^Dv*"
 LETTERS = ["#4477aa", "#66ccee", "#228833", "#b8860b", "#d1495b", "#aa3377"]
-POINTS = 300, 12000  # of a learning curve, and of all at most
+POINTS = 300, 12000  # at most: of a learning curve, and of all together
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
 
 
@@ -270,7 +270,7 @@ def save(name: str, figure: Figure, folder: Path) -> str:
     """Writes folder/name.png and .svg; returns the SVG for a page. No dates, ids by name: the same bytes each time."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # once is enough, and half of the time
+        figure.set_layout_engine("none")  # else each of the two formats would lay it out again: twice the time
         image, vector = io.BytesIO(), io.BytesIO()
         figure.savefig(image, format="png", dpi=200, facecolor="white", metadata={"Software": None})
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
