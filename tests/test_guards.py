@@ -571,18 +571,9 @@ def test_what_does_nothing_is_said(monkeypatch):
     assert machine.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
 
 
-def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 3)
-    with pytest.raises(UserError, match=r"^3 processes on \S+ and 2 GPUs: start one for each GPU$"):
-        machine.check_device(Settings())
-
-
-def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+def test_a_machine_that_cannot_do_what_is_asked_is_refused(tmp_path, monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None), ("get_device_name", "T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
@@ -591,6 +582,15 @@ def test_without_pythons_headers_nothing_is_compiled(tmp_path, monkeypatch):
     assert machine.check_device(Settings(torch_compile=False)) == 0
     (tmp_path / "Python.h").touch()
     assert machine.check_device(Settings()) == 0
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="^torch_compile needs a C compiler"):
+        machine.check_device(Settings())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UserError, match="^T4 has no bfloat16"):
+        machine.check_device(Settings())
+    monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 3)
+    with pytest.raises(UserError, match=r"^3 processes on \S+ and 1 GPUs: start one for each GPU$"):
+        machine.check_device(Settings())
 
 
 def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsys):
