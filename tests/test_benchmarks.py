@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro.evaluate import benchmarks
+from ouro.evaluate import benchmarks, tasks
 from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, wilson, windows
 from ouro.files import UserError
 from ouro.settings import Settings
@@ -185,6 +185,19 @@ def test_the_official_filter_keeps_what_one_choice_answers(tmp_path):
     numbers = benchmarks.accuracy(items, ["2", None], TASKS["openthaieval"])
     assert numbers["chance"] == pytest.approx((1 / 3 + 1 / 5) / 2)
     assert numbers["unparsed"] == 1 and numbers["value"] == 0.5
+
+
+def test_a_thought_is_not_read_as_the_answer_and_one_without_an_answer_is_counted(tmp_path):
+    task = tasks.load_task("openthaieval", thai_eval(tmp_path, *({"instruction": x} for x in "กขค")), None, [])
+    replies = ["<think>\nตัดข้อ (1) ออก\n</think>\n\n(2)", "ตัดข้อ (1) ออก</think> คำตอบคือ (2)", "<think>ข้อ (2) หรือ"]
+
+    def chat(conversations, done):
+        for number, reply in enumerate(replies):
+            done(number, reply)
+
+    outcome = tasks.score_replies(task, chat, "x", tmp_path / "cache.jsonl", "x")
+    assert [line["prediction"] for line in outcome.lines] == ["2", "2", None]
+    assert (outcome.numbers["unfinished_thoughts"], outcome.numbers["unparsed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

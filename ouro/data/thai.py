@@ -1,4 +1,4 @@
-"""Thai text: one spelling for training and evaluation, and which texts share a passage."""
+"""Text: one Thai spelling for training and evaluation, what of a reply is its answer, which texts share a passage."""
 
 import re
 from collections import defaultdict
@@ -50,6 +50,19 @@ def is_thai(reply: str) -> bool | None:
     if not letters:
         return None if reply.strip() else False
     return thai >= THAI_SHARE * letters
+
+
+THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>", re.IGNORECASE)
+
+
+def answer_of(reply: str) -> str | None:
+    """What a model says after its thought: the text behind the last </think>; all of a reply without a thought.
+
+    None if a thought is not finished, as when a reply is cut: it holds no answer. Templates that write the <think> in
+    the prompt leave the </think> alone in the reply.
+    """
+    *_, closed, last = "/", *THOUGHT.split(reply)
+    return last.strip() if closed else None
 
 
 def squash(text: str) -> str:

@@ -45,6 +45,8 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
             letters = " ".join(f"{letter}:{count}" for letter, count in (row["predicted"] or {}).items())
             print(f"  {model.run:<{width}} {depth:>5} {shown(row, row['value']):>9} {interval:>17}{mean} "
                   f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
+            if cut := row.get("unfinished_thoughts"):
+                print(f"  warning: {cut} replies are thoughts without an answer: they need more tokens")
             for letter, count in (row["predicted"] or {}).items():
                 if count > BIASED * row["items"]:
                     print(f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge")

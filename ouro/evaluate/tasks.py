@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ouro.data.thai import answer_of
 from ouro.evaluate import benchmarks, judge
 from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
@@ -142,13 +143,15 @@ def score_texts(
 
 
 def score_replies(task: Task, chat: Chat, who: str, cache: Path, title: str) -> Outcome:
-    """The choices that the replies to prompts name; replies that `cache` holds already are not asked for again."""
+    """The choices that the replies to prompts name, outside of thoughts; replies that `cache` holds already are not
+    asked for again."""
     conversations = [[{"role": "user", "content": prompts[0][0]}] for prompts in task.prompts]
     with Cache(cache) as saved:
         replies = answer(conversations, chat, saved, title, who)
-    predictions = [benchmarks.parse_choice(text) for text in replies]
+    answers = [answer_of(text) for text in replies]
+    predictions = [None if text is None else benchmarks.parse_choice(text) for text in answers]
     found = [{"resps": [[text]], "filtered_resps": [choice]} for text, choice in zip(replies, predictions, strict=True)]
-    return choice_outcome(task, predictions, found, {}, 0)
+    return choice_outcome(task, predictions, found, {"unfinished_thoughts": answers.count(None)}, 0)
 
 
 class Sample(LogitsProcessor):
