@@ -77,7 +77,7 @@ def title(what: str, *columns: str, count: int = 1) -> None:
 
 
 def line(name: str, *cells: object) -> None:
-    print(f"  {name:<26}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+    print(f"  {name:<26}" + "".join(f" {cell:>12}" for cell in cells), flush=True)
 
 
 def random_model(s: Settings) -> OuroForCausalLM:
