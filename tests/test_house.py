@@ -1,6 +1,7 @@
 """The house: the rooms, their order, and what may import what."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,3 +45,16 @@ def test_programs_and_tools_import_ouro_before_torch():
     for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")):
         first, *_ = [*(x for x in imported(ast.parse(path.read_text()).body) if x not in sys.stdlib_module_names), None]
         assert first in ours or (path.name, first) == ("lock.py", None), path
+
+
+def test_architecture_names_what_is_there():
+    """Each `path.py:name` of docs/architecture.md is a function, a class or a Class.method of that file."""
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    for path, name in named:
+        body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [node for node in body if isinstance(node, kinds) and node.name == part]
+            assert found, f"docs/architecture.md: no {name} in {path}"
+            body = found[0].body
