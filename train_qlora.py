@@ -70,14 +70,14 @@ def print_settings(run: Resolved, folder: Path, device: str | int) -> None:
 def load_data(s: Settings) -> tuple[PreTrainedTokenizerBase, Rows, Subset | None, dict]:
     """The tokenizer, the rows to train, those that the held-out loss is measured on, and the data report."""
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
-    rows, report = prepare(s, tokenizer, "train", LOCAL_RANK == 0, RANK > 0, wait_for_data)
+    rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
     return tokenizer, rows, held_out_rows(s, tokenizer) if s.eval_steps else None, report
 
 
 def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
     """`eval_rows` of the held-out rows, evenly spaced; None if there are none."""
     try:
-        rows, _ = prepare(s, tokenizer, "held_out", LOCAL_RANK == 0, RANK > 0, wait_for_data)
+        rows, _ = prepare(s, tokenizer, "held_out", builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
         why = "its held-out part has no rows"
     except NoSplit as error:
         rows, why = (), str(error)

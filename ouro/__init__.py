@@ -17,10 +17,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 # PyThaiNLP makes a folder in the home folder when it is imported, which may be read-only.
 os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
-# Half a million objects are made by imports and stay; looking for garbage among them takes a fifth of the time. `call`
-# sets it back.
+# Imports make half a million objects that stay. With Python's own threshold the garbage collector goes through them
+# again and again, for a fifth of the time that imports take. `ouro.files.call` restores that threshold.
 COLLECT_AT = gc.get_threshold()
 gc.set_threshold(100_000)
-# Said at import on some CPUs, about a kernel that is not used; and at the first step on all of them.
+# bitsandbytes warns of a CPU kernel that is not used, at import, and of paged optimizers, at the first step on a CPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

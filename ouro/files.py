@@ -19,7 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 
-# Of a full or read-only disk, and of a path that leads through a file: OSErrors that are the user's to mend.
+# The OSErrors that a user can mend: a full or read-only disk, a path that is missing or leads through a file.
 THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -136,7 +136,7 @@ def explain(error: BaseException) -> int | None:
 
 def call(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
-    gc.freeze()  # what was imported stays: each full collection would take 0.3 s among it
+    gc.freeze()  # else each full collection would go through all that was imported, for 0.3 s
     gc.set_threshold(*COLLECT_AT)
     try:
         main()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ouro.files import ROOT, Parser, UserError, call, nearest, read_yaml
 
-REVISIONS = {
+REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
     "ByteDance/Ouro-1.4B": "574fa66cb8bf5abdc979642d01cf2b79b16bfab1",
 }
@@ -193,7 +193,7 @@ def explained(name: str) -> str:
 
 
 def converted(value: object, kind: type) -> object:
-    """`value` (from YAML, the environment or the command line) as a `kind`; any other exception means it is none."""
+    """`value` (from YAML, the environment or the command line) as a `kind`; raises what `parse` catches."""
     if type(value) in (type(None), bool, dict, list) and type(value) is not kind:
         raise TypeError
     if kind is bool:
@@ -241,7 +241,7 @@ def resolve(
 ) -> Resolved:
     """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
 
-    several: --exp may name several, comma-separated, whose rows are then not applied, and runs of a seed, seed0/NAME.
+    several: --exp may name several runs, comma-separated, also seed0/NAME; then no experiment's row is applied.
 
     Raises:
         UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown

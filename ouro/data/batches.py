@@ -19,9 +19,9 @@ def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
 
 
 class Rows:
-    """Tokenised rows in a memory-mapped file, or packs of them: an item is a list of (input_ids, labels) documents.
+    """Tokenised rows in a memory-mapped file; an item is a list of documents: (input_ids, labels), int64 (tokens,).
 
-    Both int64 (tokens,); an item has one document, or with `packs`, lists of row numbers, as many as its pack. Item -1
+    A document is a row. An item has one, or, once `packs` is set to lists of row numbers, those of one list. Item -1
     has none: it fills the last step of an epoch.
     """
 
@@ -29,7 +29,7 @@ class Rows:
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
         self._places = table["place"]
-        self._columns = [  # per column and batch: values and offsets, views into the file
+        self._columns = [  # of each column, by batch of the file: the rows' values end to end, where each row begins
             [(c.flatten().to_numpy(), c.offsets.to_numpy() - c.offsets[0].as_py()) for c in table[name].chunks]
             for name in ("input_ids", "trained")
         ]
@@ -117,7 +117,7 @@ class EpochOrder:
         whole = len(order) // self.step * self.step
         if self.grouped and whole:
             longest = int(np.argmax(self.sizes[order]))
-            if longest >= whole:
+            if longest >= whole:  # it would be in the last step, which is not full
                 order[[0, longest]] = order[[longest, 0]]
             spans = np.split(order[:whole], range(16 * self.step, whole, 16 * self.step))
             spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]

@@ -38,9 +38,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
-CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on
+CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on; a change makes them anew
 CHUNK = 256  # rows tokenised, and written, at a time
-SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")  # settings
+SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")  # as CODE
 
 
 class NoSplit(UserError):
@@ -53,7 +53,7 @@ def read_chats(source: Source, split: str, s: Settings) -> Iterator[tuple[str, d
     for file in source.files[split]:
         for where, row in read_file(file, source.columns):
             chat, why = to_chat(row, source.entry, s, where)
-            yield where.removeprefix(folder), row, chat, why  # the cache may serve a copy in another folder
+            yield where.removeprefix(folder), row, chat, why  # cached places also serve a copy in another folder
 
 
 def checked_rows(
@@ -135,7 +135,7 @@ def build_cache(
     """Tokenises a training set into `folder`, which appears whole or not at all.
 
     Raises:
-        UserError: as all of the above.
+        UserError: bad data, or a template that cannot be masked, as the functions that are called here raise it.
         OSError: the disk is full; nothing is left behind.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")  # two containers may share a pid
@@ -174,7 +174,7 @@ def write_rows(
         progress.reset(sum(map(count_rows, source.files[split])))
         with pa.ipc.new_file(file, schema) as writer:
             while chunk := list(islice(rows, CHUNK)):
-                pieces = []  # as in the schema
+                pieces = []  # (input_ids, trained, place), as in the schema
                 places, _, chats = zip(*chunk, strict=True)
                 for (where, row, chat), tokens in zip(chunk, encode_chats(chats, tokenizer, places), strict=True):
                     tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
@@ -218,8 +218,8 @@ def prepare(
     wait: Callable[[], None] | None = None,
 ) -> tuple[Rows, dict]:
     """The token rows of the training set (or of the part held out of it), from the cache where it has them, and the
-    report on them. Only the `builder` of several processes tokenises; the others call `wait` until that is done, and
-    without it raise UserError.
+    report on them. builder: this process tokenises what the cache lacks; another calls `wait` until the rows are there,
+    or, where no `wait` is given, raises UserError. quiet: no progress bar, and no report before a refusal.
 
     Raises:
         UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the

@@ -137,8 +137,8 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool =
 
 
 def answer_header(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
-    """What the template puts before an answer, as text and as tokens; and how many tokens a whole prompt has whose
-    system turn is this chat's and whose question is empty."""
+    """What the template puts before an answer, as text and as tokens; and the number of tokens of a prompt with this
+    chat's system turn and an empty question."""
     system = [turn["content"] for turn in chat[:1] if turn["role"] == "system"]
     return _answer_header(tokenizer, tokenizer.chat_template, *system)
 
@@ -161,8 +161,8 @@ def _answer_header(
 def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, places: Sequence[str] = ()) -> list[Tokens]:
     """Tokens of chats, of which every assistant turn's text and end-of-turn token are trained.
 
-    One tokenisation serves all turns: special tokens part a text, so what precedes a generation prompt is tokenised as
-    it would be alone. `places` say where the chats stand, for errors.
+    A chat is tokenised once, for all its turns: the tokenizer first splits a text at special tokens, so what stands
+    before a generation prompt has the tokens that it would have alone. `places` say where the chats stand, for errors.
 
     Raises:
         UserError: the template does not continue its own generation prompt, changes an answer, or ends no turn with
@@ -210,7 +210,7 @@ def trained_stretches(chat: Chat, text: str, encoding: Encoding, tokenizer: PreT
 
 
 def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-    """On all cores; the switch is put back, for the library warns of every later fork."""
+    """The texts' tokens, made on all cores; if the switch were left on, the library would warn at every later fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
@@ -248,10 +248,10 @@ def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTo
 
 
 def split_row(tokens: Tokens, limit: int) -> list[Tokens]:
-    """The row as pieces of `limit` tokens, each after half a piece of what precedes it; every trained token is trained
-    in one of them, and an answer's end in the last."""
+    """The row as pieces of at most `limit` tokens. A later piece begins with half a piece of what stands before it,
+    untrained: every trained token is trained in one piece, and an answer's end in the last."""
     length, mask, pieces = len(tokens.ids), trained_mask(len(tokens.ids), tokens.trained), []
-    fresh = 0  # where what no earlier piece has begins
+    fresh = 0  # the first token that is in no piece yet
     while fresh < length:
         start = max(0, min(fresh - limit // 2, length - limit)) if fresh else 0
         stop = min(start + limit, length)

@@ -131,7 +131,7 @@ def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words: Callabl
     }
 
 
-FLOORS = (  # reasons that begin so, the setting, what is said of the rows, what to look at
+FLOORS = (  # how the reason in rows_dropped begins, the setting, the message, what the user should look at
     ("empty", "max_empty_share", "have an empty question or answer", "are the columns right?"),
     ("garbled", "max_garbled_share", "hold U+FFFD or mojibake", "was the file written in another encoding?"),
     ("unbalanced", "max_unbalanced_share", "have <think> tags that do not pair", "is it another format?"),
@@ -180,7 +180,7 @@ def refusals(report: dict, s: Settings) -> list[str]:
 
 
 def save_report(path: Path, report: dict) -> None:
-    """Without what differs when the same is done again."""
+    """Writes the report without `from_cache`, so that the same data give the same bytes."""
     write_json(path, {name: value for name, value in report.items() if name != "from_cache"})
 
 

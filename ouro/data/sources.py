@@ -148,7 +148,7 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         files = [place.absolute()] if split == "train" else []
     else:
         try:
-            with tempfile.TemporaryDirectory() as nowhere:  # it wants a cache, and the user's may be read-only
+            with tempfile.TemporaryDirectory() as nowhere:  # for its cache: the user's may be read-only
                 builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
         except (OSError, ValueError, DatasetsError) as error:
             raise UserError(f"{place}: {in_one_line(error)} (is every file there that its README.md names?)") from None
@@ -272,7 +272,7 @@ def benchmark_path(name: str, spec: dict, local: str | None, file: str) -> Path:
 
 
 def benchmark_commit(name: str, spec: dict) -> str:
-    """What a benchmark's revision on the Hub is now: the snapshot that its first file is in. Errors as above."""
+    """The commit at which the Hub has a benchmark now, by its first file's snapshot. Errors as `benchmark_path`."""
     file = benchmark_files(spec)[0]
     return Path(str(benchmark_path(name, spec, None, file)).removesuffix(spec.get("archive", file))).name
 

@@ -67,16 +67,16 @@ def answer_of(reply: str) -> str | None:
 
 def squash(text: str) -> str:
     """The letters, digits and Thai marks of a text, in one spelling: what overlap is judged on."""
-    # The spelling comes last: only now do a letter and its marks, parted by spaces in text from a PDF, stand together.
+    # The spelling comes last: text from a PDF may have spaces between a letter and its marks, which are gone only now.
     return normalise(IGNORED.sub("", text.lower()))
 
 
 class Overlap:
-    """Finds a text's first WINDOW characters in a row that also stand in a benchmark item.
+    """Finds the first WINDOW consecutive characters of a text that also stand in a benchmark item.
 
     Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. The items are
     cut into blocks of BLOCK characters, one after the other. Any WINDOW characters of an item hold a whole block, which
-    begins among the first BLOCK of them: a text is compared with an item only around a block that it has.
+    begins among the first BLOCK of them: a text is compared with an item only around a block that both have.
     """
 
     def __init__(self, items: list[tuple[str, str]]):
