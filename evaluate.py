@@ -127,7 +127,7 @@ def find_jobs(
         study = model.study() | base
         config = model.adapter and file_sha256(model.adapter / "adapter_config.json")
         known |= {"adapter": study["adapter_sha256"], "adapter_config": config}
-        done = len(jobs) + len(tasks)
+        most = len(jobs) + len(tasks)  # jobs there would be if none of the tasks had a current result
         for task in tasks:
             files = {depth: file_of(run, model, task, depth) for depth in depths}
             keys = {depth: results.key_of(task, known, depth, run) for depth in depths}
@@ -136,8 +136,8 @@ def find_jobs(
                 results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
                 jobs.append(Job(model, task, study, stale))
-        if done > len(jobs):
-            print(f"{model.run}: {done - len(jobs)} of {len(tasks)} tasks are complete already")
+        if most > len(jobs):
+            print(f"{model.run}: {most - len(jobs)} of {len(tasks)} tasks are complete already")
     return jobs
 
 

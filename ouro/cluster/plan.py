@@ -61,7 +61,7 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
     steps = s.max_steps if s.max_steps >= 0 else math.ceil(s.num_train_epochs * per_epoch)
     heads = s.total_ut_steps if s.loss == "all" else 1
     flops = training_flops(config, s.total_ut_steps, s.r, tokens, pairs, heads * trained) * steps / per_epoch
-    flops *= 1 + 0.5 * recomputed / config.num_hidden_layers  # the forward pass once more, of two and as much back
+    flops *= 1 + 0.5 * recomputed / config.num_hidden_layers  # the forward pass is half of both, and runs again
     hours = flops / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
     return Prediction(recomputed, training_memory(s, config, recomputed), tokens, steps, hours, at_most)
 

@@ -67,7 +67,7 @@ def check_gpu(run: Resolved) -> str:
 
     import torch
 
-    if os.environ.get("SLURM_SAYS") and not torch.cuda.is_available():
+    if os.environ.get("SLURM_SAYS") and not torch.cuda.is_available():  # the Makefile sets it where sbatch is
         raise Skip("a login node: each job looks at its own GPUs")
     device = check_device(run.settings)
     if device == "cpu":

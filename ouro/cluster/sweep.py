@@ -88,7 +88,7 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str], que
         jobs.append(Job("eval", f"{name}-eval", folder, scores, id, "-", state, arguments))
     if any(job.kind == "eval" and job.id != "-" for job in jobs):
         here = Path.cwd()
-        id = live.get(f"report {here}", ("new",))[0]  # it would not wait for what is new
+        id = live.get(f"report {here}", ("new",))[0]  # submitted anew: one that is queued would not wait for new jobs
         jobs.append(Job("report", "report", here, here, id, "-", "new", argv))
     return jobs
 

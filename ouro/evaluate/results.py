@@ -81,7 +81,7 @@ def save(file: Path, content: dict, lines: list[dict]) -> None:
 
 
 def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> None:
-    """RESULTS_DIR/<run>/manifest.json: what is not the same each time; `facts` are the caller's."""
+    """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result; facts: the caller's part."""
     file = results / run / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

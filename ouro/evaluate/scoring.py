@@ -64,8 +64,8 @@ class Tree:
 
 
 def plant(sequences: Sequence[tuple[list[int], int]], share: bool) -> list[Tree]:
-    """Trees that hold all sequences (tokens, start). One joins the tree before if half of it is there already; without
-    `share`, only if all of it is."""
+    """Trees that hold all sequences (tokens, start). A sequence joins the tree before it if that has half of its tokens
+    already; without `share`, only if it has all of them."""
     trees: list[Tree] = []
     for number in sorted(range(len(sequences)), key=lambda n: sequences[n][0]):
         ids, start = sequences[number]
@@ -134,7 +134,11 @@ def readout(network: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class Wanted:
-    """The pairs (position, token) of a batch whose log-probabilities are read; sequences may share one."""
+    """The pairs (position, token) of a batch whose log-probabilities are read; sequences may share one.
+
+    sequences, pair: of each target, its sequence and the number of its pair. positions: all that pairs have, sorted.
+    place, tokens: of each pair, the number of its position, and its token. cuts: of pairs, by READOUT positions.
+    """
 
     def __init__(self, batch: list[Tree], device: torch.device):
         width = width_of(batch)

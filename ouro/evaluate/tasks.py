@@ -173,7 +173,7 @@ def chat_with(
     """The model at a depth as judge.py calls it: replies to conversations, without the token that ends them."""
 
     def seeds(prompts: list[list[int]]) -> list[int]:
-        """Of the prompts' own tokens: after an interruption the rest is asked for as all would have been."""
+        """A seed a prompt, from its own tokens: so an interruption, after which fewer are asked for, changes none."""
         return [int(digest([s.seed, prompt])[:15], 16) for prompt in prompts]
 
     def looped(prompts: list[list[int]], done: Callable[[int, list[int]], None]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, for bf16 in fp32: the compiler then adds in the kernel that reads the sum. A plain sum of a matrix and a
-    product it turns into a product that adds to a copy of the matrix, and the copy takes time."""
+    """x + y; bf16 is added in fp32, so that the compiler adds in the kernel that reads the sum. It would turn the plain
+    sum of a matrix and a product into a product that adds to a copy of the matrix, and the copy takes time."""
     return (x.float() + y.float()).to(x.dtype) if x.dtype == torch.bfloat16 else x + y
 
 

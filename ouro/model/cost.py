@@ -96,9 +96,8 @@ def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
     """Bytes allocated on the GPU at the peak of training: the longest batch, layers compiled, `recomputed` of them.
 
     Counted: weights, adapters with gradients and optimizer, what the layers keep for the backward pass, and the larger
-    of one recomputed layer's and the loss's own; both where layers replay graphs (graphs.py), which keep their memory,
-    and a little more than they use.
-    Compared with measured peaks in `bench.py train`.
+    of two: what one recomputed layer takes, and what the loss takes. Where layers replay graphs (graphs.py) it is their
+    sum and a little more, because graphs keep their memory. Compared with measured peaks in `bench.py train`.
     """
     sizes, hidden, layers = product_sizes(config), config.hidden_size, config.num_hidden_layers
     number = 2 if s.bf16 else 4

@@ -128,7 +128,7 @@ class Decoder:
                 for place, part, weight in zip(copy[name].chunk(len(parts)), parts, weights, strict=True):
                     place.copy_(merged(part, self.dtype, weight))
             copy["in"] = layer.input_layernorm.weight
-            copy["rest"] = (
+            copy["rest"] = (  # kernels.py calls them o, after, before, gate_up, down, end
                 copy["o"], layer.input_layernorm_2.weight, layer.post_attention_layernorm.weight, copy["gate_up"],
                 copy["down"], layer.post_attention_layernorm_2.weight,
             )  # fmt: skip

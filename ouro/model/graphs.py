@@ -124,7 +124,7 @@ def peak_memory(model: nn.Module) -> int:
 
 
 class Positions:
-    """Where graphs read a batch's rotations and where its documents begin, at most so many; 0: each row is one."""
+    """Where graphs read a batch's rotations and the bounds of its documents, at most so many; 0: each row is one."""
 
     def __init__(self, cos: Tensor, tokens: int, documents: int):
         self.cos, self.sin = (torch.zeros_like(cos) for _ in range(2))
@@ -174,8 +174,8 @@ class CapturedLayer:
             return x, self.layer(x, *self.positions.arguments())
 
     def run_forward(self) -> None:
-        # `run` makes ready for a backward pass that never comes: so both graphs run the same kernels, and draw the same
-        # dropout.
+        # `run` records a backward pass that is never made: so this graph runs the same kernels as `run_backward`'s, and
+        # draws the same dropout.
         self.state.copy_(self.run()[1].detach())
 
     def run_backward(self) -> None:
@@ -227,7 +227,7 @@ def replay_layers(model: PeftModel, tokens: int, **compiling) -> None:
     For rows of one length: each other shape of a batch takes a pair of graphs more. Batches with a mask, and larger
     ones, are computed without graphs.
 
-    tokens: of the largest batch, padding included. compiling: options of `nn.Module.compile`, none to run as it stands.
+    tokens: of the largest batch, padding included. compiling: options of `nn.Module.compile`; none: not compiled.
     """
     layers = [layer for layer in model.get_base_model().model.layers if layer.gradient_checkpointing]
     if not layers:
@@ -277,14 +277,14 @@ class CapturedLoops:
         self.flat = torch.zeros(sum(sizes), dtype=self.parameters[0].dtype, device=state.device)
         self.states: tuple[Tensor, ...] = ()
         self.forward = memory.capture(self.run_forward, self.warm_up, state)
-        self.backward = memory.capture(self.run_backward, lambda: None, state)
+        self.backward = memory.capture(self.run_backward, lambda: None, state)  # `warm_up` has run its kernels, too
         if state.is_cuda:
             torch.cuda.reset_peak_memory_stats(state.device)  # `memory.kept` counts what the captures took
 
     def warm_up(self) -> None:
         with standing_in(self.groups, self.parameters), torch.enable_grad():
             x = y = self.state.detach().requires_grad_()
-            for layer in self.decoder.layers[:2]:
+            for layer in self.decoder.layers[:2]:  # the others run the same kernels
                 y = layer(y, *self.positions.arguments())
             y = self.decoder.norm(y)
         torch.autograd.grad(y, (x, *self.parameters), self.grads[0], allow_unused=True)

@@ -229,7 +229,7 @@ def check_adapter(adapter: Path, s: Settings, rank: int | None) -> None:
 def put_adapter(
     model: OuroForCausalLM, adapter: Path | LoraConfig | None, frozen: Frozen, fused: bool = True
 ) -> OuroForCausalLM | PeftModel:
-    """Puts a saved or a new adapter into the model's layers, in place; None leaves fp8 weights alone to compute.
+    """Puts a saved or a new adapter into the model's layers, in place; None: the model computes without one.
 
     fused: groups of projections compute together, which is how they are trained; DoRA is left to PEFT's own layers.
 
@@ -239,7 +239,7 @@ def put_adapter(
     if adapter is None:
         if frozen != "fp8":
             return model
-        adapter = LoraConfig(r=8, target_modules=PROJECTIONS)  # a new adapter's B is zero: it adds nothing
+        adapter = LoraConfig(r=8, target_modules=PROJECTIONS)  # groups compute in fp8; a new B is zero, adds nothing
         return put_adapter(model, adapter, frozen).eval()
     if isinstance(adapter, LoraConfig):
         adapted = get_peft_model(model, adapter)
@@ -256,8 +256,8 @@ def put_adapter(
 
 @contextmanager
 def with_adapter(model: OuroForCausalLM, adapter: Path | None, frozen: Frozen) -> Iterator[None]:
-    """The same for a while: afterwards the model is as it was, ready for another adapter."""
-    kept = [(p, p.data) for p in model.parameters()] if frozen == "fp8" else []  # of these, `fuse` keeps only the fp8
+    """`put_adapter` for the length of a `with` block: afterwards the model is as it was, ready for another adapter."""
+    kept = [(p, p.data) for p in model.parameters()] if frozen == "fp8" else []  # `fuse` empties some
     adapted = put_adapter(model, adapter, frozen)
     yield
     if adapted is not model:

@@ -63,8 +63,8 @@ class _Products(torch.autograd.Function):
         dropped = x if kept is None else dropout(x, kept, p + zero)
         das = [da.float() for da in (part.t() @ dropped).split(rank)]
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(rank, 1), strict=True)]
-        # The thin products above read each dy by itself, and only here do all stand beside each other in one matrix: if
-        # they read columns of it, the compiler writes that matrix in a form that takes four times as long.
+        # The gradients are put beside each other in one matrix only here. If the thin products above read columns of
+        # that matrix, the compiler writes it in a layout that takes four times as long.
         if kept is None:
             dx = weights.input_gradient(frozen, a, dys, part, zero)
         else:

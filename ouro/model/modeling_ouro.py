@@ -455,9 +455,9 @@ def _cross_entropy(logits: Tensor, target: Tensor, train: bool) -> tuple[Tensor,
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden[kept] @ weight.T`, a chunk of positions at a time.
 
-    hidden: (positions, hidden). kept, targets: (trained,), which positions are trained and on what; after them may come
-    pairs of (positions, IGNORE), which count nothing. The gradient is formed together with the loss, while a chunk's
-    logits exist: nothing is computed twice, and of the (positions, vocab) matrix only one chunk is ever in memory.
+    hidden: (positions, hidden). kept, targets: (trained,), which positions are trained and on what; then, up to a
+    whole chunk, (positions, IGNORE), whose gradient goes to a spare row. The gradient is formed together with the loss,
+    while a chunk's logits exist: nothing is computed twice, and only a chunk of (positions, vocab) is ever in memory.
     """
 
     @staticmethod

@@ -33,7 +33,7 @@ def build(s: Settings, device: str | int) -> PeftModel:
     Raises:
         UserError: no such model, or one that this machine cannot train as the settings say.
     """
-    if s.deterministic:  # not with warnings only: attention's backward pass would then stay as it is
+    if s.deterministic:  # without warn_only=True, under which attention's backward pass would sum in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # only finds reads of it

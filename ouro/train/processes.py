@@ -56,8 +56,8 @@ def leave(code: int) -> None:
     """Ends this process with its exit code."""
     if not among_others():
         sys.exit(code)
-    # The interpreter's end, and that of the process group, may wait for processes that are gone or wait themselves; and
-    # for a thread of gloo's that waits for this one to let go of Python.
+    # os._exit waits for nothing. sys.exit may hang: the process group waits for processes that are gone or wait, too;
+    # the interpreter waits for a thread of gloo that waits for the interpreter's lock.
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish(code)
     sys.stdout.flush()

@@ -90,7 +90,7 @@ def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
 
 
 def whole(folder: Path, remedy: str) -> Path:
-    """`folder`, which `remedy` makes.
+    """`folder`, after its checksums were compared. remedy: what the user is told to do where it is not whole.
 
     Raises:
         UserError: it is not there, or its files are not those that were written.

@@ -118,7 +118,7 @@ class LoopTrainer(SFTTrainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _check_pending(self) -> None:
-        """Looks at the numbers of the step before: the GPU is waited for up to there, and has the next step to do.
+        """Checks the numbers fetched last, mostly of the step before: the GPU has the next one to do meanwhile.
 
         Raises:
             UserError: they say that the run is lost.
@@ -184,7 +184,7 @@ class LoopTrainer(SFTTrainer):
         }
         if self.flops:
             s, config = self.settings, model.config
-            heads = s.total_ut_steps if s.loss == "all" else 1
+            heads = s.total_ut_steps if s.loss == "all" else 1  # loops whose logits are formed
             done = training_flops(config, s.total_ut_steps, s.r, seen, pairs, heads * trained)
             logs["model_flop_use"] = round(done / spent / (self.flops * WORLD_SIZE), 4)
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
@@ -336,7 +336,7 @@ class Metrics(TrainerCallback):
 
 
 class Refresh(TrainerCallback):
-    """Brings the groups' copies of the adapters up to date: after a checkpoint was read, and after each step."""
+    """Copies the adapters to where lora.py's groups read them: after a checkpoint was read, and after each step."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         refresh(model)

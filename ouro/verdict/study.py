@@ -364,7 +364,7 @@ def once(results: list[Result], left_out: list) -> list[Result]:
 
 
 def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[Result]:
-    """The base's results that these adapted models' can be subtracted from, one a depth."""
+    """The base's results that can be subtracted from these adapted models', one a depth."""
     found = {}
     for result in bases:
         if why := differences(result, (mine or bases)[0]):
@@ -420,7 +420,7 @@ def in_both(thai: list[Result], english: list[Result], left_out: list) -> list[t
         here, there = numbers(one), numbers(other)
         same = [number for number in here if number in there]
         i, j = [here[number] for number in same], [there[number] for number in same]
-        # In another order a quarter of the golds would agree by chance: one that does not is no pair, nor are the rest.
+        # In files of different orders a quarter of the answers would agree by chance: all must, or none is compared.
         agree = sum(one.golds[a] == other.golds[b] is not None for a, b in zip(i, j, strict=True))
         if agree < len(same) or not same:
             why = f"not compared: {agree} of {len(same)} questions of one number have the same right answer"
