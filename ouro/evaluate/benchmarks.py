@@ -278,7 +278,7 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
     take, columns = (None, []) if local else (spec["take"], [key])
     step = max(1, sum(map(count_rows, files)) / take) if take else 1  # rows from one text to the next, a fraction
     rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
-    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
+    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)  # one a step
     items, empty = [], []
     for number, where, row in islice(sample, limit):
         text = row.get("text", row.get(key))

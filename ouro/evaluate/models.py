@@ -210,7 +210,7 @@ def upon_one_base(run: Resolved, adapted: list[ModelUnderTest]) -> tuple[Weights
     Raises:
         UserError: they do not share one, or an adapter does not fit it.
     """
-    s, bases = run.settings, {}
+    s, bases = run.settings, {}  # bases: what all models must share -> the runs that have it
     for model in adapted or [ModelUnderTest(f"the base {s.model_name_or_path}", "base")]:
         t = model.trained or s
         key = t.model_name_or_path, t.model_revision, frozen_here(t, model.run), t.bf16, t.bnb_4bit_use_double_quant

@@ -70,7 +70,7 @@ def unused(s: Settings, device: str | int) -> list[str]:
 
 def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
     """The settings as TRL's own."""
-    s = run.settings
+    s = run.settings  # `same`: the settings whose names and meanings are TRL's
     same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type")
     same += ("warmup_ratio", "weight_decay", "optim", "bf16", "seed", "logging_steps", "save_steps", "report_to")
     arguments = SFTConfig(

@@ -86,7 +86,7 @@ class LoopTrainer(SFTTrainer):
         # pairs of a token and one it attends to: as many as its position in its document, counted from 1
         positions = inputs["position_ids"] + 1 if "position_ids" in inputs else mask.cumsum(1)
         batch = (mask.sum(), (positions * mask).sum(), mask.new_full((), mask.numel()))  # none waits for the GPU
-        inputs["objective"] = self.settings.loss
+        inputs["objective"] = self.settings.loss  # all of `inputs` are arguments of OuroForCausalLM.forward
         loss, outputs = super(SFTTrainer, self).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )

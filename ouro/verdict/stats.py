@@ -81,8 +81,8 @@ def estimate(groups: list[Cell], items: int) -> Estimate:
     part is unknown, and the interval speaks of these runs only.
     """
     value = sum(group.values.mean(0) for group in groups)
-    small = items / (items - 1) if items > 1 else np.inf
-    whole = small * sum(group.boots.mean(1) for group in groups).var(0)
+    small = items / (items - 1) if items > 1 else np.inf  # a bootstrap's variance is too small by this factor
+    whole = small * sum(group.boots.mean(1) for group in groups).var(0)  # over items, with part of the residual
     item, parts = whole, []
     for group in groups:
         seeds = len(group.values)
