@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]  # the repository
 # The OSErrors that a user can mend: a full or read-only disk, a path that is missing or leads through a file.
 THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
+# Control characters (but tab and newline), what turns the direction of a line or breaks it, halves of surrogate pairs,
+# and ⟦⟧, between which the data report shows what is trained.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff⟦⟧]")
+
 
 class UserError(Exception):
     """A mistake of the user's: shown as one message without a traceback, exit code 2."""
+
+
+def printable(text: object) -> str:
+    """Text of data, models and servers as it can be shown: a terminal obeys nothing in it."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known) -> str:
@@ -119,7 +129,7 @@ def explain(error: BaseException) -> int | None:
     """Prints what a user can do something about as one message; the exit code, None for any other exception."""
     match error:
         case UserError():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             return 2
         case BrokenPipeError():  # as in `… | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -356,6 +356,32 @@ def test_the_report_is_printed_with_its_counts_and_before_it_is_refused(prepared
     assert re.search(r"rows +32 in, 30 kept", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (True, {}, False),
+        (False, {"TERM": "xterm"}, False),
+    ],
+)
+def test_data_is_shown_and_never_obeyed_by_a_terminal(terminal, environment, coloured, prepared, monkeypatch, capsys):
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    row = ROW | {"Input": "⟦ก\x1b]0;x\x07\x9b2J", "Output": "ข⟧\r\u202eค", "License": "MIT\x1b[2J"}
+    report = prepared("wangchan", [row])[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    print_report(report)
+    out = capsys.readouterr().out
+    assert r"\u27e6ก\x1b]0;x\x07\x9b2J" in out and r"MIT\x1b[2J (1 rows)" in out
+    shown = rf"ข\u27e7\r\u202eค{END}"
+    assert (f"\x1b[32m{shown}\x1b[0m" if coloured else f"⟦{shown}⟧") in out
+    assert set(re.findall("[\x00-\x1f]", out)) <= ({"\n", "\x1b"} if coloured else {"\n"})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # bad input
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from ouro.data.batches import IGNORE, Rows
 from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts, split_row
 from ouro.data.sources import read_file
 from ouro.data.thai import count_letters
-from ouro.files import ROOT, write_json
+from ouro.files import ROOT, printable, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -185,12 +186,12 @@ def save_report(path: Path, report: dict) -> None:
 
 
 def marked(ids: np.ndarray, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, limit: int = sys.maxsize) -> str:
-    """A row as text with its trained tokens between ⟦ and ⟧; each stretch at most about `limit` characters."""
+    """A row as printable text with its trained tokens between ⟦ and ⟧; a stretch at most about `limit` characters."""
     trained = np.asarray(labels) != IGNORE
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1), len(trained)]
     pieces = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        text = abridge(tokenizer.decode(ids[start:stop]), limit)
+        text = printable(abridge(tokenizer.decode(ids[start:stop]), limit))
         pieces.append(f"⟦{text}⟧" if trained[start] else text)
     return "".join(pieces)
 
@@ -207,10 +208,12 @@ def bars(counts: list[int]) -> str:
 def print_report(report: dict, rows: int = 3) -> None:
     """The report for people, with the first of the decoded rows."""
     r = report
-    print(f"data: {r['dataset']} from {r['source']}, {r['data_revision'][:19]}{', cached' * r['from_cache']}")
 
     def line(label: str, text: str) -> None:
-        print(f"  {label:<17}{text}")
+        print(printable(f"  {label:<17}{text}"))
+
+    commit = r["data_revision"][:19]
+    print(printable(f"data: {r['dataset']} from {r['source']}, {commit}{', cached' * r['from_cache']}"))
 
     if r["rows_when_described"] not in (None, r["rows_in"]):
         line("note", f"{r['rows_when_described']:,} rows when configs/datasets.yaml was written")
@@ -241,7 +244,7 @@ def print_report(report: dict, rows: int = 3) -> None:
         shares = {name: share for name, share in r["padding"].items() if name not in ("packs", "used")}
         text = ", ".join(f"{name} {share:.1%}{'*' * (name == r['padding']['used'])}" for name, share in shares.items())
         line("padding", f"{text.replace('_', ' ')}  (* used)")
-    colour = sys.stdout.isatty()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
     for text in r["examples"][:rows]:
         print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")
         text = text.replace("⟦", "\033[32m").replace("⟧", "\033[0m") if colour else text
