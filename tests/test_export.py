@@ -1,36 +1,35 @@
 """What leaves a run: the merged model is the adapted one, the Hub gets what it should, vLLM's command is one.
 
-One run is trained, with NF4 weights, and others are made from it. The scripts run as processes and upload over HTTP to
-a local Hub.
+One run is trained, with NF4 weights, and others are made from it. The Hub's client is one that notes what it is asked.
 """
 
-import base64
+import errno
 import json
 import math
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import threading
-import time
+import sys
 from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 from ouro import files
 from ouro.files import UserError
-from ouro.model.loading import load_ouro, load_run_model
-from ouro.model.modeling_ouro import PROJECTIONS
+from ouro.model.loading import load_ouro, load_run_model, read_config
+from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
 from ouro.settings import REVISIONS, Settings
 from ouro.train.run_folder import is_good, seal
+from tools import export as exporting
 from tools.export import merge_adapter, merged_model
 
 import pytest
 import torch
 from helpers import trained
-from local_hub import Handler, LocalHub, Scripts, copy_project
+from huggingface_hub import constants
+from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
 from peft import LoraConfig, get_peft_model
+from requests import ConnectionError, Response
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,110 +45,15 @@ VARIANTS = {
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
-class WritableHandler(Handler):
-    """What an upload asks: who am I, a new repository, is the card valid, which files are large, storage, a commit."""
-
-    def do_POST(self) -> None:
-        if self.path.endswith(("/revision/main", "/paths-info/main")):
-            return self.do_GET()
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, answer = self.write(self.path.strip("/").split("/"), content)
-        self.hub.asked.append((self.command, self.path, status))
-        self.send(self.path, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-    do_PUT = do_POST
-
-    def do_GET(self) -> None:
-        if self.path != "/api/whoami-v2":
-            return super().do_GET()
-        known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        answer = {"name": "somchai", "type": "user"} if known else {"error": "Invalid username or password."}
-        self.send(self.path, 200 if known else 401, json.dumps(answer).encode(), {})
-
-    do_HEAD = do_GET
-
-    def answer(self, repo, call, revision, path, form):
-        if repo not in self.hub.private:
-            return super().answer(repo, call, revision, path, form)
-        info = {"id": repo, "sha": "1" * 40, "private": self.hub.private[repo], "siblings": []}
-        return 200, json.dumps(info).encode(), {}
-
-    def write(self, parts: list[str], content: bytes) -> tuple[int, dict]:
-        hub = self.hub
-        if parts[0] == "storage":
-            hub.stored[parts[1]] = content
-            return 200, {}
-        if parts[-1] == "batch":  # of <owner>/<name>.git/info/lfs/objects/batch
-            objects = [
-                o | {"actions": {"upload": {"href": f"{hub.url}/storage/{o['oid']}"}}}
-                for o in json.loads(content)["objects"]
-            ]
-            return (hub.fails, {}) if hub.fails else (200, {"transfer": "basic", "objects": objects})
-        if parts[1] == "validate-yaml":
-            return 200, {"errors": [], "warnings": []}
-        if parts[1:] == ["repos", "create"]:
-            asked = json.loads(content)
-            repo = f"{asked.get('organization', 'somchai')}/{asked['name']}"
-            if not repo.startswith("somchai/"):
-                return 403, {"error": "You don't have the rights to create a model under this namespace"}
-            if repo in hub.private:
-                return 409, {"error": "You already created this model repo", "url": f"{hub.url}/{repo}"}
-            hub.private[repo] = asked["private"]
-            return 200, {"url": f"{hub.url}/{repo}"}
-        repo = "/".join(parts[2:4])
-        if parts[4] == "preupload":
-            files = [file["path"] for file in json.loads(content)["files"]]
-            modes = {file: "lfs" if file.endswith(".safetensors") else "regular" for file in files}
-            return 200, {"files": [{"path": f, "uploadMode": m, "shouldIgnore": False} for f, m in modes.items()]}
-        files = {}
-        for line in map(json.loads, content.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = hub.stored[value["oid"]]
-        hub.committed[repo] = files
-        return 200, {"commitUrl": f"{hub.url}/{repo}/commit/{'2' * 40}", "commitOid": "2" * 40, "success": True}
-
-
-class WritableHub(LocalHub):
-    """A LocalHub that somchai, with the right token, may also upload to."""
-
-    def __init__(self):
-        self.token = "hf_" + "s3cret" * 5
-        self.private: dict[str, bool] = {}
-        self.committed: dict[str, dict[str, bytes]] = {}
-        self.stored: dict[str, bytes] = {}
-        self.asked: list[tuple[str, str, int]] = []
-        self.fails = 0  # the status that storage answers with
-        super().__init__()
-
-    def open(self) -> None:
-        handler = type("Bound", (WritableHandler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory, in_the_repository):
-    hub = WritableHub()
-    hub.add(BASE, shutil.copytree(TINY, tmp_path_factory.mktemp("base") / "base"), BASE_COMMIT)
-    yield hub
-    hub.close()
-
-
-@pytest.fixture(scope="module")
-def scripts(hub, tmp_path_factory):
+def runs(tmp_path_factory, in_the_repository):
+    """The folder of one run of each variant."""
     folder = tmp_path_factory.mktemp("export")
-    copy_project(folder / "project")
-    scripts = Scripts(hub, folder, modules=("tools.export",))
     few = ["--max_steps", "2", "--eval_steps", "0", "--learning_rate", "0.05", "--activation_checkpointing", "none"]
-    trained(folder / "output", "--exp", NF4, *few)
+    trained(folder, "--exp", NF4, *few)
     for name in (DORA, RSLORA):
-        another(folder / "output" / NF4, folder / "output" / name, **VARIANTS[name])
-    yield scripts
-    scripts.close()
+        another(folder / NF4, folder / name, **VARIANTS[name])
+    return folder
 
 
 def another(run: Path, folder: Path, **changes) -> None:
@@ -176,16 +80,12 @@ def changed(folder: Path, **changes) -> dict:
     return config
 
 
-def where(folder: Path, name: str) -> list:
-    return ["--config", "tests/smoke.yaml", "--exp", name, "--output_dir", folder / "output"]
-
-
 @pytest.fixture
-def run(scripts, tmp_path):
+def run(runs, tmp_path):
     """Gives a copy of a trained run, in tmp_path."""
 
     def copy(name: str, **changes) -> Path:
-        folder = shutil.copytree(scripts.folder / "output" / name, tmp_path / "output" / name)
+        folder = shutil.copytree(runs / name, tmp_path / name)
         changed(folder, **changes)
         return folder
 
@@ -193,17 +93,29 @@ def run(scripts, tmp_path):
 
 
 @pytest.fixture
-def export(scripts, tmp_path):
-    """Does an action with a run of tmp_path; gives what is printed."""
-    return lambda action, name, *more, **environment: scripts.output(
-        "tools/export.py", action, *where(tmp_path, name), *more, **environment
-    )
+def export(tmp_path, monkeypatch, capsys):
+    """Does an action with a run of tmp_path, in this process; gives what is printed."""
+
+    def do(action: str, name: str, *more: object) -> str:
+        where = ["--config", "tests/smoke.yaml", "--exp", name, "--output_dir", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["export.py", action, *map(str, [*where, *more])])
+        capsys.readouterr()
+        exporting.main()
+        return capsys.readouterr().out
+
+    return do
 
 
 @pytest.fixture
-def refused(scripts, tmp_path):
-    """The message with which an action on a run of tmp_path is refused."""
-    return lambda name, action="merge": scripts.refusal("tools/export.py", action, *where(tmp_path, name))
+def refused(export):
+    """The message with which an action is refused."""
+
+    def do(name: str, action: str = "merge", *more: object) -> str:
+        with pytest.raises(UserError) as error:
+            export(action, name, *more)
+        return str(error.value)
+
+    return do
 
 
 def reseal(folder: Path) -> None:
@@ -283,7 +195,7 @@ def test_a_folder_merged_at_another_depth_is_left_alone_or_refused(export, refus
     assert "trained at `total_ut_steps = 3`" in " ".join((merged / "README.md").read_text().split())
     assert f"total_ut_steps 2, not 3): rm -r {merged}" in refused(RSLORA)
     before = (merged / "model.safetensors").stat().st_mtime_ns
-    assert "is there already" in export("merge", RSLORA, TOTAL_UT_STEPS="2")
+    assert "is there already" in export("merge", RSLORA, "--total_ut_steps", 2)
     assert (merged / "model.safetensors").stat().st_mtime_ns == before
     original = weights.read_bytes()
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
@@ -299,41 +211,31 @@ def test_a_folder_merged_at_another_depth_is_left_alone_or_refused(export, refus
     assert "merged is damaged or was changed" in refused(RSLORA)
 
 
-@pytest.mark.slow
-def test_a_killed_merge_leaves_nothing_that_looks_whole(scripts, export, run, tmp_path):
+@pytest.mark.parametrize("last", ["write_atomic", "seal"])
+def test_a_killed_merge_leaves_nothing_that_looks_whole(export, run, monkeypatch, last):
     folder = run(RSLORA)
-    killed = 0
-    for moment in (".", "model.safetensors", "tokenizer.json", "merge.json"):
-        process = scripts.start("tools/export.py", "merge", *where(tmp_path, RSLORA))
-        while not (folder / ".merged" / moment).exists() and not (folder / "merged").exists():
-            time.sleep(0.0005)
-        os.kill(process, signal.SIGKILL)
-        code, _, err = scripts.wait()
-        if (folder / "merged").exists():  # it was quicker
-            assert is_good(folder / "merged")
-            shutil.rmtree(folder / "merged")
-        else:
-            assert code == "-9", err
-            killed += 1
-    assert killed
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(exporting, last, raising(KeyboardInterrupt()))
+        export("merge", RSLORA)
+    assert (folder / ".merged/model.safetensors").exists() and not (folder / "merged").exists()
     export("merge", RSLORA)
     assert is_good(folder / "merged") and not (folder / ".merged").exists()
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_one_message_and_leaves_nothing(scripts, run, tmp_path):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")], ids=repr)
+def test_a_full_disk_is_one_message_and_leaves_nothing(refused, run, monkeypatch, error):
     folder = run(RSLORA)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        shutil.copytree(scripts.folder / "output" / RSLORA, folder, dirs_exist_ok=True)
-        code, _, said = scripts.play("tools/export.py", "merge", *where(tmp_path, RSLORA))
-        assert code == "2" and said.startswith("error: ") and said.count("\n") == 1
-        assert "No space left on device" in said and "2 MB are needed" in said
-        assert not list(folder.glob("*merged"))
-    finally:
-        subprocess.run(["umount", folder], check=True)
+    monkeypatch.setattr(exporting, "write_json", raising(error))
+    message = refused(RSLORA)
+    assert "No space left" in message and "2 MB are needed" in message and "\n" not in message
+    assert not list(folder.glob("*merged"))
+
+
+def raising(error: BaseException):
+    def function(*_, **__):
+        raise error
+
+    return function
 
 
 def test_an_adapter_that_is_not_finite_is_refused(run):
@@ -346,29 +248,72 @@ def test_an_adapter_that_is_not_finite_is_refused(run):
 
 
 @pytest.mark.parametrize("action", ["merge", "push", "serve"])
-def test_unknown_and_unfinished_experiments_are_refused(refused, run, action):
+def test_unknown_and_unfinished_experiments_and_a_run_without_a_manifest_are_refused(refused, run, action):
     assert "unknown experiment 'exp9'" in refused("exp9", action)
-    (run(NF4) / "completed").unlink()
+    folder = run(NF4, model_name_or_path=BASE)
+    if action != "push":
+        (folder / "manifest.json").unlink()
+        assert "manifest.json does not say which base" in refused(NF4, action)
+    (folder / "completed").unlink()
     assert "started but not finished" in refused(NF4, action)
-
-
-def test_a_run_whose_manifest_is_gone_is_refused(refused, run):
-    (run(RSLORA) / "manifest.json").unlink()
-    assert f"{RSLORA}/manifest.json does not say which base the run was trained on" in refused(RSLORA)
 
 
 # -------------------------------------------------------------------------------------------------------------- push
 
 
-@pytest.fixture
-def push(scripts, hub, tmp_path):
-    """Pushes a run of tmp_path; gives what is printed, or the refusal, after which nothing is uploaded."""
+class Hub:
+    """In the place of HfApi, as somchai, who may write under that name alone; keeps what is uploaded."""
 
-    def play(repo: str | None, *options: str, refused: bool = False, token: str = hub.token) -> str:
-        before, named = dict(hub.committed), ["--repo", repo] if repo else []
-        command = ["tools/export.py", "push", *where(tmp_path, RSLORA), *named, *options]
-        printed = (scripts.refusal if refused else scripts.output)(*command, HF_TOKEN=token)
-        assert hub.token not in printed and (hub.committed == before or not refused)
+    def __init__(self):
+        self.private: dict[str, bool] = {}
+        self.committed: dict[str, dict[str, bytes]] = {}
+        self.error: Exception | None = None  # of the upload
+
+    def whoami(self) -> dict:
+        return {"name": "somchai"}
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+        if not repo.startswith("somchai/"):
+            raise answered(403)
+        self.private.setdefault(repo, private)
+
+    def model_info(self, repo: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private[repo])
+
+    def upload_folder(self, repo_id: str, folder_path: Path, ignore_patterns: list, commit_message: str):
+        if self.error:
+            raise RuntimeError(f"Error while uploading: {SIGNED}") from self.error
+        names = filter_repo_objects([file.name for file in folder_path.iterdir()], ignore_patterns=ignore_patterns)
+        self.committed[repo_id] = {name: (folder_path / name).read_bytes() for name in names}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/222")
+
+
+TOKEN, SIGNED = "hf_" + "s3cret" * 5, "https://storage/x?Signature=s3cret"
+
+
+def answered(status: int) -> HfHubHTTPError:
+    response = Response()
+    response.status_code, response.reason = status, "Refused"
+    return HfHubHTTPError(f"{status} for {SIGNED}", response=response)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(exporting, "HfApi", lambda: hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(exporting, "get_token", lambda: TOKEN)
+    return hub
+
+
+@pytest.fixture
+def push(hub, export, refused):
+    """Pushes the run RSLORA; gives what is printed, or the refusal, after which nothing is uploaded."""
+
+    def play(repo: str | None, *options: str, refusal: bool = False) -> str:
+        before, options = dict(hub.committed), (*(["--repo", repo] if repo else []), *options)
+        printed = refused(RSLORA, "push", *options) if refusal else export("push", RSLORA, *options)
+        assert "s3cret" not in printed and (hub.committed == before or not refusal)
         return printed
 
     return play
@@ -384,14 +329,14 @@ def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository
     assert "as somchai to somchai/ouro-thai (private)" in printed and "/somchai/ouro-thai/commit/222" in printed
     push("somchai/ouro-thai")  # again
     hub.private["somchai/known"] = False
-    assert "exists and is public" in push("somchai/known", refused=True)
+    assert "exists and is public" in push("somchai/known", refusal=True)
     assert "(public)" in push("somchai/known", "--public")
 
 
 def test_the_merged_model_is_uploaded_on_request(push, export, hub, run):
     merged = run(RSLORA) / "merged"
-    assert f"{TINY}, which nobody else has" in push("somchai/all", refused=True)
-    assert f"make merge EXP={RSLORA}" in push("somchai/all", "--merged", refused=True)
+    assert f"{TINY}, which nobody else has" in push("somchai/all", refusal=True)
+    assert f"make merge EXP={RSLORA}" in push("somchai/all", "--merged", refusal=True)
     export("merge", RSLORA)
     push("somchai/all", "--merged", "--public")
     files = hub.committed["somchai/all"]
@@ -402,23 +347,22 @@ def test_the_merged_model_is_uploaded_on_request(push, export, hub, run):
 
 def test_what_the_hub_refuses_is_one_message(push, hub, run, monkeypatch):
     run(RSLORA, model_name_or_path=BASE)
-    assert "no token for the Hub" in push("somchai/new", refused=True, token="")
-    assert "does not know the token (401)" in push("somchai/new", refused=True, token="hf_wrong")
-    assert "(403): it needs write access, and another must be you" in push("another/new", refused=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, "fails", 507)
-        assert "the Hub answered 507" in push("somchai/new", refused=True)
-    hub.close()
-    try:
-        assert f"no connection to {hub.url}" in push("somchai/new", refused=True)
-    finally:
-        hub.open()
+    assert "(403): it needs write access, and another must be you" in push("another/new", refusal=True)
+    for error, message in (
+        (answered(401), "does not know the token (401)"),
+        (answered(507), "the Hub answered 507"),
+        (ConnectionError(SIGNED), "no connection to"),
+    ):
+        hub.error = error
+        assert message in push("somchai/new", refusal=True)
+    monkeypatch.setattr(exporting, "get_token", lambda: None)
+    assert "no token for the Hub" in push("somchai/new", refusal=True)
 
 
-@pytest.mark.parametrize("repo", [None, "ouro-thai", "a/b/c", "somchai/../x", "somchai/what?"])
+@pytest.mark.parametrize("repo", [None, "ouro-thai", "somchai/../x"])
 def test_a_repository_without_a_good_name_is_refused(push, run, repo):
     run(RSLORA, model_name_or_path=BASE)
-    assert f"name the repository as USER/NAME, got {repo!r}" in push(repo, refused=True)
+    assert f"name the repository as USER/NAME, got {repo!r}" in push(repo, refusal=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- serve
@@ -426,19 +370,19 @@ def test_a_repository_without_a_good_name_is_refused(push, run, repo):
 
 def commands(printed: str) -> list[list[str]]:
     """The arguments of each vllm command, as a shell passes them."""
-    script = 'vllm() { printf "%s\\0" "$@"; printf "\\1"; }\n' + printed
-    out = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
-    found = [part.split("\0")[:-1] for part in out.split("\1")[:-1]]
-    joined = printed.replace("\\\n", "").splitlines()
-    assert found == [shlex.split(line)[1:] for line in joined if not line.startswith("#")]
-    return found
+    lines = [line for line in printed.replace("\\\n", "").splitlines() if not line.startswith("#")]
+    found = [shlex.split(line) for line in lines]
+    assert all(command == "vllm" for command, *_ in found)
+    return [arguments for _, *arguments in found]
 
 
 def option(arguments: list[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
-def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path):
+def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "read_config", lambda *_: read_config(TINY, None))  # as of the base, which is away
+    monkeypatch.setattr(OuroConfig, "get_config_dict", lambda *_, **__: ({}, {}))
     folder = run(RSLORA, model_name_or_path=BASE, max_length=4096)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"model_commit": BASE_COMMIT}))
@@ -456,8 +400,8 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path):
     assert "0.00586 MiB a token at depth 3, 0.00195 a loop; 0.0234 GiB for 4096 tokens" in printed
     deeper = export("serve", RSLORA, "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper)[0], "--hf-overrides")) == {"total_ut_steps": 4}
-    (tmp_path / "output/seed1").mkdir()
-    moved = folder.rename(tmp_path / "output/seed1" / RSLORA)  # as a sweep with SEEDS has it
+    (tmp_path / "seed1").mkdir()
+    moved = folder.rename(tmp_path / "seed1" / RSLORA)  # as a sweep with SEEDS has it
     (arguments,) = commands(export("serve", f"seed1/{RSLORA}"))
     assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}={moved / 'final_adapter'}"
 

@@ -23,28 +23,28 @@ from tiny_ouro import (
 from torch.nn.parallel import DistributedDataParallel
 
 TOKENS = 4 * 128
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
-def pair(recomputed: int = 4, loops: int = 2, limit: int = TOKENS, **config):
+def pair(recomputed: int = 4, loops: int = 2, limit: int = TOKENS):
     """Two models of the same numbers with recomputed layers; the first one's replay."""
-    models = [fused("nf4, double", loops=loops, **config) for _ in range(2)]
+    models = [ready(fused("nf4, double", loops=loops)) for _ in range(2)]
     for model in models:
-        moved(model)
-        refresh(model)
         model.recompute_layers(recomputed)
     replay_layers(models[0], limit)
     return models
 
 
-def kept_pair(kind: str = "fp32", loops: int = 2, **config):
+def kept_pair(kind: str = "fp32", loops: int = 2):
     """Two models of the same numbers that keep all for the backward pass; the first one's loops replay."""
-    models = [fused(kind, loops=loops, **config) for _ in range(2)]
-    for model in models:
-        moved(model)
-        refresh(model)
-        model.train()
+    models = [ready(fused(kind, loops=loops)) for _ in range(2)]
     replay_loops(models[0])
     return models
+
+
+def ready(model):
+    refresh(moved(model))
+    return model
 
 
 @pytest.fixture
@@ -58,34 +58,31 @@ def replays(monkeypatch):
     return calls
 
 
+def one_pass(model, batch: dict, **options):
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
 def assert_same(models, batch: dict, **options) -> None:
-    results = []
-    for model in models:
-        model.zero_grad()
-        loss = model(**batch, **options).loss
-        loss.backward()
-        results.append((loss.detach(), gradients(model)))
-    (loss, grads), (expected, expected_grads) = results
+    (loss, grads), (expected, expected_grads) = (one_pass(model, batch, **options) for model in models)
     assert_close(loss, expected, 1e-6)
     assert grads.keys() == expected_grads.keys() == {n for n, p in models[0].named_parameters() if p.requires_grad}
     assert all(g.abs().max() > 1e-6 for g in expected_grads.values())
     assert_same_gradients(grads, expected_grads, 1e-5)
 
 
-@pytest.mark.parametrize("recomputed", [4, 2])
+@pytest.mark.parametrize("recomputed", [4, 2, 0])
 def test_loss_and_gradients_are_those_of_recomputed_layers(replays, recomputed):
     models = pair(recomputed, loops=3)
     for shape in ((2, 9), (1, 128), (3, 70), (2, 9)):  # shorter ones after longer ones, too
         ids = tokens(*shape)
         assert_same(models, {"input_ids": ids, "labels": ids}, objective="all")
-    assert len(replays) == 4 * 3 * recomputed
-
-
-def test_packed_rows_are_replayed_with_their_documents(replays):
-    models = pair()
-    for batch in (rows([0, 1], [3]), rows([4], [1, 2]), rows([0, 1], [3])):
+    for batch in (rows([0, 1], [3]), rows([4], [1, 2]), rows([0, 1], [3])):  # with their documents
         assert_same(models, batch)
-    assert len(replays) == 3 * 2 * 4
+    assert len(replays) == 7 * 3 * recomputed
 
 
 def test_what_the_graphs_have_no_room_for_is_recomputed_without_them(replays, monkeypatch):
@@ -109,14 +106,7 @@ def test_the_model_does_not_know_of_graphs(tmp_path):
         assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
 
 
-def test_without_recomputed_layers_nothing_changes(replays):
-    models = pair(recomputed=0)
-    assert_same(models, rows([0, 1], [3]))
-    assert not replays
-
-
-@pytest.mark.parametrize("kind", ["fp32", "nf4, double"])
-@pytest.mark.parametrize("objective", ["last", "mixture", "all"])
+@pytest.mark.parametrize(("kind", "objective"), [("fp32", "mixture"), ("fp32", "last"), ("nf4, double", "all")])
 def test_loss_and_gradients_of_replayed_loops_are_those_without_graphs(replays, kind, objective):
     models = kept_pair(kind, loops=3)
     for shape in ((2, 9), (1, 128), (3, 70), (2, 9)):
@@ -184,11 +174,19 @@ def test_steps_of_the_optimizer_reach_the_graphs_and_gradients_are_added_up(made
 
 
 def test_ddp_sees_the_gradients_of_replayed_loops(replays):
-    models = kept_pair()
+    models, seen = kept_pair(), []
+
+    def count(_, bucket):
+        """The sum over processes, of one that is alone."""
+        seen.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        watched, seen = DistributedDataParallel(models[0]), []
-        watched.register_comm_hook(None, lambda _, bucket: sums(seen, bucket))
+        watched = DistributedDataParallel(models[0])
+        watched.register_comm_hook(None, count)
         for number, batch in enumerate((rows([0, 1], [3]), rows([4], [1, 2]))):
             with watched.no_sync() if number == 0 else nullcontext():
                 watched(**batch).loss.backward()
@@ -199,18 +197,26 @@ def test_ddp_sees_the_gradients_of_replayed_loops(replays):
         torch.distributed.destroy_process_group()
 
 
-def sums(seen: list[int], bucket) -> torch.futures.Future:
-    """Of a process that is alone; counts the numbers."""
-    seen.append(bucket.buffer().numel())
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
+def assert_same_dropout(models, batches, loss_within: float, gradients_within: float) -> list[tuple[int, ...]]:
+    """How far the generator of each model has drawn after each batch."""
+    offsets = []
+    for number, batch in enumerate(batches):
+        results = []
+        for model in models:
+            torch.manual_seed(number)
+            loss, grads = one_pass(model, {name: x.cuda() for name, x in batch.items()})
+            results.append((loss, grads, torch.cuda.default_generators[0].get_offset()))
+        (loss, grads, drawn), (expected, expected_grads, expected_drawn) = results
+        assert_close(loss, expected, loss_within)
+        assert_same_gradients(grads, expected_grads, gradients_within)
+        offsets.append((drawn, expected_drawn))
+    return offsets
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_graphs_draw_the_same_dropout_and_give_the_same_gradients_on_this_gpu(replays, p, compiled):
+def test_replayed_layers_draw_the_same_dropout_on_this_gpu(replays, p, compiled):
     models = [model.cuda() for model in (fused("nf4, double", loops=2, lora_dropout=p) for _ in range(2))]
     compiling = {"options": {"max_pointwise_cat_inputs": 0}} if compiled else {}
     for model in models:
@@ -218,21 +224,12 @@ def test_graphs_draw_the_same_dropout_and_give_the_same_gradients_on_this_gpu(re
         if compiled:
             model.compile_layers()
     replay_layers(models[0], TOKENS, **compiling)
-    for shape in ((2, 128), (2, 128), (1, 77)):
-        ids, results = tokens(*shape).cuda(), []
-        for model in models:
-            torch.manual_seed(1)
-            model.zero_grad()
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            results.append((loss.detach(), gradients(model), torch.cuda.default_generators[0].get_offset()))
-        assert_close(results[0][0], results[1][0], 1e-5)
-        assert_same_gradients(results[0][1], results[1][1], 1e-4)
-        assert all(torch.isfinite(g).all() for g in results[0][1].values())
+    batches = [{"input_ids": ids, "labels": ids} for ids in (tokens(2, 128), tokens(2, 128), tokens(1, 77))]
+    assert_same_dropout(models, batches, 1e-5, 1e-4)
     assert len(replays) == 3 * 2 * 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_replayed_loops_draw_the_same_dropout_on_this_gpu(replays, monkeypatch, p, compiled):
@@ -248,15 +245,6 @@ def test_replayed_loops_draw_the_same_dropout_on_this_gpu(replays, monkeypatch, 
     replay_loops(models[0])
     monkeypatch.setattr(graphs, "DOCUMENTS", 1)
     batches = rows([0, 1], [3]), rows([0], [3]), rows([0, 1], [3]), rows([1, 2], [4]), rows([0, 1, 3, 2])
-    for number, batch in enumerate(batches):
-        batch, results = {name: x.cuda() for name, x in batch.items()}, []
-        for model in models:
-            torch.manual_seed(number)
-            model.zero_grad()
-            loss = model(**batch).loss
-            loss.backward()
-            results.append((loss.detach(), gradients(model), torch.cuda.default_generators[0].get_offset()))
-        assert_close(results[0][0], results[1][0], 1e-3)  # bf16
-        assert_same_gradients(results[0][1], results[1][1], 3e-2)
-        assert results[0][2] == results[1][2]
+    offsets = assert_same_dropout(models, batches, 1e-3, 3e-2)  # bf16
+    assert all(drawn == expected for drawn, expected in offsets)
     assert len(replays) == 5

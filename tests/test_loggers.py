@@ -99,7 +99,6 @@ def test_a_key_that_the_server_refuses_is_refused_and_not_shown(server, monkeypa
         ({}, "No API key configured"),
         ({"WANDB_API_KEY": "short-secret"}, r"API key must have 40\+ characters"),
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "127.0.0.1:9.* connection refused"),
-        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "nonsense"}, "WANDB_BASE_URL: Input should be a valid URL"),
         ({"WANDB_API_KEY": KEY, "WANDB_MODE": "of"}, "WANDB_MODE: Input should be 'online', 'offline'"),
         ({"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, "WANDB_DISABLED is set: unset it"),
     ],
@@ -124,16 +123,14 @@ def test_without_a_server_no_key_is_needed(server, monkeypatch, mode):
 def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path):
     terminal, end = pty.openpty()
     argv = [*SMALL, *THREE, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
-    process = subprocess.Popen([sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end)
+    done = subprocess.run(
+        [sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end, timeout=PATIENCE
+    )
     os.close(end)
-    try:
-        assert process.wait(PATIENCE) == 2
-    finally:
-        process.kill()
     printed = os.read(terminal, 10**6).decode()
     os.close(terminal)
+    assert done.returncode == 2 and printed.count("\n") == 2 and not (tmp_path / "out").exists()
     assert printed.startswith("error: report_to = wandb, and no run can be logged: No API key configured.")
-    assert printed.count("\n") == 2 and not (tmp_path / "out").exists()
 
 
 def three(folder: Path, *argv: str) -> Path:

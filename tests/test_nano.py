@@ -1,8 +1,6 @@
 """sample/ouro-nano, the small model that has learned English: what it is, what it knows, and how it was trained."""
 
-import json
 import math
-from collections import Counter
 
 from ouro.files import ROOT
 from ouro.model.loading import load_ouro
@@ -10,6 +8,7 @@ from ouro.model.loading import load_ouro
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import read_jsonl
 from transformers import AutoTokenizer
 
 NANO = ROOT / "sample/ouro-nano"
@@ -44,17 +43,13 @@ def test_its_tokenizer_has_no_merges_in_thai_and_single_digits(tokenizer):
     assert tokenizer.decode(tokenizer.encode("ภาษาไทย ๑๒๓")) == "ภาษาไทย ๑๒๓"
     assert len(tokenizer.encode("2026")) == 4
     assert len(tokenizer.encode("In the beginning God created the heaven")) <= 8
-
-
-def test_its_special_tokens_and_template_are_those_of_the_other_sample_model(tokenizer):
     tiny = AutoTokenizer.from_pretrained(ROOT / "sample/ouro-tiny")
-    assert tokenizer.chat_template == tiny.chat_template
+    assert (tokenizer.chat_template, tokenizer.special_tokens_map) == (tiny.chat_template, tiny.special_tokens_map)
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
-    assert tokenizer.special_tokens_map == tiny.special_tokens_map
 
 
 def test_depth_matters_on_english_that_it_has_not_seen(pretrain):
-    rows = [json.loads(line) for line in (NANO / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(NANO / "heldout.jsonl")
     assert all(row["held_out"] for row in rows) and len({row["source"] for row in rows}) >= 4
     bits = pretrain.bits_per_character(NANO, rows, "cpu")["all"]
     assert bits[0] >= bits[3] + 0.10
@@ -86,55 +81,33 @@ def test_its_objective_is_the_expected_loss_less_the_entropy_of_leaving(pretrain
     assert mean.sum().item() == pytest.approx(1)
 
 
-def test_an_epoch_shows_every_document_once_in_an_order_of_its_own(pretrain, monkeypatch):
-    monkeypatch.setattr(pretrain, "ROW", 3)
-    documents = [torch.tensor([0, 10 * i, 10 * i + 1]) for i in range(1, 5)]  # an epoch is two batches
-    source = pretrain.batches(documents, 1, 2)
-    seen = [next(source) for _ in range(4)]
-    for first, then in zip(seen, seen[1:], strict=False):
-        assert first.shape == (2, 4)
-        assert first[0, -1] == first[1, 0] and first[1, -1] == then[0, 0]  # nothing is lost between rows
-    epochs = [torch.cat(seen[i : i + 2])[:, :-1].tolist() for i in (0, 2)]
-    every = [document.tolist() for document in documents]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == every and epochs[0] != epochs[1]
-
-
 def test_english_in_other_letters_is_not_thai_and_has_hardly_a_merge(pretrain, tokenizer):
     text = "And God said, Let there be light: and there was light."
     found = [pretrain.respelled(text, seed) for seed in range(300)]
     assert found == [pretrain.respelled(text, seed) for seed in range(300)] and len(set(found)) == 300
+    plain = [c for c in text.lower() if c not in " ,:."]
     for other in found:
         letters = [c for c in other if c not in " ,:."]
         assert all(0x800 <= ord(c) < 0xD800 and not 0xE00 <= ord(c) < 0xE80 for c in letters)
-        plain = [c for c in text.lower() if c not in " ,:."]
         assert len(letters) == len(plain) and len(set(zip(letters, plain, strict=True))) == len(set(plain))
-        assert len({ord(c) // 0x80 for c in letters}) == 1
-    assert 0.05 < sum(other.count(" ") for other in found) / (300 * text.count(" ")) < 0.25
     tokens = [len(tokenizer.encode(other)) / len(other.encode()) for other in found]
     assert sum(tokens) / len(tokens) > 0.97, "as many tokens as bytes, as in Thai; but for blocks with English dashes"
 
 
 def test_the_base_reads_bytes_that_it_has_not_seen_as_bytes(pretrain):
     """In Thai it is surer than of bytes at random (24 bits a character), but knows nothing of the language yet."""
-    rows = [json.loads(line) for line in (ROOT / "sample/texts/thai.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(ROOT / "sample/texts/thai.jsonl")
     bits = pretrain.bits_per_character(NANO, [{"source": "thai", "text": row["text"]} for row in rows[:4]], "cpu")
     assert all(10 < value < 24 for value in bits["thai"])
 
 
 def test_a_chapter_is_held_out_in_every_translation(pretrain):
     names = [f"Book {chr(65 + i // 26)}{chr(97 + i % 26)}" for i in range(68)]
-    short = "\n".join(f"{name[5:]}1:{verse} And it came to pass." for name in names[:66] for verse in (1, 2))
-    more = "\n".join(
-        f"{name}: It happened.".replace("Book", "I")
-        for i, book in enumerate(names)
-        for name in (f"{book} 1:1", f"{book} 2:1")
-        if i < 68
-    )
-    kjv = list(pretrain.bible("kjv", short, pretrain.KJV))
-    web = list(pretrain.bible("web", more, pretrain.WEB))
-    groups = Counter(row["group"] for row in kjv)
-    assert len(kjv) == 66 and set(groups.values()) == {1}
-    assert {row["group"] for row in kjv} <= {row["group"] for row in web}
+    kjv = "\n".join(f"{name[5:]}1:{verse} And it came to pass." for name in names[:66] for verse in (1, 2))
+    web = "\n".join(f"I{name[4:]} {chapter}:1: It happened." for name in names for chapter in (1, 2))
+    kjv, web = list(pretrain.bible("kjv", kjv, pretrain.KJV)), list(pretrain.bible("web", web, pretrain.WEB))
     assert kjv[0]["text"] == "And it came to pass. And it came to pass."
+    assert len({row["group"] for row in kjv}) == len(kjv) == 66
+    assert {row["group"] for row in kjv} <= {row["group"] for row in web}
     # two books more, between the Testaments: the last book of both is the same one
     assert kjv[-1]["group"] == web[-2]["group"] == "bible -1 1"

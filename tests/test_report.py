@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +23,8 @@ import fabricate
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT, read_jsonl
 
-ROOT = Path(__file__).resolve().parent.parent
 EQUAL, LEVEL = (0.5,) * 4, (2.9,) * 4
 FAR = {"gains": (0.7, 0.6, 0.55, 0.5), "base": (3.3, 3.05, 2.97, 2.9)}  # more to gain at one loop, and still behind
 TEXT = {"tasks": ("thai_text",), "items": 50, "lines": 2}
@@ -81,8 +81,7 @@ def written(tmp_path_factory):
         ((0.55, 0.53, 0.50, 0.45), LEVEL, "hurts", "looping hurts"),
         (EQUAL, LEVEL, "no evidence", "four times in five"),
         (EQUAL, (3.3, 3.1, 3.0, 2.9), "no evidence", "bits per character: that is depth, not adaptation"),
-        (*FAR.values(), "mixed", "The gain is larger at 1 loop, because the base starts from"),
-        (*FAR.values(), "mixed", "4 loops are still better by"),
+        (*FAR.values(), "mixed", "The gain is larger at 1 loop, because the base starts from .* still better by"),
         ((0.9, 0.7, 0.6, 0.5), (3.3, 3.1, 3.0, 2.9), "mixed", "do not differ measurably"),  # and level afterwards
         ((0.50, 0.50, 0.50, 0.55), LEVEL, "helps", "looping helps"),  # an interaction of 0.05 bits
     ],
@@ -95,7 +94,7 @@ def test_the_verdict_of_a_study_with_a_known_answer(tmp_path, gains, base, label
     text = f"{told['headline']}. {told['sentence']}"
     assert (told["label"], told["missing"]) == (label, []), text
     assert "bits per character" in text and "[" in text
-    assert words in text and ("looping helps" in text) == (label == "helps")
+    assert re.search(words, text) and ("looping helps" in text) == (label == "helps")
 
 
 def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
@@ -153,9 +152,7 @@ def test_a_result_that_was_trained_or_measured_otherwise_is_flagged_and_not_pool
     odd = results / "seed1" / "exp2-wangchan-ut1" / "thai_text-ut1.json"
     change(odd, **{key: "accuracy" if key == "metric" else "another"})
     if key == "metric":  # which reads other columns of the items, the same numbers here
-        items = odd.with_suffix(".items.jsonl")
-        value = np.mean([json.loads(line)["value"] for line in items.read_text().splitlines()])
-        change(odd, value=float(value))
+        change(odd, value=float(np.mean([item["value"] for item in read_jsonl(odd.with_suffix(".items.jsonl"))])))
     reader, panels = read(tmp_path)
     panel = panels["thai_text", "wangchan"]
     assert panel.seeds[1, 1] == [0, 2] and panel.seeds[4, 4] == [0, 1, 2]
@@ -315,28 +312,26 @@ def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
     write_report(tmp_path, figures=True)
 
 
-def test_nothing_at_all_gives_a_report_that_says_so(tmp_path):
+def test_nothing_at_all_is_an_error(tmp_path):
     with pytest.raises(UserError, match="nothing to report on: .*output .which is not there. and"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "output").mkdir()
-    printed = write_report(tmp_path, figures=True)
-    assert f"read: {tmp_path / 'output'} and {tmp_path / 'results'} (which is not there)\n" in printed
-    assert "0 training runs, 0 results" in printed
-    for page in ("RESULTS.md", "report.html"):
-        assert "not comparable yet" in (tmp_path / page).read_text()
 
 
-@pytest.mark.parametrize("what", ["runs", "base", "adapted"])
+@pytest.mark.parametrize("what", ["nothing", "runs", "base", "adapted"])
 def test_any_part_of_a_study_gives_a_report(tmp_path, what):
-    tasks = () if what == "runs" else ("thai_exam",)
+    tasks = () if what in ("nothing", "runs") else ("thai_exam",)
     output, results = fabricate.study(tmp_path, tasks=tasks, seeds=(0,), items=30, lines=3)
     for folder in results.glob("*"):
         if (folder.name == "base-bf16") != (what == "base"):
             shutil.rmtree(folder)
-    if what == "base":
+    if what in ("nothing", "base"):
         shutil.rmtree(output)
-    write_report(tmp_path, "--csv", "--latex", figures=True)
+        output.mkdir()
+    printed = write_report(tmp_path, "--csv", "--latex", figures=True)
+    assert ("0 training runs" in printed) == (what in ("nothing", "base"))
+    for page in ("RESULTS.md", "report.html"):
+        assert "not comparable yet" in (tmp_path / page).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -367,7 +362,7 @@ def test_what_runs_and_replies_say_is_text_in_the_pages(tmp_path):
 
 def test_numbers_of_the_runs_table_are_those_of_the_log(written):
     root, _ = written
-    log = [json.loads(x) for x in (root / "output/seed0/exp1-wangchan-ut4/metrics.jsonl").read_text().splitlines()]
+    log = read_jsonl(root / "output/seed0/exp1-wangchan-ut4/metrics.jsonl")
     row = next(row for row in table(root, "runs") if row["run"] == "seed0/exp1-wangchan-ut4")
     assert row["hours"] == f"{log[-1]['num_tokens'] / log[-1]['tokens_per_second'] / 3600:.2f}"
     assert (row["final loss"], row["state"]) == (f"{log[-1]['loss']:.4f}", "complete")
@@ -392,13 +387,10 @@ def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
     np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])
 
 
-def test_latex_tables_escape_what_latex_reads(written):
-    text = (written[0] / "results" / "report" / "runs.tex").read_text()
-    assert r"41.0\%" in text and text.count(r"\begin{tabular}") == 1 and "_" not in text.replace(r"\_", "")
-
-
-def test_the_terminal_ends_with_the_verdict_and_the_paths(written):
+def test_latex_is_escaped_and_the_terminal_ends_with_the_verdict_and_the_paths(written):
     root, printed = written
+    text = (root / "results" / "report" / "runs.tex").read_text()
+    assert r"41.0\%" in text and text.count(r"\begin{tabular}") == 1 and "_" not in text.replace(r"\_", "")
     assert "Thai text: " in printed and "English retention:" in printed
     assert printed.splitlines()[-1].startswith("report.html, RESULTS.md; plots in ")
     assert set(verdicts(root)) == set(study.ASPECTS)
@@ -476,19 +468,15 @@ def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_
     assert {v.label for v in rule.verdicts(panels)} == {"no comparison"}  # it is a description
 
 
-def test_questions_are_paired_by_their_number_and_not_by_their_place(tmp_path):
-    (*_, before), _ = gap(tmp_path, items=60, seeds=(0,))
-    for path in (tmp_path / "results").rglob("belebele_english-*.items.jsonl"):
-        path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
-    (*_, after), _ = gap(tmp_path)
-    for k in fabricate.DEPTHS:
-        assert before.gain(k, k) == after.gain(k, k)
-
-
-def test_only_questions_that_both_languages_have_are_compared(tmp_path):
+def test_questions_of_both_languages_are_paired_by_their_number_and_not_by_their_place(tmp_path):
     gap(tmp_path, items=60, tasks=LANGUAGES[:1])
     panels, left_out = gap(tmp_path, items=40, tasks=LANGUAGES[1:], limit=40)
     assert [panel.items for panel in panels] == [40] * 3 and not left_out
+    for path in (tmp_path / "results").rglob("belebele_english-*.items.jsonl"):
+        path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
+    (*_, reversed_panel), _ = gap(tmp_path)
+    for k in fabricate.DEPTHS:
+        assert panels[2].gain(k, k) == reversed_panel.gain(k, k)
 
 
 def test_questions_whose_right_answers_differ_are_no_pairs_and_that_is_said(tmp_path):
@@ -528,6 +516,6 @@ def test_two_runs_are_compared_item_by_item(written, tmp_path):
 def test_make_report_passes_the_folders_on(written, tmp_path):
     names = {"OUT": tmp_path, "OUTPUT_DIR": written[0] / "output", "RESULTS_DIR": written[0] / "results"}
     command = ["make", "-n", "report", *(f"{k}={v}" for k, v in names.items())]
-    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert planned.returncode == 0, planned.stderr
     assert f"--out {tmp_path}" in planned.stdout and f"--results_dir {names['RESULTS_DIR']}" in planned.stdout

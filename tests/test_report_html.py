@@ -5,13 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import fabricate
 import pytest
 from conftest import PATIENCE
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>ตอบว่า น้ำ ที่นี่ เก่ง"
 BROWSER = """
@@ -95,34 +94,19 @@ def seen(tmp_path_factory):
 def test_the_page_asks_for_nothing_and_has_no_errors(seen):
     assert seen["console"] == [] and seen["dialogs"] == 0
     assert [url for url in seen["requests"] if not url.startswith(("file://", "data:"))] == []
-    assert len([url for url in seen["requests"] if url.startswith("file://")]) == len(seen["views"])
+    assert len([url for url in seen["requests"] if url.startswith("file://")]) == len(seen["views"]) == 4
 
 
-def test_what_runs_and_replies_say_is_text(seen):
-    for view in seen["views"].values():
-        assert view["title"] == "Does looping help a language model learn Thai?"
-        assert view["images"] == 0 and view["scripts"] == 1
-        assert EVIL in view["answers"] and "<script>alert(2)<i>&quot;$x_1$|" in view["answers"]
-
-
-def test_plots_are_seen_in_light_and_dark(seen):
+def test_what_runs_and_replies_say_is_text_plots_are_seen_and_tables_sort_in_light_and_dark_on_any_screen(seen):
     for name, view in seen["views"].items():
-        assert [plot[0] for plot in view["plots"]] == [
-            "plot-gain", "plot-levels", "plot-heat", "plot-compute", "plot-learning", "plot-inside", "plot-letters",
-        ]  # fmt: skip
+        assert view["title"] == "Does looping help a language model learn Thai?"
+        assert view["images"] == 0 and view["scripts"] == 1 and view["ids"] == []
+        assert EVIL in view["answers"] and "<script>alert(2)<i>&quot;$x_1$|" in view["answers"]
+        assert len(view["plots"]) == 7
         assert all(width > 250 and height > 100 and shapes > 10 for _, width, height, shapes in view["plots"])
-        assert view["ids"] == []
-        dark = "dark" in name
-        assert (view["background"], view["ink"]) == (
-            ("rgb(21, 23, 26)", "rgb(230, 230, 230)") if dark else ("rgb(255, 255, 255)", "rgb(26, 26, 27)")
-        )
-
-
-def test_a_phone_scrolls_tables_in_their_box_and_not_the_page(seen):
-    assert {name: view["overflow"] for name, view in seen["views"].items()} == dict.fromkeys(seen["views"], 0)
-
-
-def test_tables_sort_by_number_both_ways(seen):
-    for view in seen["views"].values():
+        dark = (view["background"], view["ink"]) == ("rgb(21, 23, 26)", "rgb(230, 230, 230)")
+        light = (view["background"], view["ink"]) == ("rgb(255, 255, 255)", "rgb(26, 26, 27)")
+        assert dark if "dark" in name else light
+        assert view["overflow"] == 0, "a phone scrolls tables in their box and not the page"
         up, down = view["orders"]
         assert len(up) == 12 and up == sorted(up) and down == up[::-1]

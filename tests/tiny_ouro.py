@@ -7,6 +7,7 @@ from ouro.model.loading import load_ouro
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS, OuroConfig, OuroForCausalLM
 
+import pytest
 import reference_ouro as ref
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +22,8 @@ SIZES = [
     {"total_ut_steps": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "head_dim": 12},
 ]
 MEDIUM = SIZES[2]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s['total_ut_steps']}x{s['num_hidden_layers']}")
+objectives = pytest.mark.parametrize("objective", ["last", "mixture", "all"])
 SAMPLE = str(Path(__file__).parents[1] / "sample/ouro-tiny")
 
 
@@ -114,21 +117,13 @@ def without(batch: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != key}
 
 
-def first_labels_ignored(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same batch, but the label of each row's first token is not set."""
-    first = batch["attention_mask"].argmax(1)
-    labels = batch["labels"].clone()
-    labels[torch.arange(len(first)), first] = IGNORE
-    return batch | {"labels": labels}
-
-
 # name -> (the documents of each row, the batch)
 LAYOUTS = {
     "unpadded": ([[0], [4]], without(rows([0], [4], positions=False), "attention_mask")),
     "unpadded, mask": ([[0], [4]], rows([0], [4], positions=False)),
     "right-padded": ([[0], [1], [3]], without(rows([0], [1], [3], positions=False), "attention_mask")),
     "right-padded, mask": ([[0], [1], [3]], rows([0], [1], [3], positions=False)),
-    "left-padded, mask": ([[0], [1], [3]], first_labels_ignored(rows([0], [1], [3], left=True, positions=False))),
+    "left-padded, mask": ([[0], [1], [3]], rows([0], [1], [3], left=True, positions=False)),
     "left-padded, mask, positions": ([[0], [1], [3]], rows([0], [1], [3], left=True)),
     "packed": ([[0, 1], [2, 3]], without(rows([0, 1], [2, 3]), "attention_mask")),
     "packed, mask": ([[0, 1], [2, 3]], rows([0, 1], [2, 3])),
