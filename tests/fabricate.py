@@ -122,7 +122,7 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
     (folder / f"{stem}.json").write_text(json.dumps({"results": {}, "study": study}), encoding="utf-8")
 
 
-def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng, completed=True) -> None:
+def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng) -> None:
     folder = output / run
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
@@ -154,8 +154,7 @@ def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines
     if rows:
         rows[-1]["held_out_loss"] = [0.9, 0.7, 0.65, 0.64][:depth]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if completed:
-        (folder / "completed").write_text(json.dumps({"steps": int(step[-1]), "loss": rows[-1]["loss"]}))
+    (folder / "completed").write_text(json.dumps({"steps": int(step[-1]), "loss": rows[-1]["loss"]}))
 
 
 def study(

@@ -1,17 +1,19 @@
-"""The Hub: pinned revisions, the published layouts, the cache without a network, and one clear message otherwise.
+"""The Hub: pinned revisions, the published layouts, `make fetch`, the cache without a network, and clear messages.
 
 The project's own scripts run against a local Hub (local_hub.py), each in a process, with and without HF_HUB_OFFLINE.
+Its repositories are laid out like the published ones, and hold code and pickles besides.
 """
 
 import contextlib
 import io
 import json
 import os
+import random
 import re
 import shutil
-import socket
 import tarfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,25 +26,32 @@ from ouro.settings import DATASETS, EVALS, REVISIONS, Settings
 
 import pytest
 import torch
+from conftest import PATIENCE
+from helpers import ROOT, read_jsonl
 from huggingface_hub.hf_api import RepoSibling
 from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
 from safetensors.torch import save_file
 from tiny_ouro import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "sample"
 TINY = {file.name: file.read_bytes() for file in (SAMPLE / "ouro-tiny").iterdir()}
 MODEL = "ByteDance/Ouro-2.6B"
 WANGCHAN, EXAM = "datasets/airesearch/WangchanThaiInstruct", "datasets/scb10x/thai_exam"
 OPEN = "datasets/iapp/openthaieval"
 OTHER_COMMIT = "0" * 40
-SPEC = files.read_yaml(EVALS)["benchmarks"]["thai_exam"]
+BENCHMARKS = {name: entry for name, entry in files.read_yaml(EVALS)["benchmarks"].items() if "hub_id" in entry}
+SPEC, TRAINING = BENCHMARKS["thai_exam"], ("wangchan", "synthetic", "r1")
 PINNED = REVISIONS | {EXAM: SPEC["revision"]}
+REPO = {
+    name: f"datasets/{(files.read_yaml(DATASETS) | BENCHMARKS)[name]['hub_id']}" for name in (*TRAINING, *BENCHMARKS)
+}
+REPO["model"] = MODEL
+FETCH = "tools/fetch.py"
+UNWANTED = (".py", ".bin", ".pt", ".pkl")
 CHAT = [{"role": "user", "content": "สวัสดี"}, {"role": "assistant", "content": "ค่ะ"}]
 LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny"]
 REPORT = ["data_config.py", *LOCAL_MODEL, "--overlap", "none"]  # reads the training set and nothing else
-ROWS = [json.loads(line) for line in (SAMPLE / "wangchan/train.jsonl").read_text(encoding="utf-8").splitlines()]
-TEST = [json.loads(line) for line in (SAMPLE / "wangchan/test.jsonl").read_text(encoding="utf-8").splitlines()]
+ROWS, TEST = read_jsonl(SAMPLE / "wangchan/train.jsonl"), read_jsonl(SAMPLE / "wangchan/test.jsonl")
 
 LOAD = f"""
 import sys, torch
@@ -195,8 +204,8 @@ def loaded(world, source):
 def empty(world):
     """The same, with no repository on the Hub, nothing in the cache, and nothing pinned in configs/datasets.yaml."""
     hub, online, _ = world
-    hub.repositories.clear()
-    hub.requests.clear()
+    for told in (hub.repositories, hub.requests, hub.cuts):
+        told.clear()
     shutil.rmtree(online.folder / "cache", ignore_errors=True)
     configure(online)
     return world
@@ -214,13 +223,8 @@ def test_the_published_checkpoint_loads_bit_equal_without_its_code(loaded, sourc
     assert online["chat"] == load_tokenizer(str(SAMPLE / "ouro-tiny")).apply_chat_template(CHAT)
     assert not loaded["remote code ran"]
     assert [r for r in online["requests"] if r.path.endswith((".py", ".pkl")) and r.status < 400] == []
-
-
-def test_model_and_tokenizer_are_asked_for_at_the_pinned_revision_only(loaded):
-    asked = [request for request in loaded["online"]["requests"] if request.repo == MODEL]
-    sent = {request.path for request in asked if request.status < 400}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= sent
-    assert [request for request in asked if request.revision != PINNED[MODEL]] == []
+    asked = {request.revision for request in online["requests"] if request.repo == MODEL}
+    assert asked == {PINNED[MODEL]}, "and no other revision is asked for"
 
 
 def test_a_training_set_in_several_shards_is_read_in_order_and_its_other_config_is_not(loaded):
@@ -260,7 +264,7 @@ def test_once_downloaded_everything_loads_without_a_network(loaded):
 # ------------------------------------------------------------------------------------------------ revisions
 
 
-def test_a_pinned_training_set_is_asked_for_and_read_at_that_commit(empty, tmp_path):
+def test_a_pinned_training_set_is_read_at_that_commit_and_no_other_is_served_in_its_place(empty, tmp_path):
     hub, online, offline = empty
     pinned = hub.add(WANGCHAN, write(tmp_path / "old", OLD))
     hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
@@ -271,12 +275,6 @@ def test_a_pinned_training_set_is_asked_for_and_read_at_that_commit(empty, tmp_p
     with closed(hub):
         again = report(offline, *REPORT)
     assert (again["rows_in"], again["data_revision"]) == (40, pinned)
-
-
-def test_a_pinned_revision_that_is_not_there_is_named_and_no_other_is_served_from_the_cache(empty, tmp_path):
-    hub, online, offline = empty
-    hub.add(WANGCHAN, write(tmp_path / "new", PUBLISHED), branch="main")
-    report(online, *REPORT)
     configure(online, wangchan=OTHER_COMMIT)
     hub.requests.clear()
     message = online.refusal(*REPORT)
@@ -298,21 +296,10 @@ def test_a_main_branch_that_moved_gets_a_cache_of_its_own(empty, tmp_path):
     assert tokens(other) == tokens(one)
 
 
-# ------------------------------------------------------------------------------------------------ benchmarks
+# ------------------------------------------------------------------------------------------------ what is missing
 
 CHECKED = ["data_config.py", *LOCAL_MODEL, "--dataset", "sample", "--overlap"]
 
-
-def test_a_benchmark_that_cannot_be_read_stops_the_run_and_names_the_way_around(empty):
-    _, online, offline = empty
-    for scripts in (online, offline):
-        message = scripts.refusal(*CHECKED, "openthaieval")
-        assert "cannot load iapp/openthaieval from the Hub" in message and "--paths openthaieval=FOLDER" in message
-        assert "openthaieval is needed to find" in message and "--overlap none" in message
-    assert "file: " in offline.output(*CHECKED, "none", "--output_dir", offline.folder / "output")
-
-
-# ------------------------------------------------------------------------------------------------ what is missing
 
 TOKENIZER = ["data_config.py"]  # reads the tokenizer from the Hub first
 ITEMS = [*CHECKED, "thai_exam"]  # the benchmark alone
@@ -324,13 +311,20 @@ LACKS = {  # the command, what the Hub has, what the message says
     "no dataset": (REPORT, None, {}, "airesearch/WangchanThaiInstruct from the Hub: .*Repository Not Found"),
     "no benchmark": (ITEMS, None, {}, "scb10x/thai_exam from the Hub: .*Repository Not Found"),
     "no pinned revision": (TOKENIZER, f"{MODEL}@{OTHER_COMMIT}", TINY, f"{PINNED[MODEL]} is not a valid git id"),
+    "no open benchmark": (OPEN_ITEMS, None, {}, "iapp/openthaieval .*--paths openthaieval=FOLDER.*--overlap none"),
+    "nothing to fetch": (
+        [FETCH, "--only", "openthaieval"],
+        None,
+        {},
+        "iapp/openthaieval .*--paths openthaieval=FOLDER",
+    ),
+    "nothing wanted": ([FETCH, "--only", "thai_exam"], EXAM, {"data/x.csv": "a"}, "holds none of thai_exam.tar.gz"),
     "no such revision": (V2, f"{MODEL}@{PINNED[MODEL]}", TINY, "v2 is not a valid git identifier"),
     "no main branch": (REPORT, f"{WANGCHAN}@{OTHER_COMMIT}", PUBLISHED, "Revision Not Found .*Instruct/revision/main"),
     "no benchmark revision": (ITEMS, f"{EXAM}@{OTHER_COMMIT}", EXAM_FILES, "Revision Not Found .*thai_exam.tar.gz"),
     "no archive": (ITEMS, EXAM, {"README.md": ""}, "Entry Not Found .*thai_exam.tar.gz"),
     "no file in it": (ITEMS, EXAM, {"thai_exam.tar.gz": archive("onet")}, "thai_exam.tar.gz holds no ic/ic_test.jsonl"),
     "no gzip archive": (ITEMS, EXAM, {"thai_exam.tar.gz": b"<html>sign in</html>"}, "thai_exam.tar.gz is damaged"),
-    "half an archive": (ITEMS, EXAM, {"thai_exam.tar.gz": archive()[:9000]}, "thai_exam.tar.gz is damaged"),
     "no test split": (REPORT, WANGCHAN, TRAIN, "README.*test|test.*README"),
     "damaged benchmark": (OPEN_ITEMS, OPEN, {"data/test.parquet": DAMAGED}, "not a readable Parquet file.*--overlap"),
 }
@@ -363,20 +357,150 @@ def test_without_a_network_and_a_cached_copy_the_message_says_so_soon(empty, com
     assert scripts[offline].slept <= 30, "seconds that huggingface_hub waits between its attempts"
 
 
-def test_a_network_that_swallows_everything_is_an_error_soon(empty):
-    # As on a cluster whose compute nodes drop packets: connections are opened here, and nothing ever answers.
-    hub, online, _ = empty
-    hub.close()
-    silent = socket.create_server(("127.0.0.1", hub.port))
-    try:
-        stop = threading.Timer(60, os.kill, (online.start(*REPORT), 9))
-        stop.start()
-        code, _, err = online.wait()
-        stop.cancel()
-    finally:
-        silent.close()
-        hub.open()
-    assert code == "2" and "cannot load airesearch/WangchanThaiInstruct" in err
+# ------------------------------------------------------------------------------------------------ make fetch
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, source) -> dict[str, Path]:
+    """All that the study needs, laid out as it was published, and in every repository code and pickles."""
+    folder = tmp_path_factory.mktemp("published")
+    item = {"instruction": "เลือกข้อที่ถูก", "input": "(1) ก (2) ข", "result": "(1)"}
+    contents = {
+        "model": checkpoint(source, folder / "marker"),
+        "wangchan": PUBLISHED,
+        "synthetic": shards("data/train", read_jsonl(SAMPLE / "synthetic/train.jsonl"), 2),
+        "r1": {"train.jsonl": (SAMPLE / "r1/train.jsonl").read_bytes()},
+        "thai_exam": EXAM_FILES,
+        "openthaieval": {"data/test.parquet": parquet([item])},
+        "belebele": {f"data/{name}.jsonl": json.dumps(name) for name in ("tha_Thai", "eng_Latn")},
+        "wikipedia": shards("20231101.th/train", [{"text": "ก"}], 1)
+        | shards("20231101.simple/train", [{"text": "a"}], 1),
+        "mt_bench_thai": {"mt_bench_thai_full.json": json.dumps([{"turns": ["แต่งกลอน", "แปลกลอน"]}])},
+    }
+    unwanted = {f"{place}x{suffix}": CODE for suffix in UNWANTED for place in ("", "data/")}
+    return {name: write(folder / name, {"README.md": "#"} | contents[name] | unwanted) for name in REPO}
+
+
+@pytest.fixture
+def full(empty, published):
+    """The same, with everything on the Hub."""
+    for name, folder in published.items():
+        commit = PINNED.get(REPO[name])
+        empty[0].add(REPO[name], folder, commit, branch=None if commit else "main")
+    return empty
+
+
+def wanted(folder: Path, name: str) -> dict[Path, bytes]:
+    """What a run reads of a repository: a training set's README.md says which file is what."""
+    paths = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in UNWANTED]
+    others = (".gitattributes",) if name in TRAINING else (".gitattributes", "README.md")
+    return {file.relative_to(folder): file.read_bytes() for file in paths if file.name not in others}
+
+
+def cached(scripts: Scripts, name: str) -> Path:
+    """A repository's folder in the cache."""
+    repo = REPO[name] if name != "model" else f"models/{MODEL}"
+    return scripts.folder / "cache/hub" / repo.replace("/", "--")
+
+
+def complete(scripts: Scripts, folder: Path, name: str) -> bool:
+    """Whether the cache has one commit of a repository, with what a run reads of it and nothing else."""
+    (place,) = (cached(scripts, name) / "snapshots").iterdir()
+    return wanted(place, name) == wanted(folder, name) and len(wanted(place, name)) == len(
+        [file for file in place.rglob("*") if file.is_file()]
+    )
+
+
+def test_everything_is_fetched_once_and_jobs_then_need_no_network(full, published, source):
+    """Nor do they write into the cache of downloads: on a cluster it is often shared, and read-only where jobs run."""
+    hub, online, offline = full
+    out = online.output(FETCH)
+    assert "all there" in out.splitlines()[-1]
+    assert all(complete(online, published[name], name) for name in REPO)
+    expected = [f"{REPO[name]}/{file}" for name in REPO for file in wanted(published[name], name)]
+    assert sorted(hub.contents()) == sorted(expected), "each file once"
+    assert [r.path for r in hub.requests if r.path.endswith(UNWANTED)] == [], "code and pickles are not even asked for"
+    sizes = {name: sum(map(len, wanted(published[name], name).values())) / 1e6 for name in REPO}
+    for name in REPO:
+        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert f"{sizes[name]:.1f} MB to download" in line and (" (main) " in line) == (REPO[name] not in PINNED)
+        (commit,) = (path.name for path in (cached(online, name) / "snapshots").iterdir())
+        assert (f"{name}: to stay with these rows, set revision: {commit} in" in out) == (REPO[name] not in PINNED)
+    assert f"to download: {sum(sizes.values()):.1f} MB, free in the cache's file system: " in out
+
+    hub.requests.clear()
+    assert "to download: 0.0 MB" in online.output(FETCH) and hub.contents() == []
+    before = sorted((online.folder / "cache").rglob("*"))
+    with closed(hub):
+        result, checked = load(offline), report(offline, "data_config.py", *LOCAL_MODEL)
+    assert all(torch.equal(result["weights"][name], weight) for name, weight in source.state_dict().items())
+    assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1)
+    assert sorted((online.folder / "cache").rglob("*")) == before
+
+
+def test_a_killed_download_is_continued_by_the_next_run(full, published, tmp_path):
+    hub, online, _ = full
+    chunk = 10 * 2**20  # bytes that huggingface_hub writes at a time
+    model = shutil.copytree(published["model"], tmp_path / "model")
+    (model / "model.safetensors").write_bytes(random.Random(0).randbytes(chunk + 2_000_000))
+    hub.add(MODEL, model, PINNED[MODEL])
+
+    def partial() -> int:
+        """Bytes on disk of the file whose download has begun."""
+        return max((file.stat().st_size for file in cached(online, "model").glob("blobs/*.incomplete")), default=0)
+
+    killed = threading.Event()
+    hub.cuts["model.safetensors"] = chunk + 1_000_000, killed
+    process = online.start(FETCH, "--only", "model")
+    until = time.monotonic() + PATIENCE
+    while partial() < chunk and Path(f"/proc/{process}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself: told below
+        os.kill(process, 9)
+    assert online.wait()[0] == "-9" and partial() == chunk
+    killed.set()
+    hub.cuts.clear()
+    hub.requests.clear()
+    assert "all there" in online.output(FETCH, "--only", "model")
+    assert partial() == 0 and complete(online, model, "model")
+    (rest,) = [r for r in hub.requests if r.call == "storage" and r.path == "model.safetensors"]
+    assert rest.status == 206, "from where it stopped"
+
+
+def test_half_a_training_set_is_not_trained_offline(full, published):
+    hub, online, offline = full
+    cut = threading.Event()
+    cut.set()
+    hub.cuts["data/train-00001-of-00003.parquet"] = 100, cut
+    assert "cannot load airesearch/WangchanThaiInstruct" in online.refusal(FETCH, "--only", "wangchan")
+    assert "2 of the 3 files of split train" in offline.refusal(*REPORT)
+    hub.cuts.clear()
+    hub.requests.clear()
+    online.output(FETCH, "--only", "wangchan")
+    assert complete(online, published["wangchan"], "wangchan")
+    assert {request.repo for request in hub.requests} == {WANGCHAN}, "nothing but what is named"
+
+
+def test_the_users_token_is_sent_and_never_shown(full, tmp_path):
+    hub, online, _ = full
+    token = "hf_" + "SecretOfTheUser" * 2
+    read = ["data_config.py", "--dataset", "r1", "--cache_dir", tmp_path, "--output_dir", tmp_path]
+    said = [online.play(*command, HF_TOKEN=token) for command in ([FETCH], read)]
+    hub.repositories.clear()
+    said += [online.play(*command, HF_TOKEN=token) for command in ([FETCH], [*read, "--model_revision", "v7"])]
+    assert [code for code, _, _ in said] == ["0", "0", "2", "2"]
+    assert token in hub.tokens and token not in "".join(out + err for _, out, err in said)
+    written = [file for folder in (tmp_path, online.folder / "cache") for file in folder.rglob("*") if file.is_file()]
+    assert len(written) > 10 and not any(token.encode() in file.read_bytes() for file in written)
+
+
+def test_what_cannot_be_fetched_is_refused():
+    with pytest.raises(files.UserError, match="nothing called 'wangchn' to download; did you mean 'wangchan'"):
+        fetch.fetch(Settings(), "model,wangchn")
+    with pytest.raises(files.UserError, match="nothing called 'model' to download"):  # it is a folder
+        fetch.fetch(Settings(model_name_or_path=str(SAMPLE / "ouro-tiny")), "model")
+    with pytest.raises(files.UserError, match="HF_HUB_OFFLINE is set"):
+        fetch.fetch(Settings(), None)
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkeypatch, capsys):
