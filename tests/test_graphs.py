@@ -26,9 +26,9 @@ TOKENS = 4 * 128
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
-def pair(recomputed: int = 4, loops: int = 2, limit: int = TOKENS):
+def pair(recomputed: int = 4, limit: int = TOKENS):
     """Two models of the same numbers with recomputed layers; the first one's replay."""
-    models = [ready(fused("nf4, double", loops=loops)) for _ in range(2)]
+    models = [ready(fused("nf4, double")) for _ in range(2)]
     for model in models:
         model.recompute_layers(recomputed)
     replay_layers(models[0], limit)
@@ -76,13 +76,13 @@ def assert_same(models, batch: dict, **options) -> None:
 
 @pytest.mark.parametrize("recomputed", [4, 2, 0])
 def test_loss_and_gradients_are_those_of_recomputed_layers(replays, recomputed):
-    models = pair(recomputed, loops=3)
-    for shape in ((2, 9), (1, 128), (3, 70), (2, 9)):  # shorter ones after longer ones, too
+    models = pair(recomputed)
+    for shape in ((2, 9), (3, 70), (2, 9)):  # a shorter one after a longer one, too
         ids = tokens(*shape)
         assert_same(models, {"input_ids": ids, "labels": ids}, objective="all")
-    for batch in (rows([0, 1], [3]), rows([4], [1, 2]), rows([0, 1], [3])):  # with their documents
+    for batch in (rows([0, 1], [3]), rows([4], [1, 2])):  # with their documents
         assert_same(models, batch)
-    assert len(replays) == 7 * 3 * recomputed
+    assert len(replays) == 5 * 2 * recomputed
 
 
 def test_what_the_graphs_have_no_room_for_is_recomputed_without_them(replays, monkeypatch):
