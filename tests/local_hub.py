@@ -10,7 +10,8 @@
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with
 X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; a Range is answered with 206 or 416;
 every answer about a repository names its commit; `?blobs=true` adds sizes and hashes to the list of files; a 404 says
-in X-Error-Code whether repository, revision or file is missing. Read-only; no Xet, and lists come in one page.
+in X-Error-Code whether repository, revision or file is missing. Read-only; no Xet, and no folder is listed by itself
+(tree): transformers asks for one, of additional chat templates, which no model here has.
 """
 
 import hashlib
@@ -101,22 +102,13 @@ def hashes(file: Path, changed: int) -> tuple[str, str]:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
-def entry(path: str, file: Path) -> dict:
-    """A file or folder as the tree endpoint describes it."""
-    if file.is_dir():
-        return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-    size, (sha1, sha256) = file.stat().st_size, hashes(file, file.stat().st_mtime_ns)
-    found = {"type": "file", "path": path, "size": size, "oid": sha1}
-    return found | ({"lfs": {"oid": sha256, "size": size, "pointerSize": 134}} if file.suffix in LARGE else {})
-
-
 def sibling(path: str, file: Path, blobs: bool) -> dict:
     """A file as a repository's info lists it."""
     if not blobs:
         return {"rfilename": path}
-    found = entry(path, file)
-    lfs = found.get("lfs") and found["lfs"] | {"sha256": found["lfs"]["oid"]}
-    return {"rfilename": path, "size": found["size"], "blobId": found["oid"]} | ({"lfs": lfs} if lfs else {})
+    size, (sha1, sha256) = file.stat().st_size, hashes(file, file.stat().st_mtime_ns)
+    lfs = {"lfs": {"sha256": sha256, "size": size, "pointerSize": 134}} if file.suffix in LARGE else {}
+    return {"rfilename": path, "size": size, "blobId": sha1} | lfs
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -124,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode() or url.query)
+        blobs = parse_qs(url.query).get("blobs", [""])[0].lower() in ("true", "1")
         self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
         if url.path.startswith("/storage/"):  # where large files are redirected to, outside of any repository
             repo, revision, path, file = self.hub.storage[url.path.removeprefix("/storage/")]
@@ -134,38 +126,32 @@ class Handler(BaseHTTPRequestHandler):
             asked = match.groupdict() if match else {}
             repo, call = asked.get("repo", url.path), asked.get("call") or "info"
             revision, path = unquote(asked.get("revision") or "main"), unquote(asked.get("path") or "")
-            answer = self.answer(repo, call, revision, path, form)
+            answer = self.answer(repo, call, revision, path, blobs)
         self.hub.requests.append(Request(self.command, repo, call, revision, path, answer[0]))
         self.send(path, *answer)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
-    def answer(self, repo: str, call: str, revision: str, path: str, form: dict) -> tuple[int, bytes, dict]:
+    def answer(self, repo: str, call: str, revision: str, path: str, blobs: bool) -> tuple[int, bytes, dict]:
         revisions = self.hub.repositories.get(repo)
         if not revisions or revision not in revisions:
             return self.missing("RevisionNotFound" if revisions else "RepoNotFound", revision)
         commit, root = revisions[revision]
         headers = {"X-Repo-Commit": commit}
-        files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*"))}
+        files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
         if call in ("revision", "info"):
-            blobs = form.get("blobs", [""])[0].lower() in ("true", "1")
-            siblings = [sibling(name, file, blobs) for name, file in files.items() if file.is_file()]
+            siblings = [sibling(name, file, blobs) for name, file in files.items()]
             result = {"id": repo.removeprefix("datasets/"), "sha": commit, "private": False, "siblings": siblings}
-        elif path and path not in files:
+            return 200, json.dumps(result).encode(), headers
+        if path not in files:
             return self.missing("EntryNotFound", revision, headers)
-        elif call == "tree":
-            below = [name for name in files if name.startswith(f"{path}/" if path else "")]
-            direct = [name for name in below if files[name].parent == root / path]
-            result = [entry(name, files[name]) for name in (below if form["recursive"] == ["True"] else direct)]
-        else:
-            found = entry(path, files[path])
-            if "lfs" not in found:
-                return self.part(files[path].read_bytes(), headers | {"ETag": f'"{found["oid"]}"'})
-            sha256 = found["lfs"]["oid"]
-            self.hub.storage[sha256] = repo, commit, path, files[path]
-            headers |= {"Location": f"{self.hub.url}/storage/{sha256}", "X-Linked-ETag": f'"{sha256}"'}
-            return 302, b"", headers | {"X-Linked-Size": str(found["size"])}
-        return 200, json.dumps(result).encode(), headers
+        file = files[path]
+        sha1, sha256 = hashes(file, file.stat().st_mtime_ns)
+        if file.suffix not in LARGE:
+            return self.part(file.read_bytes(), headers | {"ETag": f'"{sha1}"'})
+        self.hub.storage[sha256] = repo, commit, path, file
+        headers |= {"Location": f"{self.hub.url}/storage/{sha256}", "X-Linked-ETag": f'"{sha256}"'}
+        return 302, b"", headers | {"X-Linked-Size": str(file.stat().st_size)}
 
     def missing(self, what: str, revision: str, headers: dict | None = None) -> tuple[int, bytes, dict]:
         text = MISSING[what].format(revision=revision)
