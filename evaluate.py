@@ -22,7 +22,7 @@ from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.models import ModelUnderTest, Weights, find_models, fingerprint
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
-from ouro.files import UserError, call, file_sha256
+from ouro.files import UserError, call, file_sha256, place
 from ouro.model.cost import forward_flops
 from ouro.model.loading import read_config
 from ouro.settings import Resolved, Settings, resolve
@@ -294,11 +294,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first items of each subset")
     parser.add_argument("--subsets", help="only these, as onet,ic where a local copy has no more")
     parser.add_argument("--base", action="store_true", help="the base alone")
-    parser.add_argument("--adapter", help="a folder in PEFT format in place of an experiment")
+    parser.add_argument("--adapter", type=place, help="a folder in PEFT format in place of an experiment")
     parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
     parser.add_argument("--judge", choices=("api", "none"), default="api",
                         help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings")  # fmt: skip
-    parser.add_argument("--model", help="a baseline of configs/evals.yaml, or a causal model: Hub id or folder")
+    parser.add_argument("--model", type=place, help="a baseline of configs/evals.yaml, a Hub id or a folder")
 
 
 def main() -> None:

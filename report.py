@@ -15,7 +15,7 @@ import os
 import textwrap
 from pathlib import Path
 
-from ouro.files import UserError, call, write_atomic, write_json
+from ouro.files import UserError, call, place, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
@@ -26,7 +26,7 @@ from ouro.verdict.tables import tables
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default=".", help="folder of RESULTS.md and report.html (default: this one)")
+    parser.add_argument("--out", default=".", type=place, help="folder of RESULTS.md and report.html (default: here)")
     parser.add_argument("--csv", action="store_true", help="tables as RESULTS_DIR/report/<table>.csv too")
     parser.add_argument("--latex", action="store_true", help="the same as .tex, for booktabs")
     parser.add_argument(

@@ -17,6 +17,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 # PyThaiNLP makes a folder in the home folder when it is imported, which may be read-only.
 os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
+# What other programs' users set for accelerate, torch and CUDA: it would change numbers, or the library that computes
+# them, beside the settings. `call` says what was taken out; a setting of ours takes its place where there is one.
+FOREIGN = (
+    "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "XLA_", "FP8_", "TORCHINDUCTOR_", "TORCHDYNAMO_",
+    "TORCH_COMPILE_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_",
+    "TORCH_LINALG_PREFER_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_", "DNNL_DEFAULT_FPMATH_MODE",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "USE_TORCH", "USE_TF", "USE_FLAX", "USE_JAX", "FORCE_TF_AVAILABLE",
+    "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
+HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
+REMOVED = [
+    f"{name}={os.environ.pop(name)}" for name in sorted(os.environ) if name.startswith(FOREIGN) and name not in HARMLESS
+]
 # Imports make half a million objects that stay. With Python's own threshold the garbage collector goes through them
 # again and again, for a fifth of the time that imports take. `ouro.files.call` restores that threshold.
 COLLECT_AT = gc.get_threshold()

@@ -5,6 +5,7 @@ import difflib
 import errno
 import gc
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro import COLLECT_AT
+from ouro import COLLECT_AT, REMOVED
 
 import yaml
 
@@ -43,17 +44,52 @@ def nearest(name: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
+def place(text: str) -> str:
+    """A path as it was typed, in a file too, with `~` and `$VARIABLE` filled in.
+
+    Raises:
+        UserError: no such user or variable, an empty variable, or bytes that are no text.
+    """
+    path = os.path.expanduser(re.sub(r"\$(\w+|\{\w+\})", lambda m: os.environ.get(m[1].strip("{}")) or m[0], text))
+    if (path.startswith("~") or re.search(r"\$(\w|\{)", path)) and not os.path.lexists(path):
+        raise UserError(f"path {text!r}: {'no such user' if path[0] == '~' else 'a variable in it is not set'}")
+    return path
+
+
+# What YAML takes for the end of a line, or refuses: it is written as an escape.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def yaml_line(text: str) -> str:
+    """A line of YAML whose values are JSON (which YAML is), in the letters that every YAML reader takes."""
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's, that refuses a key which stands twice: of two values the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines:
+                first = f"stands twice, first in line {lines[key.value]}"
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} {first}", key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     """A YAML file that holds a mapping.
 
     Raises:
-        UserError: no such file, broken YAML (with the line), or something other than a mapping.
+        UserError: no such file, broken YAML (with the line), a key that stands twice, or something other than a
+            mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold 'setting: value' lines, found a {type(content).__name__}")
@@ -146,6 +182,11 @@ def explain(error: BaseException) -> int | None:
 
 def call(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Thai letters shows \u0e01 for them
+            stream.reconfigure(errors="backslashreplace")
+    if REMOVED and (os.environ.get("RANK") or "0") == "0":
+        print(f"not used, as settings alone decide what is computed: {', '.join(REMOVED)}", file=sys.stderr)
     gc.freeze()  # else each full collection would go through all that was imported, for 0.3 s
     gc.set_threshold(*COLLECT_AT)
     try:

@@ -15,11 +15,12 @@ import functools
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro.files import ROOT, Parser, UserError, call, nearest, read_yaml
+from ouro.files import ROOT, Parser, UserError, call, nearest, place, read_yaml, yaml_line
 
 REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
@@ -27,6 +28,7 @@ REVISIONS = {  # the commits at which the published checkpoints are read
 }
 CONFIGS = ROOT / "configs"
 EXPERIMENTS, DATASETS, EVALS = (CONFIGS / name for name in ("experiments.yaml", "datasets.yaml", "evals.yaml"))
+PLACES = ("model_name_or_path", "dataset_path", "paths", "cache_dir", "output_dir", "results_dir")
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
 
 
@@ -178,8 +180,8 @@ class Resolved:
         """config.yaml of a run: itself a valid --config file, the origins as comments."""
         lines = [f"# run {self.run}: every setting as resolved, and where it came from"]
         for name, value in dataclasses.asdict(self.settings).items():
-            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[name]}")  # JSON is YAML
-        return "\n".join(lines) + "\n"
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[name]}")
+        return "".join(f"{yaml_line(line)}\n" for line in lines)
 
 
 def choices(name: str) -> str:
@@ -199,7 +201,12 @@ def converted(value: object, kind: type) -> object:
     if kind is bool:
         return {"true": True, "false": False}[str(value).lower()]
     if kind is dict:
-        return value if isinstance(value, dict) else dict(pair.split("=", 1) for pair in value.split(",") if pair)
+        if not isinstance(value, dict):  # a folder's name may hold commas
+            pairs = [pair.split("=", 1) for pair in re.split(r",\s*(?=[\w-]+=)", value.rstrip(",")) if pair]
+            value = dict(pairs) if len(dict(pairs)) == len(pairs) else None
+        if not all(isinstance(text, str) for text in (*value, *value.values())):
+            raise TypeError
+        return value
     if kind is int and not float(value).is_integer():
         raise ValueError
     return int(float(value)) if kind is int else kind(value)  # YAML reads 2e-4 as a text; float() takes both
@@ -217,6 +224,11 @@ def parse(name: str, value: object, origin: str) -> object:
     limits, refusal = FIELDS[name].metadata, None
     try:
         result = converted(value, kind)
+        json.dumps(result, ensure_ascii=False).encode()  # bytes that are no text could not be recorded
+        if name in PLACES:
+            result = {key: place(path) for key, path in result.items()} if kind is dict else place(result)
+    except UserError as error:
+        raise UserError(f"{origin}: {name}: {error}") from None
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         result, refusal = value, f"be {KINDS[kind]}{' or null' if optional else ''}"
     else:
@@ -262,7 +274,7 @@ def resolve(
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
         raise UserError(f"command line: unknown argument {unknown[0]!r}{nearest(unknown[0].lstrip('-'), known)}")
 
-    config = options.config or os.environ.get("CONFIG")
+    config = place(options.config or os.environ.get("CONFIG") or "")
     sources: list[tuple[str, dict]] = []
     if config:
         sources.append((config, read_yaml(config)))

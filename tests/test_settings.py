@@ -2,18 +2,25 @@
 
 import argparse
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import data_config
-from ouro import settings
+from ouro import FOREIGN, settings
 from ouro.files import UserError, call, read_yaml, write_atomic
 from ouro.settings import FIELDS, LIMITS, Settings, parse, resolve
+from ouro.train import run_folder
 from ouro.train.time_limit import seconds, time_limit
 
 import pytest
 import yaml
 from helpers import ROOT
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -80,6 +87,50 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
     assert "# experiment exp5b-r1-ut4" in run.as_yaml()
 
 
+@given(text=st.text(), name=st.text(min_size=1))
+@hypothesis_settings(derandomize=True, database=None, deadline=None)
+@example(
+    text="จาก Word\u2028ทีละบรรทัด\u2029a\u0085b\x7f\ufeff\ufffe 🙏\t'\"\\#: \\u0e01", name="a\nseed: 1\u2028seed: 2.yaml"
+)
+def test_config_yaml_reads_back_as_what_was_written(text, name):
+    changed = Settings(system_prompt=text, cache_dir=text, paths={"wangchan": text})
+    run = settings.Resolved(changed, dict.fromkeys(FIELDS, name), name, None, argparse.Namespace())
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as file:
+        file.write(run.as_yaml())
+        file.flush()
+        assert read_yaml(file.name) == vars(changed)
+
+
+def test_paths_are_filled_in_wherever_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(home := tmp_path / "บ้าน ของ, เรา's"))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("OUTPUT_DIR", "~/runs")
+    home.mkdir()
+    (home / "m.yaml").write_text("cache_dir: $SCRATCH/c\npaths: {wangchan: ~/a$, thai_exam: '${HOME}/b,c=d'}\n")
+    argv = ["--config", "~/m.yaml", "--results_dir", "$HOME/r", "--paths", "thai_text=~/x, y,wangchan=/z,"]
+    run = resolve("", argv)
+    s = run.settings
+    assert (s.output_dir, s.results_dir, s.cache_dir) == (f"{home}/runs", f"{home}/r", "/scratch/c")
+    assert s.paths == {"wangchan": "/z", "thai_exam": f"{home}/b,c=d", "thai_text": f"{home}/x, y"}
+    monkeypatch.delenv("OUTPUT_DIR")
+    assert resolve("", ["--config", config(tmp_path, run.as_yaml())]).settings == s
+    with pytest.raises(UserError) as error:
+        run_folder.run_settings(run)
+    assert f"--config {shlex.quote(f'{home}/m.yaml')}" in str(error.value)
+
+
+def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_nothing():
+    code = "from ouro.files import call; import os; call(lambda: print('ไทย', os.environ.get('NVIDIA_TF32_OVERRIDE')))"
+    theirs = {"ACCELERATE_MIXED_PRECISION": "bf16", "NVIDIA_TF32_OVERRIDE": "1", "TORCHINDUCTOR_CACHE_DIR": "/c"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+    for encoding in ("ascii", "latin-1"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=environment | theirs | {"PYTHONIOENCODING": encoding}
+        )
+        assert (done.returncode, done.stdout) == (0, rb"\u0e44\u0e17\u0e22 None" + b"\n"), done.stderr
+        assert done.stderr.endswith(b": ACCELERATE_MIXED_PRECISION=bf16, NVIDIA_TF32_OVERRIDE=1\n")
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "expected"),
     [
@@ -107,6 +158,15 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
         ("paths: sample", [], "paths must be name=folder, …, got 'sample'"),
         ("paths: [sample]", [], "paths must be name=folder, …, got ['sample']"),
         ("paths: {thai_tex: x}", [], "machine.yaml: paths: unknown dataset or benchmark 'thai_tex'; did you mean"),
+        ("paths: {wangchan: 5}", [], "paths must be name=folder, …, got {'wangchan': 5}"),
+        ("", ["--paths", "wangchan=x,wangchan=y"], "paths must be name=folder, …, got 'wangchan=x,wangchan=y'"),
+        ("output_dir: $NO_SUCH/x", [], "output_dir: path '$NO_SUCH/x': a variable in it is not set"),
+        ("cache_dir: ~nobody-here/x", [], "cache_dir: path '~nobody-here/x': no such user"),
+        ("", ["--output_dir", "a\udcff"], r"command line: output_dir must be text, got 'a\udcff'"),
+        ('system_prompt: "\\ud800"', [], r"system_prompt must be text or null, got '\ud800'"),
+        ("r: 16\nseed: 1\nr: 32", [], "machine.yaml is not valid YAML: 'r' stands twice, first in line 1 in \""),
+        ("paths: {wangchan: a, wangchan: b}", [], "'wangchan' stands twice, first in line 1 in"),
+        ("seed: 2020-13-45", [], "machine.yaml is not valid YAML: month must be in 1..12"),
         ("r: 16\n  x: [", [], "machine.yaml is not valid YAML: "),
         ("- r", [], "machine.yaml must hold 'setting: value' lines, found a list"),
         ("", ["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'?"),
