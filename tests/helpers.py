@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ouro import FOREIGN
 from ouro.settings import Resolved, resolve
 
 from conftest import PATIENCE
@@ -76,10 +77,11 @@ def port() -> str:
 def in_two_processes(*command: str) -> tuple[list[int], list[str]]:
     """Runs python with these arguments twice, as torchrun does; the exit codes, and what was printed."""
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}  # training sets some
     both = [
         subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env=os.environ | places | {"RANK": rank, "LOCAL_RANK": rank},
+            env=environment | places | {"RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"
     ]  # fmt: skip

@@ -235,7 +235,6 @@ def lose_the_contents(checkpoint: Path) -> None:
         lambda checkpoint: os.truncate(checkpoint / "optimizer.pt", 1000),
         lambda checkpoint: flip_a_bit(checkpoint / "adapter_model.safetensors"),
         lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
-        lambda checkpoint: (checkpoint / "more").touch(),
         lambda checkpoint: (checkpoint / "SHA256SUMS").unlink(),
         lambda checkpoint: (checkpoint / "SHA256SUMS").write_bytes(b"\xff"),
         lose_the_contents,
@@ -248,6 +247,31 @@ def test_damage_is_seen(stopped, tmp_path, damage):
     assert not run_folder.is_good(checkpoint)
 
 
+def test_files_of_others_are_no_damage_and_are_neither_counted_nor_deleted(stopped, tmp_path):
+    run, checkpoint = copied(stopped, tmp_path), tmp_path / "smoke/checkpoint-3"
+    for place in (run, checkpoint):
+        for name in (".DS_Store", "._optimizer.pt", ".nfs0001", "Thumbs.db"):
+            (place / name).touch()
+        (place / ".ipynb_checkpoints").mkdir()
+    run_folder.seal(checkpoint)
+    assert (
+        not {".DS_Store", "._optimizer.pt", ".nfs0001", ".ipynb_checkpoints"}
+        & run_folder.sealed_files(checkpoint).keys()
+    )
+    (checkpoint / ".nfs0001").unlink()
+    assert one_step(tmp_path) == 4 and (run / ".DS_Store").exists() and (run / "Thumbs.db").exists()
+
+    refused = tmp_path / "refused"  # before its first step, under other settings
+    refused.mkdir()
+    (refused / ".DS_Store").touch()
+    assert run_folder.claim(refused, resolved(*SIX)) == "new"
+    assert run_folder.claim(refused, resolved(*SIX, "--seed", "1")) == "new" and (refused / ".DS_Store").exists()
+    (refused / "manifest.json").touch()  # ended before its first checkpoint
+    (refused / "notes.txt").touch()
+    assert run_folder.claim(refused, resolved(*SIX, "--seed", "1")) == "new"
+    assert {path.name for path in refused.iterdir()} == {".DS_Store", "notes.txt", "config.yaml"}
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_path, capsys):
     run = copied(stopped, tmp_path)
     flip_a_bit(run / "checkpoint-3/adapter_model.safetensors")
@@ -256,15 +280,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
     assert f"{run}/checkpoint-3 is damaged" in printed and f"continuing from {run}/checkpoint-2\n" in printed
     assert_same_state(run / "checkpoint-3", stopped / "checkpoint-3")
     assert repeatable(run) == repeatable(stopped), "the line of step 3 is there once"
+    assert (run / "damaged-1-checkpoint-3/optimizer.pt").exists(), "nothing is deleted"
 
 
-def test_with_all_checkpoints_damaged_the_run_starts_anew_and_says_so(stopped, tmp_path, capsys):
+def test_without_a_good_checkpoint_nothing_is_deleted_and_overwrite_starts_anew(stopped, tmp_path, capsys):
     run = copied(stopped, tmp_path)
     flip_a_bit(run / "checkpoint-3/adapter_model.safetensors")
     lose_the_contents(run / "checkpoint-2")
-    assert one_step(tmp_path) == 1
-    printed = capsys.readouterr().out
-    assert printed.count("is damaged") == 2 and f"deleting the unfinished run in {run}" in printed
+    before = contents(run)
+    with pytest.raises(UserError) as refused:
+        six(tmp_path)
+    assert "checkpoint-3 is damaged: its files are not those of its SHA256SUMS: adapter_model" in str(refused.value)
+    assert f"{run}/checkpoint-2 is damaged: its SHA256SUMS is empty\n" in str(refused.value) and contents(run) == before
+    assert one_step(tmp_path, "--overwrite") == 1
+    assert f"deleting the unfinished run in {run}" in capsys.readouterr().out
+    (run / "checkpoint-1").rename(run / "final_adapter")  # as of a copy that lost `completed`
+    with pytest.raises(UserError, match="final_adapter is there\nbring one back"):
+        six(tmp_path)
+    (run / "final_adapter").rename(run / "checkpoint-1")
     assert names(run) == ["checkpoint-1"] and [line["step"] for line in metrics(run)] == [1]
     assert "continued" not in json.loads((run / "manifest.json").read_text())
 
@@ -322,7 +355,10 @@ def test_guards_go_on_with_what_they_had_seen(whole, stopped, tmp_path, monkeypa
     assert_same_run(run, whole)
 
 
-def test_sha256sum_verifies_checkpoints_and_adapter(stopped, whole):
+def test_sha256sum_verifies_checkpoints_and_adapter_and_their_modes_are_the_umasks(stopped, whole):
+    os.umask(mask := os.umask(0))
+    modes = {path.stat().st_mode & 0o777 for run in (stopped, whole) for path in run.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
     for folder in (stopped / "checkpoint-3", stopped / "checkpoint-2", whole / "final_adapter"):
         listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
         assert listed == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
@@ -421,7 +457,9 @@ def test_a_kill_while_config_yaml_was_first_written_does_not_block_the_run(tmp_p
 
 def test_a_kill_while_a_run_is_deleted_leaves_a_run(stopped, tmp_path, monkeypatch):
     """Else the same command would find files that are no run, and refuse; or a checkpoint without its manifest."""
-    monkeypatch.setattr(shutil, "rmtree", lambda path: Path(path).rename(tmp_path / f"deleted-{time.monotonic_ns()}"))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, ignore_errors: Path(path).rename(tmp_path / f"deleted-{time.monotonic_ns()}")
+    )
     asked, left, unlink = resolved(*SIX, "--output_dir", str(tmp_path), "--overwrite"), [], Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **options: (left.append(contents(run)), unlink(path, **options)))
     run = copied(stopped, tmp_path)

@@ -25,7 +25,7 @@ from ouro.files import UserError, call, file_sha256, sync_folder, write_atomic, 
 from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config
 from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
-from ouro.train.run_folder import SUMS, finished_run, seal, whole
+from ouro.train.run_folder import finished_run, seal, sealed_files, whole
 
 import torch
 from huggingface_hub import HfApi, constants, get_token
@@ -148,7 +148,7 @@ def merge(run: Resolved) -> None:
         "total_ut_steps": loops,
     }
     if target.exists():
-        remedy = f"rm -r {target}, and merge again"
+        remedy = f"rm -r {shlex.quote(str(target))}, and merge again"
         there = json.loads((whole(target, remedy) / MERGE).read_text(encoding="utf-8"))
         if differs := [
             f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
@@ -236,7 +236,10 @@ def push(run: Resolved) -> None:
             )
         print(f"uploading {source} as {user} to {repo} ({'private' if private else 'public'})", flush=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=source, ignore_patterns=[MERGE, SUMS], commit_message=f"{what} of {run.run}"
+            repo_id=repo,
+            folder_path=source,
+            allow_patterns=[*sealed_files(source).keys() - {MERGE}],  # no file browser's .DS_Store
+            commit_message=f"{what} of {run.run}",
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
@@ -295,7 +298,7 @@ def serve(run: Resolved) -> None:
         )
         print(command(place, loops, trained, *options, revision=revision))
     if merged.exists():
-        model = str(whole(merged, f"rm -r {merged}, and merge again").resolve())
+        model = str(whole(merged, f"rm -r {shlex.quote(str(merged))}, and merge again").resolve())
         print(f"# The merged model; clients ask for model {run.run!r}.")
         print(command(model, loops, trained, f"--served-model-name {shlex.quote(run.run)}"))
 

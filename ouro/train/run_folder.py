@@ -14,14 +14,16 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
-from ouro.files import UserError, code_version, file_sha256, read_yaml, write_atomic, write_json
+from ouro.files import UserError, code_version, file_sha256, read_yaml, write_atomic, write_json, yaml_line
 from ouro.model.loading import frozen_kind
 from ouro.settings import FIELDS, Resolved, Settings, parse
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
@@ -37,10 +39,14 @@ LEASE = 180  # seconds for which a file server may keep the lock of a node that 
 SUMS = "SHA256SUMS"  # of a checkpoint or an adapter, as `sha256sum -c` reads it
 
 
+EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
+# What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
+REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
+
+
 def has_begun(folder: Path) -> bool:
     """Whether a run's folder holds more than what is written before its manifest: a run refused so early has not."""
-    early = ("config.yaml", "data_report.json", "wandb", "tensorboard")
-    return any(path.name not in early and not path.name.endswith(".tmp") for path in folder.iterdir())
+    return any(path.name not in EARLY and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def recorded_settings(folder: Path) -> Settings:
@@ -70,12 +76,12 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
     folder = Path(run.settings.output_dir) / name
     if not (folder / "completed").exists():
         state = "has been started but not finished" if folder.exists() else "has not been trained"
-        config = f" --config {run.config}" if run.config else ""
         seed, _, experiment = name.rpartition("/")
-        exp = f" --exp {experiment}" if run.options.exp else ""
-        exp += f" --seed {seed.removeprefix('seed')}" if seed else ""
-        exp += f" --output_dir {folder.parent}" if seed or run.origins["output_dir"] == "command line" else ""
-        raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: python train_qlora.py{config}{exp}")
+        command = ["python", "train_qlora.py", *(("--config", run.config) if run.config else ())]
+        command += ("--exp", experiment) if run.options.exp else ()
+        command += ("--seed", seed.removeprefix("seed")) if seed else ()
+        command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
+        raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: {shlex.join(command)}")
     return folder, recorded_settings(folder)
 
 
@@ -97,8 +103,8 @@ def whole(folder: Path, remedy: str) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"no {folder}: {remedy}")
-    if not is_good(folder):
-        raise UserError(f"{folder} is damaged or was changed, its files are not those of its {SUMS}: {remedy}")
+    if why := damage(folder):
+        raise UserError(f"{folder} is damaged or was changed, {why}: {remedy}")
     return folder
 
 
@@ -126,24 +132,59 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sums_of(folder: Path) -> str:
-    """The SHA-256 of every file of a folder, a line each."""
-    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS)
-
-
 def seal(folder: Path) -> None:
-    """Writes all of a folder to the disk, and the checksums of its files beside them."""
-    for path in folder.iterdir():
+    """Writes all of a folder to the disk, and the checksums of its files beside them; hidden files are not ours."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name != SUMS)
+    for path in files:
         sync_file(path)
-    write_atomic(folder / SUMS, sums_of(folder))  # which syncs the folder too
+    sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
+    write_atomic(folder / SUMS, sums)  # which syncs the folder too
+    mode = (folder / SUMS).stat().st_mode
+    for path in files:  # safetensors writes files that only their owner can read, whatever the umask
+        if path.stat().st_mode != mode:
+            path.chmod(mode)
+
+
+def sealed_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what was written into a sealed folder. Raises UserError where that cannot be read."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or other text
+        raise UserError(f"its {SUMS} cannot be read: {getattr(error, 'strerror', None) or 'no checksums'}") from None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None where each file that was written is there as it was. Others do not
+    matter: file browsers and file servers leave theirs (.DS_Store, ._x, .nfs…, .ipynb_checkpoints)."""
+    try:
+        sums = sealed_files(folder)
+        wrong = [name for name, digest in sums.items() if file_sha256(folder / name) != digest]
+    except UserError as error:
+        return str(error)
+    if not sums:
+        return f"its {SUMS} is empty"
+    return f"its files are not those of its {SUMS}: {', '.join(wrong)}" if wrong else None
 
 
 def is_good(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there and is what was written."""
-    try:
-        return (folder / SUMS).read_text() == sums_of(folder)
-    except (OSError, ValueError, UserError):  # ValueError: bytes that are no text
-        return False
+    return damage(folder) is None
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder of ours; what a file server keeps (.nfs…) stays, and so does what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        (path / SUMS).unlink(missing_ok=True)  # first, and with an error: what is left is no checkpoint
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Renames a damaged checkpoint, which may be one that could not be read for a while, for the user to delete."""
+    names = (checkpoint.with_name(f"damaged-{n}-{checkpoint.name}") for n in count(1))
+    aside = checkpoint.rename(next(path for path in names if not os.path.lexists(path)))
+    print(f"{checkpoint} is damaged: renamed to {aside.name}, which you may delete")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -152,8 +193,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    named = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(filter(Path.is_dir, named), key=step_of, reverse=True)
 
 
 @contextmanager
@@ -203,14 +244,15 @@ def claim(folder: Path, run: Resolved) -> str | Path:
     """
     if run.options.overwrite and REQUEUED:
         print0("a job that was requeued continues: --overwrite was done when it began")
+    overwrite = run.options.overwrite and RANK == 0 and not REQUEUED
     with PartialState().main_process_first():
-        state = state_of(folder, run, run.options.overwrite and RANK == 0 and not REQUEUED)
+        state = state_of(folder, run, overwrite)
         if state == "new" and RANK == 0:
-            empty(folder)
+            empty(folder, all_of_it=overwrite)
             write_atomic(folder / "config.yaml", run.as_yaml())
-        if state == "complete" and RANK == 0:
+        if state == "complete" and RANK == 0 and checkpoints(folder) and is_good(folder / "final_adapter"):
             for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
-                shutil.rmtree(checkpoint)
+                remove(checkpoint)
     found = gather_object([str(state) if (folder / "config.yaml").exists() else "nothing"])
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
@@ -222,9 +264,9 @@ def claim(folder: Path, run: Resolved) -> str | Path:
 
 
 def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
-    """What `claim` gives; "new" also for a run that is to be deleted, or that has nothing to continue from."""
-    # a kill while config.yaml is first written leaves its temporary file alone in the folder
-    if not folder.exists() or all(path.name.startswith(".config.yaml.") for path in folder.iterdir()):
+    """What `claim` gives; "new" also for a run that is to be deleted, or that was ended before its first checkpoint."""
+    # a kill while config.yaml is first written leaves its temporary file in the folder, and that is hidden
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return "new"
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds files but no run (no config.yaml); use another --output_dir")
@@ -239,29 +281,36 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
         )
     if (folder / "completed").exists():
         return "complete"
+    lost = []
     for checkpoint in checkpoints(folder):
         if run.options.resume == "never":
             raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
-        if is_good(checkpoint):
+        why = damage(checkpoint)
+        if why is None:
+            for line in lost:
+                print0(f"{line}: an older one is used")
             return checkpoint
-        print0(f"{checkpoint} is damaged (its files are not those of {SUMS}): looking for an older one")
+        lost.append(f"{checkpoint} is damaged: {why}")
+    lost += [f"{path} is there" for path in (folder / "final_adapter", folder / "merged") if path.exists()]
+    if lost:
+        lines = "\n  ".join([f"{folder} holds an unfinished run without a checkpoint to continue from:", *lost])
+        raise UserError(f"{lines}\nbring one back, use another --output_dir, or --overwrite to delete that run")
     return "new"
 
 
-def empty(folder: Path) -> None:
-    """Deletes the run in a folder, if there is one. A kill in between leaves an unfinished run, and no checkpoint
-    without what belongs to it."""
+def empty(folder: Path, all_of_it: bool) -> None:
+    """Deletes the run in a folder, if there is one; or of one that was ended before its first checkpoint, what it
+    would write again. A kill in between leaves an unfinished run, and no checkpoint without what belongs to it."""
     config = folder / "config.yaml"
     if not config.exists():
         return
-    print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
+    if all_of_it:
+        print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
     first = [folder / "completed", *checkpoints(folder)]
-    rest = set(folder.iterdir()) - {*first, config}
-    for path in (*first, *sorted(rest), config):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    rest = [path for path in sorted(folder.iterdir()) if path not in (*first, config)]
+    for path in (*first, *rest, config):
+        if all_of_it or path.name in REWRITTEN or path.suffix == ".tmp":
+            remove(path)
 
 
 def continue_from(checkpoint: Path, report: dict) -> None:
@@ -333,7 +382,7 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
     s = run.settings
     return f"""---
-base_model: {base}
+{yaml_line(f"base_model: {json.dumps(base, ensure_ascii=False)}")}
 library_name: peft
 language: th
 tags: [lora, looped-transformer, ouro]
@@ -376,5 +425,5 @@ def save_adapter(
         sync_file(folder / "metrics.jsonl")
         write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
     for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
     print(f"adapter: {folder / 'final_adapter'}")

@@ -18,7 +18,7 @@ from ouro.model.lora import refresh
 from ouro.settings import Settings
 from ouro.train.collate import collate
 from ouro.train.processes import RANK, WORLD_SIZE, print0
-from ouro.train.run_folder import checkpoints, in_short, seal, sync_file, writing
+from ouro.train.run_folder import checkpoints, in_short, remove, seal, set_aside, step_of, sync_file, writing
 from ouro.train.stopping import Stopper
 
 import torch
@@ -260,16 +260,14 @@ class LoopTrainer(SFTTrainer):
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 seal(staging / f"checkpoint-{step}")
-                # One of this name is damaged: the run would have continued from it.
-                shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+                # Those of this name and newer ones are damaged: the run would have continued from them.
+                for damaged in [other for other in checkpoints(folder) if step_of(other) >= step]:
+                    set_aside(damaged)
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-                staging.rmdir()
+                shutil.rmtree(staging, ignore_errors=True)
                 sync_folder(folder)
-                found = checkpoints(folder)
-                this = found.index(folder / f"checkpoint-{step}")
-                # Newer ones are damaged too: with save_total_limit 1 the damaged one would be what is kept.
-                for other in found[:this] + found[this + self.settings.save_total_limit :]:
-                    shutil.rmtree(other)
+                for other in checkpoints(folder)[self.settings.save_total_limit :]:
+                    remove(other)
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | None = None):
