@@ -1,5 +1,6 @@
 """Items are read as they are, none dropped and no letter moved; prompts and parsers do what each protocol says."""
 
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import read_jsonl, write_jsonl
+from training_sets import write
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = benchmarks.table()
@@ -135,6 +137,14 @@ def test_the_archive_of_the_hub_is_read_from_a_local_folder_too(tmp_path, items,
     archive(f"{SAMPLE}/data", top)
     assert load("thai_exam", settings) == items
     assert load("thai_exam", settings, subsets=["ic"]) == [item for item in items if item["subset"] == "ic"]
+    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:  # without a folder around the subsets, or any
+        for subset in SPEC["subsets"]:
+            tar.add(f"{SAMPLE}/data/{subset}", subset)
+    assert load("thai_exam", settings) == items
+    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:
+        for file in Path(SAMPLE).rglob("*.jsonl"):
+            tar.add(file, f"./{file.name}")
+    assert load("thai_exam", settings) == items
     archive(f"{SAMPLE}/data/onet", "data/onet")
     with pytest.raises(UserError, match=r"thai_exam.tar.gz holds no ic/ic_test.jsonl"):
         load("thai_exam", settings)
@@ -171,7 +181,7 @@ def thai_eval(folder: Path, *rows: dict) -> Settings:
     whole = {"exam_type": "xnli_th", "instruction": "ข้อใด", "input": "(1) ก (2) ข (3) ค", "result": "(2) คือคำตอบ",
              "isAnswerable": True, "isMultipleChoice": "TRUE", "isSingleChoiceSolution": True}  # fmt: skip
     (folder / "data").mkdir()
-    content = [{key: str(value) for key, value in (whole | row).items()} for row in rows]
+    content = [{key: None if value is None else str(value) for key, value in (whole | row).items()} for row in rows]
     pa.parquet.write_table(pa.Table.from_pylist(content), folder / "data/test.parquet")
     return Settings(paths={"openthaieval": str(folder)})
 
@@ -206,6 +216,10 @@ def test_a_thought_is_not_read_as_the_answer_and_one_without_an_answer_is_counte
         ({"exam_type": "gat"}, "row 1: exam_type 'gat'"),
         ({"result": "ข้อ 2"}, r"row 1: no \(1\) … \(5\) in result"),
         ({"isAnswerable": False}, "no items of openthaieval"),
+        ({"isAnswerable": None}, "no items of openthaieval"),
+        ({"input": None}, "row 1: no text in 'input'"),
+        ({"instruction": " "}, "row 1: no text in 'instruction'"),
+        ({"result": None}, r"row 1: no \(1\) … \(5\) in result None"),
     ],
 )
 def test_rows_that_are_none_of_openthaieval_are_refused(tmp_path, row, named):
@@ -242,13 +256,14 @@ def test_an_empty_text_is_passed_over_and_counted_until_there_are_too_many(tmp_p
 
 
 @pytest.mark.parametrize(("rows", "take"), [(10, 3), (7, 7), (5, 9), (1000, 7), (3, 1)])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "one.json", "parquet"])
 def test_a_sample_is_evenly_spaced_over_all_files(tmp_path, rows, take, kind):
     texts = [{"text": f"t{n}"} for n in range(1, rows + 1)]
-    if kind == "parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "x.parquet")
-    else:
-        write_jsonl(tmp_path / "x.jsonl", *texts)
+    one_line, blank_lines = (
+        json.dumps(texts),
+        "\ufeff\n\n" + "\n\n".join(map(json.dumps, texts)),
+    )  # no newline at the end
+    write(tmp_path / f"x.{kind}", {"one.json": one_line, "jsonl": blank_lines}.get(kind, texts))
     spec = {"name": "wiki", "text": "text", "take": take, "file": f"x.{kind}"}
     settings = Settings(paths={"wiki": str(tmp_path)})
     items, _ = benchmarks.load_texts("thai_wikipedia", spec, settings, None)

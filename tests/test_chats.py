@@ -82,6 +82,44 @@ def test_a_chat_ends_with_its_last_answer_and_its_turns_alternate(prepared, toke
     assert report["rows_dropped"] == why
 
 
+@pytest.mark.parametrize("mark", chats.MARKS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepared, tokenizer):
+    def marked(question: str, *answers: object) -> list[dict]:
+        chat = turns(*(text for n in range(len(answers)) for text in (f"ต่อ {n}" if n else question, f"ตอบ {n}")))
+        for turn, value in zip(chat[1::2], answers, strict=True):
+            turn[mark] = value
+        return chat
+
+    asked, (no, yes) = questions(6), (False, True) if mark.startswith("train") else (0.0, 1.0)
+    values = [(no, yes), (None, yes), (yes, yes, no), (no, no), (yes, None, no, yes)]
+    rows = [{"messages": marked(q, *marks), mark: None} for q, marks in zip(asked, values, strict=False)]
+    rows.append({"messages": turns(asked[5], "ตอบ"), mark: no})
+    got, report = prepared("chat", {f"train.{kind}": rows})
+    expected = [[1], [0, 1], [0, 1], [0, 1, 3]]
+    assert trained_texts(got, tokenizer) == ["".join(f"ตอบ {n}{END}" for n in numbers) for numbers in expected]
+    assert texts(got, tokenizer)[0] == chatml(asked[0], "ตอบ 0", "ต่อ 1", "ตอบ 1")
+    assert report["rows_dropped"] == {chats.UNTRAINED: 2} and report["unread_keys"] == {}
+    pairs = [{"prompt": q, "completion": "ตอบ", mark: value} for q, value in zip(asked, (no, yes, None), strict=False)]
+    got, report = prepared("pairs", {f"train.{kind}": pairs})
+    assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
+    assert report["rows_dropped"] == {chats.UNTRAINED: 1}
+
+
+def test_a_long_row_whose_first_answer_is_not_trained_is_cut_in_its_first_question(prepared, tokenizer):
+    chat = turns("ถามยาว " * 60, "ไม่ฝึก " * 20, "แล้ว", "ฝึก")
+    chat[1]["weight"] = 0
+    n = len(encode_chats([chat], tokenizer)[0].ids)
+    for limit, kept in ((n - 60, True), (n - 350, False)):
+        settings = {"max_length": limit, "length_policy": "truncate_prompt", **UNBOUNDED}
+        got, _ = prepared("chat", [{"messages": turns("ก", "ข")}, {"messages": chat}], **settings)
+        assert trained_texts(got, tokenizer)[1:] == ["ฝึก" + END] * kept
+        assert all("ไม่ฝึก " * 19 in text for text in texts(got, tokenizer)[1:])
+    limit = count(chatml(chat[0]["content"].strip(), chat[1]["content"].strip()), tokenizer)
+    settings = {"max_length": limit, "length_policy": "truncate", **UNBOUNDED}
+    assert len(prepared("chat", [{"messages": turns("ก", "ข")}, {"messages": chat}], **settings)[0]) == 1
+
+
 def test_text_that_spells_a_special_token_cannot_end_the_turn(prepared):
     hidden = "ก<|im_\u200bend|>ข"  # spelled once the zero-width space is gone
     rows = [ROW, ROW | {"Output": f"ก{END}ข"}, ROW | {"Input": "<|endoftext|>"}, ROW | {"Output": hidden}]

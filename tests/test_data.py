@@ -1,5 +1,6 @@
 """Training sets: their layouts, splits and licences, the data report, and what is refused before a step is paid for."""
 
+import gzip
 import itertools
 import json
 import re
@@ -107,14 +108,24 @@ def layouts(rows: list, other: list) -> dict[str, tuple[dict, str]]:
     """The same rows in every form that is read, and what of it the path names; `other` is of the config `paper`."""
     shards = {f"data/train-{i:05}-of-00003.parquet": rows[4 * i : 4 * i + 4] for i in range(3)}
     paper = {"paper/train-00000-of-00001.parquet": other}
+    text = [json.dumps(row, ensure_ascii=False) for row in rows]
     return {
         "a JSONL file": ({"mine.jsonl": rows}, "mine.jsonl"),
         "a JSON list": ({"mine.json": rows}, "mine.json"),
+        "a JSON list by the name of JSONL": ({"mine.jsonl": f"\n[{', '.join(text)}]"}, "mine.jsonl"),
+        "a byte-order mark and blank lines": ({"mine.json": "\ufeff\n \n" + "\r\n\n".join(text)}, "mine.json"),
+        "a byte-order mark before a list": ({"mine.json": f"\ufeff[{', '.join(text)}]"}, "mine.json"),
+        "a compressed file": ({"mine.jsonl.gz": rows}, "mine.jsonl.gz"),
+        "compressed shards": ({f"train-{i}-of-2.jsonl.gz": rows[6 * i : 6 * i + 6] for i in range(2)}, ""),
         "a Parquet file": ({"mine.parquet": rows}, "mine.parquet"),
         "a folder": ({"train.jsonl": rows}, ""),
         "a data folder": ({"data/train.jsonl": rows}, ""),
         "JSONL shards": ({f"train-{i:05}-of-00002.jsonl": rows[6 * i : 6 * i + 6] for i in range(2)}, ""),
         "Parquet shards": (shards, ""),
+        "shards with fingerprints": (
+            {name[:-8] + f"-a1b2{i}.parquet": rows for i, (name, rows) in enumerate(shards.items())},
+            "",
+        ),
         "two configs": (shards | paper | {"README.md": README.format(name="default")}, ""),
         "two configs without README": (shards | paper, ""),
     }
@@ -290,6 +301,16 @@ def test_duplicates_are_counted(prepared):
     assert prepared("wangchan", rows)[1]["duplicates"] == {"rows": 2, "questions": 3}
 
 
+def test_keys_of_turns_that_nothing_reads_are_named_once(prepared, capsys):
+    mark, names = {"weight": 1, "tool_calls": None}, {"name": "ก", "mask\x1b": True}
+    rows = [{"messages": [turn | mark | names for turn in turns(q, "ตอบ")] + turns("ต่อ", "จบ")} for q in questions(3)]
+    _, report = prepared("chat", rows)
+    print_report(report)
+    assert report["unread_keys"] == {"name": 6, "mask\x1b": 6}
+    said = r"not read +what turns hold beside role and content: name \(6 turns\), mask\\x1b \(6 turns\)\n"
+    assert len(re.findall(said, capsys.readouterr().out)) == 1
+
+
 def test_lengths_in_the_report_are_those_of_the_tokenised_rows(prepared, tokenizer):
     rows = [ROW | {"Instruction": q, "Output": a} for q, a in zip(questions(101), sample_text(101, 250), strict=True)]
     lengths = sorted(length(row, tokenizer) for row in rows)
@@ -404,7 +425,8 @@ def parquet_of_latin_1() -> pa.Table:
 LINE = json.dumps(ROW, ensure_ascii=False)
 LOWER = {name.lower(): value for name, value in ROW.items()}
 NO_LICENCE = {name: value for name, value in ROW.items() if name != "License"}
-SHARDS = {f"data/train-0000{i}-of-00003.parquet": [ROW] for i in (0, 2)}
+SHARDS = {f"data/train-0000{i}-of-00003-9f{i}e.parquet": [ROW] for i in (0, 2)}
+TWICE = {f"train.0000{i}-of-00002{after}.jsonl": [ROW] for i, after in ((0, ""), (1, "-a"), (1, "-b"))}
 BAD = {  # the file of a training set in wangchan's layout, its rows, what the message says
     "lower-case columns": ("jsonl", [LOWER], r"line 1: no column 'Instruction'; did you mean 'instruction'\?.*: id, "),
     "lower-case columns in Parquet": ("parquet", [LOWER], r"no column 'Instruction'; did you mean 'instruction'\?"),
@@ -428,15 +450,24 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "a number of many digits": ("jsonl", [LINE[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1: not valid JSON"),
     "lost bytes": ("jsonl", [ROW, ROW | {"Input": "ก\ufffd"}], r"(?s)max_garbled_share.*line 2: garbled"),
     "mojibake": ("jsonl", [ROW | {"Input": "กข".encode().decode("latin-1")}], r"(?s)max_garbled_share.*line 1: gar"),
-    "CSV": ("csv", "ID,Instruction\n1,ก\n", r"is JSONL, JSON or Parquet; found train.csv"),
+    "CSV": ("csv", "ID,Instruction\n1,ก\n", r"is JSONL, JSON \(.gz too\) or Parquet; found train.csv"),
     "half a Parquet file": ("parquet", broken_parquet()[:500], r"train.parquet is not a readable Parquet file"),
     "empty Parquet file": ("parquet", b"", r"train.parquet is not a readable Parquet file"),
+    "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
+    "objects over several lines": ("json", json.dumps(ROW, indent=1) * 2, r"line 1: an object over several lines"),
+    "a weight between no and yes": ("jsonl", [ROW, ROW | {"weight": 0.5}], r"line 2, weight: expected 0, 1, .* 0.5"),
     "damaged Parquet file": ("parquet", broken_parquet(), r"train.parquet is not a readable Parquet file"),
 }
 BAD_SETS = {  # dataset, files, what the message says
     "empty folder": ("wangchan", {}, r"doesn't contain any data files|holds no train"),
     "only a test split": ("wangchan", {"test.jsonl": [ROW]}, r"holds no train\*.jsonl or train\*.parquet"),
-    "missing shard": ("wangchan", SHARDS, r"2 of the 3 files of split train are there"),
+    "missing shard": ("wangchan", SHARDS, r"split train: 2 of the 3 files are there, without train-00001-of-00003$"),
+    "a shard twice": ("wangchan", TWICE, r"split train: there are 2 files train.00001-of-00002…"),
+    "a mask that is no number": (
+        "chat",
+        [{"messages": [{"role": "user", "content": "ก"}, {"role": "assistant", "content": "ข", "loss_mask": [0, 1]}]}],
+        r"line 1, column messages, turn 2, loss_mask: expected 0, 1, true or false, found \[0, 1\]",
+    ),
     "unknown dataset": ("wangchn", {"train.jsonl": [ROW]}, r"unknown dataset 'wangchn'; did you mean 'wangchan'\?"),
     "<think> tags": (
         "r1",
@@ -468,7 +499,11 @@ def test_bad_input_is_named_by_its_place_and_leaves_nothing_behind(fault, prepar
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):
     write(tmp_path / "mine.csv", "ID,Instruction\n")
     for dataset, path, message in (
-        ("wangchan", str(tmp_path / "mine.csv"), "mine.csv: a training set is JSONL, JSON or Parquet; found mine.csv"),
+        (
+            "wangchan",
+            str(tmp_path / "mine.csv"),
+            "mine.csv: a training set is JSONL, JSON .* or Parquet; found mine.csv",
+        ),
         ("wangchan", str(tmp_path / "nope"), "no such file or folder: .*nope"),
         ("pairs", None, "dataset pairs is for data of your own: name its folder or file with --dataset_path"),
     ):

@@ -4,6 +4,7 @@ rows, report = prepare_set(tmp_path, "wangchan", [ROW] * 9, tokenizer=tokenizer,
 texts(rows, tokenizer), trained_texts(rows, tokenizer)
 """
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -30,7 +31,8 @@ UNBOUNDED = {"max_too_long_share": 1, "min_end_survival": 0, "min_trained_share"
 
 
 def write(path: Path, rows: list | str | bytes | pa.Table) -> None:
-    """JSONL (of objects, or lines as they are), a JSON list or Parquet, by the name; text and bytes as they are."""
+    """JSONL (of objects, or lines as they are; compressed), a JSON list or Parquet, by the name; text and bytes as they
+    are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(rows, bytes | str):
         path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
@@ -40,7 +42,8 @@ def write(path: Path, rows: list | str | bytes | pa.Table) -> None:
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     else:
         lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def prepare_set(

@@ -27,7 +27,7 @@ from ouro.data.chats import (
     to_chat,
 )
 from ouro.data.report import Tally, data_report, print_report, refusals
-from ouro.data.sources import Source, benchmark_items, count_rows, find_source, read_file
+from ouro.data.sources import MARKS, Source, benchmark_items, count_rows, find_source, read_file
 from ouro.data.thai import Overlap
 from ouro.files import UserError, write_json
 from ouro.settings import Settings
@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on; a change makes them anew
+KNOWN = ("role", "content", *MARKS)  # keys of a turn
 CHUNK = 256  # rows tokenised, and written, at a time
 SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")  # as CODE
 
@@ -67,6 +68,8 @@ def checked_rows(
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
+        for turn in row[entry["messages"]] or () if "messages" in entry else ():
+            tally.unread_keys.update(key for key, value in turn.items() if key not in KNOWN and value is not None)
         if chat is None:
             tally.drop(why, where)
             continue
@@ -98,8 +101,8 @@ def checked_rows(
 
 
 def licence_of(row: dict, entry: dict) -> str:
-    licence = entry["licence"]
-    return str(row[licence["column"]] or "not stated") if isinstance(licence, dict) else licence
+    licence = row[entry["licence"]["column"]] if isinstance(entry["licence"], dict) else entry["licence"]
+    return str(licence) if licence and licence == licence else "not stated"
 
 
 def apply_length_policy(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ouro.data.batches import trained_mask
+from ouro.data.sources import MARKS
 from ouro.data.thai import GARBLED, normalise
 from ouro.files import UserError
 from ouro.settings import Settings
@@ -21,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
 THINK = ("<think>", "</think>")
-Chat = list[dict[str, str]]
+Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
+UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
 
 
 def close_think(text: str, answer: str) -> str | None:
@@ -42,6 +44,15 @@ def close_think(text: str, answer: str) -> str | None:
     return None
 
 
+def is_trained(marked: dict, where: str) -> bool:
+    """What a row or turn says of itself in one of MARKS. Raises UserError where that is neither yes nor no."""
+    for mark in MARKS:
+        if (value := marked.get(mark)) not in (None, 0, 1):  # False and True are among them
+            raise UserError(f"{where}, {mark}: expected 0, 1, true or false, found {value!r}: all of an answer is "
+                            "trained, or nothing")  # fmt: skip
+    return 0 not in map(marked.get, MARKS)
+
+
 def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:
     """One row as a chat that ends with an assistant turn, or None and why not.
 
@@ -54,6 +65,8 @@ def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> t
             raise UserError(f"{place}: expected text, found {type(value).__name__}")
         return (normalise(value or "") if settings.normalise_thai else value or "").strip()
 
+    if not is_trained(row, where):
+        return None, UNTRAINED
     if column := entry.get("messages"):
         chat, why = turns_of(row[column] or [], column, where, clean)
     else:
@@ -93,9 +106,13 @@ def turns_of(turns: object, column: str, where: str, clean: Callable[[object, st
             raise UserError(f"{place}: expected {{role: system, user or assistant, content: text}}, found {turn!r}")
         content = clean(turn.get("content"), f"{place}, content")
         if turn["role"] != "system" or content:
-            chat.append({"role": turn["role"], "content": content})
-    while chat and chat[-1]["role"] != "assistant":
-        chat.pop()  # what follows the last answer is not trained
+            mark = {} if is_trained(turn, place) or turn["role"] != "assistant" else {"train": False}
+            chat.append({"role": turn["role"], "content": content} | mark)
+    answered = any(turn["role"] == "assistant" for turn in chat)
+    while chat and (chat[-1]["role"] != "assistant" or "train" in chat[-1]):
+        chat.pop()  # what follows the last answer that is trained
+    if answered and not chat:
+        return None, UNTRAINED
     spoken = chat[1:] if chat and chat[0]["role"] == "system" else chat
     if not spoken or not all(turn["content"] for turn in spoken):
         return None, f"empty ({column})"
@@ -105,7 +122,8 @@ def turns_of(turns: object, column: str, where: str, clean: Callable[[object, st
 
 
 def chat_digest(chat: Chat) -> bytes:
-    return hashlib.blake2b(json.dumps(chat, ensure_ascii=False).encode(), digest_size=16).digest()
+    said = [[turn["role"], turn["content"]] for turn in chat]
+    return hashlib.blake2b(json.dumps(said, ensure_ascii=False).encode(), digest_size=16).digest()
 
 
 def question_of(chat: Chat) -> Chat:
@@ -122,7 +140,8 @@ def in_hash_share(row: dict, chat: Chat, rule: dict) -> bool:
 
 @dataclass
 class Tokens:
-    """A tokenised chat: ids, and the trained stretches [start, stop, start, stop, …]."""
+    """A tokenised chat: ids, and each answer's trained stretch [start, stop, start, stop, …]; an empty one if it is
+    marked not to be trained."""
 
     ids: np.ndarray
     trained: list[int]
@@ -205,7 +224,7 @@ def trained_stretches(chat: Chat, text: str, encoding: Encoding, tokenizer: PreT
         stop = next((at for at in range(start, len(ids)) if ids[at] in special), None)
         if stop is None or ids[stop] != end:
             raise ValueError(f"does not end the answer with {END_OF_TURN}")
-        trained += [start, stop + 1]
+        trained += [start, start if "train" in turn else stop + 1]
     return trained
 
 
@@ -266,5 +285,5 @@ def split_row(tokens: Tokens, limit: int) -> list[Tokens]:
 def first_tokens(tokens: Tokens, limit: int) -> list[Tokens]:
     """The first `limit` tokens; nothing if none of them is trained."""
     pairs = zip(tokens.trained[::2], tokens.trained[1::2], strict=True)
-    trained = [edge for start, stop in pairs if start < limit for edge in (start, min(stop, limit))]
+    trained = [edge for start, stop in pairs if start < min(stop, limit) for edge in (start, min(stop, limit))]
     return [Tokens(tokens.ids[:limit], trained)] if trained else []

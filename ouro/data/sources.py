@@ -1,6 +1,9 @@
 """Where training sets and benchmarks come from: the Hub's repositories or local copies of them, read row by row."""
 
+import codecs
+import gzip
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -9,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ouro.files import ROOT, UserError, nearest, read_yaml
@@ -22,7 +26,9 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-PATTERNS = ["*.parquet", "*.jsonl", "*.json", "*.md"]  # of a dataset: no code, no pickles
+KINDS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")  # files of rows
+PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
+MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")  # say whether a row is trained
 ROWS = 256  # read from a Parquet file at a time
 
 
@@ -154,16 +160,30 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
             raise UserError(f"{place}: {in_one_line(error)} (is every file there that its README.md names?)") from None
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
-    if wrong := [file.name for file in files if file.suffix not in (".jsonl", ".json", ".parquet")]:
-        raise UserError(f"{place}: a training set is JSONL, JSON or Parquet; found {', '.join(wrong[:5])}")
+    if wrong := [file.name for file in files if not file.name.endswith(KINDS)]:
+        raise UserError(f"{place}: a training set is JSONL, JSON (.gz too) or Parquet; found {', '.join(wrong[:5])}")
     if not files and not may_lack:
         raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
-    for file in files:  # a copy or a download that lacks a shard would train on less without a word
-        if shard := re.search(r"-(\d+)-of-(\d+)\.\w+$", file.name):
-            count = sum(bool(re.search(rf"-of-{shard[2]}\.\w+$", other.name)) for other in files)
-            if count != int(shard[2]):
-                raise UserError(f"{place}: {count} of the {int(shard[2])} files of split {split} are there")
+    check_shards(f"{place}, split {split}", files)
     return files
+
+
+def check_shards(where: str, files: list[Path]) -> None:
+    """Raises UserError where one of `…00001-of-00003…` is missing, as after a download that was cut, or there twice: a
+    run would train on less than all rows, or on some of them twice, without a word."""
+    series: dict[tuple, list[int]] = {}
+    for file in files:
+        if shard := re.match(r"(.*?)(\d+)([-_]of[-_])(\d+)(?!\d)", file.name):
+            series.setdefault((file.parent, shard[1], len(shard[2]), shard[3] + shard[4]), []).append(int(shard[2]))
+    for (_, before, width, after), found in series.items():
+        count = int(re.search(r"\d+", after)[0])
+        first = int(count in found and 0 not in found)  # some count from 1
+        wrong = [n for n in range(first, count + first) if found.count(n) != 1]
+        if missing := [f"{before}{n:0{width}}{after}" for n in wrong if n not in found]:
+            names = ", ".join(missing[:5]) + " …" * (len(missing) > 5)
+            raise UserError(f"{where}: {count - len(missing)} of the {count} files are there, without {names}")
+        if wrong:
+            raise UserError(f"{where}: there are {found.count(wrong[0])} files {before}{wrong[0]:0{width}}{after}…")
 
 
 @contextmanager
@@ -185,25 +205,48 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
     if file.suffix == ".parquet":
         with parquet_file(file) as parquet:
             check_columns(f"{file}", parquet.schema_arrow.names, columns)
-            batches, number = parquet.iter_batches(ROWS, columns=list(columns) or None), 0
+            wanted = [name for name in parquet.schema_arrow.names if name in {*columns, *MARKS}] if columns else None
+            batches, number = parquet.iter_batches(ROWS, columns=wanted), 0
             try:
                 for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                     yield f"{file}, row {number}", row
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
         return
-    with open(file, "rb") as opened:
-        if file.suffix == ".json" and opened.peek(1)[:1] == b"[":
-            items = enumerate(parse_json(f"{file}", opened.read()), 1)
-            yield from check_objects(((f"{file}, item {n}", item) for n, item in items), columns)
-        else:
-            yield from read_lines(f"{file}", opened, columns)
+    with lines_of(file) as lines:
+        yield from read_lines(f"{file}", lines, columns)
+
+
+@contextmanager
+def lines_of(file: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file, of a compressed one too."""
+    try:
+        with open(file, "rb") as opened:
+            yield gzip.GzipFile(fileobj=opened) if opened.peek(2)[:2] == b"\x1f\x8b" else opened
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file} is damaged: {in_one_line(error)}") from None
 
 
 def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The objects of JSON Lines, which end at \\n alone: U+2028 may stand inside a string. Errors as `read_file`."""
-    places = ((f"{name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
-    yield from check_objects(((where, parse_json(where, line)) for where, line in places), columns)
+    """The objects of JSON Lines or of a JSON list. Errors as `read_file`."""
+    rows = ((where, parse_json(where, row) if isinstance(row, bytes) else row) for where, row in rows_of(name, lines))
+    yield from check_objects(rows, columns)
+
+
+def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
+    """Where each row stands, and the row: a line of JSON Lines as it is, or an item of a list, which begins with "[".
+
+    Lines end at \\n alone: U+2028 may stand inside a string. A byte-order mark and blank lines are passed over.
+    """
+    numbered = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(lines, 1))
+    number, first = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
+    if first.lstrip().startswith(b"["):
+        text = b"\n" * (number - 1) + first + b"".join(line for _, line in numbered)
+        yield from ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text), 1))
+    elif first.strip() == b"{":
+        raise UserError(f"{name}, line {number}: an object over several lines; rows are one a line, or one JSON list")
+    else:
+        yield from ((f"{name}, line {n}", line) for n, line in chain([(number, first)], numbered) if line.strip())
 
 
 def check_objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -233,12 +276,24 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
             raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}")
 
 
+def cell_text(row: dict, column: str, where: str, needed: bool = False) -> str:
+    """A row's text or number as text; null and what is not there are "". Raises UserError for anything else, and for
+    none where it is `needed`."""
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+        raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
+    text = "" if value is None else str(value)
+    if needed and not text.strip():
+        raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
+    return text
+
+
 def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
         with parquet_file(file) as parquet:
             return parquet.metadata.num_rows
-    with open(file, "rb") as opened:
-        return sum(block.count(b"\n") for block in iter(lambda: opened.read(1 << 20), b""))
+    with lines_of(file) as lines:
+        return sum(1 for _ in rows_of(f"{file}", lines))
 
 
 def benchmark_files(spec: dict) -> list[str]:
@@ -289,13 +344,15 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
         return
     try:
         with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk
-            member = next((m for m in tar.getmembers() if m.isfile() and m.name.endswith(f"/{file}")), None)
-            if member is None:
+            # in a folder of the archive or in none; or all of its files in one place
+            named = [m for m in tar.getmembers() if m.isfile() and f"/{m.name}".endswith(f"/{file}")]
+            named += [m for m in tar.getmembers() if m.isfile() and m.name.removeprefix("./") == Path(file).name]
+            if not named:
                 raise UserError(f"{path} holds no {file}")
-            lines = tar.extractfile(member).read().split(b"\n")
+            lines = io.BytesIO(tar.extractfile(named[0]).read())
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {in_one_line(error)}") from None
-    yield from read_lines(f"{spec['archive']}, {member.name}", lines)
+    yield from read_lines(f"{spec['archive']}, {named[0].name}", lines)
 
 
 def strings(value: object) -> Iterator[str]:

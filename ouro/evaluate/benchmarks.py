@@ -21,6 +21,7 @@ from ouro.data.sources import (
     benchmark_files,
     benchmark_path,
     benchmark_place,
+    cell_text,
     count_rows,
     find_source,
     read_benchmark,
@@ -182,7 +183,7 @@ def load_items(
         for column in columns["options"][:-1]:
             if rows and not any(column in row for _, row in rows):
                 raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
-        rows.sort(key=lambda pair: [str(pair[1].get(column)) for column in columns.get("order", ())])
+        rows.sort(key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in columns.get("order", ())])
         for number, (where, row) in enumerate(rows[:limit], 1):
             item = read_item(row, columns, where)
             texts = {key: spell(item[key]) for key in ("passage", "question")}
@@ -194,14 +195,7 @@ def load_items(
 def read_item(row: dict, columns: dict, where: str) -> dict:
     """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`."""
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
-    texts = {}
-    for column in (*used, *columns["options"]):
-        value = row.get(column)
-        if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
-            raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
-        texts[column] = "" if value is None else str(value)
-        if column in used and not texts[column].strip():
-            raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
+    texts = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
     options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
     options = {letter: text for letter, text in options.items() if text.strip()}
     gold = texts[columns["answer"]]
@@ -231,10 +225,11 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         if not all(str(row[flag]).lower() == "true" for flag in FLAGS) or count[exam] == limit:
             continue
         count[exam] += 1
-        gold = re.search(ANSWER, str(row["result"]))
+        gold = re.search(ANSWER, cell_text(row, "result", where))
         if gold is None:
             raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
-        question, options = (spell(str(row[key]).replace("\t", " ").strip()) for key in ("instruction", "input"))
+        texts = (cell_text(row, key, where, needed=True) for key in ("instruction", "input"))
+        question, options = (spell(text.replace("\t", " ").strip()) for text in texts)
         items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "question": question, "options": options,
                       "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
     return items
