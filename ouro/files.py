@@ -57,12 +57,12 @@ def place(text: str) -> str:
 
 
 # What YAML takes for the end of a line, or refuses: it is written as an escape.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+NOT_YAML = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def yaml_line(text: str) -> str:
     """A line of YAML whose values are JSON (which YAML is), in the letters that every YAML reader takes."""
-    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Loader(yaml.SafeLoader):

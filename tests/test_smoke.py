@@ -104,7 +104,7 @@ def test_the_adapter_is_of_the_seven_projections_with_a_card_and_the_tokenizer(s
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(weights) == 4 * 7 * 2 and all(w.abs().max() > 0 for w in weights.values())
     card = (adapter / "README.md").read_text()
-    assert "total_ut_steps = 4" in card and "base_model: sample/ouro-tiny" in card and "Apache-2.0" in card
+    assert "total_ut_steps = 4" in card and 'base_model: "sample/ouro-tiny"' in card and "Apache-2.0" in card
     assert (adapter / "tokenizer.json").exists() and (adapter / "adapter_config.json").exists()
 
 
