@@ -132,7 +132,7 @@ def find_jobs(
             files = {depth: file_of(run, model, task, depth) for depth in depths}
             keys = {depth: results.key_of(task, known, depth, run) for depth in depths}
             stale = {d: key for d, key in keys.items() if not is_current(files[d], task, key, options.judge)}
-            if stale and (options.limit or options.subsets):
+            if stale and (options.limit or options.subsets or task.part):
                 results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
                 jobs.append(Job(model, task, study, stale))
@@ -241,6 +241,9 @@ def study_block(job: Job, depth: int, run: Resolved, network: PreTrainedModel | 
         "split": task.benchmark.get("split"),
         "limit": run.options.limit,
         "skipped": task.skipped,
+        "stripped": sum(item.get("stripped", False) for item in task.items),
+        "part": task.part,
+        "mean": task.spec.get("mean", "micro"),  # what is reported first
         "replies_seed": run.settings.seed if protocol in REPLIES else None,  # `seed` is the training's
         "prompt_sha256": task.sha256,
         "key": job.keys[depth],

@@ -75,10 +75,9 @@ def test_options_keep_their_letters_and_no_item_is_dropped(items):
     assert len(items) == rows == len({item["id"] for item in items})
     odd = next(item for item in items if len(item["options"]) == 2)
     assert list(odd["options"]) == ["a", "d"] and odd["gold"] == "a"
-    for task in ("thai_exam", "thai_exam-leaderboard"):
-        prompt, _ = item_prompts(odd, TASKS[task])[0]
-        assert "\na. " in prompt and "\nd. " in prompt and "\nb. " not in prompt
-    assert item_prompts(odd, TASKS["thai_exam-helm"])[0][1] == [" A", " D"]
+    prompt, _ = item_prompts(odd, TASKS["thai_exam"])[0]
+    assert "\na. " in prompt and "\nd. " in prompt and "\nb. " not in prompt
+    assert item_prompts(odd, TASKS["thai_exam-helm"])[0][1] == [" A", " B"]  # HELM's letters have no gap
     assert item_prompts(odd, TASKS["thai_exam-leaderboard"])[0][1] == [" a", " b", " c", " d", " e"]
 
 
@@ -295,12 +294,56 @@ def test_each_option_stands_once_at_each_letter(items):
             assert at == set(texts)
 
 
+ASKED = {"id": "onet-1", "subset": "onet", "passage": "", "question": "ข้อใดถูก", "gold": "d",
+         "options": {"a": "นำ้", "b": "ข", "d": "ง"}}  # fmt: skip
+ORDERS = {"onet": "23014", "ic": "14023", "tgat": "41032", "tpat1": "41023", "a_level": "04231"}  # HELM's, of seed 0
+
+
+def test_published_protocols_ask_as_published_to_the_byte():
+    """The prompts of HELM and of the ThaiLLM Leaderboard (seacrowd-eval), written out."""
+    assert item_prompts(ASKED, TASKS["thai_exam-leaderboard"]) == [
+        ("\n---\nคำถาม: ข้อใดถูก\nตัวเลือก: a. นำ้\nb. ข\nd. ง\nคำตอบ:", [" a", " b", " c", " d", " e"])
+    ]
+    block = "Question: ข้อใดถูก\nA. นำ้\nB. ข\nC. ง\nAnswer:"
+    first = "The following are multiple choice questions (with answers).\n\n"
+    assert item_prompts(ASKED, TASKS["thai_exam-helm"], [ASKED]) == [
+        (f"{first}{block} C\n\n{block}", [" A", " B", " C"])
+    ]
+    assert {exam: "".join(map(str, order)) for exam, order in TASKS["thai_exam-helm"]["order"].items()} == ORDERS
+
+
+def test_published_protocols_read_the_spelling_as_it_is_written(tmp_path):
+    settings = Settings(paths={"thai_exam": exam(tmp_path, second(question="นำ้"))})
+    found = {name: load(name, settings)[1]["question"] for name in TASKS if name.startswith("thai_exam")}
+    assert found == {"thai_exam": "น้ำ", "thai_exam-helm": "นำ้", "thai_exam-leaderboard": "นำ้"}
+
+
+@pytest.mark.parametrize("space", [" {}", "{} ", "\n{}\t", "\u00a0{}", "\u200b {}"])
+def test_white_space_around_a_text_changes_nothing_but_the_count(tmp_path, items, space, capsys):
+    def spaced(rows: list[dict]) -> list[dict]:
+        return [row | {key: space.format(row[key]) for key in ("question", "c", "answer") if row[key]} for row in rows]
+
+    settings = Settings(paths={"thai_exam": exam(tmp_path, spaced)})
+    task = tasks.load_task("thai_exam", settings, None, ["onet"])
+    plain = [item for item in items if item["subset"] == "onet"]
+    assert [item | {"stripped": True} for item in plain] == task.items
+    assert f"was taken off in {len(plain)} items" in capsys.readouterr().out
+
+
+def test_a_part_is_said_and_has_a_name(tmp_path, capsys):
+    task = tasks.load_task("openthaieval", thai_eval(tmp_path, {}, {"exam_type": "a_level"}), None, [])
+    assert task.part == "2 of 1,169 items" and "no published score is set" in capsys.readouterr().out
+    assert tasks.load_task("belebele_thai", Settings(paths={"belebele": str(ROOT / "sample/belebele")}), 1, []).part
+
+
 def test_examples_come_from_the_train_split_of_the_same_exam(tmp_path, items):
     task = TASKS["thai_exam-helm"]
     shots = load_shots(task, SPEC, Settings(paths={"thai_exam": SAMPLE}), ["onet", "ic"])
     prompt, continuations = item_prompts(items[0], task, shots["onet"])[0]
     parts = prompt.split("\n\n")
     assert parts[0] == "The following are multiple choice questions (with answers)." and len(parts) == 7
+    train = read_jsonl(Path(SAMPLE) / "data/onet/onet_train.jsonl")
+    assert [shot["question"] for shot in shots["onet"]] == [train[int(n)]["question"] for n in ORDERS["onet"]]
     for part, shot in zip(parts[1:6], shots["onet"], strict=True):
         assert part.startswith(f"Question: {shot['question']}\nA. ")
         assert part.endswith(f"\nAnswer: {shot['gold'].upper()}")
@@ -330,6 +373,21 @@ def test_examples_come_from_the_train_split_of_the_same_exam(tmp_path, items):
 )
 def test_choices_are_read_by_the_official_rules(reply, choice):
     assert parse_choice(reply) == choice
+
+
+@pytest.mark.parametrize("name", ["thai_exam", "thai_exam-helm", "thai_exam-leaderboard"])
+@pytest.mark.parametrize("twin", ["น้ำ 1", " นำ้  1"])
+def test_an_option_that_reads_as_the_key_is_right_whichever_letter_is_chosen(name, twin):
+    options = {"a": "น้ำ 1", "b": "7", "c": "8", "d": "9", "e": twin}
+    for n in range(20):
+        item = {"id": f"onet-{n}", "subset": "onet", "options": options, "gold": "a"}
+        sure = [0.0 if letter in "ae" else -20.0 for letter in options]
+        assert choose(item, TASKS[name], [sure] * 5)[1] == "a"
+    for prediction, value in (("a", 1), ("e", 1), ("b", 0), (None, 0)):
+        numbers = benchmarks.accuracy([item], [prediction], TASKS[name])
+        assert (numbers["value"], numbers["chance"]) == (value, 0.4), prediction
+    said = {"options": "(1) ก (2) ข (3)  ก", "gold": "1"}
+    assert [benchmarks.settle(said, number) for number in ("1", "2", "3", None)] == ["1", "2", "1", None]
 
 
 def test_ties_have_no_favourite_letter(items):

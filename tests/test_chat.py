@@ -4,12 +4,13 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from ouro.files import UserError
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_run_model, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS
-from ouro.settings import resolve
+from ouro.settings import Settings, resolve
 from ouro.train.run_folder import finished_run, seal
 from tools import chat
 
@@ -104,6 +105,16 @@ def test_a_conversation_goes_through_the_template_at_the_depth_asked_for(talk, o
                 "[adapter off: the base model answers]", "[forgotten]", reply(base, 3, "สวัสดีครับ")]  # fmt: skip
     assert len(set(expected)) == len(expected) - 1
     assert rest == "\n".join(expected) + "\n"
+
+
+def test_a_thought_is_not_fed_into_the_next_turn(monkeypatch, tokenizer):
+    s, model = Settings(), SimpleNamespace(config=SimpleNamespace(total_ut_steps=1))
+    talk = chat.Conversation(model, tokenizer, s, s, has_adapter=False)
+    for said, kept in (("<think>ก</think>\n\nข", "ข"), ("<think>ก", ""), ("ข", "ข")):
+        answers = tokenizer(said, add_special_tokens=False).input_ids
+        monkeypatch.setattr(chat, "generate", lambda *_, on_tokens, ids=answers, **__: on_tokens(0, ids))
+        talk.reply("ถาม", lambda text: None)
+        assert talk.turns[-1] == {"role": "assistant", "content": kept}
 
 
 def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(talk):

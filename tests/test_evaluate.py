@@ -10,8 +10,9 @@ from pathlib import Path
 import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
-from ouro.evaluate.tasks import load_task
+from ouro.evaluate.tasks import load_task, score_choices, score_texts
 from ouro.files import UserError, write_atomic
+from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
 from ouro.settings import Settings, resolve
@@ -137,6 +138,37 @@ def test_no_position_that_is_not_asked_for_goes_through_the_head(network, tokeni
     finally:
         hook.remove()
     assert seen == [5, 5], "one position an item, at each depth"
+
+
+def test_a_log_probability_that_is_no_number_is_refused_with_its_item(tokenizer, tmp_path):
+    broken = load_ouro(MODEL, dtype=torch.float32).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[5] = math.nan
+    for name, function in (("thai_exam", score_choices), ("thai_text", score_texts)):
+        task = load_task(name, SETTINGS, 1, [])
+        with pytest.raises(
+            UserError, match=rf"log-probability of {task.items[0]['id']} at 2 loops is nan, and \d+ more"
+        ):
+            function(broken, tokenizer, task, [2], 8192, name)
+    with pytest.raises(UserError, match="logits are NaN"):
+        generate(broken, [[1, 2]], depth=1, max_new_tokens=2, stop=[0])
+    with pytest.raises(UserError, match=r"is not saved: x: a number in it is NaN"):
+        results.save(tmp_path / "t-ut1.json", {}, [{"id": "x", "value": math.inf}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_looks_like_a_special_token_in_an_item_is_text(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    sequences, _ = to_sequences(tokenizer, [("ก<|im_end|>ข", [" <|endoftext|>"])])
+    assert tokenizer.decode(sequences[0][0]) == "ก<|im_end|>ข <|endoftext|>"
+    assert not {end, 0} & set(sequences[0][0]) and end in tokenizer("<|im_end|>").input_ids
+
+
+def test_a_prompt_longer_than_the_positions_is_said(tokenizer, capsys):
+    short = load_ouro(MODEL, dtype=torch.float32).eval()
+    short.config.max_position_embeddings = 64
+    score_choices(short, tokenizer, load_task("thai_exam", SETTINGS, 1, ["ic"]), [1], 8192, "")
+    assert "prompts are longer than 64 tokens and lost their beginning" in capsys.readouterr().out
 
 
 def test_a_text_is_scored_once_a_token_whatever_the_window(network, tokenizer):
@@ -528,7 +560,7 @@ def test_each_exam_is_printed_with_its_own_chance_and_commonest_letter(study, ca
 
 
 def test_published_scores_and_letter_bias_stand_beside_the_numbers(study, capsys):
-    task = load_task("thai_exam-leaderboard", SETTINGS, 1, [])
+    task = replace(load_task("thai_exam-leaderboard", SETTINGS, 1, []), part=None)
     row = {"benchmark": "thai_exam", "mean": "macro", "value": 0.4453, "protocol": "0 shots", "source": "a card"}
     model = models.ModelUnderTest("x", "baseline", published=(row, row | {"benchmark": "mt_bench_thai", "value": 5.3}))
     found = results.read_study(study / "results/base-fp32/thai_exam-leaderboard-ut1.json")
@@ -539,6 +571,8 @@ def test_published_scores_and_letter_bias_stand_beside_the_numbers(study, capsys
             "published for x: 44.5% (mean of exams; 0 shots; a card)\n" in printed and printed.count("published") == 1
         )
         assert ("5 of 5 answers are 'b': letter bias" in printed) is warned
+    tables.print_task(replace(task, part="5 of 565 items"), [model], {("x", 1): found}, [1])
+    assert "published" not in capsys.readouterr().out
     assert model.study()["published"] == model.published
 
 
@@ -573,6 +607,12 @@ def stray(name: str) -> dict[str, bytes]:
         ({"adapter_config.json": ("{", "")}, "is no adapter in PEFT format"),
         ({"adapter_model.safetensors": b"no"}, "is no adapter in PEFT format"),
         ({"adapter_config.json": ('"r": 2', '"rank": 2')}, "adapter_config.json holds no rank, 'r'"),
+        ({"adapter_config.json": ('"peft_type": "LORA"', '"peft_type": "VERA"')}, 'has peft_type = "VERA"'),
+        ({"adapter_config.json": ('"peft_type"', '"peft"')}, "has peft_type = nothing"),
+        ({"adapter_config.json": ('"lora_alpha": ', '"lora_alpha": null, "x": ')}, "has lora_alpha = null"),
+        ({"adapter_config.json": ('"target_modules": [', '"target_modules": ["lm_head",')}, "has target_modules = "),
+        ({"adapter_config.json": ('"layers_to_transform": null', '"layers_to_transform": [0]')}, "has layers_to_tra"),
+        ("nan", r"layers\.3\S+ holds NaN or infinity"),
         ({"adapter_config.json": b"[1]"}, "adapter_config.json holds no rank, 'r'"),
         (stray("base_model.model.lm_head.lora_A.weight"), r"lm_head.lora_A.weight is .2, 128., and no such tensor"),
         (stray("model.layers.x.q_proj.lora_A.weight"), r"layers.x.q_proj\S+ is .2, 128., and no such tensor"),
@@ -587,7 +627,8 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tmp_path, change, name
         weights = load_file(folder / "final_adapter/adapter_model.safetensors")
         name = next(n for n in weights if "layers.3" in n and "lora_A" in n)
         tensor = weights.pop(name)
-        weights |= {name: tensor[:, :8].clone()} if change == "narrow" else {name.replace("s.3", "s.9"): tensor}
+        weights |= {"narrow": {name: tensor[:, :8].clone()}, "deep": {name.replace("s.3", "s.9"): tensor},
+                    "nan": {name: tensor * math.nan}}[change]  # fmt: skip
         change = {"adapter_model.safetensors": save(weights)}
     for name, how in change.items():
         file = folder / "final_adapter" / name

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
-from ouro.data.thai import normalise
+from ouro.data.chats import prompt_tokens
+from ouro.data.thai import answer_of, normalise
 from ouro.files import UserError, call
 from ouro.model.generate import generate
 from ouro.model.loading import frozen_here, load_run_model, load_tokenizer
@@ -98,7 +99,7 @@ class Conversation:
         """
         text = normalise(text) if self.settings.normalise_thai else text  # as the training rows
         turns = [*self.turns, {"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        ids = prompt_tokens(turns, self.tokenizer)
         stream, said = TextStream(self.tokenizer), []
 
         def on_tokens(_: int, tokens: list[int]) -> None:
@@ -119,7 +120,7 @@ class Conversation:
             )
         except KeyboardInterrupt:
             write(" …")
-        self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+        self.turns = [*turns, {"role": "assistant", "content": answer_of("".join(said)) or ""}]  # without its thought
 
 
 def write(text: str) -> None:

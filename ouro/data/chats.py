@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 
 from ouro.data.batches import trained_mask
 from ouro.data.sources import MARKS
@@ -153,6 +155,32 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool =
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
     except TemplateError as error:
         raise UserError(f"the chat template refuses a chat: {error}") from None
+
+
+def prompt_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The chat's tokens up to where an answer begins. Special tokens are the template's alone: one that is typed, or
+    stands in a benchmark's text, is read as text and ends no turn."""
+    names = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    special = "|".join(map(re.escape, names)) or "(?!)"
+    said = "".join(turn["content"] for turn in chat)
+    typed = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in said)  # marks them while the template runs
+    marked = [turn | {"content": re.sub(f"({special})", rf"{typed}\1", turn["content"])} for turn in chat]
+    if marked == chat:
+        return tokenizer(chat_text(chat, tokenizer, generation=True), add_special_tokens=False).input_ids
+    parts = re.split(f"(?<!{typed})({special})", chat_text(marked, tokenizer, generation=True))
+    ids = []
+    for text, own in zip_longest(parts[::2], parts[1::2]):
+        ids += text_tokens(re.sub(f"{typed}({special})", r"\1", text), tokenizer)
+        ids += [tokenizer.convert_tokens_to_ids(own)] if own else []
+    return ids
+
+
+def text_tokens(text: str | list[str], tokenizer: PreTrainedTokenizerBase, begin: bool = False) -> list:
+    """The tokens of a text, or of each; what looks like a special token in it is text. begin: the tokenizer may put
+    its own before it."""
+    ids = tokenizer(text, add_special_tokens=begin, split_special_tokens=True).input_ids
+    tokenizer.backend_tokenizer.encode_special_tokens = False  # it would hold for whoever comes next
+    return ids
 
 
 def answer_header(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ class Task:
     prompts: list[list[tuple[str, list[str]]]]  # of each item, as `item_prompts` makes them; none for texts
     benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
     skipped: int = 0  # empty texts
+    part: str | None = None  # "959 of 1,169 items" where they are not those that the benchmark is known by
 
     @property
     def sha256(self) -> str:
@@ -136,7 +137,7 @@ def read(
 ) -> tuple[list[dict], int]:
     """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
     name, skipped = benchmark["name"], 0
-    local, normalised = settings.paths.get(name), settings.normalise_thai
+    local, normalised = settings.paths.get(name), spelled_alike(table()["tasks"][task], settings)
     if "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
         there = [subset for subset in chosen if local and benchmark_place(benchmark | {"subsets": [subset]}, local)]
@@ -153,6 +154,11 @@ def read(
     if not items:
         raise UserError(f"{settings.paths.get(task) or local or benchmark.get('hub_id', name)}: no items of {task}")
     return items, skipped
+
+
+def spelled_alike(spec: dict, settings: Settings) -> bool:
+    """Whether a task's texts are brought to one spelling: a protocol that others published reads them as they are."""
+    return settings.normalise_thai and spec.get("normalise", True)
 
 
 def miscounted(items: list[dict], benchmark: dict) -> str:
@@ -185,26 +191,26 @@ def load_items(
                 raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
         rows.sort(key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in columns.get("order", ())])
         for number, (where, row) in enumerate(rows[:limit], 1):
-            item = read_item(row, columns, where)
-            texts = {key: spell(item[key]) for key in ("passage", "question")}
-            options = {letter: spell(text) for letter, text in item["options"].items()}
-            items.append({"id": f"{subset}-{number}", "subset": subset} | item | texts | {"options": options})
+            items.append({"id": f"{subset}-{number}", "subset": subset} | read_item(row, columns, where, spell))
     return items
 
 
-def read_item(row: dict, columns: dict, where: str) -> dict:
-    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`."""
+def read_item(row: dict, columns: dict, where: str, spell: Callable[[str], str] = str) -> dict:
+    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`. White space around a text is
+    taken off: a space before an option would decide its score. `stripped` says where there was any."""
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
-    texts = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
+    raw = {column: spell(cell_text(row, column, where, column in used)) for column in (*used, *columns["options"])}
+    texts = {column: text.strip() for column, text in raw.items()}
+    stripped = any(texts[column] not in (text, "") for column, text in raw.items())
     options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
-    options = {letter: text for letter, text in options.items() if text.strip()}
+    options = {letter: text for letter, text in options.items() if text}
     gold = texts[columns["answer"]]
     if gold.isdecimal():
         gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
     if len(options) < 2 or gold not in options:
         raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
     return {"passage": texts.get(columns.get("passage"), ""), "question": texts[columns["question"]],
-            "options": options, "gold": gold}  # fmt: skip
+            "options": options, "gold": gold} | ({"stripped": True} if stripped else {})  # fmt: skip
 
 
 def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
@@ -219,7 +225,7 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         for key in ("exam_type", "instruction", "input", "result", *FLAGS):
             if key not in row:
                 raise UserError(f"{where}: no column {key!r}; columns found: {', '.join(row)}")
-        exam = row["exam_type"]
+        exam = str(row["exam_type"]).strip()
         if exam not in spec["exams"]:
             raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
         if not all(str(row[flag]).lower() == "true" for flag in FLAGS) or count[exam] == limit:
@@ -229,14 +235,14 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         if gold is None:
             raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
         texts = (cell_text(row, key, where, needed=True) for key in ("instruction", "input"))
-        question, options = (spell(text.replace("\t", " ").strip()) for text in texts)
+        question, options = (spell(text.replace("\t", " ")).strip() for text in texts)
         items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "question": question, "options": options,
                       "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
     return items
 
 
 def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
-    """The examples before each item, by subset: the first `shots` items of the train split.
+    """The examples before each item, by subset: the first `shots` items of the train split, in the `order` of the task.
 
     Raises:
         UserError: no train split, or fewer items in it.
@@ -245,11 +251,12 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
         return {}
     name = spec["benchmark"]
     train = benchmark | {"split": "train", "subsets": list(subsets)}
-    items = load_items(name, train, settings.paths.get(name), spec["shots"], settings.normalise_thai)
+    items = load_items(name, train, settings.paths.get(name), spec["shots"], spelled_alike(spec, settings))
     shots = {subset: [item for item in items if item["subset"] == subset] for subset in subsets}
     if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
         raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")
-    return shots
+    order = spec.get("order", {})
+    return {subset: [found[n] for n in order.get(subset, range(len(found)))] for subset, found in shots.items()}
 
 
 def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
@@ -313,14 +320,14 @@ def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[s
     generate: one, and nothing.
     """
 
-    def shown(letter: str) -> str:  # HELM's letters are capitals
-        return spec.get("letters", LETTERS)[LETTERS.index(letter)]
+    def shown(item: dict, letter: str) -> str:  # HELM's letters are capitals, and none is left out
+        return spec["letters"][list(item["options"]).index(letter)] if "letters" in spec else letter
 
     def question(item: dict, turn: int = 0) -> str:
         """The prompt of an item, the options' texts moved on by `turn` places below the letters that stay."""
         letters, texts = list(item["options"]), list(item["options"].values())
         pairs = zip(letters, texts[turn:] + texts[:turn], strict=True)
-        options = "\n".join(spec["option"].format(letter=shown(letter), text=text) for letter, text in pairs)
+        options = "\n".join(spec["option"].format(letter=shown(item, letter), text=text) for letter, text in pairs)
         return spec["prompt"].format(passage=item.get("passage"), question=item["question"], options=options)
 
     if spec["protocol"] == "ours":
@@ -328,9 +335,9 @@ def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[s
         return [(question(item, turn), texts) for turn in range(len(texts))]
     if spec["protocol"] == "generate":
         return [(spec["prompt"].format(question=item["question"], options=item["options"]), [])]
-    examples = [f"{question(shot)} {shown(shot['gold'])}\n\n" for shot in shots]
+    examples = [f"{question(shot)} {shown(shot, shot['gold'])}\n\n" for shot in shots]
     text = spec.get("instructions", "") + "".join(examples) + question(item)
-    return [(text, [f" {shown(letter)}" for letter in scored_letters(item, spec)])]
+    return [(text, [f" {shown(item, letter)}" for letter in scored_letters(item, spec)])]
 
 
 def scored_letters(item: dict, spec: dict) -> list[str]:
@@ -339,7 +346,8 @@ def scored_letters(item: dict, spec: dict) -> list[str]:
 
 
 def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str, float], str]:
-    """One score a letter from the log-probabilities [prompt][letter], and the letter with the highest.
+    """One score a letter from the log-probabilities [prompt][letter], and the letter with the highest, or the key's
+    where that one's option has the same text.
 
     Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter.
     """
@@ -352,7 +360,23 @@ def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str,
     def rank(letter: str) -> tuple[float, str]:
         return by_letter[letter], hashlib.sha256(f"{item['id']} {letter}".encode()).hexdigest()
 
-    return by_letter, max(letters, key=rank)
+    return by_letter, settle(item, max(letters, key=rank))
+
+
+def right_answers(item: dict) -> set[str]:
+    """The key, and the letters or numbers of options that read the same (ThaiExam's ONET has such an item)."""
+    options = item["options"]
+    if isinstance(options, str):  # "(1) … (2) …"
+        _, *parts = re.split(ANSWER, options)
+        options = dict(zip(parts[::2], parts[1::2], strict=True))
+    texts = {letter: " ".join(normalise(text).split()) for letter, text in options.items()}
+    gold = item.get("gold")
+    return {gold, *(letter for letter, text in texts.items() if text and text == texts.get(gold))}
+
+
+def settle(item: dict, prediction: str | None) -> str | None:
+    """The prediction, or the key where its option has the key's text."""
+    return item["gold"] if prediction and prediction in right_answers(item) else prediction
 
 
 def parse_choice(reply: str) -> str | None:
@@ -369,6 +393,7 @@ def parse_choice(reply: str) -> str | None:
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
     """Accuracy with its interval, beside what guessing and always answering the commonest letter would reach."""
+    predictions = [settle(item, prediction) for item, prediction in zip(items, predictions, strict=True)]
     pairs = list(zip(items, predictions, strict=True))
     whole = shares(pairs, spec)
     subsets = {
@@ -399,8 +424,8 @@ def shares(pairs: list[tuple[dict, str | None]], spec: dict) -> dict:
     return {
         "value": math.fsum(item["gold"] == prediction for item, prediction in pairs) / n,
         "items": n,
-        "chance": math.fsum(1 / options(item) for item, _ in pairs) / n,
-        "majority": Counter(item["gold"] for item, _ in pairs).most_common(1)[0][1] / n,
+        "chance": math.fsum(len(right_answers(item)) / options(item) for item, _ in pairs) / n,
+        "majority": Counter(right for item, _ in pairs for right in right_answers(item)).most_common(1)[0][1] / n,
     }
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
+from ouro.data.chats import prompt_tokens
 from ouro.files import UserError
 
 import httpx2
@@ -260,11 +261,13 @@ def local_chat(
 
     def chat(conversations: list[Messages], done: Done) -> None:
         first = [] if system is None else [{"role": "system", "content": system}]
-        texts = [
-            tokenizer.apply_chat_template(first + conversation, tokenize=False, add_generation_prompt=True)
-            for conversation in conversations
-        ]
-        prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        generate(prompts, lambda number, tokens: done(number, tokenizer.decode(tokens, skip_special_tokens=True)))
+        prompts = [prompt_tokens(first + conversation, tokenizer) for conversation in conversations]
+        # Some templates begin the thought themselves: a reply that is cut in it would look like an answer.
+        begun = ["<think>" * tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") for ids in prompts]
+
+        def ended(number: int, tokens: list[int]) -> None:
+            done(number, begun[number] + tokenizer.decode(tokens, skip_special_tokens=True))
+
+        generate(prompts, ended)
 
     return chat

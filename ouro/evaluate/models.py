@@ -127,6 +127,8 @@ def check_readout(network: PreTrainedModel) -> None:
     ids = torch.arange(8, device=network.device)[None]
     ours = readout(network, network.base_model(input_ids=ids).last_hidden_state[0])
     theirs = network(input_ids=ids).logits[0].to(ours.dtype).log_softmax(-1)
+    if not theirs.isfinite().all():
+        raise UserError(f"{network.name_or_path}: its log-probabilities are no numbers (NaN): are its weights damaged?")
     if not torch.allclose(ours, theirs, atol=0.05):
         name = network.config.model_type
         raise UserError(f"{name}: its logits are not its head times its state, which is not supported")

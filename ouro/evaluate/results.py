@@ -69,10 +69,17 @@ def save(file: Path, content: dict, lines: list[dict]) -> None:
     """Writes a result and the lines of its items. The only place that writes results.
 
     Raises:
-        UserError: a full disk, or a folder that cannot be written.
+        UserError: a full disk, a folder that cannot be written, or a number that is NaN or infinite.
     """
+    text, where = "", "its means"
+    try:
+        json.dumps(content, allow_nan=False)
+        for line in lines:
+            where = line["id"]
+            text += json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(f"{file} is not saved: {where}: a number in it is NaN or infinite") from None
     file.unlink(missing_ok=True)  # an interruption between the two writes would leave old numbers beside new items
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     try:
         write_atomic(file.with_suffix(".items.jsonl"), text)
         write_json(file, content)  # last: its presence says that the items are there
@@ -124,7 +131,7 @@ def key_of(task: Task, known: dict, depth: int, run: Resolved) -> str:
 
 
 def spare_the_fuller(files: list[Path], task: Task) -> None:
-    """Raises UserError where results of some items, asked for by --limit or --subsets, would replace those of more."""
+    """Raises UserError where results of some items, as of a local copy, would replace those of more."""
     for file in files:
         items = (read_study(file) or {}).get("items", 0)
         if items > len(task.items):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from ouro.data.chats import text_tokens
 from ouro.files import UserError
 from ouro.model.modeling_ouro import OuroForCausalLM, exit_distribution
 
@@ -241,8 +242,8 @@ def to_sequences(
     Raises:
         UserError: a continuation has no token of its own.
     """
-    prompts = tokenizer([prompt for prompt, _ in questions]).input_ids
-    joined = tokenizer([prompt + c for prompt, continuations in questions for c in continuations]).input_ids
+    prompts = text_tokens([prompt for prompt, _ in questions], tokenizer, begin=True)
+    joined = text_tokens([prompt + c for prompt, continuations in questions for c in continuations], tokenizer, True)
     starts = [len(ids) for ids, (_, continuations) in zip(prompts, questions, strict=True) for _ in continuations]
     sequences, cut = [], 0
     for ids, start in zip(joined, starts, strict=True):

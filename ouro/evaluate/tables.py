@@ -21,29 +21,32 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
     base = models[0] if models[0].kind == "base" else None
     some = next(iter(found.values()))
     exams = len(some["subsets"]) > 1
-    what = f"\n{task.name} ({some['protocol']}): {some['items']} items"
+    what = f"\n{task.name} ({some['protocol']}): {some.get('part') or str(some['items']) + ' items'}"
     if some["chance"] is not None:
         chance, most = (f" ({some[key]:.1%})" if exams else "" for key in ("macro_chance", "macro_majority"))
         what += f", chance {some['chance']:.1%}{chance}, always the commonest letter {some['majority']:.1%}{most}"
         what += "; in brackets: mean of exams" if exams else ""
     print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
     width = max(len(model.run) for model in models)
-    mean = f" {'of exams':>9}" if exams else ""
-    print(f"  {'':<{width}} loops {'value':>9} {'95 % interval':>17}{mean} {'base':>9} {'gain':>9}  answers")
+    mean, first = (f" {'of exams':>9}", "") if exams else ("", "")
+    if some.get("mean") == "macro":  # as published: this mean comes first
+        mean, first = "", mean
+    print(f"  {'':<{width}} loops{first} {'value':>9} {'95 % interval':>17}{mean} {'base':>9} {'gain':>9}  answers")
     for model in models:
         for depth in depths:
             row = found[model.run, depth]
             other = found.get((base.run, depth)) if base and model is not base else None
             ends = row["ci95"] if row["ci95"] and row["items"] > 1 else ()  # one item has no spread
             interval = " – ".join(shown(row, x) for x in ends) or "-"
-            mean = f" {shown(row, row['macro']):>9}" if exams else ""
+            macro = f" {shown(row, row['macro']):>9}"
             gain, compared = "-", "-"
             if other and other["value"] is not None and row["value"] is not None:
                 sign = 1 if row["higher_is_better"] else -1
                 compared, difference = shown(row, other["value"]), sign * (row["value"] - other["value"])
                 gain = f"{difference:+.1%}" if row["metric"] == "accuracy" else f"{difference:+.4f}"
             letters = " ".join(f"{letter}:{count}" for letter, count in (row["predicted"] or {}).items())
-            print(f"  {model.run:<{width}} {depth:>5} {shown(row, row['value']):>9} {interval:>17}{mean} "
+            print(f"  {model.run:<{width}} {depth:>5}{first and macro} {shown(row, row['value']):>9} "
+                  f"{interval:>17}{mean and macro} "
                   f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
             if cut := row.get("unfinished_thoughts"):
                 print(f"  warning: {cut} replies are thoughts without an answer: they need more tokens")
@@ -51,7 +54,7 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
                 if count > BIASED * row["items"]:
                     print(f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge")
         for score in model.published:
-            if score["benchmark"] == task.spec["benchmark"]:
+            if score["benchmark"] == task.spec["benchmark"] and not task.part:
                 of = {"macro": "mean of exams", "micro": "all items alike"}[score["mean"]]
                 print(f"  published for {model.run}: {shown(row, score['value'])} ({of}; {score['protocol']}; "
                       f"{score['source']})")  # fmt: skip

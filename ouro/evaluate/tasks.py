@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ouro.data.chats import text_tokens
 from ouro.data.thai import answer_of
 from ouro.evaluate import benchmarks, judge
 from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
 from ouro.evaluate.replies import Cache, answer
 from ouro.evaluate.scoring import Scores, score, to_sequences
+from ouro.files import UserError
 from ouro.model.generate import Decoder, generate, pick
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Settings
@@ -34,15 +36,24 @@ def load_task(name: str, settings: Settings, limit: int | None, subsets: list[st
         items = judge.load_questions(spec["benchmark"], benchmark, local, limit, settings.normalise_thai)
     else:
         items, skipped = benchmarks.read(name, benchmark, settings, limit, subsets)
+    stripped = sum(item.get("stripped", False) for item in items)
+    if stripped:
+        print(f"  {name}: white space around an option or a question was taken off in {stripped} items")
     if spec["protocol"] in ("ours", "labels", "generate"):
         shots = benchmarks.load_shots(spec, benchmark, settings, dict.fromkeys(item["subset"] for item in items))
         prompts = [benchmarks.item_prompts(item, spec, shots.get(item["subset"], ())) for item in items]
     if skipped:
         print(f"  warning: {name}: {skipped} empty texts are left out")
-    wrong = None if limit or subsets or local else benchmarks.miscounted(items, benchmark)
-    if wrong:
-        print(f"  warning: {name}: {wrong}; has {benchmark['hub_id']} changed since configs/evals.yaml was written?")
-    return Task(name, spec, items, prompts, benchmark, skipped)
+    part = None
+    if wrong := benchmarks.miscounted(items, benchmark):
+        known = [benchmark["items"][x] for x in benchmark.get("subsets", benchmark["items"])]
+        part = f"{len(items):,} of {sum(known):,} items"
+        said = f"{wrong}; has {benchmark.get('hub_id')} changed since configs/evals.yaml was written?"
+        if local:
+            said = f"{part}: no published score is set beside that of a part"
+        if not (limit or subsets):  # then a part was asked for
+            print(f"  warning: {name}: {said}")
+    return Task(name, spec, items, prompts, benchmark, skipped, part)
 
 
 @dataclass
@@ -82,9 +93,23 @@ def loop_numbers(scores: Scores, place: int, depth: int) -> dict:
 
 
 def positions_of(network: PreTrainedModel) -> int | None:
-    """How many tokens a baseline can read at once; None: more than any prompt has."""
-    looped = isinstance(network, OuroForCausalLM)
-    return None if looped else getattr(network.config, "max_position_embeddings", None)
+    """How many tokens a model can read at once; None: it does not say."""
+    return getattr(network.config, "max_position_embeddings", None)
+
+
+def check_numbers(log_p: np.ndarray, items: list[str], depths: list[int], title: str) -> None:
+    """That log-probabilities [depth][sequence] are numbers. items: the id of each sequence's.
+
+    Raises:
+        UserError: one is NaN or infinite, of which a choice or a mean would be made all the same.
+    """
+    if len(bad := np.argwhere(~np.isfinite(log_p))):
+        place, number = bad[0]
+        raise UserError(
+            f"{title}: the log-probability of {items[number]} at {depths[place]} loops is {log_p[place, number]}, and "
+            f"{len(bad) - 1} more are no numbers: nothing of it is saved. Are the weights damaged, or too large for "
+            "their precision?"
+        )
 
 
 def score_choices(
@@ -97,6 +122,9 @@ def score_choices(
     if cut:
         print(f"  warning: {task.name}: {cut} prompts are longer than {longest} tokens and lost their beginning")
     scores = score(network, sequences, depths, budget, title)
+    pairs = zip(task.items, task.prompts, strict=True)
+    owner = [item["id"] for item, prompts in pairs for _, continuations in prompts for _ in continuations]
+    check_numbers(scores.log_p, owner, depths, title)
     outcomes = []
     for place, depth in enumerate(depths):
         values, predictions, found = iter(scores.log_p[place].tolist()), [], []
@@ -118,7 +146,7 @@ def score_texts(
     stride = min(task.spec["stride"], window // 2)
     sequences, owner, lossy = [], [], 0
     for number, item in enumerate(task.items):
-        tokens = tokenizer(item["text"], add_special_tokens=False).input_ids
+        tokens = text_tokens(item["text"], tokenizer)
         lossy += tokenizer.decode(tokens, clean_up_tokenization_spaces=False).strip() != item["text"].strip()
         pieces = benchmarks.windows(tokens, [first], window, stride)
         sequences += pieces
@@ -127,6 +155,7 @@ def score_texts(
         told = f"changes {lossy} of {len(task.items)} texts: its bits are not for all of them"
         print(f"  warning: {title}: the tokenizer {told}")
     scores = score(network, sequences, depths, budget, title)
+    check_numbers(scores.log_p, [task.items[number]["id"] for number in owner], depths, title)
     characters = [len(item["text"]) for item in task.items]
     outcomes = []
     for place, depth in enumerate(depths):
@@ -150,6 +179,7 @@ def score_replies(task: Task, chat: Chat, who: str, cache: Path, title: str) -> 
         replies = answer(conversations, chat, saved, title, who)
     answers = [answer_of(text) for text in replies]
     predictions = [None if text is None else benchmarks.parse_choice(text) for text in answers]
+    predictions = list(map(benchmarks.settle, task.items, predictions))
     found = [{"resps": [[text]], "filtered_resps": [choice]} for text, choice in zip(replies, predictions, strict=True)]
     return choice_outcome(task, predictions, found, {"unfinished_thoughts": answers.count(None)}, 0)
 

@@ -250,7 +250,10 @@ class Decoder:
         lengths, seeds, where = (torch.tensor(v, device=self.device) for v in ([len(p) for p in prompts], seeds, rows))
         states = self.model.model(ids, past_key_values=_Writer(self.slots, where), total_ut_steps=self.key[0])
         final = states.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
-        token = pick(self.model.lm_head(final), self.noise(seeds, lengths - 1), self.temperature)
+        logits = self.model.lm_head(final)
+        if not logits.isfinite().all():  # the first of equal NaNs would be taken for a reply
+            raise UserError("the model's logits are NaN or infinite: are its weights, or its adapter's, damaged?")
+        token = pick(logits, self.noise(seeds, lengths - 1), self.temperature)
         self.token[where], self.position[where], self.seed[where], self.active[where] = token, lengths, seeds, 1
         return token.tolist()
 

@@ -10,6 +10,7 @@ same weights: `frozen_here` says where a machine cannot do that.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,23 +197,52 @@ def adapter_shapes(config: OuroConfig, rank: int, dora: bool) -> dict[str, list[
     return shapes
 
 
+# What adapter_config.json may say where it matters for what is computed, the first being PEFT's default.
+READ = {"bias": ("none",), "fan_in_fan_out": (False,), "layers_to_transform": (None,), "layers_pattern": (None,),
+        "modules_to_save": (None, []), "exclude_modules": (None, []), "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None), "use_rslora": (False, True), "use_dora": (False, True)}  # fmt: skip
+
+
+def check_adapter_config(adapter: Path, found: object, rank: int | None) -> None:
+    """That adapter_config.json names a LoRA adapter of all projections, of the rank recorded of it (None: any).
+
+    Raises:
+        UserError: naming the key.
+    """
+    if not isinstance(found, dict) or type(found.get("r")) is not int:
+        raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
+    rules = {"peft_type": ("LORA",)} | READ
+    wrong = [key for key, allowed in rules.items() if found.get(key, key != "peft_type" and allowed[0]) not in allowed]
+    names, alpha = found.get("target_modules"), found.get("lora_alpha")
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(PROJECTIONS):
+        wrong.append("target_modules")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        wrong.append("lora_alpha")
+    if wrong:
+        said = json.dumps(found.get(wrong[0]), ensure_ascii=False)
+        raise UserError(
+            f"{adapter} is no LoRA adapter in PEFT format of all projections: adapter_config.json has "
+            f"{wrong[0]} = {said if wrong[0] in found else 'nothing'}"
+        )
+    if rank not in (None, found["r"]):
+        raise UserError(f"{adapter} has rank {found['r']}, and its run's config.yaml says r: {rank}")
+
+
 def check_adapter(adapter: Path, s: Settings, rank: int | None) -> None:
     """That an adapter belongs to the settings' base, tensor by tensor, and has the rank recorded of it (None: any).
 
     Raises:
         UserError: a missing or broken file, another rank or base than recorded, other tensors than the base's layers
-            take (PEFT would leave them out, and begin anew where some are missing).
+            take (PEFT would leave them out, and begin anew where some are missing), or one with NaN or infinity.
     """
     try:
         found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(adapter / WEIGHTS, "pt") as file:
-            there = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{adapter} is no adapter in PEFT format: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("r"), int):
-        raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
-    if rank not in (None, found["r"]):
-        raise UserError(f"{adapter} has rank {found['r']}, and its run's config.yaml says r: {rank}")
+    check_adapter_config(adapter, found, rank)
+    there = {name: list(tensor.shape) for name, tensor in tensors.items()}
     base = s.model_name_or_path
     if found.get("base_model_name_or_path") != base:
         raise UserError(f"{adapter} was made for {found.get('base_model_name_or_path')}, model_name_or_path is {base}")
@@ -224,6 +254,9 @@ def check_adapter(adapter: Path, s: Settings, rank: int | None) -> None:
                 f"{adapter} does not fit {base} ({config.num_hidden_layers} layers): {name} is "
                 f"{there.get(name, 'missing')}, and {wanted.get(name, 'no such tensor')} belongs there"
             )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{adapter}: {name} holds NaN or infinity: training diverged, or the file is damaged")
 
 
 def put_adapter(

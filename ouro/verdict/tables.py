@@ -232,8 +232,9 @@ def baseline_rows(results: Iterable[Result]) -> Rows:
         metric, unknown = study["metric"], (math.nan, math.nan)
         micro = level_cell(metric, study["value"], *(study.get("ci95") or unknown))
         published = [row for row in study.get("published") or () if row["benchmark"] == study["benchmark"]]
+        published = [] if study.get("part") else published  # a score of some items is not set beside one of all
         for row in published or [{}]:
-            mean = row.get("mean", "micro")
+            mean = row.get("mean", study.get("mean", "micro"))
             yield {
                 "model": study["run"],
                 "benchmark": study["task"],
