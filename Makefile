@@ -7,9 +7,34 @@ SHELL := /bin/bash
 .PHONY: help env smoke demo train eval eval-baselines chat merge push serve report data-report fetch preflight cluster-sweep status logs cancel \
   bench test test-all lint lock build-image sif upload test-images clean FORCE
 
-CONFIG ?= configs/default.yaml
-PYTHON ?= python3
-SMOKE := $(if $(filter file,$(origin CONFIG)),configs/smoke.yaml,$(CONFIG))
+# Variables are read in the shell ("$$EXP"), where each is one word and nothing of it is run; make takes them as they stand.
+define as-given
+override $(1) := $$(value $(1))
+export $(1)
+endef
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+$(foreach name,$(GIVEN),$(eval $(call as-given,$(name))))
+MAKEOVERRIDES :=
+
+# A target takes what stands in capitals before a "=" in its line, those below that use a cluster its settings too, and
+# all of them what programs read from the environment.
+GOALS := $(or $(MAKECMDGOALS),help)
+TAKEN := $(shell awk -F: '/^[a-z.-]+:/ {n = split($$0, word, /[^A-Z_=]+/); \
+  for (i = 1; i <= n; i++) if (word[i] ~ /[A-Z]=$$/) {sub("=", "", word[i]); print $$1 "/" word[i]}}' Makefile)
+TAKEN := $(foreach goal,$(GOALS),$(patsubst $(goal)/%,%,$(filter $(goal)/%,$(TAKEN))))
+ifneq ($(filter fetch preflight cluster-sweep status logs cancel,$(GOALS)),)
+TAKEN += $(shell sed -n 's/^: "$${\([A-Z_]*\):=.*/\1/p' slurm/site.env.example)
+endif
+UNKNOWN := $(filter-out $(TAKEN) PYTHON PIXI_ENV ENV RUN OUTPUT_DIR RESULTS_DIR REPORT_TO TOTAL_UT_STEPS TOKENIZERS_PARALLELISM \
+  TMPDIR %_proxy %_PROXY $(addsuffix _%,HF JUDGE ENDPOINT WANDB CUDA NCCL OMP SBATCH SLURM TORCH),$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error make $(GOALS) does not take $(UNKNOWN); it takes $(or $(sort $(TAKEN)),nothing). Other settings: ARGS="--learning_rate 1e-4", where it is taken)
+endif
+
+train eval eval-baselines chat merge push serve data-report fetch preflight: export CONFIG ?= configs/default.yaml
+cluster-sweep bench: export CONFIG ?= configs/a100.yaml
+smoke: export CONFIG ?= configs/smoke.yaml
+export PYTHON ?= python3
 export TOKENIZERS_PARALLELISM ?= false
 
 ifdef PIXI_ENVIRONMENT_NAME  # inside `pixi run`
@@ -17,21 +42,22 @@ ENV := :
 RUN := python
 PYTHON_BIN := python
 else ifneq ($(shell command -v pixi),)
-PIXI_ENV ?= default
-ENV := $(MAKE) --no-print-directory pixi.lock && pixi install --quiet --locked --environment $(PIXI_ENV)
-RUN := pixi run --frozen --environment $(PIXI_ENV) python
-PYTHON_BIN := .pixi/envs/$(PIXI_ENV)/bin/python
+export PIXI_ENV ?= default
+ENV := $(MAKE) --no-print-directory pixi.lock && pixi install --quiet --locked --environment "$$PIXI_ENV"
+RUN := pixi run --frozen --environment "$$PIXI_ENV" python
+PYTHON_BIN := .pixi/envs/$(value PIXI_ENV)/bin/python
 else
-ENV := tools/env.sh $(PYTHON)
+ENV := tools/env.sh "$$PYTHON"
 RUN := .venv/bin/python
 PYTHON_BIN := .venv/bin/python
 endif
 export PYTHON_BIN
-CLUSTER := $(if $(filter file,$(origin CONFIG)),configs/a100.yaml,$(CONFIG))
 SITE := . slurm/site.sh && { [ -n "$$IMAGE" ] || $(ENV); }
 COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
-EVAL = $(if $(UT),--ut_steps $(UT)) $(if $(BENCH),--tasks $(BENCH)) $(if $(SUBSETS),--subsets $(SUBSETS)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(JUDGE),--judge $(JUDGE))
-need-exp = $(if $(EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
+MORE = $${ARGS:+--args="$$ARGS"}
+EVAL = $${UT:+--ut_steps "$$UT"} $${BENCH:+--tasks "$$BENCH"} $${SUBSETS:+--subsets "$$SUBSETS"} $${LIMIT:+--limit "$$LIMIT"} $${JUDGE:+--judge "$$JUDGE"} $(MORE)
+flag = $(if $(filter-out 0,$(value $(1))),$(2))
+need-exp = $(if $(value EXP),,$(error name an experiment: make $@ EXP=exp2-wangchan-ut1 (all of them: configs/experiments.yaml)))
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -39,68 +65,70 @@ help:  ## print this list
 env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to repeat
 	@$(ENV)
 
-smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones)
-	@$(RUN) train_qlora.py --config $(SMOKE) --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite
-	@$(RUN) evaluate.py --config $(SMOKE) --output_dir output/smoke --results_dir results/make-smoke --limit 3
+smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones) [ARGS="…"]
+	@$(RUN) train_qlora.py --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
+	@$(RUN) evaluate.py --output_dir output/smoke --results_dir results/make-smoke --limit 3 $(MORE)
 
-demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that
-	@$(RUN) tools/demo.py
+demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that [ARGS="…"]
+	@$(RUN) tools/demo.py $(MORE)
 
-train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml]
-	@$(need-exp)$(RUN) train_qlora.py --config $(CONFIG) --exp $(EXP)
+train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml ARGS="--learning_rate 1e-4"]
+	@$(need-exp)$(RUN) train_qlora.py --exp "$$EXP" $(MORE)
 
-eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… SUBSETS=onet,… LIMIT=N CONFIG=…]
-	@$(need-exp)$(RUN) evaluate.py --config $(CONFIG) --exp $(EXP) $(EVAL)
+eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… SUBSETS=onet,… LIMIT=N JUDGE=none CONFIG=… ARGS="…"]
+	@$(need-exp)$(RUN) evaluate.py --exp "$$EXP" $(EVAL)
 
-eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL=typhoon2-3b BENCH=… LIMIT=N CONFIG=…]
-	@for model in $(or $(MODEL),$$($(RUN) -c 'from ouro.evaluate import benchmarks; print(*benchmarks.table()["baselines"])')); do \
-	  $(RUN) evaluate.py --config $(CONFIG) --model $$model $(EVAL) || failed="$${failed:-} $$model"; done; \
+eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL=typhoon2-3b UT=… BENCH=… SUBSETS=… LIMIT=N JUDGE=none CONFIG=… ARGS="…"]
+	@all=$$($(RUN) -c 'from ouro.evaluate import benchmarks; print(*benchmarks.table()["baselines"])'); \
+	if [ -n "$${MODEL:-}" ]; then set -- "$$MODEL"; else set -- $$all; fi; \
+	for model; do $(RUN) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
-report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. OUTPUT_DIR=… RESULTS_DIR=…]
-	@$(RUN) report.py --out $(or $(OUT),.) $(if $(RESULTS_DIR),--results_dir $(RESULTS_DIR))
+report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
+	@$(RUN) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
-chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=…]
-	@$(need-exp)$(RUN) tools/chat.py --config $(CONFIG) --exp $(EXP)
+chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=… ARGS="…"]
+	@$(need-exp)$(RUN) tools/chat.py --exp "$$EXP" $(MORE)
 
-EXPORT = $(RUN) tools/export.py $@ --config $(CONFIG) --exp $(EXP) $(if $(UT),--total_ut_steps $(UT))
+EXPORT = $(RUN) tools/export.py $@ --exp "$$EXP" $${UT:+--total_ut_steps "$$UT"} $(MORE)
 
-merge: env  ## write a trained experiment as one bf16 model: make merge EXP=exp2-wangchan-ut1 [UT=2 CONFIG=…]
+merge: env  ## write a trained experiment as one bf16 model: make merge EXP=exp2-wangchan-ut1 [UT=2 CONFIG=… ARGS="…"]
 	@$(need-exp)$(EXPORT)
 
-push: env  ## upload its adapter, private: make push EXP=exp2-wangchan-ut1 REPO=me/name [MERGED=1 PUBLIC=1 CONFIG=…]
-	@$(need-exp)$(EXPORT) $(if $(REPO),--repo $(REPO)) $(if $(MERGED),--merged) $(if $(PUBLIC),--public)
+push: env  ## upload its adapter, private: make push EXP=exp2-wangchan-ut1 REPO=me/name [MERGED=1 PUBLIC=1 UT=2 CONFIG=… ARGS="…"]
+	@$(need-exp)$(EXPORT) $${REPO:+--repo "$$REPO"} $(call flag,MERGED,--merged) $(call flag,PUBLIC,--public)
 
-serve: env  ## print the vLLM command for it: make serve EXP=exp2-wangchan-ut1 [UT=2 CONFIG=…]
+serve: env  ## print the vLLM command for it: make serve EXP=exp2-wangchan-ut1 [UT=2 CONFIG=… ARGS="…"]
 	@$(need-exp)$(EXPORT)
 
-data-report: env  ## check a training set, show what would be trained: make data-report DATASET=wangchan [DATASET_PATH=… CONFIG=…]
-	@$(RUN) data_config.py --config $(CONFIG) --dataset $(or $(DATASET),wangchan) $(if $(DATASET_PATH),--dataset_path $(DATASET_PATH))
+data-report: env  ## check a training set, show what would be trained: make data-report DATASET=wangchan [DATASET_PATH=… CONFIG=… ARGS="…"]
+	@$(RUN) data_config.py --dataset "$${DATASET:-wangchan}" $${DATASET_PATH:+--dataset_path "$$DATASET_PATH"} $(MORE)
 
-fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam]
-	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" tools/fetch.py --config $(CONFIG) $(if $(ONLY),--only $(ONLY))
+fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam ARGS="…"]
+	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" tools/fetch.py $${ONLY:+--only "$$ONLY"} $(MORE)
 
-preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1]
-	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" -m ouro.cluster.preflight --config $(CONFIG) $(if $(EXP),--exp $(EXP)) $(if $(GPU),--gpu)
+preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1 ARGS="…"]
+	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" -m ouro.cluster.preflight $${EXP:+--exp "$$EXP"} $(call flag,GPU,--gpu) $(MORE)
 
 cluster-sweep:  ## submit the study to Slurm; harmless to repeat [EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
-	@$(if $(EXP),$(error cluster-sweep submits several: make $@ EXPS="$(EXP)"))$(SITE) && CONFIG=$(CLUSTER) slurm/run_experiments.sh
+	@$(if $(value EXP),$(error cluster-sweep submits several: make $@ EXPS="$(value EXP)"))$(SITE) && slurm/run_experiments.sh
 
 status:  ## how far each submitted experiment is, and why one failed
 	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" -m ouro.cluster.sweep <<<"$$queue"
 
 logs:  ## the end of an experiment's newest log: make logs EXP=exp2-wangchan-ut1
-	@$(need-exp)newest=$$(ls -t slurm/logs/*_$(EXP)*.out 2>/dev/null | head -n 1) || { echo "error: no log of $(EXP) in slurm/logs" >&2; exit 2; }; \
+	@$(need-exp)newest=$$(ls -t slurm/logs/*_"$$EXP"*.out 2>/dev/null | head -n 1) || { echo "error: no log of $$EXP in slurm/logs" >&2; exit 2; }; \
 	tail -v -n 40 "$$newest" "$${newest%.out}.err"
 
 cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
-	@$(if $(EXPS),$(error cancel takes one: make $@ EXP=exp2-wangchan-ut1, or none for all))
+	@$(if $(value EXPS),$(error cancel takes one: make $@ EXP=exp2-wangchan-ut1, or none for all))
 	@. slurm/site.sh && queue=$$(live_jobs) && \
-	jobs=$$(awk -F '\t' -v here="$$PWD" '$$5 == here && $$4 ~ "$(if $(EXP),/$(EXP)$$)" {print $$1}' <<<"$$queue") && \
+	jobs=$$(HERE=$$PWD EXP=$${EXP:+/$$EXP} awk -F '\t' '$$5 == ENVIRON["HERE"] && substr($$4, length($$4) - length(ENVIRON["EXP"]) + 1) == ENVIRON["EXP"] \
+	  {print $$1}' <<<"$$queue") && \
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
-bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml]; plan, trainer, generate, score: see tools/bench.py
-	@$(RUN) tools/bench.py $(or $(WHAT),plan) --config $(CLUSTER)
+bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml]; WHAT=plan [ARGS="--gpu RTX3080"]; more: tools/bench.py
+	@$(RUN) tools/bench.py "$${WHAT:-plan}" $(MORE)
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -115,24 +143,24 @@ lint: env  ## ruff alone
 	@$(RUN) -m ruff check .
 
 lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
-	@tools/env.sh $(PYTHON)
+	@tools/env.sh "$$PYTHON"
 	@.venv/bin/python tools/lock.py
 
-pixi.lock: pixi.lock.in tools/lock.py $(if $(PYPI_INDEX)$(PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
-	@$(PYTHON) tools/lock.py --render $@ $(if $(PYPI_INDEX),--index $(PYPI_INDEX)) $(if $(PYPI_FILES),--files $(PYPI_FILES))
+pixi.lock: pixi.lock.in tools/lock.py $(if $(value PYPI_INDEX)$(value PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
+	@"$$PYTHON" tools/lock.py --render $@ $${PYPI_INDEX:+--index "$$PYPI_INDEX"} $${PYPI_FILES:+--files "$$PYPI_FILES"}
 
 build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build
 
-sif:  ## build ouro-thai.sif from singularity.def, for clusters
-	@builder="$(or $(APPTAINER),$$(command -v apptainer || command -v singularity || :))"; [ -n "$$builder" ] || { \
+sif:  ## build ouro-thai.sif from singularity.def, for clusters [APPTAINER=…]
+	@read -rd "" -a builder <<<"$${APPTAINER:-$$(command -v apptainer || command -v singularity || :)}" || true; [ -n "$${builder:-}" ] || { \
 	  echo "neither apptainer nor singularity is here; build the image elsewhere and make upload HOST=…" >&2; exit 2; }; \
-	$$builder build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
+	"$${builder[@]}" build --force --build-arg COMMIT=$(COMMIT) ouro-thai.sif singularity.def
 
 upload:  ## copy code, history and ouro-thai.sif to a cluster; goes on where it stopped: make upload HOST=me@cluster [DIR=ouro-thai]
-	@$(if $(HOST),,$(error name the machine: make upload HOST=me@cluster [DIR=ouro-thai]))
-	@rsync -az --filter=':- .gitignore' ./ $(HOST):$(or $(DIR),ouro-thai)/
-	@if [ -e ouro-thai.sif ]; then rsync -av --partial-dir=.rsync-partial --info=progress2 ouro-thai.sif $(HOST):$(or $(DIR),ouro-thai)/; fi
+	@$(if $(value HOST),,$(error name the machine: make upload HOST=me@cluster [DIR=ouro-thai]))
+	@rsync -azs --filter=':- .gitignore' -- ./ "$$HOST:$${DIR:-ouro-thai}/"
+	@if [ -e ouro-thai.sif ]; then rsync -avs --partial-dir=.rsync-partial --info=progress2 -- ouro-thai.sif "$$HOST:$${DIR:-ouro-thai}/"; fi
 
 test-images:  ## build and run the images for real, on a Debian base (root; 20 to 30 minutes on two cores, 30 GB)
 	@tests/images/run

@@ -9,7 +9,7 @@
 # output/, results/, cache/ and the Hugging Face cache are this machine's.
 set -euo pipefail
 cd "$(dirname "$0")"
-read -ra compose <<<"${COMPOSE:-docker compose}"
+read -rd '' -a compose <<<"${COMPOSE:-docker compose}" || true # on any number of lines
 if [ $# -eq 0 ]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2; fi
 if ! "${compose[@]}" version >/dev/null 2>&1; then
   echo "run.sh: '${compose[*]}' is not here; install Docker with its compose plugin, or name another: COMPOSE=podman-compose" >&2

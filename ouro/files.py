@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def read_yaml(path: str | Path) -> dict:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are the user's. --args=TEXT stands for the arguments in TEXT, quoted as in a shell."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            text = word.removeprefix("--args=")  # ARGS of make
+            try:
+                words += [word] if text == word else shlex.split(text)
+            except ValueError as error:
+                raise UserError(f"ARGS: {str(error).lower()}: {text}") from None
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str):  # argparse would print all options before the one line that matters
         raise UserError(f"command line: {message}")
 

@@ -1,5 +1,7 @@
 # shellcheck shell=bash
 # Sourced first by each job: the settings, the address where its processes meet, and preflight on each of its nodes.
+# shellcheck disable=SC2034  # read by site.sh
+in_job=1
 # shellcheck source=slurm/site.sh
 . slurm/site.sh
 

@@ -6,7 +6,8 @@
 #     DRY=1 slurm/run_experiments.sh
 #
 # DRY=1 only prints what would be submitted. Without SEEDS each experiment has the config's seed and runs in
-# OUTPUT_DIR/<experiment>, with SEEDS in OUTPUT_DIR/seed<n>/<experiment>. ARGS are further settings of train_qlora.py.
+# OUTPUT_DIR/<experiment>, with SEEDS in OUTPUT_DIR/seed<n>/<experiment>. ARGS are further settings of train_qlora.py,
+# on any number of lines, quoted as in a shell.
 # What there is to do is decided by ouro/cluster/sweep.py; here it is only submitted, and ids become dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,13 +19,13 @@ dry=${DRY:-}
 [ -n "$dry" ] || command -v sbatch >/dev/null ||
   fail "no sbatch here: run this on the cluster's login node; DRY=1 shows the plan anywhere"
 
-read -r -a more <<<"${ARGS:-}"
 # The queue is read before the folders: a job that ends in between is then complete, and not submitted again.
 queue=$(live_jobs) || { [ -n "$dry" ] && echo "squeue failed: what is queued or running is not known"; }
 plan=$("${python[@]}" -m ouro.cluster.sweep --plan --processes $((NODES * GPUS)) --seeds "${SEEDS:-}" \
   --exps "${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangchan-ut3}" \
-  --config "${CONFIG:-configs/a100.yaml}" "${more[@]}" <<<"$queue")
+  --config "${CONFIG:-configs/a100.yaml}" --args="${ARGS:-}" <<<"$queue")
 
+quoted() { printf "'%s' " "${@//\'/\'\\\'\'}"; } # for sh, which does not know the $'…' of printf %q
 row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "$@"; }
 submit() { # SBATCH_ARGUMENT... of the job that the loop below has read; sets its id
   [ -z "$dry" ] || return 0
@@ -52,7 +53,7 @@ while IFS=$'\t' read -r -a field; do
       [ "$id" = new ] || [ -n "$dry" ] || scancel "$id"
       id=new gpus=0 limit=$EVAL_TIME after='all of these'
       submit --partition="$PARTITION" --mem="$EVAL_MEM" --time="$EVAL_TIME" \
-        --dependency="afterany:$(IFS=:; echo "${scored[*]}")" --wrap "$(printf '%q ' "${python[@]}" report.py "${arguments[@]}")" ;;
+        --dependency="afterany:$(IFS=:; echo "${scored[*]}")" --wrap "$(quoted "${python[@]}" report.py "${arguments[@]}")" ;;
   esac
   row "$id" "$name" "$after" "$gpus" "$limit" "$hours" "$state"
   if [ "$kind" = train ]; then trained=$id; elif [ "$id" != - ]; then scored+=("$id"); fi

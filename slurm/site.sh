@@ -3,6 +3,19 @@
 # the example's), modules, proxy; `train` and `score`, the options of sbatch; `python`, the command that runs our scripts.
 fail() { echo "error: $*" >&2; exit 2; }
 
+# Slurm's commands take options from variables as well. Outside of our jobs those of the session that this shell may run
+# in (salloc, Jupyter) and those that change what squeue prints or sbatch asks are dropped; site.env can set any of them.
+if [ -z "${in_job:-}" ]; then
+  for name in $(compgen -e); do
+    case $name in
+      SLURM_CONF | SLURM_CONF_SERVER | SLURM_CLUSTERS | SLURM_JWT | SBATCH_ACCOUNT | SBATCH_QOS | SBATCH_CONSTRAINT | SBATCH_RESERVATION | SBATCH_WCKEY) ;;
+      SBATCH_*) echo "not heeded: $name=${!name}; if it is meant, write it into slurm/site.env" >&2 && unset "$name" ;;
+      SLURM_* | SQUEUE_* | SCANCEL_* | SCONTROL_* | SRUN_* | SALLOC_*) unset "$name" ;;
+    esac
+  done
+fi
+[ -d "${TMPDIR:-/tmp}" ] || unset TMPDIR # of a session on another node
+
 set -a
 # shellcheck source=/dev/null
 if [ -e slurm/site.env ]; then . slurm/site.env; fi
@@ -42,6 +55,7 @@ python=("${PYTHON_BIN:-.venv/bin/python}")
 if [ -n "$IMAGE" ]; then
   runner=$(command -v apptainer || command -v singularity) ||
     fail "IMAGE is set, and neither apptainer nor singularity is found on $(uname -n): name the module that brings it as MODULES in slurm/site.env"
+  case $PWD$HF_HOME${TMPDIR:-} in *[,:]*) fail "with IMAGE the paths of this folder, HF_HOME and TMPDIR can hold no comma or colon" ;; esac
   [ -e "$IMAGE" ] || fail "no image $IMAGE on $(uname -n): build it with make sif, or correct IMAGE in slurm/site.env"
   mkdir -p "$HF_HOME"
   # --contain leaves a /tmp and a /dev/shm of 64 MB, which compiled kernels and NCCL outgrow.

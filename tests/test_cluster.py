@@ -25,6 +25,10 @@ from helpers import ROOT, metrics, repeatable, write_jsonl
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
 SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
 SMALL += " --model_name_or_path sample/ouro-tiny"
+# Variables of a shell in `salloc --mem-per-cpu=4G`, and of users' own profiles, none of which may reach a job.
+SESSION = {"SLURM_JOB_ID": "77", "SLURM_MEM_PER_CPU": "4096", "SLURM_GPUS": "1", "SLURM_CPU_BIND": "mask_cpu:0x1"}
+SESSION |= {"SLURM_EXPORT_ENV": "NONE", "SBATCH_EXPORT": "NONE", "SBATCH_ARRAY_INX": "0-3", "SBATCH_WAIT": "1"}
+SESSION |= {"SQUEUE_STATES": "RUNNING", "SQUEUE_FORMAT2": "name", "SCANCEL_STATE": "PENDING", "TMPDIR": "/gone"}
 SLURM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -52,7 +56,7 @@ class Cluster:
         self.folder, self.output = folder, folder / "output/smoke"
         # All experiments of a dataset are then the same run, and so what each must end in.
         self.environment = os.environ | {"SLURM_CONF": configuration, "PATH": SLURM_PATH}
-        self.environment |= {"TOTAL_UT_STEPS": "1", "CONFIG": "configs/smoke.yaml"}
+        self.environment |= {"TOTAL_UT_STEPS": "1", "CONFIG": "configs/our smoke.yaml"}
 
     def run(self, *command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.environment)
@@ -60,7 +64,7 @@ class Cluster:
         return done.stdout + done.stderr
 
     def make(self, *arguments: str) -> str:
-        return self.run("make", *arguments)
+        return self.run("env", *(f"{name}={value}" for name, value in SESSION.items()), "make", *arguments)
 
     def wait(self, condition) -> None:
         end = time.monotonic() + PATIENCE
@@ -108,9 +112,10 @@ def cluster(tmp_path_factory):
     done = subprocess.run([*script, "up", state], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     try:
-        folder = copy_of_the_repository(tmp_path_factory.mktemp("study"))
-        config = folder / "configs/smoke.yaml"
-        config.write_text(re.sub(r"^tasks: .*", "tasks: thai_text", config.read_text(), flags=re.MULTILINE))
+        folder = copy_of_the_repository(tmp_path_factory.mktemp("study") / "ผล, 'one' & \"two\"")
+        config = (folder / "configs/smoke.yaml").read_text()
+        config = re.sub(r"^tasks: .*", "tasks: thai_text", config, flags=re.MULTILINE)
+        (folder / "configs/our smoke.yaml").write_text(config)
         yield Cluster(folder, done.stdout.strip())
     finally:
         subprocess.run([*script, "down", state], check=True)

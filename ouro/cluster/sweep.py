@@ -58,10 +58,12 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str], que
     folder above, so that all seeds share the base's scores.
 
     Raises:
-        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice, steps that the processes
-            cannot share, or too small a GPU.
+        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice or with a comma, steps that
+            the processes cannot share, or too small a GPU.
     """
     for kind, names in (("experiment", exps), ("seed", seeds)):
+        if commas := [name for name in names if "," in name]:
+            raise UserError(f"{kind}s are separated by spaces: {commas[0].replace(',', ' ')!r}, not {commas[0]!r}")
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"{kind} {', '.join(sorted(twice))} is named twice")
     live, jobs = {work: (id, f"{state}, left alone") for id, state, _, work in queue}, []
@@ -182,6 +184,8 @@ def main() -> None:
         return
     for job in plan(options.exps.split(), options.seeds.split(), options.processes, rest, queue):
         fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
+        if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:
+            raise UserError(f"{bad[0]!r} cannot be passed to a job (empty, a tab or a line end): use a config file")
         print(*fields, sep="\t")
 
 
