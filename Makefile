@@ -19,8 +19,8 @@ MAKEOVERRIDES :=
 # A target takes what stands in capitals before a "=" in its line, those below that use a cluster its settings too, and
 # all of them what programs read from the environment.
 GOALS := $(or $(MAKECMDGOALS),help)
-TAKEN := $(shell awk -F: '/^[a-z.-]+:/ {n = split($$0, word, /[^A-Z_=]+/); \
-  for (i = 1; i <= n; i++) if (word[i] ~ /[A-Z]=$$/) {sub("=", "", word[i]); print $$1 "/" word[i]}}' Makefile)
+TAKEN := $(shell awk -F: '/^[a-z.-]+:/ {n = split($$0, part, "="); \
+  for (i = 1; i < n; i++) if (match(part[i], /[A-Z_]+$$/)) print $$1 "/" substr(part[i], RSTART)}' Makefile)
 TAKEN := $(foreach goal,$(GOALS),$(patsubst $(goal)/%,%,$(filter $(goal)/%,$(TAKEN))))
 ifneq ($(filter fetch preflight cluster-sweep status logs cancel,$(GOALS)),)
 TAKEN += $(shell sed -n 's/^: "$${\([A-Z_]*\):=.*/\1/p' slurm/site.env.example)
@@ -28,7 +28,7 @@ endif
 UNKNOWN := $(filter-out $(TAKEN) PYTHON PIXI_ENV ENV RUN OUTPUT_DIR RESULTS_DIR REPORT_TO TOTAL_UT_STEPS TOKENIZERS_PARALLELISM \
   TMPDIR %_proxy %_PROXY $(addsuffix _%,HF JUDGE ENDPOINT WANDB CUDA NCCL OMP SBATCH SLURM TORCH),$(GIVEN))
 ifneq ($(UNKNOWN),)
-$(error make $(GOALS) does not take $(UNKNOWN); it takes $(or $(sort $(TAKEN)),nothing). Other settings: ARGS="--learning_rate 1e-4", where it is taken)
+$(error make $(GOALS) does not take $(UNKNOWN). It takes $(or $(sort $(TAKEN)),nothing)$(if $(filter ARGS,$(TAKEN)), (settings: ARGS="--learning_rate 1e-4")))
 endif
 
 train eval eval-baselines chat merge push serve data-report fetch preflight: export CONFIG ?= configs/default.yaml

@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             text = word.removeprefix("--args=")  # ARGS of make
             try:
-                words += [word] if text == word else shlex.split(text)
+                words += [word] if text == word else shlex.split(text.replace("\\\n", ""))
             except ValueError as error:
                 raise UserError(f"ARGS: {str(error).lower()}: {text}") from None
         return super().parse_known_args(words, namespace)

@@ -1,5 +1,6 @@
 """The cluster scripts on a real Slurm with one node and on a made-up queue; preflight and known causes of failure."""
 
+import io
 import json
 import os
 import re
@@ -325,10 +326,8 @@ EMPTY = [{"prompt": f"ก {n}", "completion": "ข" if n % 2 else ""} for n in r
 @pytest.mark.parametrize(
     ("dataset", "rows", "told"),
     [
-        ("wangchan", [{"instruction": "ก", "input": "", "output": "ข"}], "'Instruction'; did you mean 'instruction'?"),
         ("pairs", EMPTY, "10 of the first 20 rows cannot be trained on, the first: .*empty (completion)"),
         ("chat", [{"conversations": []}], "no column 'messages'"),
-        ("wangchn", [], "'wangchn'; did you mean 'wangchan'?"),
     ],
 )
 def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path, dataset, rows, told):
@@ -409,12 +408,17 @@ def test_the_command_line_wins_over_site_env_and_that_over_the_defaults(tmp_path
         "--signal=USR1@300\n"
     )
     assert "SBATCH_ACCOUNT=thai\n" in done.stdout, "for sbatch"
+    given = {"SLURM_CONF": "x", "SBATCH_QOS": "long", "SBATCH_ACCOUNT": "other"}
+    done = site(tmp_path, "env", **SESSION, **given)
+    left = {line for line in done.stdout.splitlines() if re.match("S[A-Z]+_|TMPDIR", line)}
+    assert left == {"SLURM_CONF=x", "SBATCH_QOS=long", "SBATCH_ACCOUNT=thai"}
+    assert "not heeded: SBATCH_EXPORT=NONE; if it is meant, write it into slurm/site.env" in done.stderr
 
 
 def test_a_job_has_the_proxy_of_the_settings_or_none(tmp_path):
-    own = {"http_proxy": "http://login:1", "HTTPS_PROXY": "http://login:1"}
-    assert "login" not in site(tmp_path, "env", SLURM_JOB_ID="1", **own).stdout
-    assert "https_proxy=http://web:2\n" in site(tmp_path, "env", SLURM_JOB_ID="1", PROXY="http://web:2", **own).stdout
+    own, job = {"http_proxy": "http://login:1", "HTTPS_PROXY": "http://login:1"}, {"SLURM_JOB_ID": "1", "in_job": "1"}
+    assert "login" not in site(tmp_path, "env", **job, **own).stdout
+    assert "https_proxy=http://web:2\n" in site(tmp_path, "env", PROXY="http://web:2", **job, **own).stdout
     assert "HTTPS_PROXY=http://login:1\n" in site(tmp_path, "env", **own).stdout, "not in a job"
 
 
@@ -468,12 +472,18 @@ def test_a_sweep_submits_what_is_left_and_leaves_the_rest_alone(tmp_path):
     path, log = program(tmp_path / "bin/squeue", f"cat {tmp_path}/queue"), tmp_path / "log"
     program(tmp_path / "bin/scancel", f'echo scancel "$@" >>{log}')
     program(tmp_path / "bin/sbatch", f'echo "$EVALUATED $@" >>{log}; echo "$((100 + $(wc -l <{log})));cluster"')
-    arguments = ["CONFIG=configs/smoke.yaml", "SEEDS=0", f"EXPS={STUDY[1]} {STUDY[0]}", "GPUS=2", "ARGS=--r 8"]
+    arguments = [
+        "CONFIG=configs/smoke.yaml",
+        "SEEDS=0",
+        f"EXPS={STUDY[1]} {STUDY[0]}",
+        "GPUS=2",
+        "ARGS=--r 8\n--system_prompt 'ก ข'",
+    ]
 
     def sweep(*more: str) -> str:
         done = subprocess.run(
             ["make", "cluster-sweep", *arguments, *more], capture_output=True, text=True, cwd=folder,
-            env={"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+            env={"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path)} | SESSION,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -486,7 +496,7 @@ def test_a_sweep_submits_what_is_left_and_leaves_the_rest_alone(tmp_path):
     assert list(printed) == names and [job for job, _ in printed.values()] == ["7", "101", "102", "103"]
     assert printed[names[0]][1].endswith("RUNNING, left alone") and printed[names[3]][1] == "102 1 04:00:00 - new"
     first, second, third, cancel, report = log.read_text().splitlines()
-    settings = "--config configs/smoke.yaml --r 8 --exp"
+    settings = "--config configs/smoke.yaml --r 8 --system_prompt ก ข --exp"
     assert first.startswith(f"{folder}/results/smoke/seed0/{STUDY[1]}/evaluated --parsable ")
     assert f"--comment=eval {output}/{STUDY[1]} " in first and "--dependency=afterok:7 slurm/eval.sbatch" in first
     assert first.endswith(f"{settings} seed0/{STUDY[1]} --output_dir output/smoke --results_dir results/smoke")
@@ -494,7 +504,10 @@ def test_a_sweep_submits_what_is_left_and_leaves_the_rest_alone(tmp_path):
     places = "--output_dir output/smoke/seed0 --results_dir results/smoke/seed0"
     assert second.endswith(f"slurm/train.sbatch {settings} {STUDY[0]} {places} --seed 0")
     assert "--dependency=afterok:102 " in third and cancel == "scancel 9"
-    assert "--dependency=afterany:101:103 --wrap" in report and "report.py --config configs/smoke.yaml --r 8" in report
+    assert (
+        "--dependency=afterany:101:103 --wrap" in report
+        and "'report.py' '--config' 'configs/smoke.yaml' '--r' '8'" in report
+    )
     submitted = [line.split("\t") for line in (folder / "slurm/logs/jobs.tsv").read_text().splitlines()]
     assert [line[:3] for line in submitted] == [
         ["101", "eval", names[1]], ["102", "train", names[2]], ["103", "eval", names[3]], ["105", "report", "report"]
@@ -542,11 +555,8 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(on_a_cluster, monkeypat
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"exps": [STUDY[0], "exp9"]}, "unknown experiment 'exp9'"),
-        ({"argv": ["--config", "configs/a10.yaml"]}, "cannot read configs/a10.yaml"),
         ({"processes": 8}, "gradient_accumulation_steps = 2 forward passes a step cannot be shared by 8 processes"),
-        ({"argv": ["--optm", "adamw_torch"]}, "unknown argument '--optm'; did you mean 'optim'?"),
-        ({"seeds": ["0", "x"]}, "seed must be a whole number, got 'x'"),
+        ({"seeds": ["0,1,2"]}, "seeds are separated by spaces: '0 1 2', not '0,1,2'"),
         ({"seeds": ["0", "1", "0"]}, "seed 0 is named twice"),
         ({"TIME": "12h"}, "TIME = 12h"),
         ({"GPU_TYPE": "B1000"}, "no figures of a GPU 'B1000'"),
@@ -562,11 +572,36 @@ def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(on_a_clust
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("--r 8 'x", "ARGS: no closing quotation: --r 8 'x"),
+        (
+            "--system_prompt 'a\nb'",
+            r"'a\\nb' cannot be passed to a job \(empty, a tab or a line end\): use a config file",
+        ),
+        ("--system_prompt ''", "'' cannot be passed to a job"),
+        ("--system_prompt 'a b' \\\n --r\t8\n--max_steps 7", None),
+    ],
+)
+def test_args_are_words_as_in_a_shell_on_any_number_of_lines(on_a_cluster, monkeypatch, capsys, text, told):
+    argv = ["sweep.py", "--plan", "--exps", STUDY[0], *on_a_cluster, f"--args={text}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    if told:
+        with pytest.raises(UserError, match=told):
+            sweep.main()
+    else:
+        sweep.main()
+        assert "\t--system_prompt\ta b\t--r\t8\t--max_steps\t7\t--exp\t" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("command", "told"),
     [
         (["cluster-sweep", "GPUS=x", "DRY=1"], "NODES = 1 and GPUS = x must be whole numbers"),
-        (["cluster-sweep", "EXP=exp2"], 'cluster-sweep submits several: make cluster-sweep EXPS="exp2"'),
-        (["cancel", "EXPS=exp2"], "cancel takes one: make cancel EXP="),
+        (["cluster-sweep", "EXP=exp2"], "make cluster-sweep does not take EXP. It takes ARGS BINDS CONFIG CPUS DRY"),
+        (["cancel", "EXPS=exp2"], "make cancel does not take EXPS. It takes BINDS CPUS"),
+        (["train", "EXP=x", "max_steps=2", "GPUS=2"], "It takes ARGS CONFIG EXP (settings: ARGS="),
         (["logs", "EXP=exp2-wangchan-ut1"], "error: no log of exp2-wangchan-ut1 in slurm/logs"),
         (["train"], "name an experiment: make train EXP="),
     ],
@@ -584,15 +619,6 @@ def test_a_time_limit_is_read_as_slurm_reads_it(text, seconds):
     assert time_limit.seconds(text) == seconds
 
 
-@pytest.mark.parametrize(
-    ("hours", "told"), [(0, ""), (11, ""), (11.1, ", 1 requeue"), (22, ", 1 requeue"), (27, ", 2 requeues")]
-)
-def test_requeues_are_counted_without_the_seconds_for_saving(monkeypatch, hours, told):
-    monkeypatch.setenv("TIME", "12:00:00")
-    monkeypatch.setenv("GRACE", "3600")
-    assert plan.Prediction(0, 0, 0, 9, hours, False).told() == f"{hours:.1f}{told}"
-
-
 def test_a_job_script_that_runs_in_slurms_spool_folder_says_so(tmp_path):
     for name in ("train.sbatch", "eval.sbatch"):
         done = subprocess.run(["bash", ROOT / "slurm" / name], capture_output=True, text=True, cwd=tmp_path)
@@ -607,10 +633,40 @@ def test_the_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+def lines_of_help() -> dict[str, list[str]]:
+    """The variables that each target of the Makefile says that it takes."""
+    found = re.findall(r"^([a-z.-]+):.*## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {target: re.findall(r"\b([A-Z_]+)=", text) for target, text in found}
+
+
 def test_make_can_plan_every_target():
-    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert len(targets) > 25
-    for target in targets:
-        names = ["HOST=h"] + ["EXP=e"] * (target != "cluster-sweep")
-        done = subprocess.run(["make", "-n", target, *names], capture_output=True, text=True, cwd=ROOT)
+    assert len(lines_of_help()) > 25
+    for target, taken in lines_of_help().items():
+        given = [f"{name}=e" for name in taken]
+        done = subprocess.run(["make", "-n", target, *given], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("origin", ["command line", "environment"])
+def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
+    """With a stand-in for the programs, which prints its arguments and what it reads from the environment."""
+    show = 'printf "<%s>" "$@" "$CONFIG" "$OUTPUT_DIR" "$DEMO_SEEDS"'
+    path = [program(tmp_path / "bin" / name, show) for name in ("apptainer", "rsync")][0]
+    program(tmp_path / "bin/squeue")
+    env = {"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path), "IMAGE": "Makefile"}
+    for target, taken in lines_of_help().items():
+        if not taken or target in ("cluster-sweep", "sif"):
+            continue
+        flags = {name: str(int(name != "MERGED")) for name in taken if name in ("GPU", "MERGED", "PUBLIC")}
+        text = "a  b'\"; touch RAN; $(touch RAN) `touch RAN` $(shell touch RAN) & ก\n\\*".replace(
+            "RAN", str(tmp_path / "ran")
+        )
+        given = {name: f"{name}: {text}" for name in taken} | flags
+        words = [f"{name}={value}" for name, value in given.items()] if origin == "command line" else []
+        command = ["make", "-s", "ENV=true", "RUN=apptainer", "PYTHON=apptainer", target, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | ({} if words else given))
+        told = done.stdout + done.stderr
+        lost = [] if target in ("logs", "cancel") else [n for n in given if n not in flags and given[n] not in told]
+        assert not lost and "unbound" not in told, (target, lost, told)
+        assert "--merged" not in told and ("--public" in told) == (target == "push")
+        assert not (tmp_path / "ran").exists(), target

@@ -504,11 +504,3 @@ def test_two_runs_are_compared_item_by_item(written, tmp_path):
     assert f"left out: {result}" in write_report(copy, *two).replace("\\", "")
     with pytest.raises(UserError, match="no results of 'exp9'; runs with results: base-bf16, seed0/exp1-wangchan-ut4"):
         write_report(root, "--compare", "exp9", "exp1")
-
-
-def test_make_report_passes_the_folders_on(written, tmp_path):
-    names = {"OUT": tmp_path, "OUTPUT_DIR": written[0] / "output", "RESULTS_DIR": written[0] / "results"}
-    command = ["make", "-n", "report", *(f"{k}={v}" for k, v in names.items())]
-    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert planned.returncode == 0, planned.stderr
-    assert f"--out {tmp_path}" in planned.stdout and f"--results_dir {names['RESULTS_DIR']}" in planned.stdout
