@@ -8,7 +8,7 @@
 
 Writes RESULTS_DIR/<run>/<task>-ut<k>.json, in lm-evaluation-harness's shape with a block "study" of ours, one line an
 item in <task>-ut<k>.items.jsonl, and manifest.json; the base's results, which all runs share, are in base-<precision>/.
-What is there already is not computed again, unless something that its numbers depend on has changed.
+What is there already is not computed again, unless something that its numbers depend on has changed, or with --again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ouro.data.sources import read_file
+from ouro.data.thai import reply_tokens
 from ouro.evaluate import benchmarks, judge, results, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
@@ -131,7 +132,9 @@ def find_jobs(
         for task in tasks:
             files = {depth: file_of(run, model, task, depth) for depth in depths}
             keys = {depth: results.key_of(task, known, depth, run) for depth in depths}
-            stale = {d: key for d, key in keys.items() if not is_current(files[d], task, key, options.judge)}
+            stale = {
+                d: key for d, key in keys.items() if options.again or not is_current(files[d], task, key, options.judge)
+            }
             if stale and (options.limit or options.subsets or task.part):
                 results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
@@ -175,6 +178,9 @@ def score_jobs(
     loaded = Loaded(weights, None, None, find_grader(jobs, run))
     if not weights.endpoint:
         loaded.tokenizer, loaded.network = weights.tokenizer(), weights.load(settings)
+    if run.options.again:
+        for job in jobs:
+            results.set_aside([file_of(run, job.model, job.task, depth) for depth in job.keys])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     for number, model in enumerate(models, 1):
         own = [job for job in jobs if job.model is model]
@@ -200,7 +206,8 @@ def find_grader(jobs: list[Job], run: Resolved) -> Server | None:
         return None
     grader = find_judge(run.options.judge)
     number = sum(len(job.keys) for job in rated)
-    judge.announce(rated[0].task.items, grader, number, run.settings.max_new_tokens)
+    room = run.settings.max_new_tokens or 0.75 * rated[0].task.spec["reply_characters"]  # tokens of the judge
+    judge.announce(rated[0].task.items, grader, number, room)
     if grader:
         grader.check()
     return grader
@@ -259,17 +266,17 @@ def reply(job: Job, depth: int, run: Resolved, loaded: Loaded) -> Outcome:
     """A task of replies at one depth. What was replied, and rated, before a process died is not asked for again."""
     s, task, key = run.settings, job.task, job.keys[depth]
     title = f"{job.model.run} at {depth} loops, {task.name}"
-    length = task.spec.get("max_new_tokens", s.max_new_tokens)
+    length = s.max_new_tokens or reply_tokens(loaded.tokenizer, task.spec["reply_characters"])
     if endpoint := loaded.weights.endpoint:
         chat = find_endpoint(endpoint, length, s.temperature, s.seed, s.system_prompt)
     else:
         chat = chat_with(loaded.network, loaded.tokenizer, depth, s, length)
     file = file_of(run, job.model, task, depth)
-    cache = file.with_name(f".{file.stem}.cache.jsonl")
+    cache = results.cache_of(file)
     if task.spec["protocol"] == "generate":
         return score_replies(task, chat, key, cache, title)
     numbers, lines = judge.run_mt_bench(task.items, chat, loaded.grader, who=key, cache=cache, name=title)
-    rated = judge.result_key(key, loaded.grader and loaded.grader.model)
+    rated = judge.result_key(key, loaded.grader)
     return Outcome(numbers | {"generation_key": key, "key": rated}, lines)
 
 
@@ -301,6 +308,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
     parser.add_argument("--judge", choices=("api", "none"), default="api",
                         help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings")  # fmt: skip
+    parser.add_argument("--again", action="store_true",
+                        help="score, ask and rate anew what is there; the old files are kept as ….old")  # fmt: skip
     parser.add_argument("--model", type=place, help="a baseline of configs/evals.yaml, a Hub id or a folder")
 
 

@@ -148,10 +148,10 @@ class Settings:
         "thai_exam,thai_exam-helm,thai_exam-leaderboard,belebele_thai,belebele_english,thai_text,english_text",
         "what evaluate.py scores, tasks of configs/evals.yaml",
     )
-    max_new_tokens: int = free_setting(
-        1024, "longest reply in mt_bench_thai; the published 512 are 270 Thai letters", at_least=1
+    max_new_tokens: int | None = free_setting(
+        None, "longest reply; none: what its task's reply_characters of Thai take (configs/evals.yaml)", at_least=1
     )
-    temperature: float = free_setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0)
+    temperature: float = free_setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0, at_most=10)
     eval_batch_tokens: int = free_setting(8192, "tokens per forward pass in evaluate.py", at_least=1)
     # places and logs
     output_dir: str = free_setting("output", "runs are written to OUTPUT_DIR/<experiment>")

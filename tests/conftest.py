@@ -15,7 +15,20 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # Seconds: what takes longer hangs, whatever the machine. Less than the half hour after which torch's processes give up
 # waiting for each other, so that a hang is not taken for an error.
 PATIENCE = 600
-SLOWEST = ("cluster", "smoke", "resume", "demo", "hub", "lora", "generate", "evaluate", "judge", "guards", "fsdp")
+SLOWEST = (
+    "cluster",
+    "smoke",
+    "resume",
+    "demo",
+    "hub",
+    "lora",
+    "generate",
+    "evaluate",
+    "judge",
+    "served",
+    "guards",
+    "fsdp",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,3 +57,49 @@ def tokenizer():
     from ouro.model.loading import load_tokenizer  # the environment above comes first
 
     return load_tokenizer(str(TESTS.parent / "sample/ouro-tiny"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The judge that the environment names, and no other server."""
+    import openai
+    from fake_openai import FakeServer
+    from judging import KEY
+
+    fake = FakeServer()
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith(("JUDGE_", "ENDPOINT_", "OPENAI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("JUDGE_BASE_URL", fake.url)
+    monkeypatch.setenv("JUDGE_MODEL", "a-judge")
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def model():
+    """Another server: of the model under test."""
+    from fake_openai import FakeServer
+
+    fake = FakeServer()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def one_thread(server):
+    """The judge, asked one thing at a time."""
+    from ouro.evaluate.endpoint import find_judge
+
+    grader = find_judge()
+    grader.threads = 1
+    return grader
+
+
+@pytest.fixture(scope="session")
+def questions():
+    from judging import SAMPLE, load
+
+    return load(SAMPLE)

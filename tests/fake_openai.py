@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import uuid
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,12 +17,14 @@ def rate(messages: list[dict]) -> str:
 
 
 class FakeServer:
-    """OpenAI's /v1/chat/completions. `faults` are used up by the first requests, `answer` makes the others' text."""
+    """OpenAI's /v1/chat/completions. `faults` are used up by the first requests, `answer` makes the others' text, or a
+    whole choice; `refuse` names what is wrong with a request's body, if anything."""
 
-    def __init__(self):
+    def __init__(self, port: int = 0):
         self.bodies, self.headers, self.faults, self.answer, self.models = [], [], [], rate, ["tiny"]
+        self.refuse = lambda body: None
         self.lock, self.quiet = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"fake": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"fake": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -52,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         found = self.path == "/v1/models"
-        data = {"object": "list", "data": [{"id": name} for name in self.fake.models]}
+        models = [model if isinstance(model, dict) else {"id": model} for model in self.fake.models]
+        data = {"object": "list", "data": [{"permission": [{"id": uuid.uuid4().hex}]} | model for model in models]}
         self.send(200 if found else 404, json.dumps(data).encode())
 
     def do_POST(self):
@@ -64,9 +68,12 @@ class Handler(BaseHTTPRequestHandler):
             fault = fake.faults.pop(0) if fake.faults else None
         if self.path != "/v1/chat/completions":
             self.send(404, b"no such page")
+        elif fault is None and (problem := fake.refuse(body)):
+            self.send(400, json.dumps({"error": {"message": problem}}).encode())
         elif fault is None:
-            message = {"role": "assistant", "content": fake.answer(body["messages"])}
-            self.send(200, json.dumps({"choices": [{"index": 0, "message": message}]}).encode())
+            answer = fake.answer(body["messages"])
+            choice = answer if isinstance(answer, dict) else {"message": {"role": "assistant", "content": answer}}
+            self.send(200, json.dumps({"choices": [{"index": 0} | choice]}).encode())
         elif fault == "says nothing":
             fake.quiet.wait(PATIENCE)
             self.close_connection = True

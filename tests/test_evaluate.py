@@ -474,12 +474,9 @@ def test_results_of_all_items_are_not_replaced_by_those_of_some(tmp_path):
 def test_replies_are_parsed_kept_and_not_asked_for_again(tmp_path, monkeypatch):
     """OpenThaiEval and MT-Bench-Thai on the base, sampled, so that a reply that was asked for with another seed would
     be another one: interrupted, continued, and with nothing lost but the results."""
-    text = (ROOT / "configs/evals.yaml").read_text()
-    (tmp_path / "evals.yaml").write_text(text.replace("max_new_tokens: 128", "max_new_tokens: 16"))
-    monkeypatch.setattr(benchmarks, "EVALS", tmp_path / "evals.yaml")
     question = {"question_id": 1, "category": "Math", "turns": ["1+1", "2+2"], "reference": None}
     (tmp_path / "mt_bench_thai_full.json").write_text(json.dumps([question]))
-    argv = ["--base", "--tasks", "openthaieval,mt_bench_thai", "--judge", "none", "--max_new_tokens", "4",
+    argv = ["--base", "--tasks", "openthaieval,mt_bench_thai", "--judge", "none", "--max_new_tokens", "16",
             "--ut_steps", "1", "--temperature", "1.5", "--paths", f"mt_bench_thai={tmp_path}"]  # fmt: skip
     whole = evaluated(tmp_path / "whole", *argv) / "base-fp32"
     lines = read_jsonl(whole / "openthaieval-ut1.items.jsonl")

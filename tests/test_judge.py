@@ -1,8 +1,7 @@
-"""MT-Bench-Thai against a real HTTP server on this machine, as the judge and as the model under test."""
+"""MT-Bench-Thai against a judge that is a real HTTP server on this machine."""
 
 import itertools
 import json
-import os
 import re
 import resource
 import signal
@@ -11,11 +10,9 @@ import subprocess
 import sys
 import threading
 
-import evaluate
-from ouro import settings
-from ouro.evaluate import endpoint, judge, replies, results
-from ouro.evaluate.endpoint import find_endpoint, find_judge
-from ouro.evaluate.judge import judge_prompt, load_questions, parse_rating, run_mt_bench
+from ouro.evaluate import endpoint, judge, results
+from ouro.evaluate.endpoint import find_judge
+from ouro.evaluate.judge import judge_prompt, parse_rating
 from ouro.evaluate.replies import Cache
 from ouro.files import UserError
 from tools import judge as command
@@ -26,72 +23,12 @@ import pytest
 from conftest import PATIENCE
 from fake_openai import FAULTS, FakeServer, rate
 from helpers import ROOT, read_jsonl
-
-SAMPLE = ROOT / "sample" / "mt_bench_thai"
-SPEC = {"hub_id": "ThaiLLM-Leaderboard/mt-bench-thai", "revision": None, "file": "mt_bench_thai_full.json"}
-CACHE = ".mt_bench_thai-ut2.cache.jsonl"
-KEY = "sk-not-a-real-key-0123456789"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    fake = FakeServer()
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("JUDGE_", "ENDPOINT_", "OPENAI_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("JUDGE_BASE_URL", fake.url)
-    monkeypatch.setenv("JUDGE_MODEL", "a-judge")
-    monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def model():
-    """Another server: of the model under test."""
-    fake = FakeServer()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def one_thread(server):
-    """The judge, asked one thing at a time."""
-    grader = find_judge()
-    grader.threads = 1
-    return grader
+from judging import CACHE, KEY, SAMPLE, SPEC, load, run
 
 
 @pytest.fixture(scope="module")
 def raw():
     return json.loads((SAMPLE / SPEC["file"]).read_text())
-
-
-def load(place, limit=None):
-    return load_questions("mt_bench_thai", SPEC, str(place), limit, True)
-
-
-@pytest.fixture(scope="module")
-def questions():
-    return load(SAMPLE)
-
-
-def chat(conversations, done):
-    """A model whose reply tells how many turns it saw, and the end of the last one."""
-    for n, c in enumerate(conversations):
-        done(n, f"คำตอบที่ {len(c)} ของคำถาม {c[-1]['content'][-20:]}")
-
-
-def says(model, conversations) -> list[str]:
-    texts = {}
-    model(conversations, texts.__setitem__)
-    return [texts[n] for n in range(len(conversations))]
-
-
-def run(questions, tmp_path, grader="find", model=chat, cache=CACHE):
-    grader = find_judge() if grader == "find" else grader
-    return run_mt_bench(questions, model, grader, who="a model", cache=tmp_path / cache, name="mt_bench_thai")
 
 
 # -------------------------------------------------------------------------------- questions, prompts, ratings, language
@@ -152,9 +89,23 @@ RATINGS = {
     "Rating: [8]": 8,
     "[1] is wrong. Rating: [[3]]": 3,
     "Rating: [[10]] and again [[10]]": 10,
-    "The answer claims [[10]]. Rating: [[2]]": None,  # which of them is the judge's own?
+    "The answer claims [[10]]. Rating: [[2]]": 2,
+    'Rating: [[2]]\nThe answer says "Rating: [[10]]" of itself.': 2,
+    "Rating: [[2]]\n> ให้ฉัน [[10]]": 2,
+    "At first [[4]].\nOn reflection: **Rating:** **[[9]]**.": 9,
+    "ให้คะแนน [[๗]] เต็มสิบ": 7,
+    "I give it [[8]] out of ten, for x[[2]] is fine": 8,
+    "[[6]]/10": 6,
+    "`Rating: [[7]]`": 7,
+    "**Rating**: [4]": 4,
+    "<think>Perhaps [[3]]. Rating: [[3]]</think>Rating: [[8]]": 8,
 }
-UNREADABLE = ("[[11]]", "[[0]]", "[[-3]]", "[[rating]]", "[1] and [2] are wrong", "Rating: 7", "")
+UNREADABLE = (
+    "[[11]]", "[[0]]", "[[-3]]", "[[rating]]", "[1] and [2] are wrong", "Rating: 7", "", "[[7]]\nNo: [[11]]",
+    "[[nan]]", "Rating: [[inf]]", "Rating: [[1e1]]", f"[[{'9' * 400}]]", "<think>Rating: [[8]]", "[[8]]</think>",
+    "The loop reads x[3] before it is set. Rating: 8/10", "ตามเอกสาร [2] คำตอบถูก ให้ 9 คะแนน", "See [[2]], right: 9/10",
+    "`np.array([[2]])` is right. I rate it 9/10.", "x = np.array([[2]])", "```\n[[2]]\n```\nGood.", "Rating: 8/10 [2]",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "rating"), [*RATINGS.items(), *dict.fromkeys(UNREADABLE).items()])
@@ -211,7 +162,7 @@ def test_a_turn_without_a_rating_is_asked_for_once_more_and_then_left_out(server
     assert numbers["turns"] == pytest.approx([20 / 3, 7])
     assert len(server.bodies) == 6 + 3  # each of the three once more
     out = capsys.readouterr().out
-    assert "mt_bench_thai-2, turn 2: no rating" in out and "1 judgements without a rating" in out
+    assert "mt_bench_thai-2, turn 2: no rating" in out and "1 turns without a rating" in out
     assert run(questions[:3], tmp_path) == (numbers, lines) and len(server.bodies) == 9  # remembered, not asked again
 
 
@@ -263,6 +214,7 @@ def test_a_passing_fault_costs_an_attempt_and_changes_nothing(server, questions,
 
 HINTS = {401: "is JUDGE_API_KEY set, and the key for this server", 403: "may JUDGE_API_KEY use a-judge",
          404: "is there a model 'a-judge'", 400: "a bad request", 429: "insufficient_quota", 302: "302"}  # fmt: skip
+ASKED_TWICE = (400, 403)  # what may be wrong with one request alone: a harmless one shows it
 
 
 @pytest.mark.parametrize(("status", "hint"), HINTS.items())
@@ -272,20 +224,16 @@ def test_what_waiting_cannot_mend_stops_at_once_and_hides_the_key(
     said = "a bad request by " + "_" * 270 * (status == 400) + f"{KEY}" + ", insufficient_quota" * (status == 429)
     refusal = (status, json.dumps({"error": {"message": said}}).encode())
 
-    def answer(messages):
-        server.faults.append(refusal)
-        return rate(messages)
-
-    server.answer = answer
+    server.faults, server.answer = [], lambda messages: server.faults.extend([refusal] * 2) or rate(messages)
     with pytest.raises(UserError) as error:
         run(questions, tmp_path, one_thread)
-    assert len(server.bodies) == 2  # one that was answered, one that was not
+    assert len(server.bodies) == 2 + (status in ASKED_TWICE)  # one that was answered, one that was not
     assert hint in str(error.value) and KEY[:10] not in str(error.value)
     assert "1 of 18 are saved" in str(error.value) and server.url in str(error.value)
-    server.answer, server.faults = rate, [refusal] * 18
+    server.bodies, server.answer, server.faults = [], rate, [refusal] * 36
     with pytest.raises(UserError, match="1 of 18 are saved"):
         run(questions, tmp_path)
-    assert len(server.bodies) <= 2 + 8, "requests that were under way; no others are made"
+    assert len(server.bodies) <= 2 * 8, "requests that were under way; no others are made"
 
 
 def test_a_judge_that_stays_ill_is_given_up_and_what_is_judged_is_kept(server, questions, tmp_path, one_thread):
@@ -375,135 +323,6 @@ def test_a_server_without_keys_gets_none_and_no_other_servers(server, monkeypatc
     assert server.keys() == {None} and KEY not in str(server.headers[0])
 
 
-# ------------------------------------------------------------------------------------------------------- a served model
-
-
-def find_served(url):
-    return find_endpoint(url, 7, 0.2, 3, "สั้น ๆ")
-
-
-def test_a_served_model_answers_both_turns(server, model, questions, tmp_path, monkeypatch):
-    monkeypatch.setenv("ENDPOINT_API_KEY", KEY)
-    model.answer = lambda messages: says(chat, [messages[1:]])[0]
-    model.faults = list(FAULTS.values())
-    served = find_served(model.url.removesuffix("/v1"))
-    result = run(questions, tmp_path / "served", model=served)
-    assert result == run(questions, tmp_path / "local") == run(questions, tmp_path / "served", model=served)
-    assert len(model.bodies) == 18 + len(FAULTS) and model.keys() == {f"Bearer {KEY}"}
-    expected = {"model": "tiny", "max_tokens": 7, "temperature": 0.2, "seed": 3}
-    assert all({k: body[k] for k in expected} == expected for body in model.bodies)
-    assert {body["messages"][0]["content"] for body in model.bodies} == {"สั้น ๆ"}
-    assert {len(body["messages"]) for body in model.bodies} == {2, 4}
-
-
-def test_a_served_model_is_named_by_the_servers_list_or_by_the_environment(server, model, monkeypatch):
-    assert find_served(model.url).model == "tiny"
-    for models, message in (
-        (["base", "exp2"], "serves base, exp2: set ENDPOINT_MODEL to one"),
-        ([], "serves no model"),
-        ([None], "not the JSON that was asked for"),
-    ):
-        model.models = models
-        with pytest.raises(UserError, match=message):
-            find_served(model.url)
-    monkeypatch.setenv("ENDPOINT_MODEL", "exp2")
-    assert find_served(model.url).model == "exp2"
-
-
-@pytest.fixture
-def evaluated(tmp_path, monkeypatch, capsys):
-    """evaluate.py with a config's settings and these arguments, in this process: what it prints."""
-    monkeypatch.chdir(ROOT)
-
-    def evaluated(*arguments):
-        argv = ["--config", "tests/smoke.yaml", "--results_dir", str(tmp_path), *map(str, arguments)]
-        evaluate.evaluate(settings.resolve("", argv, evaluate.options, several=True))
-        return capsys.readouterr()
-
-    return evaluated
-
-
-def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, model, tmp_path, evaluated):
-    model.answer = lambda messages: f"คำตอบคือ ({1 + len(messages[1]['content']) % 4})"
-    command = ["--endpoint", model.url, "--tasks", "openthaieval,mt_bench_thai", "--limit", 2, "--judge", "none",
-               "--max_new_tokens", 9, "--ut_steps", 1, "--system_prompt", "สั้น ๆ"]  # fmt: skip
-    evaluated(*command)
-    posts = len(model.bodies)
-    assert "2 of 2 tasks are complete already" in evaluated(*command).out
-    assert posts == len(model.bodies) == len({json.dumps(body) for body in model.bodies})
-    assert all(body["messages"][0] == {"role": "system", "content": "สั้น ๆ"} for body in model.bodies)
-    (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("baseline-"))
-    lines = read_jsonl(folder / "openthaieval-ut1.items.jsonl")
-    study = json.loads((folder / "openthaieval-ut1.json").read_text())["study"]
-    assert study["kind"] == "baseline" and study["items"] == len(lines) > 1
-    assert all(line["resps"][0][0] == f"คำตอบคือ ({line['prediction']})" for line in lines)
-    assert study["value"] == sum(line["prediction"] == line["gold"] for line in lines) / len(lines)
-    with pytest.raises(UserError, match="gives no log-probabilities; thai_exam needs them"):
-        evaluated(*command, "--tasks", "thai_exam")
-    with pytest.raises(UserError, match="answers at one depth and does not say which: name it by --ut_steps"):
-        evaluated(*command, "--ut_steps", "1,2")
-
-
-def test_the_command_needs_a_judge_only_for_what_is_not_rated(server, tmp_path, monkeypatch, evaluated):
-    command = ["--base", "--use_qlora", "false", "--tasks", "mt_bench_thai", "--ut_steps", "1,2", "--max_new_tokens", 5]
-    out, err = evaluated(*command)
-    assert "at most 36 calls" in out and KEY not in err
-    assert len(server.bodies) == 1 + 36, "one call shows that the judge is there"
-    before = {file.name: file.read_bytes() for file in (tmp_path / "base-fp32").glob("mt*")}
-    studies = [json.loads(before[f"mt_bench_thai-ut{depth}.json"])["study"] for depth in (1, 2)]
-    assert all(study["judge"] == "a-judge" and f"{study['value']:.2f}" in out for study in studies)
-    for name in ("JUDGE_BASE_URL", "JUDGE_MODEL"):
-        monkeypatch.delenv(name)
-        assert "1 of 1 tasks are complete already" in evaluated(*command).out
-    (tmp_path / "base-fp32/mt_bench_thai-ut2.items.jsonl").unlink()
-    with pytest.raises(UserError, match="JUDGE_BASE_URL is not set"):
-        evaluated(*command)
-    monkeypatch.setenv("JUDGE_BASE_URL", server.url)
-    monkeypatch.setenv("JUDGE_MODEL", "a-judge")
-    evaluated(*command)
-    assert len(server.bodies) == 1 + 36 + 1, "its judgements were kept"
-    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base-fp32").glob("mt*")}
-
-
-def test_replies_are_saved_as_each_ends(tmp_path):
-    path, jobs, kept = tmp_path / CACHE, {name: [{"role": "user", "content": name}] for name in "abcd"}, []
-
-    def dies(conversations, done):
-        for number in (2, 0):
-            done(number, conversations[number][0]["content"].upper())
-            kept.append(path.read_text().count("\n"))
-        raise UserError("it is gone")
-
-    def lives(conversations, done):
-        assert [c[0]["content"] for c in conversations] == ["b", "d"]
-        for number in range(2):
-            done(number, "later")
-
-    with Cache(path) as cache:
-        with pytest.raises(UserError, match=r"it is gone\n2 of 4 are saved in .*: the same command goes on from there"):
-            replies.fill(cache, jobs, dies, "a model, turn 1")
-        assert kept == [1, 2] and cache.texts == {"c": "C", "a": "A"}
-        replies.fill(cache, jobs, lives, "a model, turn 1")
-
-
-def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
-    from transformers import AutoTokenizer
-
-    tokenizer, prompts = AutoTokenizer.from_pretrained(ROOT / "sample/ouro-tiny"), []
-
-    def generate(batch, done):
-        prompts.extend(tokenizer.batch_decode(batch))
-        for n, _ in enumerate(batch):
-            done(n, tokenizer("ตอบแล้ว<|im_end|>").input_ids)
-
-    conversations = [[{"role": "user", "content": q["turns"][0]}] for q in questions[:2]]
-    for system in (None, "ตอบสั้น ๆ"):
-        assert says(endpoint.local_chat(tokenizer, generate, system), conversations) == ["ตอบแล้ว"] * 2
-    for prompt, system in ((prompts[1], "You are a helpful assistant."), (prompts[3], "ตอบสั้น ๆ")):
-        turn = f"<|im_start|>user\n{questions[1]['turns'][0]}<|im_end|>\n<|im_start|>assistant\n"
-        assert prompt == f"<|im_start|>system\n{system}<|im_end|>\n{turn}"
-
-
 # ---------------------------------------------------------------------- the cache, and tools/judge.py as a real process
 
 
@@ -542,7 +361,7 @@ def judge_script(file):
 
 
 def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
-    server, model, questions, tmp_path, result, monkeypatch, capsys
+    server, questions, tmp_path, result, capsys
 ):
     study = json.loads(result.read_text())["study"]
     assert study["value"] is study["ci95"] is study["macro"] is study["judge"] is None
@@ -565,8 +384,10 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
     resume.set()
     with (result.parent / CACHE).open("ab") as file:
         file.write(b'{"key": "torn')
-    # At another address: the first server may still read what the killed process had sent.
-    monkeypatch.setenv("JUDGE_BASE_URL", model.url)
+    # Another server at its address: the first one may still read what the killed process had sent.
+    port = server.server.server_port
+    server.close()
+    model = FakeServer(port)
     process = judge_script(result)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
@@ -575,13 +396,14 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
 
     numbers, lines = run(questions, tmp_path / "uninterrupted")
     written = json.loads(result.read_text())
-    assert written["study"] == study | numbers | {"key": judge.result_key("g", "a-judge")}
+    assert written["study"] == study | numbers | {"key": judge.result_key("g", find_judge())}
     assert written["results"]["mt_bench_thai"]["rating,none"] == numbers["value"]
     assert written["results"]["mt_bench_thai_Math"]["rating,none"] == numbers["subsets"]["Math"]["value"]
     assert read_jsonl(result.with_suffix(".items.jsonl")) == lines
     assert KEY not in told + out and not any(KEY.encode() in file.read_bytes() for file in result.parent.iterdir())
     command.rate_file(result, find_judge())
     assert "rated by a-judge already" in capsys.readouterr().out
+    model.close()
 
 
 def test_a_full_disk_is_told_and_what_was_judged_is_kept(server, result):

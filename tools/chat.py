@@ -112,7 +112,7 @@ class Conversation:
                 self.model,
                 [ids],
                 depth=self.depth,
-                max_new_tokens=self.sampling.max_new_tokens,
+                max_new_tokens=self.sampling.max_new_tokens or 1024,
                 stop=self.stop,
                 temperature=self.sampling.temperature,
                 seed=self.sampling.seed + self.replies,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
-from ouro.evaluate.endpoint import Server, find_judge
+from ouro.evaluate.endpoint import Reply, Server, find_judge
 from ouro.evaluate.judge import rate_replies, result_key
 from ouro.evaluate.replies import Cache
-from ouro.evaluate.results import harness_rows, save
+from ouro.evaluate.results import cache_of, harness_rows, save
 from ouro.files import Parser, UserError, call
 
 
@@ -39,15 +39,18 @@ def rate_file(file: Path, grader: Server) -> None:
              "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}
             for line in old
         ]  # fmt: skip
-        replies = [[turn["reply"] for turn in line["turns"]] for line in old]
-        key = result_key(study["generation_key"], grader.model)
+        replies = [
+            [Reply(text, turn["end"]) for (text,), turn in zip(line["resps"], line["turns"], strict=True)]
+            for line in old
+        ]
+        key = result_key(study["generation_key"], grader)
         done, name = study["key"] == key, f"{study['run']} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {error!r}") from None
     if done:
         print(f"{file}: rated by {grader.model} already")
         return
-    with Cache(file.with_name(f".{file.stem}.cache.jsonl")) as saved:
+    with Cache(cache_of(file)) as saved:
         numbers, lines = rate_replies(questions, replies, grader, saved, name)
     study |= numbers | {"key": key}
     save(file, result | {"results": harness_rows(study), "study": study}, lines)

@@ -1,9 +1,11 @@
 """Text: one Thai spelling for training and evaluation, what of a reply is its answer, which texts share a passage."""
 
+import math
 import re
 from collections import defaultdict
 
 from pythainlp.util import remove_zw, reorder_vowels
+from transformers import PreTrainedTokenizerBase
 
 # Lost bytes; Thai in UTF-8 that was once read as Latin-1; half of a surrogate pair, as "\\ud83d" in JSON.
 GARBLED = re.compile("\ufffd|à[¸¹]|[\ud800-\udfff]")
@@ -63,6 +65,19 @@ def answer_of(reply: str) -> str | None:
     """
     *_, closed, last = "/", *THOUGHT.split(reply)
     return last.strip() if closed else None
+
+
+TEXT = (  # article 1 of the Universal Declaration of Human Rights
+    "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ ต่างมีเหตุผลและมโนธรรม และควรปฏิบัติต่อกันด้วยเจตนารมณ์แห่งภราดรภาพ"
+)
+TOKENS_A_CHARACTER = 2  # of a served model, whose tokenizer is not known: Ouro's has 1.9
+
+
+def reply_tokens(tokenizer: PreTrainedTokenizerBase | None, characters: int) -> int:
+    """How many tokens so many characters of Thai take."""
+    if tokenizer is None:
+        return TOKENS_A_CHARACTER * characters
+    return math.ceil(characters * len(tokenizer(TEXT, add_special_tokens=False).input_ids) / len(TEXT))
 
 
 def squash(text: str) -> str:

@@ -4,19 +4,24 @@ The judge is named by JUDGE_BASE_URL and JUDGE_MODEL, a served model by --endpoi
 ENDPOINT_MODEL. Keys are read from JUDGE_API_KEY and ENDPOINT_API_KEY alone, are shown in no message and saved nowhere.
 
 The package openai asks, and asks again after 408, 409, 429, 5xx and broken connections, as late as Retry-After says.
-Added here: an answer without a reply counts as a broken connection; a spent quota or another status ends all of them.
+Added here: an answer without a reply counts as a broken connection; a server that wants its requests otherwise (no
+temperature, max_completion_tokens, no system turn) says so once; a request that it refuses, while it answers a harmless
+one, is left out; a spent quota or another status ends all of them.
 """
 
 import contextlib
 import math
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from ouro.data.chats import prompt_tokens
+from ouro.evaluate.benchmarks import digest
 from ouro.files import UserError
 
 import httpx2
@@ -24,12 +29,39 @@ import openai
 from tqdm import tqdm
 
 AS_PUBLISHED = {"temperature": 0.0, "max_tokens": 2048}  # of a judgement
+ROOM_TO_THINK = 16_384  # tokens of a judgement, once one was cut at the published limit
+OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "system": None}
+REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: a content filter, its length
+PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
 TIMEOUT = openai.Timeout(300, connect=10)  # seconds without a byte
 
 Messages = list[dict]  # [{"role": …, "content": …}, …]
+HARMLESS = [{"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "Say: Rating: [[5]]"}]  # fmt: skip
 Done = Callable[[int, str], None]  # told of each reply as it ends: the conversation's number, the text
 Chat = Callable[[list[Messages], Done], None]  # replies to conversations
+
+
+class Reply(str):
+    """A text that knows how it ended: "" by itself, "cut" at its limit, or "refused: …", when there is no text."""
+
+    end: str
+
+    def __new__(cls, text: str, end: str | None = None):
+        reply = super().__new__(cls, text)
+        reply.end = getattr(text, "end", "") if end is None else end
+        return reply
+
+
+class Refused(UserError):
+    """A server's refusal of one request; `said` is all of its answer."""
+
+    said = ""
+
+
+class NotListed(Exception):
+    """Of a server that has no list of its models."""
 
 
 class NotAsked(Exception):
@@ -50,7 +82,8 @@ class Server:
     price: tuple[float, float] | None = None  # dollars per million tokens in, out
 
     def __post_init__(self):
-        self.stop = threading.Event()
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.wanted = self.options | {"system": True}  # `options` as the server wants them; system: a turn of its own
         try:
             self.client = openai.OpenAI(
                 base_url=self.url,
@@ -65,30 +98,84 @@ class Server:
                 "environment cannot be used"
             ) from None
 
-    def complete(self, messages: Messages) -> str:
+    def complete(self, messages: Messages) -> Reply:
         """The text that follows `messages`.
 
         Raises:
             UserError: a status that asking again cannot change, a spent quota, or the last attempt failed too.
+            Refused: of these messages alone.
             NotAsked: another request failed so before.
         """
-        with self._errors():
-            answer = self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "system", "content": self.system}] * (self.system is not None) + messages,
-                **self.options,
-            )
-        text = answer.choices[0].message.content or ""
-        return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent on, nor saved
+        try:
+            reply = self._ask(messages)
+        except Refused:
+            self.check()
+            raise
+        limit = next(name for name in self.wanted if name.startswith("max_"))
+        if reply.end and self.kind == "judge" and self.wanted[limit] < ROOM_TO_THINK:
+            with contextlib.suppress(Refused):
+                reply = self._ask(messages, **{limit: ROOM_TO_THINK})
+        return reply
 
-    def models(self) -> list[str]:
-        """The names of the models that are served. Errors as `complete`."""
+    def _ask(self, messages: Messages, **changes) -> Reply:
+        """As `complete`; options that the server does not want are left out, and remembered if it then answers."""
+        messages = [{"role": "system", "content": self.system}] * (self.system is not None) + messages
+        before = self.wanted
+        wanted = before | changes
+        while True:
+            try:
+                with self._errors():
+                    options = {name: value for name, value in wanted.items() if name != "system"}
+                    sent = messages if "system" in wanted else without_system(messages)
+                    answer = self.client.chat.completions.create(model=self.model, messages=sent, **options)
+                break
+            except Refused as error:
+                unwanted = (name for name in OTHERWISE if name in wanted and re.search(rf"(?i)\b{name}\b", error.said))
+                if (name := next(unwanted, None)) is None:
+                    raise
+                instead = {OTHERWISE[name]: wanted[name]} if OTHERWISE[name] else {}
+                wanted = {key: value for key, value in wanted.items() if key != name} | instead
+        with self.lock:
+            if wanted not in (before, self.wanted):
+                self.wanted = wanted
+                tqdm.write(f"{self.kind} {self.model} is asked as it wants: {wanted}", sys.stderr)
+        return self._reply(answer.choices[0])
+
+    def _reply(self, choice) -> Reply:
+        if choice.finish_reason == "content_filter":
+            raise self.error("its content filter ended the reply", 400)
+        end, text = "cut" if choice.finish_reason == "length" else "", choice.message.content or ""
+        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        if thought and not text.strip():  # a judge without tags has answered there; another thought has no answer
+            text = str(thought) if self.kind == "judge" and not end else f"<think>\n{thought}"
+        return Reply(
+            text.encode("utf-8", "replace").decode(), end
+        )  # half a surrogate pair cannot be sent on, nor saved
+
+    def models(self) -> dict[str, dict]:
+        """What the server tells of the models that it serves, by name. Errors as `complete`."""
         with self._errors():
-            return [model.id for model in self.client.models.list()]
+            return {model.id: model.model_dump() for model in self.client.models.list()}
+
+    def identity(self) -> str:
+        """A hash of address, served name, and what the server's list tells of the model: its root, its length, …
+
+        Errors as `complete`.
+        """
+        told = {}
+        with contextlib.suppress(NotListed):
+            told = self.models().get(self.model, {})
+            time.sleep(PAUSE if told else 0)
+            later = told and self.models().get(self.model, {})
+            told = {name: value for name, value in told.items() if later.get(name) == value}
+        return digest([self.url, self.model, told])[:12]
 
     def check(self) -> None:
         """One small call: a wrong address, key or model is found before hours of generation. Errors as `complete`."""
-        self.complete([{"role": "user", "content": "Say: Rating: [[5]]"}])
+        try:
+            self._ask(HARMLESS[self.system is not None :])
+        except Refused as error:
+            raise UserError(str(error)) from None
 
     def __call__(self, conversations: list[Messages], done: Done) -> None:
         """Asks for the replies to all, several at a time; `done` is called as each is there.
@@ -100,7 +187,12 @@ class Server:
 
         def one(number: int, messages: Messages) -> None:
             try:
-                done(number, self.complete(messages))
+                try:
+                    reply = self.complete(messages)
+                except Refused as error:
+                    reply = Reply("", f"refused: {error}")
+                    tqdm.write(f"left out: {error}", sys.stderr)
+                done(number, reply)
             except UserError:
                 self.stop.set()
                 raise
@@ -126,16 +218,21 @@ class Server:
                 problem += f"; Retry-After: {wait}"
             if again := int(error.request.headers["x-stainless-retry-count"]):
                 problem += f"; given up after {again + 1} attempts"
-            raise self.error(problem, status) from None
+            if status in (404, 405) and error.request.url.path.endswith("/models"):
+                raise NotListed from None
+            raise self.error(problem, status, error.response.text if status else "") from None
 
-    def error(self, problem: str, status: int | None = None) -> UserError:
+    def error(self, problem: str, status: int | None = None, said: str = "") -> UserError:
         prefix = self.kind.upper()
         hint = {
             401: f"\nis {prefix}_API_KEY set, and the key for this server?",
             403: f"\nmay {prefix}_API_KEY use {self.model}?",
             404: f"\nis there a model {self.model!r} ({prefix}_MODEL), and do {self.url}/chat/completions exist?",
         }.get(status, "")
-        return UserError(self.hide(f"{self.kind} {self.model} at {self.url}: {problem}{hint}"))
+        kind = Refused if status in REFUSALS else UserError
+        error = kind(self.hide(f"{self.kind} {self.model} at {self.url}: {problem}{hint}"))
+        error.said = said
+        return error
 
     def said(self, response: httpx2.Response) -> str:
         """The status and the beginning of what a server said, without the key, which some quote."""
@@ -147,6 +244,14 @@ class Server:
 
     def hide(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
+
+
+def without_system(messages: Messages) -> Messages:
+    """The system turn at the beginning of the user's first."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 class HttpClient(openai.DefaultHttpxClient):
@@ -189,7 +294,8 @@ def _is_whole(response: httpx2.Response) -> bool:
         answer = response.json()
         if response.request.url.path.endswith("/models"):
             return all(isinstance(model["id"], str) for model in answer["data"])
-        return isinstance(answer["choices"][0]["message"]["content"], str | None)
+        message = {"reasoning_content": None} | answer["choices"][0]["message"]
+        return isinstance(message["content" if "content" in message else "reasoning_content"], str | None)
     except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
@@ -247,7 +353,7 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
     name = os.environ.get("ENDPOINT_MODEL", "")
     server = _server("endpoint", url, name, threads=64, options=options, system=system)
     if not server.model:
-        names = server.models()
+        names = list(server.models())
         if len(names) != 1:
             raise UserError(f"endpoint {server.url} serves {', '.join(names) or 'no model'}: set ENDPOINT_MODEL to one")
         server.model = names[0]
@@ -255,9 +361,13 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
 
 
 def local_chat(
-    tokenizer, generate: Callable[[list[list[int]], Callable[[int, list[int]], None]], None], system: str | None
+    tokenizer,
+    generate: Callable[[list[list[int]], Callable[[int, list[int]], None]], None],
+    system: str | None,
+    limit: float = math.inf,
 ) -> Chat:
-    """Replies of a model in this process: `generate` makes new tokens from prompts' tokens, and tells of each reply."""
+    """Replies of a model in this process: `generate` makes up to `limit` new tokens from prompts' tokens, and tells of
+    each reply, without the token that ended it."""
 
     def chat(conversations: list[Messages], done: Done) -> None:
         first = [] if system is None else [{"role": "system", "content": system}]
@@ -266,7 +376,8 @@ def local_chat(
         begun = ["<think>" * tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") for ids in prompts]
 
         def ended(number: int, tokens: list[int]) -> None:
-            done(number, begun[number] + tokenizer.decode(tokens, skip_special_tokens=True))
+            text = begun[number] + tokenizer.decode(tokens, skip_special_tokens=True)
+            done(number, Reply(text, "cut" if len(tokens) >= limit else ""))
 
         generate(prompts, ended)
 

@@ -5,10 +5,11 @@ server with OpenAI's /chat/completions (endpoint.py says which variables name it
 per million tokens in and out.
 
 The protocol is the published one (single-answer grading of FastChat's MT-Bench, English instructions in our own words,
-the reference shown wherever there is one, temperature 0) but for this: a judgement without a readable rating, or with
-two different ones, is asked for once more and then left out, where the published harness takes the first and averages
-in a -1 for none; replies are greedy and may have 1,024 tokens, where it samples at temperature 0.2 and cuts at 512
-(about 270 Thai characters); what stands before </think> is not shown to the judge.
+the reference shown wherever there is one, temperature 0) but for this: the last rating counts, and a judgement without
+one is asked for once more and then left out, where the published harness takes the first and averages in a -1 for none;
+replies are greedy and may have 2,500 characters of Thai, where it samples at temperature 0.2 and cuts at 512 tokens
+(about 270 characters); a thought is neither shown to the judge nor to the model in its second turn, so that one that
+was cut is rated as the empty answer that it is; what a server refuses to answer or to rate is left out and counted.
 
 Each reply and judgement is appended to a cache file beside the results as soon as it is there: a run that was killed
 goes on without paying twice.
@@ -20,13 +21,14 @@ import os
 import re
 import statistics
 from collections import Counter
+from itertools import compress
 from pathlib import Path
 
 from ouro.data.sources import read_benchmark, read_file
-from ouro.data.thai import is_thai, normalise
+from ouro.data.thai import CODE, answer_of, is_thai, normalise
 from ouro.evaluate.benchmarks import digest
-from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Server
-from ouro.evaluate.replies import Cache, answer, fill
+from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
+from ouro.evaluate.replies import Cache, answer, count_ends, fill
 from ouro.files import UserError
 
 import numpy as np
@@ -130,14 +132,29 @@ def _conversation(title: str, speaker: str, turns: list[str], answers: list[str 
     return f"<|The Start of {title}|>\n\n{text}\n\n<|The End of {title}|>"
 
 
-NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+# Behind a word for it, or at the end of a line; in code and in sentences such brackets are an index or a citation.
+RATING = re.compile(
+    rf"(?:\b(?:rat(?:e|ing)|scor(?:e|ing)|give)\b|คะแนน)[^\[\]\n]{{0,40}}\[\[{NUMBER}\]\]"
+    rf"|(?<![A-Za-z0-9_(\[,=])\[\[{NUMBER}\]\](?:\s*/\s*10)?[^\w\n]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+SINGLE = re.compile(rf"\brating\W*:\W*?\[{NUMBER}\]", re.IGNORECASE)
+WHOLE_LINE = re.compile(rf"\W*(?:rating\W*)?\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
+QUOTATION = re.compile(r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|^\s*>.*$', re.MULTILINE)
 
 
 def parse_rating(text: str) -> float | None:
-    """The number in [[n]], else in [n]: from 1 to 10, and no two different ones (the judge may quote the reply's)."""
-    found = re.findall(rf"\[\[{NUMBER}\]\]", text) or re.findall(rf"\[{NUMBER}\]", text)
-    ratings = {float(number) for number in found}
-    return ratings.pop() if len(ratings) == 1 and 1 <= min(ratings) <= 10 else None
+    """The last [[n]], n from 1 to 10, outside of thoughts, code and quotations, which may be the reply's own; else the
+    last [n] behind "Rating:"."""
+    text = (answer_of(text) or "").strip()
+    if alone := WHOLE_LINE.fullmatch(text.rpartition("\n")[2]):  # some put the rating itself into quotes or code
+        found = [alone]
+    else:
+        text = QUOTATION.sub(" ", CODE.sub(" ", text))
+        found = [*RATING.finditer(text)] or [*SINGLE.finditer(text)]
+    rating = float(next(filter(None, found[-1].groups()))) if found else 0
+    return rating if 1 <= rating <= 10 else None
 
 
 def _tokens(messages: Messages) -> int:
@@ -155,13 +172,13 @@ def _cost(grader: Server, calls: int, tokens_in: int) -> str:
     return text
 
 
-def announce(questions: list[dict], grader: Server | None, results: int, max_new_tokens: int) -> None:
+def announce(questions: list[dict], grader: Server | None, results: int, max_new_tokens: float) -> None:
     """Prints what judging so many results will take, if no reply is rated yet and each is as long as it may be."""
     if grader is None:
         print(f"{len(questions)} questions of two turns; the replies are not judged (--judge none)")
         return
     prompts = sum(_tokens(judge_prompt(question, ["", ""], turn)) for question in questions for turn in (0, 1))
-    tokens = (prompts + 3 * max_new_tokens * len(questions)) * results  # the first reply is shown for both turns
+    tokens = (prompts + int(3 * max_new_tokens * len(questions))) * results  # the first reply is shown for both turns
     calls = 2 * len(questions) * results
     print(f"judge {grader.model} at {grader.url}: at most {calls:,} calls, {_cost(grader, calls, tokens)}")
 
@@ -176,71 +193,92 @@ def run_mt_bench(
     Raises:
         UserError: the judge or the endpoint fails for good; what it answered before is kept in `cache`.
     """
-    replies: list[list[str]] = [[] for _ in questions]
     with Cache(cache) as saved:
-        for turn in (0, 1):
-            conversations = [[_user(question["turns"][0])] for question in questions]
-            if turn == 1:
-                for conversation, question, (first,) in zip(conversations, questions, replies, strict=True):
-                    conversation += [{"role": "assistant", "content": first}, _user(question["turns"][1])]
-            texts = answer(conversations, chat, saved, f"{name}, turn {turn + 1}", who)
-            for text, pair in zip(texts, replies, strict=True):
-                pair.append(text.rpartition("</think>")[2].strip())  # the answer, not the thought
+        conversations = [[_user(question["turns"][0])] for question in questions]
+        firsts = answer(conversations, chat, saved, f"{name}, turn 1", who)
+        going_on = [not first.end.startswith("refused") for first in firsts]
+        conversations = [
+            [*conversation, {"role": "assistant", "content": answer_of(first) or ""}, _user(question["turns"][1])]
+            for conversation, question, first in zip(conversations, questions, firsts, strict=True)
+        ]
+        seconds = iter(answer([*compress(conversations, going_on)], chat, saved, f"{name}, turn 2", who))
+        replies = [
+            [first, next(seconds) if goes_on else Reply("", "refused: as the first turn was")]
+            for first, goes_on in zip(firsts, going_on, strict=True)
+        ]
         return rate_replies(questions, replies, grader, saved, name)
 
 
 def rate_replies(
-    questions: list[dict], replies: list[list[str]], grader: Server | None, saved: Cache, name: str
+    questions: list[dict], replies: list[list[Reply]], grader: Server | None, saved: Cache, name: str
 ) -> tuple[dict, list[dict]]:
-    """As `run_mt_bench`, of replies that are there."""
+    """As `run_mt_bench`, of replies that are there, with their thoughts."""
+    replies = [[Reply(reply) for reply in pair] for pair in replies]
     judgements: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
     if grader is not None:
         judgements = _ask_judge(questions, replies, grader, saved, name)
     lines = []
     for number, (question, pair) in enumerate(zip(questions, replies, strict=True)):
+        answers = [answer_of(reply) or "" for reply in pair]
         turns = [
-            {"prompt": prompt, "reply": reply, "rating": rating, "judgement": judgement, "thai": is_thai(reply)}
-            for prompt, reply, (rating, judgement) in zip(
-                question["turns"], pair, judgements[2 * number : 2 * number + 2], strict=True
+            {"prompt": prompt, "reply": text, "end": reply.end, "rating": rating,
+             "judgement": judgement, "thai": None if reply.end.startswith("refused") else is_thai(text)}
+            for prompt, text, reply, (rating, judgement) in zip(
+                question["turns"], answers, pair, judgements[2 * number : 2 * number + 2], strict=True
             )
-        ]
+        ]  # fmt: skip
         lines.append(
             {"doc_id": number, "doc": {"question_id": question["question_id"]}, "target": question["reference"],
-             "arguments": {}, "resps": [[reply] for reply in pair], "filtered_resps": pair, "id": question["id"],
+             "arguments": {}, "resps": [[reply] for reply in pair], "filtered_resps": answers, "id": question["id"],
              "subset": question["category"], "category": question["category"],
              "prompt_sha256": digest(question["turns"]), "turns": turns,
              "value": _mean([turn["rating"] for turn in turns])}
         )  # fmt: skip
-    numbers = summarise(lines) | {"judge": grader and grader.model}
+    numbers = summarise(lines) | count_ends([reply for pair in replies for reply in pair])
+    numbers["refused"] += sum((text or "").startswith("refused") for _, text in judgements)
+    numbers["judge"] = grader and grader.model
     if grader is None:
         numbers["unparsed"] = 0  # nothing was asked
     print_summary(name, numbers)
+    cut = [
+        f"{line['id']} turn {n}" for line in lines for n, turn in enumerate(line["turns"], 1) if turn["end"] == "cut"
+    ]
+    if cut:
+        print(f"  cut before their end: {', '.join(cut)}")
     return numbers, lines
 
 
-def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str]]:
-    """Rating and judgement of each turn, in the questions' order."""
-    prompts = [judge_prompt(q, pair, turn) for q, pair in zip(questions, replies, strict=True) for turn in (0, 1)]
+def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str | None]]:
+    """Rating and judgement of each turn, in the questions' order; what was not replied is not judged."""
+    prompts = {
+        2 * number + turn: judge_prompt(question, [answer_of(reply) or "" for reply in pair], turn)
+        for number, (question, pair) in enumerate(zip(questions, replies, strict=True))
+        for turn in (0, 1)
+        if not pair[turn].end.startswith("refused")
+    }
 
     def key(messages: Messages) -> str:
-        return digest(["judgement", grader.model, grader.options, messages])
+        return digest(["judgement", grader.url, grader.model, grader.options, messages])
 
-    jobs = {key(prompt): prompt for prompt in prompts}
+    jobs = {key(prompt): prompt for prompt in prompts.values()}
     missing = [prompt for k, prompt in jobs.items() if k not in saved.texts]
     if missing:
         cost = _cost(grader, len(missing), sum(map(_tokens, missing)))
         print(f"{name}: {len(missing)} of {len(jobs)} judge calls to make, {cost}", flush=True)
     fill(saved, jobs, grader, f"{name}, judge")
-    texts = [saved.texts[key(prompt)] for prompt in prompts]
+    texts = {n: saved.texts[key(prompt)] for n, prompt in prompts.items()}
     again = {
-        n: [*prompt, {"role": "assistant", "content": text.strip() or "(empty)"}, _user(AGAIN)]
-        for n, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-        if parse_rating(text) is None
+        n: [*prompts[n], {"role": "assistant", "content": answer_of(text) or "(empty)"}, _user(AGAIN)]
+        for n, text in texts.items()
+        if parse_rating(text) is None and not text.end.startswith("refused")
     }
     fill(saved, {key(prompt): prompt for prompt in again.values()}, grader, f"{name}, judge again")
-    result = [(parse_rating(text), text) for text in texts]
+    result: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
+    for n, text in texts.items():
+        result[n] = parse_rating(text), text or text.end
     for n, prompt in again.items():
         second = saved.texts[key(prompt)]
+        second = second or second.end
         result[n] = parse_rating(second), f"{texts[n]}\n\n[asked again]\n{second}"
         if result[n][0] is None:
             question = questions[n // 2]["id"]
@@ -302,17 +340,21 @@ def print_summary(name: str, numbers: dict) -> None:
     )
     print("  " + ", ".join(f"{category} {show(row['value'])}" for category, row in numbers["subsets"].items()))
     if numbers["unparsed"]:
-        print(f"  {numbers['unparsed']} judgements without a rating, asked for twice, are in none of these means")
+        print(f"  {numbers['unparsed']} turns without a rating, asked for twice or refused, are in none of these means")
 
 
-def result_key(generation_key: str, model: str | None) -> str:
+def result_key(generation_key: str, grader: Server | None) -> str:
     """A result's `key`: what its replies depend on, and the judge."""
-    return digest([generation_key, model and [model, AS_PUBLISHED, INSTRUCTION, AGAIN]])
+    how = AS_PUBLISHED, INSTRUCTION, AGAIN, RATING.pattern
+    return digest([generation_key, grader and [grader.url, grader.model, *how]])
 
 
 def is_rated(study: dict, choice: str) -> bool:
-    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL; of any judge, if none is named."""
-    model = os.environ.get("JUDGE_MODEL", "").strip()
+    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL at JUDGE_BASE_URL; without an address
+    those of any judge of that name, and without a name of any."""
+    url, model = (os.environ.get(name, "").strip() for name in ("JUDGE_BASE_URL", "JUDGE_MODEL"))
     if choice == "none":
         return True
-    return study["key"] == result_key(study["generation_key"], model) if model else study.get("judge") is not None
+    if url and model:
+        return study["key"] == result_key(study["generation_key"], find_judge())
+    return study.get("judge") in ([model] if model else {study.get("judge")} - {None})

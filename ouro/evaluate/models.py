@@ -144,8 +144,9 @@ def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]
     if sum(bool(x) for x in (options.exp, options.adapter, options.model, options.base, options.endpoint)) > 1:
         raise UserError("give one of --exp, --adapter, --model, --base and --endpoint")
     if options.endpoint:
-        name = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt).model
-        weights = Weights(name, None, "served", looped=False, endpoint=options.endpoint)
+        server = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt)
+        name = server.model
+        weights = Weights(name, server.identity(), "served", looped=False, endpoint=options.endpoint)
         return weights, s, [ModelUnderTest(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:
         return find_baseline(options.model, s)

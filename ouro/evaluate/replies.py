@@ -7,8 +7,9 @@ import os
 import threading
 from pathlib import Path
 
+from ouro.data.thai import answer_of
 from ouro.evaluate.benchmarks import digest
-from ouro.evaluate.endpoint import Chat, Messages
+from ouro.evaluate.endpoint import Chat, Messages, Reply
 from ouro.files import UserError, sync_folder
 
 from tqdm import tqdm
@@ -43,12 +44,14 @@ class Cache:
         for number, line in enumerate(lines[:-1], 1):
             try:
                 entry = json.loads(line)
-                self.texts[entry["key"]] = entry["text"]
+                self.texts[entry["key"]] = Reply(entry["text"], entry.get("end", ""))
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{self.path}, line {number} is damaged: delete the line, or the file") from None
 
     def add(self, key: str, text: str) -> None:
-        line = (json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n").encode()
+        reply = Reply(text)
+        entry = {"key": key, "text": reply} | ({"end": reply.end} if reply.end else {})
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
         with self.lock:
             descriptor = self.file.fileno()
             end = os.fstat(descriptor).st_size
@@ -60,7 +63,7 @@ class Cache:
             except OSError as error:
                 os.ftruncate(descriptor, end)
                 raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-            self.texts[key] = text
+            self.texts[key] = reply
 
     def __enter__(self):
         return self
@@ -93,8 +96,21 @@ def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None
         raise UserError(f"{error}{goes_on if kept else ''}") from None
 
 
-def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, who: str) -> list[str]:
+def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, who: str) -> list[Reply]:
     """A model's next turn in each conversation; `who` names all else that the replies depend on. Errors as `fill`."""
     keys = [digest(["reply", who, messages]) for messages in conversations]
     fill(saved, dict(zip(keys, conversations, strict=True)), chat, what)
-    return [saved.texts[key] for key in keys]
+    replies = [saved.texts[key] for key in keys]
+    if any("</think>" in text and "<think>" not in text for text in replies):  # the template begins each thought
+        cut_in_thought = [text.end == "cut" and "</think>" not in text for text in replies]
+        replies = [Reply("<think>\n" * cut + text, text.end) for cut, text in zip(cut_in_thought, replies, strict=True)]
+    return replies
+
+
+def count_ends(replies: list[Reply]) -> dict[str, int]:
+    """How many replies were cut at their limit, hold a thought alone, or were refused by the server."""
+    return {
+        "cut": sum(reply.end == "cut" for reply in replies),
+        "unfinished_thoughts": sum(answer_of(reply) is None for reply in replies),
+        "refused": sum(reply.end.startswith("refused") for reply in replies),
+    }

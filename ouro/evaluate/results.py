@@ -57,6 +57,20 @@ def result_file(results: Path, run: str, task: str, depth: int) -> Path:
     return results / run / f"{task}-ut{depth}.json"
 
 
+def cache_of(file: Path) -> Path:
+    """Where the replies and judgements of a result are kept as they come."""
+    return file.with_name(f".{file.stem}.cache.jsonl")
+
+
+def set_aside(files: list[Path]) -> None:
+    """Renames results, their items and replies to ….old: after an interruption the command goes on without --again."""
+    for file in files:
+        for old in (file, file.with_suffix(".items.jsonl"), cache_of(file)):
+            if old.exists():
+                old.replace(old.with_name(f"{old.name}.old"))
+    print(f"{', '.join(map(str, files))}: anew (after an interruption go on without --again)")
+
+
 def read_study(file: Path) -> dict | None:
     """The block "study" of a file that is there and whole."""
     try:

@@ -8,6 +8,7 @@ from ouro.evaluate.benchmarks import Task
 from ouro.evaluate.models import ModelUnderTest
 
 BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
+REFUSED = {"accuracy": "their items count as wrong", "rating": "their turns are in none of the means"}
 Found = dict[tuple[str, int], dict]  # the study block of each run and depth
 
 
@@ -48,8 +49,11 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
             print(f"  {model.run:<{width}} {depth:>5}{first and macro} {shown(row, row['value']):>9} "
                   f"{interval:>17}{mean and macro} "
                   f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
-            if cut := row.get("unfinished_thoughts"):
-                print(f"  warning: {cut} replies are thoughts without an answer: they need more tokens")
+            if cut := row.get("cut") or row.get("unfinished_thoughts"):
+                thoughts = f"; {row['unfinished_thoughts']} are thoughts without an answer"
+                print(f"  warning: {cut} replies were cut: they need more tokens (--max_new_tokens){thoughts}")
+            if refused := row.get("refused"):
+                print(f"  warning: {refused} requests were refused by the server: {REFUSED[row['metric']]}")
             for letter, count in (row["predicted"] or {}).items():
                 if count > BIASED * row["items"]:
                     print(f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge")

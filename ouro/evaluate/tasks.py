@@ -14,7 +14,7 @@ from ouro.data.thai import answer_of
 from ouro.evaluate import benchmarks, judge
 from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
-from ouro.evaluate.replies import Cache, answer
+from ouro.evaluate.replies import Cache, answer, count_ends
 from ouro.evaluate.scoring import Scores, score, to_sequences
 from ouro.files import UserError
 from ouro.model.generate import Decoder, generate, pick
@@ -181,7 +181,7 @@ def score_replies(task: Task, chat: Chat, who: str, cache: Path, title: str) -> 
     predictions = [None if text is None else benchmarks.parse_choice(text) for text in answers]
     predictions = list(map(benchmarks.settle, task.items, predictions))
     found = [{"resps": [[text]], "filtered_resps": [choice]} for text, choice in zip(replies, predictions, strict=True)]
-    return choice_outcome(task, predictions, found, {"unfinished_thoughts": answers.count(None)}, 0)
+    return choice_outcome(task, predictions, found, count_ends(replies), 0)
 
 
 class Sample(LogitsProcessor):
@@ -230,4 +230,5 @@ def chat_with(
                 end = next((at for at, token in enumerate(ids) if token in stop), len(ids))
                 done(i, ids[:end])  # what follows is padding
 
-    return local_chat(tokenizer, looped if isinstance(network, OuroForCausalLM) else dense, s.system_prompt)
+    ask = looped if isinstance(network, OuroForCausalLM) else dense
+    return local_chat(tokenizer, ask, s.system_prompt, max_new_tokens)
