@@ -320,25 +320,11 @@ def test_a_benchmark_that_several_tasks_share_is_asked_for_once(monkeypatch):
     assert told.count("to be downloaded") == 4 and asked == ["thai_exam", "wangchan"]
 
 
-EMPTY = [{"prompt": f"ก {n}", "completion": "ข" if n % 2 else ""} for n in range(20)]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "rows", "told"),
-    [
-        ("pairs", EMPTY, "10 of the first 20 rows cannot be trained on, the first: .*empty (completion)"),
-        ("chat", [{"conversations": []}], "no column 'messages'"),
-    ],
-)
-def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path, dataset, rows, told):
+def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path):
+    rows = [{"prompt": f"ก {n}", "completion": "ข" if n % 2 else ""} for n in range(20)]
     path = write_jsonl(tmp_path / "train.jsonl", *rows)
-    found = refused(preflight.check_data, "--dataset", dataset, "--dataset_path", path)
-    assert all(part in found for part in told.split(".*"))
-
-
-def test_a_benchmark_that_is_missing_is_refused(tmp_path):
-    assert "did you mean 'thai_exam'?" in refused(preflight.check_benchmarks, "--overlap", "thai_exm")
-    assert "no onet/onet_test.jsonl in it" in refused(preflight.check_benchmarks, "--paths", f"thai_exam={tmp_path}")
+    found = refused(preflight.check_data, "--dataset", "pairs", "--dataset_path", path)
+    assert re.match(r"10 of the first 20 rows cannot be trained on, the first: .*empty \(completion\)", found)
 
 
 def test_libraries_that_are_not_the_locked_ones_or_broken_are_refused(monkeypatch, tmp_path):
@@ -559,8 +545,6 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(on_a_cluster, monkeypat
         ({"seeds": ["0,1,2"]}, "seeds are separated by spaces: '0 1 2', not '0,1,2'"),
         ({"seeds": ["0", "1", "0"]}, "seed 0 is named twice"),
         ({"TIME": "12h"}, "TIME = 12h"),
-        ({"GPU_TYPE": "B1000"}, "no figures of a GPU 'B1000'"),
-        ({"GPU_TYPE": "RTX3080", "argv": ["--config", str(ROOT / "configs/a100.yaml")]}, "RTX3080, 10 GiB: about "),
     ],
 )
 def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(on_a_cluster, monkeypatch, change, told):
@@ -633,20 +617,6 @@ def test_the_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
-def lines_of_help() -> dict[str, list[str]]:
-    """The variables that each target of the Makefile says that it takes."""
-    found = re.findall(r"^([a-z.-]+):.*## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    return {target: re.findall(r"\b([A-Z_]+)=", text) for target, text in found}
-
-
-def test_make_can_plan_every_target():
-    assert len(lines_of_help()) > 25
-    for target, taken in lines_of_help().items():
-        given = [f"{name}=e" for name in taken]
-        done = subprocess.run(["make", "-n", target, *given], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("origin", ["command line", "environment"])
 def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
     """With a stand-in for the programs, which prints its arguments and what it reads from the environment."""
@@ -654,19 +624,24 @@ def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
     path = [program(tmp_path / "bin" / name, show) for name in ("apptainer", "rsync")][0]
     program(tmp_path / "bin/squeue")
     env = {"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path), "IMAGE": "Makefile"}
-    for target, taken in lines_of_help().items():
-        if not taken or target in ("cluster-sweep", "sif"):
-            continue
+    for target, line in re.findall(r"^([a-z.-]+):.*## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        taken = re.findall(r"\b([A-Z_]+)=", line)
+        planned = not taken or target in ("cluster-sweep", "sif")  # these would do something
         flags = {name: str(int(name != "MERGED")) for name in taken if name in ("GPU", "MERGED", "PUBLIC")}
         text = "a  b'\"; touch RAN; $(touch RAN) `touch RAN` $(shell touch RAN) & ก\n\\*".replace(
             "RAN", str(tmp_path / "ran")
         )
         given = {name: f"{name}: {text}" for name in taken} | flags
         words = [f"{name}={value}" for name, value in given.items()] if origin == "command line" else []
-        command = ["make", "-s", "ENV=true", "RUN=apptainer", "PYTHON=apptainer", target, *words]
+        command = ["make", "-n" if planned else "-s", "ENV=true", "RUN=apptainer", "PYTHON=apptainer", target, *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | ({} if words else given))
         told = done.stdout + done.stderr
-        lost = [] if target in ("logs", "cancel") else [n for n in given if n not in flags and given[n] not in told]
+        assert done.returncode == 0 or target == "logs", told
+        lost = (
+            []
+            if planned or target in ("logs", "cancel")
+            else [n for n in given if n not in flags and given[n] not in told]
+        )
         assert not lost and "unbound" not in told, (target, lost, told)
-        assert "--merged" not in told and ("--public" in told) == (target == "push")
+        assert "--merged" not in told and ("--public" in told) == (target == "push"), target
         assert not (tmp_path / "ran").exists(), target
