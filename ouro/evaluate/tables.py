@@ -22,11 +22,12 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
     base = models[0] if models[0].kind == "base" else None
     some = next(iter(found.values()))
     exams = len(some["subsets"]) > 1
-    what = f"\n{task.name} ({some['protocol']}): {some.get('part') or str(some['items']) + ' items'}"
+    what = f"\n{task.name} ({some['protocol']}): {some['items']} items"
     if some["chance"] is not None:
         chance, most = (f" ({some[key]:.1%})" if exams else "" for key in ("macro_chance", "macro_majority"))
         what += f", chance {some['chance']:.1%}{chance}, always the commonest letter {some['majority']:.1%}{most}"
         what += "; in brackets: mean of exams" if exams else ""
+    what += f"; a part: {some['part']}" if some.get("part") else ""
     print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
     width = max(len(model.run) for model in models)
     mean, first = (f" {'of exams':>9}", "") if exams else ("", "")
