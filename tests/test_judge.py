@@ -96,6 +96,8 @@ RATINGS = {
     "ให้คะแนน [[๗]] เต็มสิบ": 7,
     "I give it [[8]] out of ten, for x[[2]] is fine": 8,
     "[[6]]/10": 6,
+    "Rating: [[3]]\n> [[10]]": 3,
+    "ให้ [[6]] คะแนน": 6,
     "`Rating: [[7]]`": 7,
     "**Rating**: [4]": 4,
     "<think>Perhaps [[3]]. Rating: [[3]]</think>Rating: [[8]]": 8,
@@ -105,6 +107,7 @@ UNREADABLE = (
     "[[nan]]", "Rating: [[inf]]", "Rating: [[1e1]]", f"[[{'9' * 400}]]", "<think>Rating: [[8]]", "[[8]]</think>",
     "The loop reads x[3] before it is set. Rating: 8/10", "ตามเอกสาร [2] คำตอบถูก ให้ 9 คะแนน", "See [[2]], right: 9/10",
     "`np.array([[2]])` is right. I rate it 9/10.", "x = np.array([[2]])", "```\n[[2]]\n```\nGood.", "Rating: 8/10 [2]",
+    "Rating: 8 [[2]]", "Score [[7]]; also it cites [[3]].",
 )  # fmt: skip
 
 

@@ -135,12 +135,12 @@ def _conversation(title: str, speaker: str, turns: list[str], answers: list[str 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 # Behind a word for it, or at the end of a line; in code and in sentences such brackets are an index or a citation.
 RATING = re.compile(
-    rf"(?:\b(?:rat(?:e|ing)|scor(?:e|ing)|give)\b|คะแนน)[^\[\]\n]{{0,40}}\[\[{NUMBER}\]\]"
-    rf"|(?<![A-Za-z0-9_(\[,=])\[\[{NUMBER}\]\](?:\s*/\s*10)?[^\w\n]*$",
+    rf"(?:\b(?:rat(?:e|ing)|scor(?:e|ing)|give)\b|คะแนน)[^\[\]\d\n]{{0,40}}\[\[{NUMBER}\]\]"
+    rf"|(?<![A-Za-z0-9_(\[,=])(?<!\d )\[\[{NUMBER}\]\](?:\s*/\s*10|\s*คะแนน)?[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 SINGLE = re.compile(rf"\brating\W*:\W*?\[{NUMBER}\]", re.IGNORECASE)
-WHOLE_LINE = re.compile(rf"\W*(?:rating\W*)?\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
+WHOLE_LINE = re.compile(rf"[^\w>]*(?:rating\W*)?\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
 QUOTATION = re.compile(r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|^\s*>.*$', re.MULTILINE)
 
 
@@ -148,12 +148,14 @@ def parse_rating(text: str) -> float | None:
     """The last [[n]], n from 1 to 10, outside of thoughts, code and quotations, which may be the reply's own; else the
     last [n] behind "Rating:"."""
     text = (answer_of(text) or "").strip()
-    if alone := WHOLE_LINE.fullmatch(text.rpartition("\n")[2]):  # some put the rating itself into quotes or code
-        found = [alone]
-    else:
-        text = QUOTATION.sub(" ", CODE.sub(" ", text))
-        found = [*RATING.finditer(text)] or [*SINGLE.finditer(text)]
+    own = QUOTATION.sub(" ", CODE.sub(" ", text))
+    found = [*RATING.finditer(own)] or [*SINGLE.finditer(own)]
+    if not found and (alone := WHOLE_LINE.fullmatch(text.rpartition("\n")[2])):
+        found = [alone]  # some put the rating itself into quotes or code
+    named = [float(match[1]) for match in found if match[1]]
     rating = float(next(filter(None, found[-1].groups()))) if found else 0
+    if named and rating != named[-1]:
+        return None  # named first, and then another number at the end of a line: which is it?
     return rating if 1 <= rating <= 10 else None
 
 
