@@ -280,10 +280,10 @@ class Hub:
     def model_info(self, repo: str) -> SimpleNamespace:
         return SimpleNamespace(private=self.private[repo])
 
-    def upload_folder(self, repo_id: str, folder_path: Path, ignore_patterns: list, commit_message: str):
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list, commit_message: str):
         if self.error:
             raise RuntimeError(f"Error while uploading: {SIGNED}") from self.error
-        names = filter_repo_objects([file.name for file in folder_path.iterdir()], ignore_patterns=ignore_patterns)
+        names = filter_repo_objects([file.name for file in folder_path.iterdir()], allow_patterns=allow_patterns)
         self.committed[repo_id] = {name: (folder_path / name).read_bytes() for name in names}
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/222")
 
@@ -321,8 +321,9 @@ def push(hub, export, refused):
 
 def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository(push, hub, run):
     adapter = run(RSLORA, model_name_or_path=BASE) / "final_adapter"
-    printed = push("somchai/ouro-thai")
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "SHA256SUMS"}
+    (adapter / ".DS_Store").touch()  # a file browser's
+    printed = push("somchai/ouro-thai")
     assert hub.committed["somchai/ouro-thai"] == files
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
     assert hub.private["somchai/ouro-thai"] is True

@@ -254,10 +254,7 @@ def test_files_of_others_are_no_damage_and_are_neither_counted_nor_deleted(stopp
             (place / name).touch()
         (place / ".ipynb_checkpoints").mkdir()
     run_folder.seal(checkpoint)
-    assert (
-        not {".DS_Store", "._optimizer.pt", ".nfs0001", ".ipynb_checkpoints"}
-        & run_folder.sealed_files(checkpoint).keys()
-    )
+    assert not [name for name in run_folder.sealed_files(checkpoint) if name.startswith(".")]
     (checkpoint / ".nfs0001").unlink()
     assert one_step(tmp_path) == 4 and (run / ".DS_Store").exists() and (run / "Thumbs.db").exists()
 
