@@ -103,3 +103,10 @@ def questions():
     from judging import SAMPLE, load
 
     return load(SAMPLE)
+
+
+@pytest.fixture(autouse=True)
+def without_accelerates_variables():
+    """accelerate leaves variables in this process; a program that a test starts would say that it does not use them."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
