@@ -461,3 +461,9 @@ def test_the_interval_of_the_gap_covers_the_true_one():
         _, low, high = benchmarks.paired_gap([(kind in (1, 3), kind in (2, 3)) for kind in both])
         covered.append(low <= 0.2 <= high)
     assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_options_that_refer_to_others_are_not_the_same():
+    item = {"options": "(1) ก (2) ข (3) ถูกเฉพาะข้อ (1) (4) ถูกเฉพาะข้อ (2) (5) ก", "gold": "3"}
+    assert benchmarks.right_answers(item) == {"3"}
+    assert benchmarks.right_answers(item | {"gold": "5"}) == {"1", "5"}

@@ -367,8 +367,13 @@ def right_answers(item: dict) -> set[str]:
     """The key, and the letters or numbers of options that read the same (ThaiExam's ONET has such an item)."""
     options = item["options"]
     if isinstance(options, str):  # "(1) … (2) …"
-        _, *parts = re.split(ANSWER, options)
-        options = dict(zip(parts[::2], parts[1::2], strict=True))
+        # An option begins at the next number; another one is part of its text, as in "(4) only (1) and (2)".
+        starts = []
+        for mark in re.finditer(ANSWER, options):
+            if int(mark[1]) == len(starts) + 1:
+                starts.append(mark)
+        ends = [mark.start() for mark in starts[1:]] + [len(options)]
+        options = {mark[1]: options[mark.end() : end] for mark, end in zip(starts, ends, strict=True)}
     texts = {letter: " ".join(normalise(text).split()) for letter, text in options.items()}
     gold = item.get("gold")
     return {gold, *(letter for letter, text in texts.items() if text and text == texts.get(gold))}
