@@ -200,7 +200,9 @@ def adapter_shapes(config: OuroConfig, rank: int, dora: bool) -> dict[str, list[
 # What adapter_config.json may say where it matters for what is computed, the first being PEFT's default.
 READ = {"bias": ("none",), "fan_in_fan_out": (False,), "layers_to_transform": (None,), "layers_pattern": (None,),
         "modules_to_save": (None, []), "exclude_modules": (None, []), "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None), "use_rslora": (False, True), "use_dora": (False, True)}  # fmt: skip
+        "alpha_pattern": ({}, None), "use_rslora": (False, True), "use_dora": (False, True),
+        "layer_replication": (None, []),  # would make other layers, and PiSSA's and OLoRA's begin changes the base
+        "init_lora_weights": (True, False, "gaussian")}  # fmt: skip
 
 
 def check_adapter_config(adapter: Path, found: object, rank: int | None) -> None:
