@@ -49,10 +49,14 @@ def setting(default, text: str, changes: str = "learning", **limits):
 
 run_setting = functools.partial(setting, changes="run")
 free_setting = functools.partial(setting, changes="nothing")
+ARMS = ("equal-tokens", "equal-flops", "tuned", "quantised", "rates", "rank", "control")
 
 
 @dataclasses.dataclass
 class Settings:
+    arm: str = run_setting(
+        "equal-tokens", "the part of the study that the run belongs to; runs of two arms are never pooled", one_of=ARMS
+    )
     # model
     model_name_or_path: str = setting("ByteDance/Ouro-2.6B", "Hub id or folder of an Ouro checkpoint")
     model_revision: str | None = setting(None, "commit of the checkpoint; none: the pinned one")

@@ -168,6 +168,7 @@ def test_belebele_has_the_same_question_at_the_same_number_whatever_the_order_of
     thai, english = (load(name, settings, limit=10) for name in benchmarks.LANGUAGES)
     assert [item["gold"] for item in thai] == [item["gold"] for item in english] and len(thai) == 10
     assert len({item["gold"] for item in thai}) > 1 and thai[0]["id"] == "tha_Thai-1"
+    assert [item["cluster"] for item in thai] == [item["cluster"] for item in english] and "stratum" not in thai[0]
     prompt, continuations = item_prompts(english[0], TASKS["belebele_english"])[0]
     assert prompt.startswith(f"Passage: {english[0]['passage']}\nQuestion: {english[0]['question']}\nOptions:\na. ")
     assert continuations == [f" {text}" for text in english[0]["options"].values()]

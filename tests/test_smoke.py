@@ -72,6 +72,9 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
             items = [json.loads(x) for x in (place / f"thai_exam-ut{depth}.items.jsonl").read_text().splitlines()]
             assert len(items) == study["items"] == sum(study["predicted"].values()) == 10
             assert study["value"] == sum(item["prediction"] == item["gold"] for item in items) / len(items)
+            assert {item["stratum"] for item in items} == set(study["subsets"])
+            known = (study["arm"], study["language"])
+            assert known == (("equal-tokens", "th") if name == "smoke" else (None, None))
             low, high = study["ci95"]
             assert low <= study["value"] <= high
             assert (place / f"thai_text-ut{depth}.json").exists()
@@ -90,6 +93,7 @@ def test_the_manifest_says_what_is_needed_to_repeat_the_run(smoke):
     assert manifest["packages"]["transformers"] == "4.54.1" and manifest["packages"]["trl"] == "0.20.0"
     assert (manifest["seed"], manifest["processes"], manifest["model"]) == (42, 1, "sample/ouro-tiny")
     assert "--max_steps" in manifest["command"]
+    assert (manifest["arm"], manifest["language"]) == ("equal-tokens", "th")
     if shutil.which("git") and (ROOT / ".git").exists():
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
         assert manifest["git_commit"] == head and len(head) == 40

@@ -98,7 +98,7 @@ class Source:
 
 
 KEYS = {
-    "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think", "answer",
+    "language", "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think", "answer",
     "licence", "note",
 }  # fmt: skip
 

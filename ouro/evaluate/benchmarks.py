@@ -175,7 +175,8 @@ def load_items(
 ) -> list[dict]:
     """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
 
-    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped. Where `item`
+    Items of one passage have the same `cluster`, the value of that column of `item`; others are of an exam, their
+    `stratum`. Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped. Where `item`
     has an `order`, rows stand by these columns, so that files of the same questions have them at the same numbers.
 
     Raises:
@@ -192,6 +193,10 @@ def load_items(
         rows.sort(key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in columns.get("order", ())])
         for number, (where, row) in enumerate(rows[:limit], 1):
             items.append({"id": f"{subset}-{number}", "subset": subset} | read_item(row, columns, where, spell))
+            if "cluster" in columns:
+                items[-1]["cluster"] = cell_text(row, columns["cluster"], where)
+            else:
+                items[-1]["stratum"] = subset
     return items
 
 
@@ -236,7 +241,7 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
             raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
         texts = (cell_text(row, key, where, needed=True) for key in ("instruction", "input"))
         question, options = (spell(text.replace("\t", " ")).strip() for text in texts)
-        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "question": question, "options": options,
+        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question, "options": options,
                       "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
     return items
 

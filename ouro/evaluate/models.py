@@ -3,6 +3,7 @@
 All that one command scores share their weights, which are loaded once: `Weights` and, upon them, each `ModelUnderTest`.
 """
 
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,14 +46,18 @@ class ModelUnderTest:
 
     def study(self) -> dict:
         """The part of the study block that is the same for all tasks and depths."""
-        report = self.folder and self.folder / "data_report.json"
+        report, language = self.folder and self.folder / "data_report.json", None
+        if report and report.exists():
+            language = json.loads(report.read_text(encoding="utf-8")).get("language")
         s = self.trained
         return {
             "run": self.run,
             "kind": self.kind,
             "experiment": self.experiment,
             "seed": s and s.seed,
+            "arm": s and s.arm,
             "dataset": s and s.dataset,
+            "language": language,  # of the training set
             "loss": s and s.loss,
             "trained_ut_steps": s and s.total_ut_steps,
             "trained_precision": s and frozen_kind(s),  # of the frozen weights; `precision` is what they are read in

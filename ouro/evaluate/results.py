@@ -15,7 +15,7 @@ from ouro.files import UserError, code_version, write_atomic, write_json
 from ouro.settings import Resolved
 
 FORMAT = 1  # of the result files
-VERSION = 2  # of the protocols' code: a higher one scores everything anew
+VERSION = 3  # of the protocols' code: a higher one scores everything anew
 METRIC = {"ours": "accuracy", "labels": "accuracy", "generate": "accuracy", "text": "bits_per_character",
           "mt_bench": "rating"}  # fmt: skip
 

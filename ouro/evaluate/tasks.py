@@ -73,7 +73,8 @@ def item_lines(task: Task, found: list[dict]) -> list[dict]:
     for number, (item, prompts, rest) in enumerate(zip(task.items, asked, found, strict=True)):
         doc = {"id": item["id"], "question": item.get("question", item.get("text"))[:200]}
         lines.append({"doc_id": number, "doc": doc, "target": item.get("gold", ""), "arguments": {}, "id": item["id"],
-                      "subset": item["subset"], "prompt_sha256": digest(prompts), **rest})  # fmt: skip
+                      "subset": item["subset"], "prompt_sha256": digest(prompts),
+                      **{key: item[key] for key in ("cluster", "stratum") if key in item}, **rest})  # fmt: skip
     return lines
 
 
