@@ -248,7 +248,8 @@ def prepare(
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
         raise UserError(f"the cache {folder} is damaged ({error}): delete it and run again") from None
     described = source.entry.get("rows", {}).get(split if split == "train" else rule.get("split"))
-    report = {"dataset": s.dataset, "language": source.entry["language"], "split": split, "source": str(source.place), "data_revision": key["data"],
+    report = {"dataset": s.dataset, "language": source.entry["language"], "split": split,
+              "source": str(source.place), "data_revision": key["data"],
               "tokenizer_sha256": key["tokenizer"], "rows_when_described": described,
               "settings": key["settings"], "note": source.entry.get("note"), "cache": str(folder),
               "from_cache": cached} | report  # fmt: skip

@@ -98,8 +98,8 @@ class Source:
 
 
 KEYS = {
-    "language", "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think", "answer",
-    "licence", "note",
+    "language", "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think",
+    "answer", "licence", "note",
 }  # fmt: skip
 
 

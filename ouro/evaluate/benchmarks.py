@@ -176,8 +176,9 @@ def load_items(
     """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
 
     Items of one passage have the same `cluster`, the value of that column of `item`; others are of an exam, their
-    `stratum`. Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped. Where `item`
-    has an `order`, rows stand by these columns, so that files of the same questions have them at the same numbers.
+    `stratum`. Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
+    Where `item` has an `order`, rows stand by these columns, so that files of the same questions have them at the same
+    numbers.
 
     Raises:
         UserError: a file is missing, or an item has no question, fewer than two options, something that is no text, or
@@ -241,8 +242,8 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
             raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
         texts = (cell_text(row, key, where, needed=True) for key in ("instruction", "input"))
         question, options = (spell(text.replace("\t", " ")).strip() for text in texts)
-        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question, "options": options,
-                      "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
+        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question,
+                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
     return items
 
 
