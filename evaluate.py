@@ -106,7 +106,15 @@ def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[
             f"a served model gives no log-probabilities; {', '.join(silent)} needs them: --tasks openthaieval"
         )
     subsets = benchmarks.subset_names(run.options.subsets, list(specs.values()))
-    return [load_task(name, run.settings, run.options.limit, subsets) for name in specs]
+    tasks = []
+    for name, spec in specs.items():
+        try:
+            tasks.append(load_task(name, run.settings, run.options.limit, subsets))
+        except UserError as error:
+            if not spec.get("optional") or run.origins["tasks"] != "default":
+                raise
+            print(f"  warning: {name} is left out: {error}")
+    return tasks
 
 
 def find_jobs(

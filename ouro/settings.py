@@ -89,7 +89,7 @@ class Settings:
     )
     licence: str = setting("all", "rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive"))
     overlap: str = setting(
-        "thai_exam,openthaieval,mt_bench_thai",
+        "thai_exam,m3exam,openthaieval,mt_bench_thai",
         "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
     )
     drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
@@ -149,7 +149,8 @@ class Settings:
     max_loss_spike: float = run_setting(3.0, "a loss more than this many times the median of 50 steps", at_least=1)
     # evaluation
     tasks: str = free_setting(
-        "thai_exam,thai_exam-helm,thai_exam-leaderboard,belebele_thai,belebele_english,thai_text,english_text",
+        "thai_exam,thai_exam-helm,thai_exam-leaderboard,m3exam,belebele_thai,belebele_english,parallel_text_thai,"
+        "parallel_text_english,thai_text,thai_wikipedia,english_text",
         "what evaluate.py scores, tasks of configs/evals.yaml",
     )
     max_new_tokens: int | None = free_setting(

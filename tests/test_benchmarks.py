@@ -1,6 +1,7 @@
 """Items are read as they are, none dropped and no letter moved; prompts and parsers do what each protocol says."""
 
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def test_every_task_names_what_there_is():
     exams = TABLE["benchmarks"]["openthaieval"]
     assert len(exams["exams"]) == 17 and exams["items"].keys() == exams["exams"].keys()
     totals = {name: sum(row["items"].values()) for name, row in TABLE["benchmarks"].items() if "items" in row}
-    assert totals == {"thai_exam": 565, "openthaieval": 1169, "mt_bench_thai": 91, "belebele": 2 * 900}
+    assert totals == {"thai_exam": 565, "m3exam": 2168, "openthaieval": 1169, "mt_bench_thai": 91, "belebele": 2 * 900}
 
 
 def test_other_numbers_of_items_than_expected_are_named():
@@ -175,6 +176,75 @@ def test_belebele_has_the_same_question_at_the_same_number_whatever_the_order_of
     write_jsonl(tmp_path / "data/tha_Thai.jsonl", rows[0] | {"correct_answer_num": "5"})
     with pytest.raises(UserError, match=r"tha_Thai.jsonl, item 1: answer 'e' is not among the options a, b, c, d"):
         load("belebele_thai", settings)
+
+
+def test_parallel_text_is_each_passage_once_under_the_same_id_in_both_languages(tmp_path):
+    for code in ("tha_Thai", "eng_Latn"):
+        rows = read_jsonl(ROOT / f"sample/belebele/data/{code}.jsonl")[:4]
+        again = rows[1] | {"question_number": 2, "question": "?"}
+        other = rows[2] | {"question_number": 3, "flores_passage": f"{code}: a passage of the same article"}
+        write(tmp_path / f"data/{code}.jsonl", [*rows, again, other][:: 1 if code == "tha_Thai" else -1])
+    settings = Settings(paths={"belebele": str(tmp_path)})
+    thai, english = (tasks.load_task(f"parallel_text_{name}", settings, None, []) for name in ("thai", "english"))
+    ids = [f"sample/belebele#{n}" for n in ("1", "2", "3", "3 2", "4")]
+    assert [item["id"] for item in thai.items] == [item["id"] for item in english.items] == ids
+    assert [item["cluster"] for item in thai.items] == [name.partition(" ")[0] for name in ids]
+    assert [item["text"] for item in english.items][:2] == [row["flores_passage"] for row in rows[:2]]
+    assert english.part == "5 of 488 items" and not english.prompts
+
+
+M3EXAM = {"question_text": "ข้อใดถูก", "background": [], "options": ["1. ก", "2. ข", "3. ค", "4. ง"],
+          "answer_text": "2", "language": "thai", "level": "low", "subject": "thai", "year": "2562"}  # fmt: skip
+
+
+def m3exam(folder: Path, *rows: dict) -> Settings:
+    """M3Exam as it is published, of a row for each dict of changes."""
+    write(folder / TABLE["benchmarks"]["m3exam"]["file"], [M3EXAM | row for row in rows])
+    return Settings(paths={"m3exam": str(folder)})
+
+
+def test_m3exam_is_read_as_published_with_its_exams_and_what_items_share(tmp_path):
+    thai_digits = {"level": "high", "options": ["๑. 1.5 กม.", "๒. ข", "๓. ค", "๔. ง", "๕. จ"], "answer_text": "๕"}
+    shared = {"background": ["อ่านข้อความ", "แล้วตอบ"], "level": "mid"}
+    bare = {"options": ["1.5", "2.5", "ไม่มีข้อถูก"], "answer_text": "3"}  # without a number before every option
+    gap = {"options": ["1. ก", "", "3. ค", "4. ง"], "answer_text": "4"}
+    settings = m3exam(tmp_path, {}, thai_digits, shared, shared | {"question_text": "ข้อใดผิด"}, bare, gap)
+    task = tasks.load_task("m3exam", settings, None, [])
+    assert [item["id"] for item in task.items] == [
+        "m3exam-low-1", "m3exam-high-1", "m3exam-mid-1", "m3exam-mid-2", "m3exam-low-2", "m3exam-low-3",
+    ]  # fmt: skip
+    assert [item["gold"] for item in task.items] == ["b", "e", "b", "b", "c", "d"]
+    assert task.items[1]["options"] == {"a": "1.5 กม.", "b": "ข", "c": "ค", "d": "ง", "e": "จ"}
+    assert task.items[4]["options"] == {"a": "1.5", "b": "2.5", "c": "ไม่มีข้อถูก"}
+    assert task.items[5]["options"].keys() == {"a", "c", "d"}, "no letter moves"
+    assert [item["stratum"] for item in task.items] == [item["subset"] for item in task.items]
+    assert task.items[2]["cluster"] == task.items[3]["cluster"] and "cluster" not in task.items[0]
+    assert task.part == "6 of 2,168 items" and len(load("m3exam", settings, limit=1)) == 3
+    assert task.prompts[0][0][0] == "คำถาม: ข้อใดถูก\nตัวเลือก:\na. ก\nb. ข\nc. ค\nd. ง\nคำตอบ:"
+    assert task.prompts[2][0][0].startswith("อ่านข้อความ\nแล้วตอบ\nคำถาม: ข้อใดถูก\nตัวเลือก:\n")
+
+
+def test_the_leaderboards_m3exam_shows_no_passage_and_has_four_labels(tmp_path):
+    five = {"background": "อ่านข้อความ", "options": [f"{n}. {n}" for n in range(1, 6)], "answer_text": "5"}
+    task = tasks.load_task("m3exam-leaderboard", m3exam(tmp_path, {"background": ""}, five), None, [])
+    ((prompt, continuations),) = task.prompts[1]
+    assert prompt.startswith("\n---\nคำถาม: ข้อใดถูก\nตัวเลือก: a. 1\nb. 2\n") and prompt.endswith("e. 5\nคำตอบ:")
+    assert continuations == [" a", " b", " c", " d"]
+    assert benchmarks.accuracy(task.items, ["b", "d"], task.spec)["chance"] == 1 / 8, "the key of one is no label"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"answer_text": "5"}, "item 1: answer '5' is not among the 4 options"),
+        ({"answer_text": ""}, "item 1: answer '' is not among the 4 options"),
+        ({"options": ["1. ก"], "answer_text": "1"}, "item 1: answer '1' is not among the 1 options"),
+        ({"level": ""}, "item 1: no text in 'level'"),
+    ],
+)
+def test_an_item_of_m3exam_without_a_key_is_refused_by_its_number(tmp_path, row, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        load("m3exam", m3exam(tmp_path, row))
 
 
 def thai_eval(folder: Path, *rows: dict) -> Settings:

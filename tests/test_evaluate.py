@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
@@ -336,6 +337,29 @@ def command(place: Path, *argv: str) -> list[str]:
 def evaluated(place: Path, *argv: str) -> Path:
     evaluate.evaluate(resolve("", command(place, *argv), evaluate.options, several=True))
     return place / "results"
+
+
+def test_an_optional_task_that_is_not_to_be_had_is_left_out_of_the_default_ones_alone(tmp_path, capsys):
+    specs = {name: benchmarks.table()["tasks"][name] for name in ("parallel_text_thai", "m3exam")}
+    belebele = ["--paths", f"belebele={PATHS['belebele']}"]
+    (task,) = evaluate.load_tasks(resolve("", belebele, evaluate.options), specs, SimpleNamespace(endpoint=None))
+    assert task.name == "parallel_text_thai"
+    assert re.search("warning: m3exam is left out: cannot load chiayewken/m3exam", capsys.readouterr().out)
+    for argv in (["--tasks", ",".join(specs), *belebele], ["--paths", f"m3exam={PATHS['thai_exam']}"]):
+        with pytest.raises(UserError, match="chiayewken/m3exam|facebook/belebele"):
+            evaluate.load_tasks(resolve("", argv, evaluate.options), specs, SimpleNamespace(endpoint=None))
+
+
+def test_lines_of_passages_name_their_article(tmp_path):
+    places = [
+        evaluated(tmp_path, "--base", "--tasks", f"parallel_text_{x}", "--limit", "2") for x in ("thai", "english")
+    ]
+    thai, english = (read_jsonl(place / f"base-fp32/parallel_text_{x}-ut1.items.jsonl")
+                     for place, x in zip(places, ("thai", "english"), strict=True))  # fmt: skip
+    keys = ("id", "cluster")
+    assert [[line[key] for key in keys] for line in thai] == [[line[key] for key in keys] for line in english]
+    assert [line["cluster"] for line in thai] == ["sample/belebele#1", "sample/belebele#10"]
+    assert thai[0]["bits"] > 0 and len(thai[0]["doc"]["question"]) > 20
 
 
 def contents(folder: Path) -> dict[str, bytes]:

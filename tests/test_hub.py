@@ -371,6 +371,7 @@ def published(tmp_path_factory, source) -> dict[str, Path]:
         "synthetic": shards("data/train", read_jsonl(SAMPLE / "synthetic/train.jsonl"), 2),
         "r1": {"train.jsonl": (SAMPLE / "r1/train.jsonl").read_bytes()},
         "thai_exam": EXAM_FILES,
+        "m3exam": {BENCHMARKS["m3exam"]["file"]: parquet([item])},
         "openthaieval": {"data/test.parquet": parquet([item])},
         "belebele": {f"data/{name}.jsonl": json.dumps(name) for name in ("tha_Thai", "eng_Latn")},
         "wikipedia": shards("20231101.th/train", [{"text": "ก"}], 1)
@@ -434,7 +435,7 @@ def test_everything_is_fetched_once_and_jobs_then_need_no_network(full, publishe
     with closed(hub):
         result, checked = load(offline), report(offline, "data_config.py", *LOCAL_MODEL)
     assert all(torch.equal(result["weights"][name], weight) for name, weight in source.state_dict().items())
-    assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1)
+    assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1 + 1)
     assert sorted((online.folder / "cache").rglob("*")) == before
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from ouro.data.sources import (
     benchmark_path,
     benchmark_place,
     cell_text,
+    check_columns,
     count_rows,
     find_source,
     read_benchmark,
@@ -38,6 +39,7 @@ REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
+MARKED = r"(?:\(?([1-5๑-๕])\s*[.)])?(.*)"  # an option of M3Exam: "1. text", "๑. text", "(1) text", or no number
 Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 
@@ -112,6 +114,8 @@ def row_of(task: str, settings: Settings) -> dict:
     row = table()["benchmarks"][name] | {"name": name}
     if "subsets" in spec:
         row["subsets"] = spec["subsets"]
+    if spec["protocol"] == "text" and "passages" in row:
+        row["items"] = row["passages"]
     if {task, name} & settings.paths.keys():
         return row | {"revision": None}
     if "dataset" in row:
@@ -138,7 +142,9 @@ def read(
     """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
     name, skipped = benchmark["name"], 0
     local, normalised = settings.paths.get(name), spelled_alike(table()["tasks"][task], settings)
-    if "item" in benchmark:
+    if "m3exam" in benchmark:
+        items = load_m3exam(name, benchmark, local, limit, normalised)
+    elif "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
         there = [subset for subset in chosen if local and benchmark_place(benchmark | {"subsets": [subset]}, local)]
         if local and 0 < len(there) < len(chosen):
@@ -146,7 +152,8 @@ def read(
                 f"paths: {name}={local}: no {', '.join(s for s in chosen if s not in there)} in it; "
                 f"--subsets {','.join(there)} scores what is there, and the results say so"
             )
-        items = load_items(name, benchmark | {"subsets": chosen}, local, limit, normalised)
+        text = table()["tasks"][task]["protocol"] == "text"
+        items = (load_passages if text else load_items)(name, benchmark | {"subsets": chosen}, local, limit, normalised)
     elif "exams" in benchmark:
         items = load_exams(name, benchmark, local, limit, normalised)
     else:
@@ -163,7 +170,8 @@ def spelled_alike(spec: dict, settings: Settings) -> bool:
 
 def miscounted(items: list[dict], benchmark: dict) -> str:
     """Where a whole benchmark has other numbers of items than evals.yaml says; empty if nowhere."""
-    found = Counter(item.get("subset", item.get("category")) for item in items)
+    # M3Exam's is counted as one: m3exam-low, m3exam-mid, m3exam-high
+    found = Counter(item.get("subset", item.get("category", "")).partition("-")[0] for item in items)
     wanted = {name: n for name, n in benchmark.get("items", {}).items() if name in benchmark.get("subsets", (name,))}
     names = dict.fromkeys((*wanted, *found)) if wanted else ()
     wrong = [name for name in names if found[name] != wanted.get(name, 0)]
@@ -185,19 +193,84 @@ def load_items(
             a gold letter that is not among them; or a file lacks an option's column, but for the last.
     """
     spell, columns, items = normalise if normalise_thai else str, spec["item"], []
-    for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
-        place = f"{local or spec['hub_id']}, {file}"
-        rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
+    for subset, rows in sorted_rows(name, spec, local):
         for column in columns["options"][:-1]:
             if rows and not any(column in row for _, row in rows):
-                raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
-        rows.sort(key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in columns.get("order", ())])
+                where = rows[0][0].rpartition(",")[0]
+                raise UserError(f"{where}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
         for number, (where, row) in enumerate(rows[:limit], 1):
             items.append({"id": f"{subset}-{number}", "subset": subset} | read_item(row, columns, where, spell))
             if "cluster" in columns:
                 items[-1]["cluster"] = cell_text(row, columns["cluster"], where)
             else:
                 items[-1]["stratum"] = subset
+    return items
+
+
+def sorted_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str, list[tuple[str, dict]]]]:
+    """Of each subset its name and its rows, each with where it stands, by the columns of `order`."""
+    for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
+        place, order = f"{local or spec['hub_id']}, {file}", spec["item"].get("order", ())
+        rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
+        yield subset, sorted(rows, key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in order])
+
+
+def load_passages(
+    name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
+) -> list[dict]:
+    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is that of the
+    article, so that a passage has the same one in each language; a further passage of an article has " 2" behind it."""
+    spell, columns, items = normalise if normalise_thai else str, spec["item"], []
+    for subset, rows in sorted_rows(name, spec, local):
+        articles: dict[str, list[str]] = {}
+        for where, row in rows:
+            passages = articles.setdefault(cell_text(row, columns["cluster"], where, needed=True), [])
+            text = spell(cell_text(row, columns["passage"], where, needed=True)).strip()
+            if text not in passages:
+                passages.append(text)
+        named = [(f"{article} {n}" if n > 1 else article, article, text)
+                 for article, passages in articles.items() for n, text in enumerate(passages, 1)]  # fmt: skip
+        items += [{"id": i, "subset": subset, "cluster": article, "text": text} for i, article, text in named[:limit]]
+    return items
+
+
+def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
+    """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each.
+
+    Raises:
+        UserError: a column that is not there, fewer than two options, or a key that is none of them.
+    """
+    spell, columns, items, count = normalise if normalise_thai else str, spec["m3exam"], [], Counter()
+
+    def text_of(value: object, where: str) -> str:
+        """A text, or several of them as lines."""
+        lines = value if isinstance(value, list) else [value]
+        return spell("\n".join(cell_text({"text": line}, "text", where) for line in lines)).strip()
+
+    for number, (_, row) in enumerate(read_benchmark(name, spec, local, spec["file"]), 1):
+        where = f"{local or spec['hub_id']}, {spec['file']}, item {number}"
+        shared = next((column for column in columns["passage"] if column in row), columns["passage"][0])
+        check_columns(where, row, [columns[key] for key in ("question", "options", "answer", "exam")] + [shared])
+        exam = f"m3exam-{cell_text(row, columns['exam'], where, needed=True)}"
+        if count[exam] == limit:
+            continue
+        count[exam] += 1
+        marked = [re.match(MARKED, text_of(option, where), re.DOTALL) for option in row[columns["options"]] or ()]
+        numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
+        texts = [found[2 if all(numbers) else 0].strip() for found in marked]
+        options = {letter: text for letter, text in zip(LETTERS, texts, strict=False) if text}
+        key = text_of(row[columns["answer"]], where)
+        at = int(key) if re.fullmatch(r"\d", key) else 0
+        if numbers.count(at) == 1:  # the option that says so, else the one in that place
+            at = numbers.index(at) + 1
+        gold = dict(enumerate(LETTERS, 1)).get(at, key)
+        if len(options) < 2 or gold not in options:
+            raise UserError(f"{where}: answer {key!r} is not among the {len(marked)} options")
+        item = {"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "passage": "", "options": options,
+                "question": text_of(row[columns["question"]], where), "gold": gold}  # fmt: skip
+        if passage := text_of(row[shared], where):
+            item |= {"passage": f"{passage}\n", "cluster": digest(passage)[:16]}
+        items.append(item)
     return items
 
 
@@ -347,8 +420,8 @@ def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[s
 
 
 def scored_letters(item: dict, spec: dict) -> list[str]:
-    """The letters whose scores are compared: the options', or with `labels: all` also those of no option."""
-    return list(LETTERS) if spec.get("labels") == "all" else list(item["options"])
+    """The letters whose scores are compared: the options', or those that the task names."""
+    return list(spec.get("labels", item["options"]))
 
 
 def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str, float], str]:
@@ -430,12 +503,17 @@ def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> di
 def shares(pairs: list[tuple[dict, str | None]], spec: dict) -> dict:
     """Of (item, prediction): the share of right ones, of guesses that would be, and of the commonest right answer."""
     n = len(pairs)
-    options = {"options": lambda item: len(item["options"]), "labels": lambda item: len(LETTERS),
+    options = {"options": lambda item: len(item["options"]), "labels": lambda item: len(spec["labels"]),
                "exams": lambda item: item["choices"]}[spec["chance"]]  # fmt: skip
+
+    def right(item: dict) -> int:
+        """How many right answers a guess can meet: a task that names its labels may lack the key's."""
+        return sum(answer in spec.get("labels", answer) for answer in right_answers(item))
+
     return {
         "value": math.fsum(item["gold"] == prediction for item, prediction in pairs) / n,
         "items": n,
-        "chance": math.fsum(len(right_answers(item)) / options(item) for item, _ in pairs) / n,
+        "chance": math.fsum(right(item) / options(item) for item, _ in pairs) / n,
         "majority": Counter(right for item, _ in pairs for right in right_answers(item)).most_common(1)[0][1] / n,
     }
 
