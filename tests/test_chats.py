@@ -354,6 +354,10 @@ TAGS = {  # the completion, the solution -> what is trained
     "two openings": ("<think>ก<think>ข</think>", "เฉลย", None),
     "two closings": ("<think>ก</think>ข</think>", "เฉลย", None),
     "wrong order": ("</think>ก<think>", "เฉลย", None),
+    "capitals": ("คิด\n</THINK>\n\nตอบ", "เฉลย", "<think>\nคิด\n</THINK>\n\nตอบ"),
+    "other tags": ("[THINK]คิด", "เฉลย", "[THINK]คิด\n[/THINK]\n\nเฉลย"),
+    "of two kinds": ("<think>คิด</reasoning>ตอบ", "เฉลย", None),
+    "quoted": ("<think>คิดถึง `</think>`</think>ตอบ", "เฉลย", "<think>คิดถึง `</think>`</think>ตอบ"),
 }
 
 
@@ -365,7 +369,7 @@ def test_think_tags_pair_or_the_row_is_dropped(case, prepared, tokenizer):
             THOUGHT | {"problem": odd, "reannotated_assistant_content": completion, "solution": solution}]  # fmt: skip
     got, report = prepared("r1", rows, max_unbalanced_share=0.5)
     assert trained_texts(got, tokenizer)[1:] == ([] if expected is None else [expected + END])
-    assert report["rows_touched"] == ({"<think> tags completed": 1} if case in ("no opening", "no closing") else {})
+    assert report["rows_touched"] == ({"<think> tags completed": 1} if expected not in (None, completion) else {})
     assert sum(report["rows_dropped"].values()) == (expected is None)
 
 

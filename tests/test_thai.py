@@ -9,7 +9,7 @@ from pathlib import Path
 from ouro.data.cache import prepare
 from ouro.data.chats import END_OF_TURN
 from ouro.data.sources import strings
-from ouro.data.thai import WINDOW, Overlap, answer_of, is_thai, normalise, squash
+from ouro.data.thai import WINDOW, Overlap, is_thai, normalise, squash
 from ouro.evaluate.benchmarks import load_items
 from ouro.files import ROOT, read_yaml
 from ouro.settings import EVALS, Settings
@@ -242,22 +242,6 @@ def test_texts_shorter_than_a_passage_share_none():
 
 IC, TGAT = (read_lines(EXAM / f"data/{subset}/{subset}_test.jsonl") for subset in ("ic", "tgat"))
 SHORT = sum(len(plain(whole(item))) < WINDOW for file in EXAM.glob("data/*/*_test.jsonl") for item in read_lines(file))
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer"),
-    [
-        (" (2)\n", "(2)"),
-        ("<think>\nไม่ใช่ (1)\n</think>\n\n(2)", "(2)"),
-        ("ไม่ใช่ (1)\n</think>\n\n(2)", "(2)"),  # the template wrote the <think>
-        ("<think>แท็ก <think> กับ </think> คือ</think>(2)<THINKING>เดี๋ยวก่อน</Thinking>(3)", "(3)"),
-        ("<think>ก</think>", ""),
-        ("<think>\nไม่ใช่ (1)", None),
-        ("<think>ก</think>(2) <think>ไม่ใช่ (1)", None),
-    ],
-)
-def test_the_answer_is_what_stands_behind_the_last_thought(reply, answer):
-    assert answer_of(reply) == answer
 
 
 @pytest.mark.parametrize("drop", [True, False])

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.data.chats import prompt_tokens
-from ouro.data.thai import answer_of, normalise
+from ouro.data.thai import normalise
+from ouro.data.thoughts import answer_of
 from ouro.files import UserError, call
 from ouro.model.generate import generate
 from ouro.model.loading import frozen_here, load_run_model, load_tokenizer

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ouro.data.batches import EpochOrder, Rows, pack, padding
 from ouro.data.chats import (
-    THINK,
     Chat,
     Tokens,
     chat_digest,
@@ -29,6 +28,7 @@ from ouro.data.chats import (
 from ouro.data.report import Tally, data_report, print_report, refusals
 from ouro.data.sources import MARKS, Source, benchmark_items, count_rows, find_source, read_file
 from ouro.data.thai import Overlap
+from ouro.data.thoughts import tags
 from ouro.files import UserError, write_json
 from ouro.settings import Settings
 
@@ -93,7 +93,7 @@ def checked_rows(
             continue
         tally.duplicates["rows"] += whole in rows_seen
         tally.duplicates["questions"] += asked in questions_seen
-        if entry.get("think") and any(tag in text and tag not in row[entry["completion"]] for tag in THINK):
+        if entry.get("think") and len([*tags(chat[-1]["content"])]) > len([*tags(row[entry["completion"]])]):
             tally.rows_touched["<think> tags completed"] += 1
         rows_seen.add(whole)
         questions_seen.add(asked)

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from ouro.data.batches import trained_mask
 from ouro.data.sources import MARKS
 from ouro.data.thai import GARBLED, normalise
+from ouro.data.thoughts import close_thought
 from ouro.files import UserError
 from ouro.settings import Settings
 
@@ -23,27 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
-THINK = ("<think>", "</think>")
 Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
 UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
-
-
-def close_think(text: str, answer: str) -> str | None:
-    """A completion whose <think> and </think> pair, or None where they cannot be made to.
-
-    None of the two is right as it is. A lone </think> gets its opening (templates often write that in the prompt); a
-    lone <think> is a thought without its answer, which is added where the row has one in another column.
-    """
-    match [text.count(tag) for tag in THINK]:
-        case [0, 0]:
-            return text
-        case [0, 1]:
-            return f"<think>\n{text}"
-        case [1, 0] if answer:
-            return f"{text}\n</think>\n\n{answer}"
-        case [1, 1] if text.index("<think>") < text.index("</think>"):
-            return text
-    return None
 
 
 def is_trained(marked: dict, where: str) -> bool:
@@ -90,7 +72,7 @@ def pair_of(texts: dict[str, str], entry: dict) -> tuple[Chat | None, str]:
     if not asked[0] or not answer:
         return None, f"empty ({entry['completion'] if asked[0] else entry['prompt'][0]})"
     if entry.get("think"):
-        answer = close_think(answer, texts.get(entry.get("answer"), ""))
+        answer = close_thought(answer, texts.get(entry.get("answer"), ""))
         if answer is None:
             return None, f"unbalanced <think> ({entry['completion']})"
     question = "\n\n".join(filter(None, asked))

@@ -1,4 +1,4 @@
-"""Text: one Thai spelling for training and evaluation, what of a reply is its answer, which texts share a passage."""
+"""Text: one Thai spelling for training and evaluation, which texts are Thai, and which share a passage."""
 
 import math
 import re
@@ -33,7 +33,10 @@ def count_letters(text: str) -> tuple[int, int]:
     return len(THAI.findall(text)), sum(map(str.isalpha, text)) + len(MARK.findall(text))
 
 
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
+CODE = re.compile(
+    r"```.*?(?:```|\Z)|^ {0,3}~~~.*?^ {0,3}~~~|<(pre|code)\b[^>]*>.*?(?:</\1>|\Z)|`[^`\n]*`|https?://\S+",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
 QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|\([^()\n]*\)|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]', re.DOTALL)
 THAI_SHARE = 0.7  # of a reply's letters: Thai prose with English terms has more (0.83 at the least in 500 texts)
 
@@ -52,19 +55,6 @@ def is_thai(reply: str) -> bool | None:
     if not letters:
         return None if reply.strip() else False
     return thai >= THAI_SHARE * letters
-
-
-THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>", re.IGNORECASE)
-
-
-def answer_of(reply: str) -> str | None:
-    """What a model says after its thought: the text behind the last </think>; all of a reply without a thought.
-
-    None if a thought is not finished, as when a reply is cut: it holds no answer. Templates that write the <think> in
-    the prompt leave the </think> alone in the reply.
-    """
-    *_, closed, last = "/", *THOUGHT.split(reply)
-    return last.strip() if closed else None
 
 
 TEXT = (  # article 1 of the Universal Declaration of Human Rights

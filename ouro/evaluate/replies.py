@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from ouro.data.thai import answer_of
+from ouro.data.thoughts import answer_of, usual_beginning, with_beginning
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import Chat, Messages, Reply
 from ouro.files import UserError, sync_folder
@@ -101,10 +101,8 @@ def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, w
     keys = [digest(["reply", who, messages]) for messages in conversations]
     fill(saved, dict(zip(keys, conversations, strict=True)), chat, what)
     replies = [saved.texts[key] for key in keys]
-    if any("</think>" in text and "<think>" not in text for text in replies):  # the template begins each thought
-        cut_in_thought = [text.end == "cut" and "</think>" not in text for text in replies]
-        replies = [Reply("<think>\n" * cut + text, text.end) for cut, text in zip(cut_in_thought, replies, strict=True)]
-    return replies
+    begun = usual_beginning(replies, [not reply.end for reply in replies])
+    return [Reply(with_beginning(text, begun), text.end) if text else text for text in replies]
 
 
 def count_ends(replies: list[Reply]) -> dict[str, int]:

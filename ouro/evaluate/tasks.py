@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ouro.data.chats import text_tokens
-from ouro.data.thai import answer_of
+from ouro.data.thoughts import answer_of
 from ouro.evaluate import benchmarks, judge
 from ouro.evaluate.benchmarks import Task, digest
 from ouro.evaluate.endpoint import Chat, local_chat
