@@ -446,6 +446,15 @@ def test_choices_are_read_by_the_official_rules(reply, choice):
     assert parse_choice(reply) == choice
 
 
+@pytest.mark.parametrize("reply", ["(1) หรือ (2)", "คำตอบคือ (1)/(2)", "(3), (4) และ (5)", "ข้อ (1) และข้อ (2)", "(1)–(3)"])
+def test_a_reply_that_names_several_choices_has_none(reply):
+    assert parse_choice(reply) is None
+
+
+def test_a_choice_whose_text_names_others_is_one():
+    assert parse_choice("(4) (1) และ (2)") == parse_choice("(4) เฉพาะ (1)/(2)") == parse_choice("(4) หรือ (4)") == "4"
+
+
 @pytest.mark.parametrize("name", ["thai_exam", "thai_exam-helm", "thai_exam-leaderboard"])
 @pytest.mark.parametrize("twin", ["น้ำ 1", " นำ้  1"])
 def test_an_option_that_reads_as_the_key_is_right_whichever_letter_is_chosen(name, twin):

@@ -40,6 +40,7 @@ LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
 MARKED = r"(?:\(?([1-5๑-๕])\s*[.)])?(.*)"  # an option of M3Exam: "1. text", "๑. text", "(1) text", or no number
+ANOTHER = re.compile(rf"\s*(?:หรือ|และ|กับ|ถึง|or|and|[/,&+–-])\s*(?:ข้อ\s*)?{ANSWER}", re.IGNORECASE)
 Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 
@@ -464,7 +465,8 @@ def settle(item: dict, prediction: str | None) -> str | None:
 
 
 def parse_choice(reply: str) -> str | None:
-    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none."""
+    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none, or
+    where these would take the first of several, as of "(1) หรือ (2)"."""
     reply = reply.strip()
     reply = {"entailment": "(1)", "neutral": "(2)", "contradiction": "(3)"}.get(reply, reply)
     for phrase in ("คำตอบที่ถูกต้องคือ", "คำตอบคือ", "ตอบว่า:"):
@@ -472,7 +474,8 @@ def parse_choice(reply: str) -> str | None:
             reply = reply.split(phrase)[-1]
             break
     found = re.search(ANSWER, reply)
-    return found and found[1]
+    another = found and ANOTHER.match(reply, found.end())
+    return found[1] if found and (not another or another[1] == found[1]) else None
 
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:

@@ -25,7 +25,8 @@ from itertools import compress
 from pathlib import Path
 
 from ouro.data.sources import read_benchmark, read_file
-from ouro.data.thai import CODE, answer_of, is_thai, normalise
+from ouro.data.thai import CODE, is_thai, normalise
+from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
@@ -133,30 +134,45 @@ def _conversation(title: str, speaker: str, turns: list[str], answers: list[str 
 
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-# Behind a word for it, or at the end of a line; in code and in sentences such brackets are an index or a citation.
-RATING = re.compile(
-    rf"(?:\b(?:rat(?:e|ing)|scor(?:e|ing)|give)\b|คะแนน)[^\[\]\d\n]{{0,40}}\[\[{NUMBER}\]\]"
-    rf"|(?<![A-Za-z0-9_(\[,=])(?<!\d )\[\[{NUMBER}\]\](?:\s*/\s*10|\s*คะแนน)?[^\w\n]*$",
+LINE = re.compile(  # that begins with "Rating:"; other numbers behind the first are a scale
+    r"^[^\w\n]*(?:(?:final|overall|my)\s+)?(?:rating|score|คะแนน)(?: *\([^()\n]*\))?[^\w\n\[]*:"
+    rf"[^\w\[]*(?:\[\[{NUMBER}\]\]|\[{NUMBER}\])"
+    rf"(?!\()(?:[^\w\n]*(?:or|to|[-–]|หรือ|ถึง)[^\w\n]*\[\[{NUMBER}\]\])?",
     re.IGNORECASE | re.MULTILINE,
 )
+NAMED = re.compile(  # behind a word for it, before one, or with a line to itself
+    rf"(?:\b(?:rat(?:e|ing)|scor(?:e|ing)|give)\b|คะแนน)[^\[\]\d\n]{{0,40}}\[\[{NUMBER}\]\](?!\()"
+    rf"|\[\[{NUMBER}\]\]\s*คะแนน|^[^\w\n]*\[\[{NUMBER}\]\](?:\s*/\s*10)?[^\w\n]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+ANY = re.compile(rf"(?<![A-Za-z0-9_(\[,=])\[\[{NUMBER}\]\]")  # but an index, or an array
 SINGLE = re.compile(rf"\brating\W*:\W*?\[{NUMBER}\]", re.IGNORECASE)
-WHOLE_LINE = re.compile(rf"[^\w>]*(?:rating\W*)?\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
+IN_QUOTES = re.compile(rf"[\"'“‘`*]*rating\W*\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
+INDENTED = re.compile(r"(?:\A|(?<=\n))[ \t]*\n(?:(?: {4}|\t).*(?:\n|\Z))+")
 QUOTATION = re.compile(r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|^\s*>.*$', re.MULTILINE)
 
 
 def parse_rating(text: str) -> float | None:
-    """The last [[n]], n from 1 to 10, outside of thoughts, code and quotations, which may be the reply's own; else the
-    last [n] behind "Rating:"."""
+    """A judgement's rating from 1 to 10, outside of thoughts, code and quotations, which may be the reply's own: the
+    first number in brackets of the last line that begins with "Rating:". Without such a line the last [[n]] that is
+    called a rating or has a line to itself, unless another one follows; else the last [n] behind "Rating:"."""
     text = (answer_of(text) or "").strip()
-    own = QUOTATION.sub(" ", CODE.sub(" ", text))
-    found = [*RATING.finditer(own)] or [*SINGLE.finditer(own)]
-    if not found and (alone := WHOLE_LINE.fullmatch(text.rpartition("\n")[2])):
-        found = [alone]  # some put the rating itself into quotes or code
-    named = [float(match[1]) for match in found if match[1]]
-    rating = float(next(filter(None, found[-1].groups()))) if found else 0
-    if named and rating != named[-1]:
-        return None  # named first, and then another number at the end of a line: which is it?
-    return rating if 1 <= rating <= 10 else None
+    own = INDENTED.sub("\n", text)
+    for pattern in (CODE, QUOTATION):
+        own = pattern.sub(" x ", own)
+    numbers = [None]
+    if lines := [*LINE.finditer(own)]:
+        first, single, other = lines[-1].groups()
+        numbers = [first or single, other or first or single]
+    elif found := [*NAMED.finditer(own)]:
+        numbers = [next(filter(None, found[-1].groups())), *(n[1] for n in ANY.finditer(own, found[-1].end()))]
+    elif found := [*SINGLE.finditer(own)]:
+        numbers = [found[-1][1]]
+    elif alone := IN_QUOTES.fullmatch(text.rpartition("\n")[2]):
+        numbers = [alone[1]]
+    if numbers[0] is None or len(set(map(float, numbers))) > 1:
+        return None
+    return rating if 1 <= (rating := float(numbers[0])) <= 10 else None
 
 
 def _tokens(messages: Messages) -> int:
@@ -347,7 +363,7 @@ def print_summary(name: str, numbers: dict) -> None:
 
 def result_key(generation_key: str, grader: Server | None) -> str:
     """A result's `key`: what its replies depend on, and the judge."""
-    how = AS_PUBLISHED, INSTRUCTION, AGAIN, RATING.pattern
+    how = AS_PUBLISHED, INSTRUCTION, AGAIN, LINE.pattern, NAMED.pattern
     return digest([generation_key, grader and [grader.url, grader.model, *how]])
 
 
