@@ -77,6 +77,12 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "says nothing":
             fake.quiet.wait(PATIENCE)
             self.close_connection = True
+        elif fault == "drips":
+            self.send(200, b" ", length=1000)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while not fake.quiet.wait(0.05):
+                    self.wfile.write(b" ")
+            self.close_connection = True
         elif fault == "closes the connection":
             self.close_connection = True
         elif fault == "closes it in mid-body":

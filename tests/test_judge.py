@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 
-from ouro.evaluate import endpoint, judge, results
+from ouro.evaluate import endpoint, http, judge, results
 from ouro.evaluate.endpoint import find_judge
 from ouro.evaluate.judge import judge_prompt, parse_rating
 from ouro.evaluate.replies import Cache
@@ -101,13 +101,27 @@ RATINGS = {
     "`Rating: [[7]]`": 7,
     "**Rating**: [4]": 4,
     "<think>Perhaps [[3]]. Rating: [[3]]</think>Rating: [[8]]": 8,
+    # A line that begins with "Rating:" wins over a scale, other numbers, code, citations and what comes later.
+    "Rating: [[4]] on a scale from [[1]] to [[10]]": 4,
+    "**Rating:** [[4]] / [[10]]": 4,
+    "- Final rating (1-10): [[4]]\n\nThe reference would score [[9]].": 4,
+    "คะแนน: [[4]]\nScale: [[1]]-[[10]]": 4,
+    "Rating:\n[[4]], see [[9]](http://a.b).": 4,
+    "Rating: [[3]]\nRating: [[4]]\n~~~\nRating: [[9]]\n~~~": 4,
+    "Rating: [[4]]\n<pre>\nRating: [[9]]</pre>": 4,
+    "    Rating: [[9]]\n\nRating: [[4]]\n\n    Rating: [[9]]\n": 4,
+    "**Rating**: [4]\nsee [[2]]": 4,
+    "**[[7]]**": 7,
+    "Rating: `[[7]]`": 7,
 }
 UNREADABLE = (
     "[[11]]", "[[0]]", "[[-3]]", "[[rating]]", "[1] and [2] are wrong", "Rating: 7", "", "[[7]]\nNo: [[11]]",
     "[[nan]]", "Rating: [[inf]]", "Rating: [[1e1]]", f"[[{'9' * 400}]]", "<think>Rating: [[8]]", "[[8]]</think>",
     "The loop reads x[3] before it is set. Rating: 8/10", "ตามเอกสาร [2] คำตอบถูก ให้ 9 คะแนน", "See [[2]], right: 9/10",
     "`np.array([[2]])` is right. I rate it 9/10.", "x = np.array([[2]])", "```\n[[2]]\n```\nGood.", "Rating: 8/10 [2]",
-    "Rating: 8 [[2]]", "Score [[7]]; also it cites [[3]].",
+    "Rating: 8 [[2]]", "Score [[7]]; also it cites [[3]].", "Rating: [[4]] or [[5]]", "Rating: [[4]]\nRating: [[11]]",
+    "The answer is right [[2]].", "[[3]]: https://a.b", "Good. Rating: [[7]] on a scale from [[1]] to [[10]].",
+    "It follows [[2]](http://a.b).", "Good.\n\n    Rating: [[9]]", "~~~\n[[9]]\n~~~", "<code>[[9]]</code>",
 )  # fmt: skip
 
 
@@ -262,7 +276,7 @@ def test_a_judge_that_is_not_there_is_found_before_the_generation(server, monkey
 
 
 def test_a_judge_that_says_nothing_is_asked_again(server, monkeypatch, capsys):
-    monkeypatch.setattr(endpoint, "TIMEOUT", openai.Timeout(0.5))
+    monkeypatch.setattr(http, "TIMEOUT", openai.Timeout(0.5))
     server.faults = ["says nothing"]
     assert parse_rating(find_judge().complete([]))
     assert "judge: ReadTimeout" in capsys.readouterr().err and len(server.bodies) > 1

@@ -185,7 +185,7 @@ def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
     for limit, end in ((count + 1, ""), (count, "cut")):
         assert says(endpoint.local_chat(tokenizer, generate, None, limit), conversations)[0].end == end
     tokenizer.chat_template += "<think>\n"
-    assert says(endpoint.local_chat(tokenizer, generate, None), conversations)[0] == "<think>ตอบแล้ว"
+    assert says(endpoint.local_chat(tokenizer, generate, None), conversations)[0] == "<think>\nตอบแล้ว"
     assert reply_tokens(tokenizer, 1000) == pytest.approx(703, abs=9) and reply_tokens(None, 1000) == 2000
 
 
@@ -219,7 +219,7 @@ def test_a_cut_thought_is_no_answer_and_cut_replies_are_named(server, questions,
     task = load_task("mt_bench_thai", settings.Settings(paths={"mt_bench_thai": str(SAMPLE)}), 1, [])
     tables.print_task(task, [tested], {("x", 1): numbers | {"protocol": "mt_bench", "refused": 3}}, [1])
     printed = capsys.readouterr().out
-    assert "4 replies were cut" in printed and "4 are thoughts without an answer" in printed
+    assert "4 replies were cut" in printed and "4 replies are thoughts without an answer" in printed
     assert "3 requests were refused by the server: their turns are in none of the means" in printed
 
 

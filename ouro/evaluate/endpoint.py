@@ -19,13 +19,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from urllib.parse import quote
 
 from ouro.data.chats import prompt_tokens
+from ouro.data.thoughts import begun_by, marks_thought, with_beginning
 from ouro.evaluate.benchmarks import digest
-from ouro.files import UserError
+from ouro.files import UserError, printable
 
 import httpx2
-import openai
 from tqdm import tqdm
 
 AS_PUBLISHED = {"temperature": 0.0, "max_tokens": 2048}  # of a judgement
@@ -34,7 +36,10 @@ OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed":
 REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: a content filter, its length
 PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
-TIMEOUT = openai.Timeout(300, connect=10)  # seconds without a byte
+HIDDEN = 8  # characters that a key has at least: a shorter one ("none", "x") is a placeholder, and may be a word
+# A choice's finish_reason: at the limit, by a filter, or not by itself. None: the server does not know that it ended.
+AT_LIMIT, FILTERED = ("length", "max_tokens", "model_length", "none"), ("content_filter", "safety", "refusal")
+BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "failed", "timeout")
 
 Messages = list[dict]  # [{"role": …, "content": …}, …]
 HARMLESS = [{"role": "system", "content": "You are a helpful assistant."},
@@ -44,13 +49,17 @@ Chat = Callable[[list[Messages], Done], None]  # replies to conversations
 
 
 class Reply(str):
-    """A text that knows how it ended: "" by itself, "cut" at its limit, or "refused: …", when there is no text."""
+    """A text that knows how it ended: "" by itself, "cut" at its limit, or "refused: …", when there is no text.
+
+    What a cut left of its last character (U+FFFD) is no part of it.
+    """
 
     end: str
 
     def __new__(cls, text: str, end: str | None = None):
-        reply = super().__new__(cls, text)
-        reply.end = getattr(text, "end", "") if end is None else end
+        end = getattr(text, "end", "") if end is None else end
+        reply = super().__new__(cls, text.rstrip("\ufffd") if end == "cut" else text)
+        reply.end = end
         return reply
 
 
@@ -84,19 +93,9 @@ class Server:
     def __post_init__(self):
         self.stop, self.lock = threading.Event(), threading.Lock()
         self.wanted = self.options | {"system": True}  # `options` as the server wants them; system: a turn of its own
-        try:
-            self.client = openai.OpenAI(
-                base_url=self.url,
-                api_key=self.key or "none",  # openai refuses an empty key; HttpClient does not send this one
-                max_retries=RETRIES,
-                default_headers={"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit},
-                http_client=HttpClient(self),
-            )
-        except (ValueError, ImportError, OSError):  # their messages may hold a proxy's password
-            raise UserError(
-                f"{self.kind}: a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) or certificate file (SSL_CERT_FILE) of the "
-                "environment cannot be used"
-            ) from None
+        from ouro.evaluate.http import connect  # not before a server is asked: see there
+
+        self.client = connect(self)
 
     def complete(self, messages: Messages) -> Reply:
         """The text that follows `messages`.
@@ -138,19 +137,22 @@ class Server:
         with self.lock:
             if wanted not in (before, self.wanted):
                 self.wanted = wanted
-                tqdm.write(f"{self.kind} {self.model} is asked as it wants: {wanted}", sys.stderr)
+                self.tell(f"{self.kind} {self.model} is asked as it wants: {wanted}")
         return self._reply(answer.choices[0])
 
     def _reply(self, choice) -> Reply:
-        if choice.finish_reason == "content_filter":
-            raise self.error("its content filter ended the reply", 400)
-        end, text = "cut" if choice.finish_reason == "length" else "", choice.message.content or ""
-        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        message, finish = choice.message, finish_of(choice.to_dict(warnings=False))
+        text = text_of(message.content)
+        refusal = getattr(message, "refusal", None) or text_of(message.content, "refusal")
+        if finish in FILTERED or refusal and not text.strip():
+            raise self.error(f"its reply is a refusal: {_beginning(str(refusal or finish))}", 400)
+        end = "cut" if finish in AT_LIMIT else ""
+        thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        thought = thought or text_of(message.content, "thinking")
         if thought and not text.strip():  # a judge without tags has answered there; another thought has no answer
             text = str(thought) if self.kind == "judge" and not end else f"<think>\n{thought}"
-        return Reply(
-            text.encode("utf-8", "replace").decode(), end
-        )  # half a surrogate pair cannot be sent on, nor saved
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent on, nor saved
+        return Reply(self.hide(text), end)
 
     def models(self) -> dict[str, dict]:
         """What the server tells of the models that it serves, by name. Errors as `complete`."""
@@ -191,7 +193,7 @@ class Server:
                     reply = self.complete(messages)
                 except Refused as error:
                     reply = Reply("", f"refused: {error}")
-                    tqdm.write(f"left out: {error}", sys.stderr)
+                    self.tell(f"left out: {error}")
                 done(number, reply)
             except UserError:
                 self.stop.set()
@@ -209,17 +211,21 @@ class Server:
     @contextlib.contextmanager
     def _errors(self):
         """openai's errors as UserErrors."""
+        from ouro.evaluate.http import BrokenOff, openai
+
         try:
             yield
         except openai.APIError as error:
             status = getattr(error, "status_code", None)
             problem = self.said(error.response) if status else repr(error.__cause__)
             if wait := status and error.response.headers.get("Retry-After"):
-                problem += f"; Retry-After: {wait}"
+                problem += f"; Retry-After: {wait[:40]}"
             if again := int(error.request.headers["x-stainless-retry-count"]):
                 problem += f"; given up after {again + 1} attempts"
             if status in (404, 405) and error.request.url.path.endswith("/models"):
                 raise NotListed from None
+            if isinstance(error.__cause__, BrokenOff):  # of this request alone, if a harmless one is answered
+                raise self.error(problem, REFUSALS[0]) from None
             raise self.error(problem, status, error.response.text if status else "") from None
 
     def error(self, problem: str, status: int | None = None, said: str = "") -> UserError:
@@ -239,11 +245,35 @@ class Server:
         text = " ".join(response.text.split())
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             text = str(response.json()["error"]["message"])
-        text = self.hide(text) or "an empty answer"
-        return f"{response.status_code}: {text if len(text) <= 300 else f'{text[:300]}…'}"
+        return f"{response.status_code}: {_beginning(self.hide(text)) or 'an empty answer'}"
 
     def hide(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+        """A text without the key, as it is or as JSON and addresses may write it."""
+        forms = (self.key, self.key.replace("/", "\\/"), quote(self.key, safe="")) if len(self.key) >= HIDDEN else ()
+        for form in forms:
+            text = text.replace(form, "***")
+        return text
+
+    def tell(self, text: str) -> None:
+        """Shows a line beside the progress."""
+        tqdm.write(printable(self.hide(text)), sys.stderr)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def finish_of(choice: dict) -> str:
+    """A choice's finish_reason in small letters, "none" for null; "" where the server does not tell at all."""
+    return str(choice["finish_reason"]).lower() if "finish_reason" in choice else ""
+
+
+def text_of(content: str | list | None, kind: str = "text") -> str:
+    """The text of a reply, which some servers send in parts of several types, or what its parts of another one hold."""
+    if not isinstance(content, list):
+        return (content or "") if kind == "text" else ""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return "".join(text_of(part[kind]) for part in parts if part.get("type") in (kind, f"output_{kind}"))
 
 
 def without_system(messages: Messages) -> Messages:
@@ -252,52 +282,6 @@ def without_system(messages: Messages) -> Messages:
         return messages
     system, user, *rest = messages
     return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
-
-
-class HttpClient(openai.DefaultHttpxClient):
-    """What openai sends its requests with: says what was wrong with an answer, and stops where waiting cannot help."""
-
-    def __init__(self, server: Server):
-        limits = httpx2.Limits(max_connections=server.threads)
-        super().__init__(timeout=TIMEOUT, limits=limits, follow_redirects=False)
-        self.server = server
-
-    def send(self, request: httpx2.Request, **options) -> httpx2.Response:
-        """One attempt. openai waits and makes another after an httpx2.RequestError and after some statuses."""
-        server, problem = self.server, None
-        if server.stop.is_set():
-            raise NotAsked
-        if not server.key:
-            request.headers.pop("Authorization", None)
-        try:
-            response = super().send(request, **options)
-            if response.is_success and not _is_whole(response):  # gateways report an overload with status 200, too
-                raise httpx2.DecodingError(f"not the JSON that was asked for, {server.said(response)}")
-            if "insufficient_quota" in response.text:
-                raise server.error(server.said(response))
-            if response.status_code in (408, 409, 429) or response.status_code >= 500:
-                problem = server.said(response)
-            return response
-        except httpx2.RequestError as error:
-            problem = repr(error)
-            raise
-        finally:
-            if problem:
-                attempt = int(request.headers["x-stainless-retry-count"]) + 1
-                text = f"{server.kind}: {problem}; attempt {attempt} of {RETRIES + 1}"
-                tqdm.write(server.hide(text), sys.stderr)
-
-
-def _is_whole(response: httpx2.Response) -> bool:
-    """Whether an answer has what was asked for: a reply, or a list of models."""
-    try:
-        answer = response.json()
-        if response.request.url.path.endswith("/models"):
-            return all(isinstance(model["id"], str) for model in answer["data"])
-        message = {"reasoning_content": None} | answer["choices"][0]["message"]
-        return isinstance(message["content" if "content" in message else "reasoning_content"], str | None)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
 
 
 def _server(kind: str, url: str, model: str, **rest) -> Server:
@@ -314,8 +298,17 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
             f"{kind}: the address must be like https://host/v1, what stands before /chat/completions, with the key "
             f"in {name} and not in the address"
         )
+    if key and parsed.scheme == "http" and not _is_here(parsed.host):
+        print(f"warning: {name} is sent to {parsed.host} by http, where others on the way can read it", file=sys.stderr)
     path = parsed.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return Server(kind, str(parsed.copy_with(path=path)), model.strip(), key, **rest)
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine."""
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def find_judge(choice: str = "api") -> Server | None:
@@ -355,7 +348,8 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
     if not server.model:
         names = list(server.models())
         if len(names) != 1:
-            raise UserError(f"endpoint {server.url} serves {', '.join(names) or 'no model'}: set ENDPOINT_MODEL to one")
+            served = _beginning(", ".join(names)) or "no model"
+            raise UserError(f"endpoint {server.url} serves {served}: set ENDPOINT_MODEL to one")
         server.model = names[0]
     return server
 
@@ -373,11 +367,14 @@ def local_chat(
         first = [] if system is None else [{"role": "system", "content": system}]
         prompts = [prompt_tokens(first + conversation, tokenizer) for conversation in conversations]
         # Some templates begin the thought themselves: a reply that is cut in it would look like an answer.
-        begun = ["<think>" * tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") for ids in prompts]
+        begun = [begun_by(tokenizer.decode(ids[-16:])) for ids in prompts]
+        # A thought's tags may be special tokens.
+        added = tokenizer.added_tokens_decoder.items()
+        dropped = {number for number, token in added if token.special and not marks_thought(token.content)}
 
         def ended(number: int, tokens: list[int]) -> None:
-            text = begun[number] + tokenizer.decode(tokens, skip_special_tokens=True)
-            done(number, Reply(text, "cut" if len(tokens) >= limit else ""))
+            text = tokenizer.decode([token for token in tokens if token not in dropped])
+            done(number, Reply(with_beginning(text, begun[number]), "cut" if len(tokens) >= limit else ""))
 
         generate(prompts, ended)
 

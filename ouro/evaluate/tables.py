@@ -50,9 +50,10 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
             print(f"  {model.run:<{width}} {depth:>5}{first and macro} {shown(row, row['value']):>9} "
                   f"{interval:>17}{mean and macro} "
                   f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
-            if cut := row.get("cut") or row.get("unfinished_thoughts"):
-                thoughts = f"; {row['unfinished_thoughts']} are thoughts without an answer"
-                print(f"  warning: {cut} replies were cut: they need more tokens (--max_new_tokens){thoughts}")
+            if cut := row.get("cut"):
+                print(f"  warning: {cut} replies were cut: they need more tokens (--max_new_tokens)")
+            if thoughts := row.get("unfinished_thoughts"):
+                print(f"  warning: {thoughts} replies are thoughts without an answer, which is counted as empty")
             if refused := row.get("refused"):
                 print(f"  warning: {refused} requests were refused by the server: {REFUSED[row['metric']]}")
             for letter, count in (row["predicted"] or {}).items():
