@@ -3,18 +3,22 @@
 import argparse
 import difflib
 import errno
+import fcntl
 import gc
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from ouro import COLLECT_AT, REMOVED
 
@@ -22,12 +26,19 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 
-# The OSErrors that a user can mend: a full or read-only disk, a path that is missing or leads through a file.
-THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+# The OSErrors that a user can mend: a full, broken or read-only disk; a path that is missing, too long or a circle, or
+# that leads through a file; a folder where a file belongs.
+THEIRS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+          errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EFBIG)  # fmt: skip
+
+SUMS = "SHA256SUMS"  # of the files of a checkpoint, an adapter or cached rows, as `sha256sum -c` reads it
 
 # Control characters (but tab and newline), what turns the direction of a line or breaks it, halves of surrogate pairs,
 # and ⟦⟧, between which the data report shows what is trained.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff⟦⟧]")
+
+
+YAML_LETTERS = 1 << 18  # PyYAML takes ten seconds for four times as many
 
 
 class UserError(Exception):
@@ -67,7 +78,14 @@ def yaml_line(text: str) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's, that refuses a key which stands twice: of two values the first would be lost without a word."""
+    """PyYAML's, that refuses a key which stands twice, for of two values the first would be lost without a word; and
+    aliases, by which a short file can stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"*{alias.anchor}: write the value out", alias.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines = {}
@@ -83,11 +101,15 @@ def read_yaml(path: str | Path) -> dict:
     """A YAML file that holds a mapping.
 
     Raises:
-        UserError: no such file, broken YAML (with the line), a key that stands twice, or something other than a
-            mapping.
+        UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands twice,
+            an alias, or something other than a mapping.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+        with open(path, encoding="utf-8-sig") as file:  # perhaps a pipe, as of `--config <(…)`
+            text = file.read(YAML_LETTERS + 1)
+        if len(text) > YAML_LETTERS:
+            raise UserError(f"{path} is no file of settings: it has more than {YAML_LETTERS:,} letters")
+        content = yaml.load(text, Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
@@ -114,20 +136,55 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
+def lock(file: IO) -> bool:
+    """Takes the lock of an open file, which ends with this process at the latest; False: another process has it.
+
+    Not flock, which the library filelock uses: on GPFS two nodes hold one such lock at the same time.
+
+    Raises:
+        OSError: no locks on this file system.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[IO]:
+    """A new file beside `path`, open, to be renamed to it; a folder can be made under its name and ".d". Neither is
+    left. No other process has this name, be it in another container, and what one that was killed left there goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.") and p.suffix == ".tmp"]:
+        with suppress(OSError), open(left, "r+b") as opened:  # an error: no locks here, or it is gone
+            if lock(opened):  # its process is gone
+                shutil.rmtree(f"{left}.d", ignore_errors=True)
+                left.unlink()
+    while True:
+        with open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb") as file:
+            with suppress(OSError):
+                lock(file)
+            if not os.fstat(file.fileno()).st_nlink:  # another process met it before it was locked
+                continue
+            try:
+                yield file
+            finally:
+                shutil.rmtree(f"{file.name}.d", ignore_errors=True)
+                Path(file.name).unlink(missing_ok=True)
+            return
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes a file that is either there whole or not at all, also across a power cut."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with unfinished(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
     sync_folder(path.parent)
 
 
@@ -144,6 +201,22 @@ def write_json(path: str | Path, content: object) -> None:
     write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
+def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that this program wrote.
+
+    Raises:
+        UserError: it is not there, is damaged, or lacks one of `keys`, as one of another version may.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged ({error})'}") from None
+    if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
+        what = f"no {', '.join(missing)}" if isinstance(content, dict) else "no object"
+        raise UserError(f"{path} has {what}: it is damaged, or of another version of this program")
+    return content
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises UserError where it cannot be read."""
     try:
@@ -151,6 +224,46 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def seal(folder: Path) -> None:
+    """Writes all of a folder to the disk, and the checksums of its files beside them; hidden files are not ours."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name != SUMS)
+    for path in files:
+        sync_file(path)
+    sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
+    write_atomic(folder / SUMS, sums)  # which syncs the folder too
+    mode = (folder / SUMS).stat().st_mode
+    for path in files:  # safetensors writes files that only their owner can read, whatever the umask
+        if path.stat().st_mode != mode:
+            path.chmod(mode)
+
+
+def sealed_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what was written into a sealed folder. Raises UserError where that cannot be read."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or other text
+        raise UserError(f"its {SUMS} cannot be read: {getattr(error, 'strerror', None) or 'no checksums'}") from None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder; None where each file that was written is there as it was. Others do not
+    matter: file browsers and file servers leave theirs (.DS_Store, ._x, .nfs…, .ipynb_checkpoints)."""
+    try:
+        sums = sealed_files(folder)
+        wrong = [name for name, digest in sums.items() if file_sha256(folder / name) != digest]
+    except UserError as error:
+        return str(error)
+    if not sums:
+        return f"its {SUMS} is empty"
+    return f"its files are not those of its {SUMS}: {', '.join(wrong)}" if wrong else None
 
 
 def code_version() -> dict[str, str | bool | None]:

@@ -179,7 +179,11 @@ def test_a_change_of_what_rows_are_made_of_gives_new_rows(world, monkeypatch, ch
     new_rows, new_report = prepared(world)
     assert new_report["cache"] != report["cache"] and not new_report["from_cache"]
     assert new_rows != rows
-    assert files(report["cache"]).keys() == files(new_report["cache"]).keys() == {"rows.arrow", "report.json"}
+    assert (
+        files(report["cache"]).keys()
+        == files(new_report["cache"]).keys()
+        == {"rows.arrow", "report.json", "SHA256SUMS"}
+    )
 
 
 def test_rows_that_repeat_items_are_kept_only_where_that_is_asked(world, monkeypatch):
@@ -358,6 +362,7 @@ def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp
     rows, report = prepare(s, load_tokenizer(MODEL), quiet=True)
     assert not report["from_cache"] and digest(rows) == large.digest
     assert files(tmp_path / large.name) == large.files
+    assert [path.name for path in tmp_path.iterdir()] == [large.name], "what was left of killed processes is gone"
 
 
 def test_two_processes_that_build_the_same_at_once_both_succeed(large, tmp_path):
@@ -366,7 +371,8 @@ def test_two_processes_that_build_the_same_at_once_both_succeed(large, tmp_path)
     go(*children)
     for rows, report in map(result, children):
         assert rows == large.digest and not report["from_cache"]
-    assert listing(tmp_path) == [large.name, f"{large.name}/report.json", f"{large.name}/rows.arrow"]
+    names = ("SHA256SUMS", "report.json", "rows.arrow")
+    assert listing(tmp_path) == [large.name, *(f"{large.name}/{name}" for name in names)]
     assert files(tmp_path / large.name) == large.files
 
 
@@ -424,6 +430,7 @@ DAMAGE = {
     "empty": lambda data: b"",
     "first half": lambda data: data[: len(data) // 2],
     "without its end": lambda data: data[:-3],
+    "a bit flipped": lambda data: data[:700] + bytes([data[700] ^ 4]) + data[701:],
     "missing": None,
 }
 

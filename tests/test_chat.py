@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from ouro.files import UserError
+from ouro.files import UserError, seal
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_run_model, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import Settings, resolve
-from ouro.train.run_folder import finished_run, seal
+from ouro.train.run_folder import finished_run
 from tools import chat
 
 import pytest

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ouro import files
-from ouro.files import UserError
+from ouro.files import UserError, seal
 from ouro.model.loading import load_ouro, load_run_model, read_config
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
 from ouro.settings import REVISIONS, Settings
-from ouro.train.run_folder import is_good, seal
+from ouro.train.run_folder import is_good
 from tools import export as exporting
 from tools.export import merge_adapter, merged_model
 
@@ -212,14 +212,14 @@ def test_a_folder_merged_at_another_depth_is_left_alone_or_refused(export, refus
 
 
 @pytest.mark.parametrize("last", ["write_atomic", "seal"])
-def test_a_killed_merge_leaves_nothing_that_looks_whole(export, run, monkeypatch, last):
+def test_an_interrupted_merge_leaves_nothing(export, run, monkeypatch, last):
     folder = run(RSLORA)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(exporting, last, raising(KeyboardInterrupt()))
         export("merge", RSLORA)
-    assert (folder / ".merged/model.safetensors").exists() and not (folder / "merged").exists()
+    assert not list(folder.glob("*merged*"))
     export("merge", RSLORA)
-    assert is_good(folder / "merged") and not (folder / ".merged").exists()
+    assert is_good(folder / "merged")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")], ids=repr)
@@ -253,7 +253,7 @@ def test_unknown_and_unfinished_experiments_and_a_run_without_a_manifest_are_ref
     folder = run(NF4, model_name_or_path=BASE)
     if action != "push":
         (folder / "manifest.json").unlink()
-        assert "manifest.json does not say which base" in refused(NF4, action)
+        assert "manifest.json: No such file" in refused(NF4, action)
     (folder / "completed").unlink()
     assert "started but not finished" in refused(NF4, action)
 

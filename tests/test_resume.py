@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import train_qlora
+from ouro import files
 from ouro.files import UserError, read_yaml
 from ouro.model.loading import load_ouro
 from ouro.train import processes, run_folder, stopping, trainer
@@ -254,7 +255,7 @@ def test_files_of_others_are_no_damage_and_are_neither_counted_nor_deleted(stopp
             (place / name).touch()
         (place / ".ipynb_checkpoints").mkdir()
     run_folder.seal(checkpoint)
-    assert not [name for name in run_folder.sealed_files(checkpoint) if name.startswith(".")]
+    assert not [name for name in files.sealed_files(checkpoint) if name.startswith(".")]
     (checkpoint / ".nfs0001").unlink()
     assert one_step(tmp_path) == 4 and (run / ".DS_Store").exists() and (run / "Thumbs.db").exists()
 
@@ -455,7 +456,9 @@ def test_a_kill_while_config_yaml_was_first_written_does_not_block_the_run(tmp_p
 def test_a_kill_while_a_run_is_deleted_leaves_a_run(stopped, tmp_path, monkeypatch):
     """Else the same command would find files that are no run, and refuse; or a checkpoint without its manifest."""
     monkeypatch.setattr(
-        shutil, "rmtree", lambda path, ignore_errors: Path(path).rename(tmp_path / f"deleted-{time.monotonic_ns()}")
+        shutil,
+        "rmtree",
+        lambda path, **_: Path(path).exists() and Path(path).rename(tmp_path / f"deleted-{time.monotonic_ns()}"),
     )
     asked, left, unlink = resolved(*SIX, "--output_dir", str(tmp_path), "--overwrite"), [], Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **options: (left.append(contents(run)), unlink(path, **options)))
@@ -494,11 +497,25 @@ def test_one_process_holds_a_folder_and_only_a_requeued_job_waits_for_it(tmp_pat
         assert f"process {os.getpid()} on " in (tmp_path / ".smoke.lock").read_text() and other.exitcode == 0
 
 
+def test_a_folder_that_two_links_lead_to_is_held_once(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "smoke").symlink_to(tmp_path / "real")
+    held, free = FORKS.Event(), FORKS.Event()
+    other = FORKS.Process(target=hold_until, args=(tmp_path / "x/smoke", held, free))
+    other.start()
+    assert held.wait(PATIENCE)
+    with pytest.raises(UserError, match="trains into"), run_folder.hold(tmp_path / "y/smoke"):
+        pass
+    free.set()
+    other.join(PATIENCE)
+
+
 def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatch, capsys):
     def refuse(*args) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with run_folder.hold(tmp_path / "run"):
         assert "nothing keeps a second run out of it: no locks on its file system (No locks" in capsys.readouterr().out
 

@@ -21,11 +21,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import UserError, call, file_sha256, sync_folder, write_atomic, write_json
+from ouro.files import (
+    UserError,
+    call,
+    file_sha256,
+    read_json,
+    seal,
+    sealed_files,
+    sync_folder,
+    unfinished,
+    write_atomic,
+    write_json,
+)
 from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config
 from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
-from ouro.train.run_folder import finished_run, seal, sealed_files, whole
+from ouro.train.run_folder import finished_run, whole
 
 import torch
 from huggingface_hub import HfApi, constants, get_token
@@ -46,11 +57,7 @@ def base_revision(folder: Path, trained: Settings) -> str | None:
     Raises:
         UserError: the run's manifest does not say.
     """
-    file = folder / "manifest.json"
-    try:
-        commit = json.loads(file.read_text(encoding="utf-8"))["model_commit"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} does not say which base the run was trained on: {error!r}") from None
+    commit = read_json(folder / "manifest.json", "model_commit")["model_commit"]
     return commit or trained.model_revision or REVISIONS.get(trained.model_name_or_path)
 
 
@@ -97,7 +104,8 @@ def merged_model(trained: Settings, adapter: Path, revision: str | None, loops: 
 
 def generation_config(adapter: Path) -> GenerationConfig:
     """Generation ends with the text or the turn; the base's own config knows only the first."""
-    text, turn = AutoTokenizer.from_pretrained(adapter).convert_tokens_to_ids(["<|endoftext|>", END_OF_TURN])
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END_OF_TURN])
     return GenerationConfig(bos_token_id=text, eos_token_id=[text, turn], pad_token_id=text)
 
 
@@ -149,7 +157,7 @@ def merge(run: Resolved) -> None:
     }
     if target.exists():
         remedy = f"rm -r {shlex.quote(str(target))}, and merge again"
-        there = json.loads((whole(target, remedy) / MERGE).read_text(encoding="utf-8"))
+        there = read_json(whole(target, remedy) / MERGE)
         if differs := [
             f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
         ]:
@@ -158,17 +166,16 @@ def merge(run: Resolved) -> None:
         return
     model = merged_model(trained, adapter, revision, loops)
     megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6
-    unfinished = folder / ".merged"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
     try:
-        model.save_pretrained(unfinished, max_shard_size="1TB")  # one file, as published
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(unfinished)
-        write_atomic(unfinished / "README.md", merged_card(record, adapter))
-        write_json(unfinished / MERGE, record)
-        seal(unfinished)
-        os.replace(unfinished, target)
+        with unfinished(target) as mark:
+            partial = Path(f"{mark.name}.d")
+            model.save_pretrained(partial, max_shard_size="1TB")  # one file, as published
+            AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(partial)
+            write_atomic(partial / "README.md", merged_card(record, adapter))
+            write_json(partial / MERGE, record)
+            seal(partial)
+            os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         why = f"{' '.join(str(error).split())[:300]} ({megabytes:,.0f} MB are needed, {free:,.0f} MB were free)"
         raise UserError(f"{target} could not be written: {why}") from None
     sync_folder(folder)

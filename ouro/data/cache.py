@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import islice
@@ -29,7 +27,7 @@ from ouro.data.report import Tally, data_report, print_report, refusals
 from ouro.data.sources import MARKS, Source, benchmark_items, count_rows, find_source, read_file
 from ouro.data.thai import Overlap
 from ouro.data.thoughts import tags
-from ouro.files import UserError, write_json
+from ouro.files import UserError, damage, seal, unfinished, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -141,25 +139,25 @@ def build_cache(
         UserError: bad data, or a template that cannot be masked, as the functions that are called here raise it.
         OSError: the disk is full; nothing is left behind.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")  # two containers may share a pid
-    partial.mkdir(parents=True)
     tally, overlap = Tally(), Overlap(items)
     try:
-        write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, quiet)
-        report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer)
-        report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
-                             "rows": tally.overlap}  # fmt: skip
-        write_json(partial / "report.json", report)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():  # else another process has built the same meanwhile
-                raise
+        with unfinished(folder) as mark:
+            partial = Path(f"{mark.name}.d")
+            partial.mkdir()
+            write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, quiet)
+            report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer)
+            report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
+                                 "rows": tally.overlap}  # fmt: skip
+            write_json(partial / "report.json", report)
+            seal(partial)
+            try:
+                os.rename(partial, folder)
+            except OSError:
+                if not folder.exists():  # else another process has built the same meanwhile
+                    raise
     except OSError as error:  # a full disk does not say which
         error.filename = error.filename or str(folder.parent)
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_rows(
@@ -192,8 +190,6 @@ def write_rows(
                     arrays = [pa.array(column, kind) for column, kind in columns]
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
                 progress.update(tally.rows_in - progress.n)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def cache_key(source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list) -> dict:
@@ -242,11 +238,9 @@ def prepare(
         if not wait:
             raise UserError(f"{s.dataset} is not tokenised yet: no {folder}")
         wait()
-    try:
-        rows = Rows(folder / "rows.arrow")
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
-        raise UserError(f"the cache {folder} is damaged ({error}): delete it and run again") from None
+    if why := damage(folder):  # of the tokens, too: a run would learn from flipped ones without a word
+        raise UserError(f"the cache {folder} is damaged ({why}): delete it and run again")
+    rows, report = Rows(folder / "rows.arrow"), json.loads((folder / "report.json").read_text(encoding="utf-8"))
     described = source.entry.get("rows", {}).get(split if split == "train" else rule.get("split"))
     report = {"dataset": s.dataset, "language": source.entry["language"], "split": split,
               "source": str(source.place), "data_revision": key["data"],

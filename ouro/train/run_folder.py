@@ -2,14 +2,12 @@
 
     with hold(folder):                     # no other process trains into it meanwhile
         state = claim(folder, run)         # "new", "complete", or the newest good checkpoint, to continue from
-        seal(folder / "checkpoint-100")    # checksums, all on the disk; is_good(…) compares them
+        seal(folder / "checkpoint-100")    # of ouro/files.py: checksums, all on the disk; is_good(…) compares them
 
 OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/
 and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
 """
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -23,7 +21,19 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
-from ouro.files import UserError, code_version, file_sha256, read_yaml, write_atomic, write_json, yaml_line
+from ouro.files import (
+    SUMS,
+    UserError,
+    code_version,
+    damage,
+    lock,
+    read_yaml,
+    seal,
+    sync_file,
+    write_atomic,
+    write_json,
+    yaml_line,
+)
 from ouro.model.loading import frozen_kind
 from ouro.settings import FIELDS, Resolved, Settings, parse
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
@@ -36,7 +46,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
-SUMS = "SHA256SUMS"  # of a checkpoint or an adapter, as `sha256sum -c` reads it
 
 
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
@@ -127,46 +136,6 @@ def writing(what: str, folder: Path, unfinished: Path):
         ) from None
 
 
-def sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def seal(folder: Path) -> None:
-    """Writes all of a folder to the disk, and the checksums of its files beside them; hidden files are not ours."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name != SUMS)
-    for path in files:
-        sync_file(path)
-    sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
-    write_atomic(folder / SUMS, sums)  # which syncs the folder too
-    mode = (folder / SUMS).stat().st_mode
-    for path in files:  # safetensors writes files that only their owner can read, whatever the umask
-        if path.stat().st_mode != mode:
-            path.chmod(mode)
-
-
-def sealed_files(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of what was written into a sealed folder. Raises UserError where that cannot be read."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or other text
-        raise UserError(f"its {SUMS} cannot be read: {getattr(error, 'strerror', None) or 'no checksums'}") from None
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None where each file that was written is there as it was. Others do not
-    matter: file browsers and file servers leave theirs (.DS_Store, ._x, .nfs…, .ipynb_checkpoints)."""
-    try:
-        sums = sealed_files(folder)
-        wrong = [name for name, digest in sums.items() if file_sha256(folder / name) != digest]
-    except UserError as error:
-        return str(error)
-    if not sums:
-        return f"its {SUMS} is empty"
-    return f"its files are not those of its {SUMS}: {', '.join(wrong)}" if wrong else None
-
-
 def is_good(folder: Path) -> bool:
     return damage(folder) is None
 
@@ -207,26 +176,23 @@ def hold(folder: Path):
     if RANK > 0:
         yield
         return
-    path = folder.with_name(f".{folder.name}.lock")
+    real = folder.resolve()  # a folder that two links lead to has one lock
+    path = real.with_name(f".{real.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LEASE * REQUEUED
     with open(path, "a+", encoding="utf-8") as file:  # closing it unlocks it
         while True:
             try:
-                # Not flock, which the library filelock uses: on GPFS two nodes hold one such lock at the same time.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    why = f"no locks on its file system ({error.strerror})"
-                    print(f"{folder}: nothing keeps a second run out of it: {why}")
+                if lock(file):
                     break
-                if time.monotonic() > end:
-                    file.seek(0)
-                    other = file.read().strip() or "another process"
-                    raise UserError(
-                        f"{other} trains into {folder} now: wait for it, or use another --output_dir"
-                    ) from None
+            except OSError as error:
+                why = f"no locks on its file system ({error.strerror})"
+                print(f"{folder}: nothing keeps a second run out of it: {why}")
+                break
+            if time.monotonic() > end:
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                raise UserError(f"{other} trains into {folder} now: wait for it, or use another --output_dir")
             time.sleep(1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {now()},")
