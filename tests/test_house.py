@@ -47,6 +47,17 @@ def test_programs_and_tools_import_ouro_before_torch():
         assert first in ours or (path.name, first) == ("lock.py", None), path
 
 
+def test_transformers_is_never_allowed_code_of_a_model_folder():
+    """Without `trust_remote_code=False` it asks on stdin, and `echo y |` would run a folder's Python."""
+    asked = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("ouro/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(node.func)):
+                allowed = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("trust_remote_code")
+                asked.append((path.name, node.lineno, allowed))
+    assert len(asked) >= 5 and {allowed for *_, allowed in asked} == {"False"}, asked
+
+
 def test_architecture_names_what_is_there():
     """Each `path.py:name` of docs/architecture.md is a function, a class or a Class.method of that file."""
     named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"))

@@ -344,7 +344,7 @@ def test_what_the_hub_lacks_is_named_in_one_message(empty, tmp_path, lack):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (TOKENIZER, "tokenizer of ByteDance/Ouro-2.6B: .*couldn't connect to"),
+        (TOKENIZER, "model ByteDance/Ouro-2.6B: .*couldn't connect to"),
         (REPORT, "cannot load airesearch/WangchanThaiInstruct .*make fetch.* --paths wangchan=FOLDER"),
         (ITEMS, "scb10x/thai_exam .*make fetch.* --paths thai_exam=FOLDER"),
     ],

@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
+import signal
+import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -23,6 +26,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
+PATIENCE = 5  # seconds for a chat template and a chat; Ouro's takes 0.0001
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
 Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
 UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
@@ -132,11 +136,37 @@ class Tokens:
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool = False) -> str:
-    """The chat as the model reads it; with `generation`, up to where an answer begins."""
+    """The chat as the model reads it; with `generation`, up to where an answer begins.
+
+    Raises:
+        UserError: the template, which is a program of the model's folder, refuses the chat, fails, or does not end.
+    """
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses a chat: {error}") from None
+        with at_most(PATIENCE):
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            MemoryError, TimeoutError) as error:  # fmt: skip
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template refuses a chat: {why}") from None
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError where a block takes longer. Other threads than the first get no signals: there it may."""
+
+    def late(*_) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def prompt_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:

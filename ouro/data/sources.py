@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from ouro.files import ROOT, UserError, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, Settings
@@ -30,6 +32,8 @@ KINDS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")  # files of row
 PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")  # say whether a row is trained
 ROWS = 256  # read from a Parquet file at a time
+LONGEST = 1 << 26  # bytes of a line
+WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 
 
 class HubSession(requests.Session):
@@ -191,7 +195,7 @@ def parquet_file(file: Path) -> Iterator[pa.parquet.ParquetFile]:
     try:
         with pa.parquet.ParquetFile(file) as parquet:
             yield parquet
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a readable Parquet file: {in_one_line(error)}") from None
 
 
@@ -213,18 +217,26 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
         return
-    with lines_of(file) as lines:
-        yield from read_lines(f"{file}", lines, columns)
+    with unpacked(file) as opened:
+        yield from read_lines(f"{file}", lines_of(opened, f"{file}"), columns)
 
 
 @contextmanager
-def lines_of(file: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a file, of a compressed one too."""
+def unpacked(file: Path) -> Iterator[IO[bytes]]:
+    """A file, opened; of a compressed one what is in it."""
     try:
         with open(file, "rb") as opened:
             yield gzip.GzipFile(fileobj=opened) if opened.peek(2)[:2] == b"\x1f\x8b" else opened
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is damaged: {in_one_line(error)}") from None
+
+
+def lines_of(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """Its lines. A small compressed file may hold a line that no memory does."""
+    for line in iter(partial(file.readline, LONGEST + 1), b""):
+        if len(line) > LONGEST:
+            raise UserError(f"{name}: a line of more than {LONGEST >> 20} MiB: this is no file of rows")
+        yield line
 
 
 def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
@@ -241,7 +253,11 @@ def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
     numbered = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(lines, 1))
     number, first = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
     if first.lstrip().startswith(b"["):
-        text = b"\n" * (number - 1) + first + b"".join(line for _, line in numbered)
+        text = bytearray(b"\n" * (number - 1) + first)
+        for _, line in numbered:
+            text += line
+            if len(text) > WHOLE:
+                raise UserError(f"{name}: a JSON list of more than {WHOLE >> 20} MiB: write a row a line (JSON Lines)")
         yield from ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text), 1))
     elif first.strip() == b"{":
         raise UserError(f"{name}, line {number}: an object over several lines; rows are one a line, or one JSON list")
@@ -257,7 +273,7 @@ def check_objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) ->
         yield where, row
 
 
-def parse_json(where: str, text: bytes) -> object:
+def parse_json(where: str, text: bytes | bytearray) -> object:
     try:
         return json.loads(text.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
@@ -292,8 +308,8 @@ def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
         with parquet_file(file) as parquet:
             return parquet.metadata.num_rows
-    with lines_of(file) as lines:
-        return sum(1 for _ in rows_of(f"{file}", lines))
+    with unpacked(file) as opened:
+        return sum(1 for _ in rows_of(f"{file}", lines_of(opened, f"{file}")))
 
 
 def benchmark_files(spec: dict) -> list[str]:
@@ -343,7 +359,10 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
         yield from read_file(path)
         return
     try:
-        with tarfile.open(path) as tar:  # read in memory: nothing is unpacked to disk
+        with unpacked(path) as opened:
+            if len(archive := opened.read(WHOLE + 1)) > WHOLE:
+                raise UserError(f"{path} unpacks to more than {WHOLE >> 20} MiB: it is no benchmark's")
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:  # nothing is unpacked to disk
             # in a folder of the archive or in none; or all of its files in one place
             named = [m for m in tar.getmembers() if m.isfile() and f"/{m.name}".endswith(f"/{file}")]
             named += [m for m in tar.getmembers() if m.isfile() and m.name.removeprefix("./") == Path(file).name]

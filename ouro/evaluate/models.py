@@ -14,6 +14,7 @@ from ouro.evaluate.endpoint import find_endpoint
 from ouro.evaluate.scoring import readout
 from ouro.files import UserError, file_sha256, read_yaml
 from ouro.model.loading import (
+    BROKEN,
     check_adapter,
     frozen_here,
     frozen_kind,
@@ -89,7 +90,7 @@ class Weights:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.looped:
             return load_tokenizer(self.path, self.revision)
-        with loading(f"the tokenizer of {self.path}"):
+        with loading(f"the tokenizer of {self.path}", BROKEN):
             tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
         if tokenizer.chat_template is None:  # a model that was never taught one
             tokenizer.chat_template = PLAIN

@@ -30,23 +30,49 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 
 Frozen = Literal["nf4", "bf16", "fp32", "fp8"]  # how frozen weights are kept
 WEIGHTS = "adapter_model.safetensors"
+# What transformers makes of JSON that it did not write.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError)
+LARGEST = {"vocab_size": 1 << 20, "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1024,
+           "num_attention_heads": 1024, "head_dim": 4096, "total_ut_steps": 256,
+           "max_position_embeddings": 1 << 24}  # fmt: skip
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)) -> Iterator[None]:
     """Makes of what goes wrong inside one UserError, "cannot load …"."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:400]}") from None
+    except Exception as error:
+        if not isinstance(error, kinds) and type(error) is not Exception:  # which the library tokenizers raises
+            raise
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            why = "it needs code of its own, and code of a model's folder is never run"
+        elif not isinstance(error, OSError | ValueError | SafetensorError):
+            why = f"a file of it is missing or damaged ({type(error).__name__}: {why})"
+        raise UserError(f"cannot load {what}: {why[:400]}") from None
 
 
 def read_config(path: str, revision: str | None) -> PretrainedConfig:
-    """The config.json of a folder or Hub id, of any causal model. Raises UserError where there is none."""
-    with loading(path):
+    """The config.json of a folder or Hub id, of any causal model.
+
+    Raises:
+        UserError: there is none, it asks for code of its own, or it has sizes that no model has (lists of so many
+            layers, and then the layers, would be made before any weights are found not to fit).
+    """
+    revision = revision or REVISIONS.get(path)
+    with loading(f"the model {path}", BROKEN):
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
             raise OSError("there is no config.json in it")
-        return AutoConfig.from_pretrained(path, revision=revision or REVISIONS.get(path), trust_remote_code=False)
+        found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        for name, most in LARGEST.items():
+            size = found.get(name)
+            if size is not None and (type(size) is not int or not 1 <= size <= most):
+                raise ValueError(f"config.json: {name} must be a whole number from 1 to {most:,}, found {size!r:.99}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if type(number := found.get(name, 1)) not in (int, float) or not 0 <= number < math.inf:
+                raise ValueError(f"config.json: {name} must be a number, found {number!r:.99}")
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:
@@ -61,19 +87,14 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
         raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
     revision = revision or REVISIONS.get(path)
     try:
-        config = OuroConfig.from_pretrained(path, revision=revision)  # first: without a network it fails sooner
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load the tokenizer of {path}: {' '.join(str(error).split())}\n"
-            "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
-        ) from None
-    except Exception as error:
-        # transformers makes a KeyError or ImportError of a missing tokenizer.json; the tokenizers library raises
-        # Exception itself for an unreadable one.
-        if type(error) not in (KeyError, ImportError, Exception):
-            raise
-        raise UserError(f"cannot load the tokenizer of {path}: tokenizer.json is missing or damaged") from None
+        config = read_config(path, revision)  # first: without a network it fails sooner
+        with loading(f"the tokenizer of {path}", BROKEN):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except UserError as error:
+        advice = "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
+        raise UserError(f"{error}\n{advice}" if not place.exists() else str(error)) from None
+    if not isinstance(config, OuroConfig):
+        raise UserError(f"{path} is a {config.model_type!r} model, not 'ouro'")
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():
@@ -103,7 +124,8 @@ def load_ouro(
     A folder whose config.json holds `init_seed` and that has no weights gives a random model, the same at every call.
 
     Raises:
-        OSError: no such folder, repository or file, or no network and no cached copy (the message says which).
+        UserError: its config.json cannot be read, see `read_config`.
+        OSError: no such file, or no network and no cached copy (the message says which).
         ValueError: the checkpoint is not an Ouro model, or names of its tensors do not fit.
     """
     quantization = None
@@ -117,7 +139,7 @@ def load_ouro(
             llm_int8_skip_modules=["lm_head", "early_exit_gate"],
         )
     revision = revision or REVISIONS.get(path)
-    config = AutoConfig.from_pretrained(path, revision=revision)
+    config = read_config(path, revision)
     if not isinstance(config, OuroConfig):
         raise ValueError(f"{path} is a {config.model_type!r} model, not 'ouro'")
     if total_ut_steps is not None:

@@ -1,0 +1,192 @@
+"""Files of others: code in a model's folder never runs, and what no memory holds is refused before it is taken."""
+
+import errno
+import gzip
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pty
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+from ouro import files
+from ouro.data import chats, sources
+from ouro.evaluate.models import find_baseline
+from ouro.files import UserError, read_yaml
+from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.settings import Settings
+
+import pytest
+from conftest import PATIENCE
+from helpers import ROOT
+
+TINY = ROOT / "sample/ouro-tiny"
+CODE = "open({!r}, 'w').close()\nfrom transformers import {} as Evil\n"
+EVIL = {  # by what brings code: the file that names it, and what it then says
+    "tokenizer": (
+        "tokenizer_config.json",
+        {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil"] * 2}},
+    ),
+    "config": ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    "model": ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}}),
+    "generation": ("generation_config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}),
+}  # fmt: skip
+
+
+def folder_with(folder: Path, name: str, change: dict) -> Path:
+    """A copy of the embedded model of which one JSON file says something else."""
+    shutil.copytree(TINY, folder)
+    file = folder / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | change))
+    return folder
+
+
+def attempts(folders: list[Path], stdin: int, told: multiprocessing.connection.Connection) -> None:
+    """Loads what there is to load of each folder, and sends what became of it."""
+    os.dup2(stdin, 0)
+    sys.stdin = open(0)  # noqa: SIM115
+    here = Settings(bf16=False)
+    for folder, load in itertools.product(
+        map(str, folders),
+        (load_tokenizer, load_ouro, lambda f: baseline(f, here).tokenizer(), lambda f: baseline(f, here).load(here)),
+    ):
+        try:
+            load(folder)
+            told.send("loaded")
+        except (UserError, ValueError) as error:
+            told.send(str(error))
+    told.send(None)
+
+
+def baseline(folder: str, s: Settings):
+    return find_baseline(folder, s)[0]
+
+
+@pytest.mark.parametrize("stdin", ["terminal", "pipe", "nothing"])
+def test_no_code_of_a_model_folder_runs_whoever_would_say_yes(tmp_path, stdin):
+    folders = [folder_with(tmp_path / kind, *named) for kind, named in EVIL.items()]
+    for folder in folders:
+        code = CODE.format(str(tmp_path / "ran"), "PretrainedConfig")
+        files.write_atomic(folder / "evil.py", code)
+        files.write_atomic(folder / "custom_generate/generate.py", code)
+    if stdin == "nothing":
+        opened = [os.open(os.devnull, os.O_RDONLY)]
+    else:
+        opened = [*reversed(pty.openpty())] if stdin == "terminal" else [*os.pipe()]
+        os.write(opened[1], b"y\n" * 50)
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=attempts, args=(folders, opened[0], there))
+    child.start()
+    said = []
+    while here.poll(PATIENCE) and (became := here.recv()):
+        said.append(became)
+    child.join(PATIENCE)
+    for descriptor in opened:
+        os.close(descriptor)
+    assert child.exitcode == 0 and len(said) == 4 * len(folders)
+    assert not (tmp_path / "ran").exists(), said
+    assert said.count("loaded") >= 8 and sum("code of a model's folder is never run" in text for text in said) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1,024, found 1000000000"),
+        ({"vocab_size": -1}, "vocab_size must be"),
+        ({"hidden_size": 10**400}, "hidden_size must be"),
+        ({"head_dim": "64"}, "head_dim must be .* found '64'"),
+        ({"total_ut_steps": 1.5}, "total_ut_steps must be"),
+        ({"rope_theta": "x"}, "rope_theta"),
+        ({"max_position_embeddings": [1]}, "max_position_embeddings must be"),
+    ],
+)
+def test_absurd_numbers_of_a_config_are_refused_before_memory_is_taken(tmp_path, change, told):
+    folder = folder_with(tmp_path / "model", "config.json", change)
+    for load in (load_tokenizer, load_ouro):
+        with pytest.raises(UserError, match=told):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "[]", "1" * 5000, "\x00", "\udcff"], ids=range(6))
+def test_a_json_file_of_another_shape_is_one_message(tmp_path, name, text):
+    folder = folder_with(tmp_path / "model", name, {})
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "TimeoutError: not done after",
+        ),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{{ 'a' * 10 ** 14 }}", "MemoryError"),
+        ("{{ messages[99].role + 1 }}", "no element 99"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+        ("{{ raise_exception('no') }}", "no"),
+        ("{% for", "unexpected|Expected|expected"),
+    ],
+)
+def test_a_chat_template_that_fails_or_does_not_end_is_one_message(tmp_path, monkeypatch, template, told):
+    monkeypatch.setattr(chats, "PATIENCE", 0.2)
+    tokenizer = load_tokenizer(str(TINY))
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"the chat template refuses a chat: .*({told})"):
+        chats.chat_text([{"role": "user", "content": "x"}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1, 1]\n" + "".join(f"{y}: &{y} [*{x}, *{x}]\n" for x, y in itertools.pairwise("abcdefghijklmn")),
+        "a: " + "[" * 100_000,
+        "a: " + "x" * (1 << 19),
+        "a: !!python/object/apply:os.system [touch ran]",
+    ],
+    ids=["alias bomb", "deep", "long", "code"],
+)
+def test_a_yaml_file_that_stands_for_more_than_it_holds_is_one_message(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match="a.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="/dev/zero"):
+        read_yaml("/dev/zero")
+
+
+def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
+    monkeypatch.setattr(sources, "LONGEST", 1 << 20)
+    (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b" " * (2 << 20)))
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(b"[\n" + b" \n" * (1 << 20)))
+    for name, told in (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1")):
+        with pytest.raises(UserError, match=told):
+            list(sources.read_file(tmp_path / name))
+        with pytest.raises(UserError, match=told):
+            sources.count_rows(tmp_path / name)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("x.jsonl")
+        member.size = 2 << 20
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    (tmp_path / "a.tar.gz").write_bytes(packed.getvalue())
+    with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
+        list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR])
+def test_paths_that_cannot_be_are_one_message(tmp_path, number, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    name = {errno.ENAMETOOLONG: "x" * 300, errno.ELOOP: "loop", errno.EISDIR: "."}[number]
+    with pytest.raises(SystemExit) as end:
+        files.call(lambda: (tmp_path / name).read_text())
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {os.strerror(number)}")
