@@ -176,7 +176,7 @@ def hold(folder: Path):
     if RANK > 0:
         yield
         return
-    real = folder.resolve()  # a folder that two links lead to has one lock
+    real = Path(os.path.realpath(folder))  # a folder that two links lead to has one lock
     path = real.with_name(f".{real.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LEASE * REQUEUED
