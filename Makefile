@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env smoke demo train eval eval-baselines chat merge push serve report data-report fetch preflight cluster-sweep status logs cancel \
+.PHONY: help env smoke demo train eval eval-baselines chat merge push serve report power data-report fetch preflight cluster-sweep status logs cancel \
   bench test test-all lint lock build-image sif upload test-images clean FORCE
 
 # Variables are read in the shell ("$$EXP"), where each is one word and nothing of it is run; make takes them as they stand.
@@ -86,6 +86,9 @@ eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL
 
 report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
 	@$(RUN) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
+
+power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
+	@$(RUN) report.py --power --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
 chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=… ARGS="…"]
 	@$(need-exp)$(RUN) tools/chat.py --exp "$$EXP" $(MORE)

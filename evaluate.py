@@ -259,7 +259,9 @@ def study_block(job: Job, depth: int, run: Resolved, network: PreTrainedModel | 
         "stripped": sum(item.get("stripped", False) for item in task.items),
         "part": task.part,
         "mean": task.spec.get("mean", "micro"),  # what is reported first
-        "replies_seed": run.settings.seed if protocol in REPLIES else None,  # `seed` is the training's
+        "replies": {name: getattr(run.settings, name) for name in ("seed", "temperature", "max_new_tokens")}
+        if protocol in REPLIES
+        else None,  # `seed` is the training's
         "prompt_sha256": task.sha256,
         "key": job.keys[depth],
         "exit_distribution": None,

@@ -2,6 +2,9 @@
 
     python report.py                                        # reads output/ and results/, whatever is there
     python report.py --out site --csv --latex               # report elsewhere; tables as files too
+    python report.py --power                                # what a study can find, before anything is trained
+    python report.py --explain                              # the numbers behind each word
+    python report.py --config configs/a100.yaml             # only runs that have this file's settings count
     python report.py --compare exp2-wangchan-ut1:1 exp1-wangchan-ut4:4 > appendix.md      # two runs, item by item
 
 Reads OUTPUT_DIR/<run> and RESULTS_DIR/<run> (with seeds: seed<n>/<run>). Writes OUT/RESULTS.md, OUT/report.html (one
@@ -10,7 +13,7 @@ The same inputs give the same bytes. What could not be used is listed in the rep
 """
 
 import argparse
-import dataclasses
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -19,9 +22,11 @@ from ouro.files import UserError, call, place, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
+from ouro.verdict.panels import SETTINGS_ALIKE, Key, Panel, panels
 from ouro.verdict.plots import draw, save
-from ouro.verdict.rule import verdicts
-from ouro.verdict.study import TEXTS, Reader, conversations, panels
+from ouro.verdict.power import curves, plans
+from ouro.verdict.rule import Verdict, verdicts
+from ouro.verdict.study import TEXTS, Reader, conversations
 from ouro.verdict.tables import tables
 
 
@@ -29,30 +34,59 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=".", type=place, help="folder of RESULTS.md and report.html (default: here)")
     parser.add_argument("--csv", action="store_true", help="tables as RESULTS_DIR/report/<table>.csv too")
     parser.add_argument("--latex", action="store_true", help="the same as .tex, for booktabs")
+    parser.add_argument("--power", action="store_true", help="print what a study can find, and write OUT/power.png")
+    parser.add_argument("--explain", action="store_true", help="print the chain of numbers behind each word, too")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two runs item by item to stdout; run or run:depth"
     )
 
 
+def as_json(verdict: Verdict) -> dict:
+    """A verdict for programs: its words by depth, and the numbers of each test as they are compared."""
+    told = {name: value for name, value in vars(verdict).items() if name != "tests"}
+    numbers = ("quantity", "depth", "word", "task", "items", "clusters", "p", "adjusted", "level", "smallest")
+    told["tests"] = [
+        {name: getattr(test, name) for name in numbers}
+        | {"value": float(test.estimate.value), "half": float(test.estimate.half(test.level))}
+        | {"margin": test.metric.margin, "seeds": test.estimate.seeds}
+        for test in verdict.tests
+    ]
+    return json.loads(json.dumps(told), parse_constant=lambda _: None)  # what is not known is null
+
+
+def print_power(found: dict[Key, Panel], out: Path) -> None:
+    print("The smallest true difference at 4 loops that the whole rule finds four times in five, all tests one family.")
+    print("U: worth on Thai against 1 loop; X: the same in Thai minus in English. Simulated; takes a minute.\n")
+    for row in plans(found):
+        print("; ".join(f"{name} {cell}" for name, cell in row.items()), flush=True)
+    save("power", curves(), out)
+    print(f"\nthe curves of Thai text: {out / 'power.png'}")
+
+
 def main() -> None:
     run = resolve(__doc__, add_options=options)
+    out = Path(run.options.out)
     places = [Path(run.settings.output_dir), Path(run.settings.results_dir)]
     read = " and ".join(f"{place}{' (which is not there)' * (not place.is_dir())}" for place in places)
-    if not any(place.is_dir() for place in places):
+    if not any(place.is_dir() for place in places) and not run.options.power:
         raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
     reader = Reader(*places)
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return
 
-    found = panels(reader)  # what may be compared
-    made = verdicts(found, reader.answers)
+    asked = {name for name in SETTINGS_ALIKE if run.origins[name] != "default"}  # by --config or the command line
+    found = panels(reader, {name: getattr(run.settings, name) for name in asked})  # what may be compared
+    if run.options.power:
+        print_power(found, out)
+        return
+    made = verdicts(reader, found)
     talks = conversations(reader)
-    shown = tables(reader, found)  # after all that may be left out, which is one of them
-    figures = draw(reader.runs, found, made[0].dataset)
+    shown = tables(reader, found, made)  # after all that may be left out, which is one of them
+    figures = draw(reader.runs, found, made)
 
-    out, folder = Path(run.options.out), Path(run.settings.results_dir) / "report"
-    write_json(folder / "verdict.json", [dataclasses.asdict(verdict) for verdict in made])
+    folder = Path(run.settings.results_dir) / "report"
+    write_json(folder / "verdict.json", [as_json(verdict) for verdict in made])
     for table in shown:
         if run.options.csv:
             write_atomic(folder / f"{table.name}.csv", table.csv())
@@ -79,6 +113,12 @@ def main() -> None:
         print(textwrap.fill(f"{name}. {sentence}", 100, subsequent_indent="  "))
     for what in content["missing"]:
         print(f"missing: {what}")
+    if run.options.explain:
+        for table in (table for table in shown if table.name == "tests"):
+            print(f"\n{table.title}\n{textwrap.fill(table.note, 100)}")
+            for row in table.texts():
+                told = (f"{name} {cell}" for name, cell in zip(table.columns, row, strict=True))
+                print(textwrap.fill("; ".join(told), 100, initial_indent="- ", subsequent_indent="  "))
     print(f"\nread: {read}")
     print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {folder}")
 

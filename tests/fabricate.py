@@ -18,10 +18,13 @@ TASKS = {  # task: metric, aspect, base by depth, better is higher, spread betwe
     "english_text": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
     "belebele_thai": ("accuracy", "thai_exams", (0.30, 0.32, 0.34, 0.36), True, None),
     "belebele_english": ("accuracy", "english", (0.50, 0.60, 0.64, 0.66), True, None),
+    "parallel_text_thai": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4),
+    "parallel_text_english": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
 }
 GAINS = {"thai_text": (0.5,) * 4, "thai_exam": (0.05,) * 4, "mt_bench_thai": (0.8,) * 4, "english_text": (-0.03,) * 4}
 PRIMARY = tuple(GAINS)
 GAINS |= {"belebele_thai": (0.10,) * 4, "belebele_english": (-0.05,) * 4}
+GAINS |= {"parallel_text_thai": (0.5,) * 4, "parallel_text_english": (0.1,) * 4}
 SUBSETS = {"belebele_thai": ["tha_Thai"], "belebele_english": ["eng_Latn"], "thai_exam": ["onet", "ic"]}
 CHANCES = {"onet": (0.2, 0.24), "ic": (0.25, 0.34), "tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}  # and majority
 NAMES = {1: "exp2-{}-ut1", 2: "exp3a-{}-ut2", 3: "exp3b-{}-ut3", 4: "exp1-{}-ut4"}
@@ -50,7 +53,11 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "kind": "adapter" if adapted else "base",
         "experiment": run.split("/")[-1] if adapted else None,
         "seed": seed,
+        "arm": "equal-tokens" if adapted else None,
         "dataset": dataset if adapted else None,
+        "language": "th" if adapted else None,
+        "adapter_sha256": digest(run) if adapted else None,
+        "data_report_sha256": digest(data_report(dataset, run)) if adapted else None,
         "loss": "last" if adapted else None,
         "trained_ut_steps": trained,
         "total_ut_steps": depth,
@@ -88,13 +95,23 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
     } | more
 
 
+def data_report(dataset: str, run: str) -> str:
+    report = {"dataset": dataset, "split": "train", "data_revision": "sha256:0", "rows_in": 1000, "rows_kept": 990}
+    report |= {"rows_dropped": {"empty": 10}, "trained_tokens": 400_000, "tokens": 900_000, "trained_share": 0.44}
+    report |= {"end_token_survival": 1.0, "tokens_per_row": {"p5": 90, "p50": 900, "p95": 2000, "p100": 4000}}
+    report |= {"tokens_per_unit": {"Thai": {"tokens_per_character": 1.9}}, "licences": {"CC-BY-SA-4.0": 990}}
+    report |= {"thai_share_of_letters": 0.98, "settings": {"max_length": 4096, "length_policy": "drop"}}
+    return json.dumps(report | {"padding": {"in_order_of_chance": run}})  # differs by seed, as the real one does
+
+
 def subsets_of(task: str, items: int) -> list[str]:
     """Each item's: four of five in the first."""
     names = SUBSETS.get(task, ["all"])
     return [names[i * 5 >= items * 4] if len(names) > 1 else names[0] for i in range(items)]
 
 
-def write_result(results: Path, study: dict, values, characters=None, reply: str = "คำตอบ") -> None:
+def write_result(results: Path, study: dict, values, characters=None, reply: str = "คำตอบ", cluster: int = 1) -> None:
+    """cluster: so many items in a row share a passage."""
     folder = results / study["run"]
     folder.mkdir(parents=True, exist_ok=True)
     lines, count = [], defaultdict(int)
@@ -106,6 +123,10 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
             "subset": subset,
             "value": float(value),
         }
+        if cluster > 1:
+            item["cluster"] = f"passage {i // cluster}"
+        if study["task"] == "thai_exam":
+            item["stratum"] = subset
         if study["metric"] == "bits_per_character":
             item |= {"bits": float(value * characters[i]), "characters": int(characters[i])}
         elif study["metric"] == "accuracy":
@@ -122,21 +143,18 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
     (folder / f"{stem}.json").write_text(json.dumps({"results": {}, "study": study}), encoding="utf-8")
 
 
-def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng) -> None:
+def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng, **settings) -> None:
     folder = output / run
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
-    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(settings).items()))
+    settings = {"max_steps": lines * 10, "use_qlora": False} | settings
+    made = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, **settings)
+    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(made).items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
     record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}
     (folder / "manifest.json").write_text(json.dumps(record))
-    report = {"dataset": dataset, "split": "train", "data_revision": "sha256:0", "rows_in": 1000, "rows_kept": 990}
-    report |= {"rows_dropped": {"empty": 10}, "trained_tokens": 400_000, "tokens": 900_000, "trained_share": 0.44}
-    report |= {"end_token_survival": 1.0, "tokens_per_row": {"p5": 90, "p50": 900, "p95": 2000, "p100": 4000}}
-    report |= {"tokens_per_unit": {"Thai": {"tokens_per_character": 1.9}}, "licences": {"CC-BY-SA-4.0": 990}}
-    report |= {"thai_share_of_letters": 0.98, "settings": {"max_length": 4096, "length_policy": "drop"}}
-    report |= {"padding": {"in_order_of_chance": float(rng.random())}}  # differs by seed, as the real one does
-    (folder / "data_report.json").write_text(json.dumps(report))
+    (folder / "data_report.json").write_text(data_report(dataset, run))
+    (folder / "final_adapter").mkdir(exist_ok=True)
+    (folder / "final_adapter/adapter_model.safetensors").write_text(run)
     step = np.arange(1, lines + 1) * 10
     loss = (1.2 + 0.2 / depth) * step**-0.12 + 0.02 * rng.normal(size=lines)
     rows = [
@@ -161,6 +179,7 @@ def study(
     root: Path,
     gains: dict | None = None,  # task: gain over the base by depth, positive is better
     base: dict | None = None,  # task: level by depth
+    levels: dict | None = None,  # task: level after training, by depth; in place of gains
     seeds=(0, 1, 2),
     depths=DEPTHS,
     items: int = 200,
@@ -170,25 +189,33 @@ def study(
     lines: int = 40,
     run_seed: int = 0,
     reply: str = "คำตอบ",
+    language: str = "th",
+    settings: dict | None = None,  # of the runs
+    cluster: int = 1,
     **more,  # keys of the study block to replace
 ) -> tuple[Path, Path]:
     """Writes root/output and root/results; returns both."""
     rng = np.random.default_rng(run_seed)
     output, results = root / "output", root / "results"
     gains, base = GAINS | (gains or {}), {task: TASKS[task][2] for task in TASKS} | (base or {})
+    for task, after in (levels or {}).items():
+        sign = 1 if TASKS[task][3] else -1
+        gains[task] = tuple(sign * (level - start) for level, start in zip(after, base[task], strict=True))
     runs = [
         (f"seed{seed}/{NAMES[depth].format(dataset)}" if len(seeds) > 1 else NAMES[depth].format(dataset), depth, seed)
         for seed in seeds
         for depth in depths
     ]
     for run, depth, seed in runs:
-        write_run(output, run, depth, seed, dataset, lines, rng)
+        write_run(output, run, depth, seed, dataset, lines, rng, **(settings or {}))
     for task in tasks:
         metric, _, _, higher, spread = TASKS[task]
         chars = rng.integers(100, 900, items) if metric == "bits_per_character" else None
         ease = rng.random(items) if spread is None else spread * rng.normal(size=items)
         if task.startswith("belebele"):  # the same questions
             ease = np.random.default_rng(run_seed).random(items)
+        if task.startswith("parallel"):  # the same passages, and in English half as hard
+            ease = spread * np.random.default_rng(run_seed).normal(size=items)
         sign = 1 if higher else -1
 
         def values(level, noise, ease=ease, spread=spread, metric=metric):
@@ -201,13 +228,13 @@ def study(
             name = "base-bf16"
             v = values(base[task][depth - 1], 0)
             block = study_block(name, task, depth, None, None, dataset, v, **more)
-            write_result(results, block, v, chars, reply)
+            write_result(results, block, v, chars, reply, cluster)
         scale = 1 if spread is None else spread / 0.4
         for run, trained, seed in runs:
             noise = seed_sd * scale * rng.normal()
             for depth in DEPTHS:
                 level = base[task][depth - 1] + sign * gains[task][trained - 1] * 0.6 ** abs(trained - depth)
                 v = values(level, noise)
-                block = study_block(run, task, depth, trained, seed, dataset, v, **more)
-                write_result(results, block, v, chars, f"{reply} {depth}")
+                block = study_block(run, task, depth, trained, seed, dataset, v, **{"language": language} | more)
+                write_result(results, block, v, chars, f"{reply} {depth}", cluster)
     return output, results

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -15,17 +16,18 @@ from pathlib import Path
 import report
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError
-from ouro.settings import LEARNING
-from ouro.verdict import plots, rule, study, tables
+from ouro.settings import ARMS, LEARNING
+from ouro.verdict import panels, plots, rule, stats, study, tables
+from ouro.verdict.panels import Key
 
 import fabricate
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 import yaml
 from helpers import ROOT, read_jsonl
 
-EQUAL, LEVEL = (0.5,) * 4, (2.9,) * 4
-FAR = {"gains": (0.7, 0.6, 0.55, 0.5), "base": (3.3, 3.05, 2.97, 2.9)}  # more to gain at one loop, and still behind
 TEXT = {"tasks": ("thai_text",), "items": 50, "lines": 2}
 
 
@@ -45,10 +47,18 @@ def verdicts(root: Path) -> dict[str, dict]:
     return {told["aspect"]: told for told in json.loads((root / "results/report/verdict.json").read_text())}
 
 
-def read(root: Path) -> tuple[study.Reader, dict]:
+def read(root: Path, **declared) -> tuple[study.Reader, dict]:
     """A study's reader and panels."""
     reader = study.Reader(root / "output", root / "results")
-    return reader, study.panels(reader)
+    return reader, panels.panels(reader, declared)
+
+
+THAI_TEXT = Key("thai_text", "wangchan")
+
+
+def set_config(folder: Path, **values) -> None:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
 
 
 def change(file: Path, **values) -> None:
@@ -73,89 +83,164 @@ def written(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------ known answers
 
 
+NONE, SOME, MUCH = (0, 0, 0, 0), (0, 0.05, 0.06, 0.08), (0, 0.11, 0.12, 0.14)  # what depth is worth, in log bits
+WORSE = tuple(-x for x in SOME)
+PAIR = ("parallel_text_thai", "parallel_text_english")
+BROKEN = dict.fromkeys(("thai_text", *PAIR), (20.0, 5.0, 3.0, 2.9))
+
+
+def make_study(root: Path, thai: tuple, english: tuple | None, **how) -> None:
+    """Adapters trained on Thai and on English, to which depth is worth so much."""
+    worth = {"thai_text": (2.4, thai), PAIR[0]: (2.4, thai), PAIR[1]: (0.9, english or NONE)}
+    levels = {task: tuple(level * np.exp(-x) for x in by) for task, (level, by) in worth.items()}
+    how = {"items": 400, "lines": 2, "levels": levels} | how
+    fabricate.study(root, tasks=("thai_text", PAIR[0]), **how)
+    if english is not None:
+        fabricate.study(root, tasks=PAIR[1:], dataset="smol-smoltalk", language="en", **how)
+
+
+@pytest.mark.parametrize("base", [{}, BROKEN], ids=["a good base", "a base that is broken at one loop"])
 @pytest.mark.parametrize(
-    "gains, base, label, words",
+    "thai, english, how, word",
     [
-        ((0.45, 0.50, 0.53, 0.55), LEVEL, "helps", "looping helps"),
-        ((0.55, 0.53, 0.50, 0.45), LEVEL, "hurts", "looping hurts"),
-        (EQUAL, LEVEL, "no evidence", "four times in five"),
-        (EQUAL, (3.3, 3.1, 3.0, 2.9), "no evidence", "bits per character: that is depth, not adaptation"),
-        (*FAR.values(), "mixed", "The gain is larger at 1 loop, because the base starts from .* still better by"),
-        ((0.9, 0.7, 0.6, 0.5), (3.3, 3.1, 3.0, 2.9), "mixed", "do not differ measurably"),  # and level afterwards
-        ((0.50, 0.50, 0.50, 0.55), LEVEL, "helps", "looping helps"),  # an interaction of 0.05 bits
+        (SOME, SOME, {}, "helps Thai as it helps English"),
+        (MUCH, SOME, {}, "helps Thai more than English"),
+        (SOME, MUCH, {}, "helps Thai, less than English"),
+        (NONE, MUCH, {}, "no difference that matters, but worth less than on English"),
+        (SOME, None, {}, "helps Thai; beside English: not measured"),
+        (MUCH, MUCH, {"seed_sd": 0.02}, "helps Thai; beside English: undecided"),
+        (WORSE, SOME, {}, "hurts Thai, but worth less than on English"),
+        (WORSE, WORSE, {}, "hurts Thai"),
+        (NONE, NONE, {}, "no difference that matters"),
+        (NONE, NONE, {"seed_sd": 0.2}, "undecided"),
+        (
+            (0, 0.01, 0.01, 0.01),
+            None,
+            {"seed_sd": 0.001},
+            "no difference that matters",
+        ),  # measurable, and less than the margin
+        (MUCH, SOME, {"seeds": (0, 1)}, "provisional"),
+        (MUCH, SOME, {"seeds": (0,)}, "provisional"),
     ],
 )
-def test_the_verdict_of_a_study_with_a_known_answer(tmp_path, gains, base, label, words):
-    how = {"gains": {"thai_text": gains}, "base": {"thai_text": base}, "tasks": ("thai_text",), "items": 400}
-    fabricate.study(tmp_path, run_seed=1, lines=2, **how)
+def test_the_words_of_a_study_with_a_known_answer_whatever_the_base(tmp_path, thai, english, how, word, base):
+    make_study(tmp_path, thai, english, base=base, **how)
     write_report(tmp_path)
     told = verdicts(tmp_path)["thai_text"]
-    text = f"{told['headline']}. {told['sentence']}"
-    assert (told["label"], told["missing"]) == (label, []), text
-    assert "bits per character" in text and "[" in text
-    assert re.search(words, text) and ("looping helps" in text) == (label == "helps")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert told["words"] == dict.fromkeys("234", word), told["sentence"]
+    assert f"Thai text, 2, 3 and 4 loops: {word}." in text and "nan" not in text and "mixed" not in text
+    for fact in ("400 items in 400 clusters", "training runs (seeds)", "tokens a run", "FLOPs a run"):
+        assert fact in told["sentence"]
+    assert ("[" in told["sentence"]) == (how.get("seeds") != (0,))  # one run has no interval
+    assert ("four times in five" in told["sentence"]) == ("undecided" in word)
+    assert ("measurable, and inside the margin of 2.00 %" in told["sentence"]) == (max(thai) == 0.01)
 
 
 def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
-    gains = {"thai_exam": (0.02, 0.10, 0.15, 0.30), "mt_bench_thai": (0.5, 0.8, 1.0, 1.5)}
-    gains["english_text"] = (-0.02, -0.05, -0.07, -0.10)
+    gains = {"thai_exam": (0.02, 0.12, 0.30, 0.40), "mt_bench_thai": (0.5, 0.8, 1.0, 1.5)}
+    gains["english_text"] = (-0.08, -0.08, 0, 0.08)
     fabricate.study(tmp_path, gains=gains, base={"english_text": (1.0,) * 4}, items=500, seed_sd=0.002, lines=2)
-    write_report(tmp_path)
+    write_report(tmp_path, "--csv")
     found = verdicts(tmp_path)
-    assert found["thai_exams"]["label"] == found["thai_conversation"]["label"] == "helps"
+    beside = "; beside English: not measured"
+    assert found["thai_exams"]["words"]["4"] == found["thai_conversation"]["words"]["4"] == "helps Thai" + beside
     assert "points" in found["thai_exams"]["sentence"] and "rating points" in found["thai_conversation"]["sentence"]
-    assert (found["english"]["label"], found["english"]["headline"]) == ("hurts", "looping forgets more")
-    assert "measurably forgotten at 1, 2, 3 and 4 loops" in found["english"]["sentence"]
+    headline = "1 and 2 loops: forgotten. 3 loops: no loss that matters. 4 loops: better than the base"
+    assert found["english"]["headline"] == headline
+    family = {row["tests in it"] for row in table(tmp_path, "tests")}
+    assert family == {"13"}, "one family: three depths of three aspects, and English at four"
 
 
-def test_false_helps_and_hurts_are_rare_where_the_base_alone_is_worse_at_one_loop():
-    rng, items, base = np.random.default_rng(0), 60, (3.3, 3.1, 3.0, 2.9)
-    ids, called = [str(i) for i in range(items)], []
-    for _ in range(100):
-        ease, characters = 0.4 * rng.normal(size=items), rng.integers(100, 900, items).astype(float)
+def test_a_verdict_is_what_numpy_and_scipy_make_of_the_items_files(tmp_path):
+    """One whole verdict by hand: values, standard errors by cluster, Welch, Holm, to the printed digits."""
+    make_study(tmp_path, (0, 0.01, 0.03, 0.05), (0, 0.005, 0.01, 0.02), items=200, seed_sd=0.02, cluster=5)
+    write_report(tmp_path)
 
-        def result(trained, depth, seed, level, ease=ease, characters=characters):
-            values = level + ease + 0.04 * rng.normal(size=items) + 0.01 * rng.normal() * bool(trained)
-            block = fabricate.study_block("run", "thai_text", depth, trained, seed, "wangchan", values)
-            return study.Result(block, Path("file"), ids, values * characters, characters)
+    def depth_of(name: str, task: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the logarithm of each seed's bits per character; (40, 3) what each passage adds to its error."""
+        values, parts = [], []
+        for seed in range(3):
+            run = fabricate.NAMES[depth].format(name)
+            rows = read_jsonl(tmp_path / f"results/seed{seed}/{run}/{task}-ut{depth}.items.jsonl")
+            bits, characters = (np.array([row[key] for row in rows], float) for key in ("bits", "characters"))
+            values.append(-np.log(bits.sum() / characters.sum()))
+            error = (bits - bits.sum() / characters.sum() * characters).reshape(40, 5).sum(1) / bits.sum()
+            parts.append(-(error - error.mean()) * np.sqrt(40 / 39))
+        return np.array(values), np.array(parts).T
 
-        bases = [result(None, depth, None, base[depth - 1]) for depth in fabricate.DEPTHS]
-        adapted = [result(d, d, seed, base[d - 1] - 0.5) for seed in range(3) for d in fabricate.DEPTHS]
-        called.append(rule.decide("thai_text", "wangchan", study.Panel(adapted + bases)).label)
-    assert called.count("helps") + called.count("hurts") <= 5
-    assert called.count("no evidence") >= 90
+    tests, halves = [], []
+    for english in (False, True):
+        for k in (2, 3, 4):
+            task = PAIR[0] if english else "thai_text"
+            groups = [depth_of("wangchan", task, k), depth_of("wangchan", task, 1)]
+            groups += [depth_of("smol-smoltalk", PAIR[1], depth) for depth in (k, 1)] if english else []
+            signs = (1, -1, -1, 1)[: len(groups)]
+            value = sum(sign * values.mean() for sign, (values, _) in zip(signs, groups, strict=True))
+            item = (sum(sign * parts.mean(1) for sign, (_, parts) in zip(signs, groups, strict=True)) ** 2).sum()
+            item -= sum(parts.var(1, ddof=1).sum() / 3 for _, parts in groups)
+            runs = np.array([values.var(ddof=1) / 3 for values, _ in groups])
+            free = runs.sum() ** 2 / (runs**2 / 2).sum()
+
+            def half(level, item=item, runs=runs, free=free):
+                over_items, over_runs = scipy.stats.t.isf(level / 2, 39), scipy.stats.t.isf(level / 2, free)
+                return np.sqrt(over_items**2 * max(item, 0) + over_runs**2 * runs.sum())
+
+            p = scipy.optimize.brentq(lambda x, half=half, value=value: half(10**x) - abs(value), -30, 0)
+            tests.append((value, 10**p))
+            halves.append(half)
+    order = np.argsort([p for _, p in tests])
+    rejected = 0
+    while rejected < 6 and tests[order[rejected]][1] <= 0.05 / (6 - rejected):
+        rejected += 1
+    told = verdicts(tmp_path)["thai_text"]
+    for place, index in enumerate(order):
+        value, _ = tests[index]
+        width = halves[index](0.05 / max(1, 6 - min(place, rejected)))
+        low, middle, high = (100 * (1 - np.exp(-x)) for x in (value - width, value, value + width))
+        assert f"{middle:+.2f} % [{low:+.2f}, {high:+.2f}]" in told["sentence"]
+    assert 0 < rejected < 6 and {test["seeds"] == [3, 3] for test in told["tests"]} == {True, False}
 
 
 # ----------------------------------------------------------------------------------------------- no more than there is
 
 
-def test_one_seed_is_said_in_the_verdict_and_as_missing(tmp_path):
-    fabricate.study(tmp_path, gains={"thai_text": (0.3, 0.4, 0.5, 0.6)}, seeds=(0,), tasks=("thai_text",))
-    verdict = rule.verdicts(read(tmp_path)[1])[0]
-    assert verdict.label == "helps" and "one seed" in verdict.text
-    assert "at least 3 seeds: now 1 at 1 loop, 1 at 2 loops, 1 at 3 loops and 1 at 4 loops" in verdict.missing
+def test_a_depth_a_base_a_benchmark_and_english_adapters_that_are_missing_are_named(tmp_path):
+    _, results = fabricate.study(tmp_path, **TEXT | {"depths": (1, 4), "tasks": ("thai_text", "english_text")})
+    (results / "base-bf16" / "english_text-ut1.json").unlink()
+    found = {v.aspect: v for v in rule.verdicts(*read(tmp_path))}
+    assert list(found["thai_text"].words) == [4] and list(found["english"].words) == [4]
+    missing = {"a model trained at 2 loops", "a model trained at 3 loops"}
+    assert missing | {f"{PAIR[0]} and {PAIR[1]}, which compare Thai with English"} == set(found["thai_text"].missing)
+    assert missing | {"the base at 1 loop"} == set(found["english"].missing)
+    assert found["thai_exams"].words == {} and found["thai_exams"].missing == ["adapted models"]
 
 
-def test_a_depth_a_base_and_a_benchmark_that_are_missing_are_named(tmp_path):
-    _, results = fabricate.study(tmp_path, **TEXT | {"depths": (1, 4)})
-    (results / "base-bf16" / "thai_text-ut1.json").unlink()
-    found = {v.aspect: v for v in rule.verdicts(read(tmp_path)[1])}
-    assert found["thai_text"].label == found["thai_exams"].label == "no comparison"
-    missing = {"a model trained at 2 loops", "a model trained at 3 loops", "the base at 1 loop"}
-    assert missing <= set(found["thai_text"].missing)
+def test_seeds_of_unequal_numbers_are_compared_and_fewer_than_three_are_not(tmp_path):
+    make_study(tmp_path, MUCH, None, seeds=(0, 1, 2, 3, 4))
+    for seed in (3, 4):
+        shutil.rmtree(tmp_path / f"output/seed{seed}/exp2-wangchan-ut1")
+    shutil.rmtree(tmp_path / "output/seed0/exp3a-wangchan-ut2")
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / f"output/seed{seed}/exp3a-wangchan-ut2")
+    (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
+    assert [test.estimate.seeds for test in verdict.tests] == [[2, 3], [5, 3], [5, 3]]
+    assert verdict.words[2] == "provisional" and verdict.words[3].startswith("helps Thai")
+    assert "at least 3 seeds: now 2 at 2 loops" in verdict.missing
 
 
-@pytest.mark.parametrize("key", ["loss", *study.MEASURED_ALIKE])
-def test_a_result_that_was_trained_or_measured_otherwise_is_flagged_and_not_pooled(tmp_path, key):
+@pytest.mark.parametrize("key", panels.MEASURED_ALIKE)
+def test_a_result_that_was_measured_otherwise_is_flagged_and_nothing_is_compared(tmp_path, key):
     _, results = fabricate.study(tmp_path, **TEXT)
     odd = results / "seed1" / "exp2-wangchan-ut1" / "thai_text-ut1.json"
     change(odd, **{key: "accuracy" if key == "metric" else "another"})
     if key == "metric":  # which reads other columns of the items, the same numbers here
         change(odd, value=float(np.mean([item["value"] for item in read_jsonl(odd.with_suffix(".items.jsonl"))])))
-    reader, panels = read(tmp_path)
-    panel = panels["thai_text", "wangchan"]
-    assert panel.seeds[1, 1] == [0, 2] and panel.seeds[4, 4] == [0, 1, 2]
-    assert [(path, f"{key} is " in why) for path, why in reader.left_out] == [(str(odd), True)]
+    reader, found = read(tmp_path)
+    assert THAI_TEXT not in found
+    ((what, why),) = reader.left_out
+    assert what == "thai_text wangchan equal-tokens" and f"{key} is " in why
+    assert "another (seed1/exp2-wangchan-ut1 read at 1)" in why or key == "metric"
 
 
 @pytest.fixture(scope="module")
@@ -165,53 +250,121 @@ def of_two_depths(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", [*study.SETTINGS_ALIKE, "per_device_train_batch_size", "gradient_accumulation_steps"])
-def test_runs_that_differ_in_what_is_learnt_are_neither_pooled_nor_compared(of_two_depths, name):
-    def train_otherwise(*seeds: int) -> tuple[study.Reader, dict]:
+@pytest.mark.parametrize("name", [*panels.SETTINGS_ALIKE, "per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_runs_that_differ_in_what_is_learnt_do_not_count_until_it_is_said_which_do(of_two_depths, name):
+    """No majority decides: one odd run of six, and all three of a depth, are unlike the others all the same."""
+    rows = name.startswith(("per_device", "gradient"))
+    for seeds in ((1,), (0, 1, 2)):
         kept = {}
         for seed in seeds:
             file = of_two_depths / f"output/seed{seed}/exp2-wangchan-ut1/config.yaml"
             kept[file] = file.read_text()
             config = yaml.safe_load(kept[file])
-            config[name] = config[name] * 2 if name.startswith(("per_device", "gradient")) else "another"
-            file.write_text(yaml.safe_dump(config))
-        found = read(of_two_depths)
+            usual = config[name]
+            set_config(file.parent, **{name: usual * 2 if rows else "another"})
+        reader, found = read(of_two_depths)
+        named, named_found = read(of_two_depths, **{name: usual})
         for file, text in kept.items():
             file.write_text(text)
-        return found
-
-    reason = f"setting {name} is another, not " if name in study.SETTINGS_ALIKE else "rows per step is 64, not 32"
-    reader, panels = train_otherwise(1)
-    panel = panels["thai_text", "wangchan"]
-    assert panel.seeds[1, 1] == [0, 2] and panel.seeds[4, 4] == [0, 1, 2]
-    assert {Path(path).parts[-3] for path, why in reader.left_out if reason in why} == {"seed1"}
-
-    reader, panels = train_otherwise(0, 1, 2)
-    assert len(panels["thai_text", "wangchan"].trained) == 1 and len(reader.left_out) == 12
-    assert rule.verdicts(panels)[0].label == "no comparison"
+        assert THAI_TEXT not in found
+        ((_, why),) = reader.left_out
+        assert f"{'rows per step' if rows else name} is " in why and "python report.py --NAME VALUE" in why
+        assert named_found[THAI_TEXT].seeds.get((1, 1), []) == [seed for seed in (0, 1, 2) if seed not in seeds]
+        asked = f"setting {name} is {usual * 2 if rows else 'another'}, and {usual} was asked for"
+        assert {why for _, why in named.left_out} == {asked}
 
 
 def test_all_that_is_learnt_counts_but_what_the_study_compares_and_how_rows_are_shared_out(tmp_path):
-    assert set(LEARNING) - set(study.SETTINGS_ALIKE) == {"dataset", "total_ut_steps"}
+    assert set(LEARNING) - set(panels.SETTINGS_ALIKE) == {"dataset", "total_ut_steps"}
+    assert set(panels.ARMS) == set(ARMS)
     output, _ = fabricate.study(tmp_path, **TEXT)
-    file = output / "seed0/exp1-wangchan-ut4/config.yaml"
     shared = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "torch_compile": False}
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | shared))
-    reader, panels = read(tmp_path)
-    assert panels["thai_text", "wangchan"].seeds[4, 4] == [0, 1, 2] and not reader.left_out
+    set_config(output / "seed0/exp1-wangchan-ut4", **shared)
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == [0, 1, 2] and not reader.left_out
 
 
-def test_other_data_is_not_pooled_and_a_training_folder_elsewhere_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "what, reason",
+    [
+        ("folder", "how it was trained is not known: its folder in OUTPUT_DIR is not here"),
+        ("completed", "its run is not complete (not finished: step 20 of 20)"),
+        ("adapter", "of another adapter than its run's"),
+        ("report", "of another data report than its run's"),
+        ("config", "its folder has no config.yaml or no data_report.json that can be read"),
+    ],
+)
+def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out_with_the_reason(tmp_path, what, reason):
     output, results = fabricate.study(tmp_path, **TEXT)
-    change(output / "seed2" / "exp1-wangchan-ut4" / "data_report.json", rows_kept=7)
-    shutil.rmtree(output / "seed1" / "exp2-wangchan-ut1")
-    reader, panels = read(tmp_path)
-    seeds = panels["thai_text", "wangchan"].seeds
-    assert seeds[4, 4] == [0, 1] and seeds[1, 1] == [0, 1, 2]
-    whys = {Path(path).parts[-3]: why for path, why in reader.left_out if path.endswith(".json")}
-    assert list(whys) == ["seed2"] and "data report" in whys["seed2"]
-    (why,) = {why for path, why in reader.left_out if path == str(results / "seed1" / "exp2-wangchan-ut1")}
-    assert "could not be compared" in why
+    folder = output / "seed1/exp1-wangchan-ut4"
+    if what == "folder":
+        shutil.rmtree(folder)
+    elif what == "completed":
+        (folder / "completed").unlink()
+    elif what == "adapter":
+        (folder / "final_adapter/adapter_model.safetensors").write_text("trained again")
+    elif what == "report":
+        change(folder / "data_report.json", rows_kept=7)
+    else:
+        (folder / "config.yaml").unlink()
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == [0, 2] and found[THAI_TEXT].seeds[1, 1] == [0, 1, 2]
+    assert len(reader.left_out) == 4 and all(reason in why for _, why in reader.left_out)
+    assert {Path(path).parent for path, _ in reader.left_out} == {results / "seed1/exp1-wangchan-ut4"}
+
+
+def test_other_data_is_not_compared(tmp_path):
+    output, results = fabricate.study(tmp_path, **TEXT)
+    report = output / "seed2/exp1-wangchan-ut4/data_report.json"
+    change(report, rows_kept=7)
+    for path in (results / "seed2/exp1-wangchan-ut4").glob("*-ut?.json"):
+        change(path, data_report_sha256=hashlib.sha256(report.read_bytes()).hexdigest())
+    reader, found = read(tmp_path)
+    assert THAI_TEXT not in found and "data report is " in reader.left_out[0][1]
+
+
+def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
+    """Runs of equal tokens; of equal FLOPs, where epochs differ between depths; of two ranks, each a study."""
+    small = {"items": 50, "lines": 2, "tasks": ("thai_text",), "depths": (1, 4)}
+    fabricate.study(tmp_path, **small | {"depths": (1, 2, 4)})
+    arms = {"equal-flops": ("num_train_epochs", (13.0, 0.7)), "tuned": ("learning_rate", (1e-4, 4e-4)),
+            "rank": ("r", (4, 64))}  # fmt: skip
+    for arm, (name, values) in arms.items():
+        root = tmp_path / arm
+        fabricate.study(root, **small)
+        for seed, experiment in itertools.product((0, 1, 2), ("exp2-wangchan-ut1", "exp1-wangchan-ut4")):
+            for value in values:
+                own = value == values[experiment.startswith("exp1")]
+                if arm != "rank" and not own:
+                    continue
+                run = f"seed{seed}/{experiment}-{arm}-{value}"
+                for place in ("output", "results"):
+                    shutil.copytree(root / place / f"seed{seed}/{experiment}", tmp_path / place / run)
+                set_config(tmp_path / "output" / run, arm=arm, **{name: value})
+                for file in (tmp_path / "results" / run).glob("*-ut?.json"):
+                    change(file, run=run)
+        shutil.rmtree(root)
+    reader, found = read(tmp_path)
+    assert not reader.left_out
+    arms = {(key.arm, key.condition): panel.seeds[4, 4] for key, panel in found.items()}
+    ranks = [("rank", f"r {r}, lora_alpha 32") for r in (4, 64)]
+    assert arms == dict.fromkeys([("equal-tokens", ""), ("equal-flops", ""), ("tuned", ""), *ranks], [0, 1, 2])
+    write_report(tmp_path, "--csv")
+    sentence = verdicts(tmp_path)["thai_text"]["sentence"]
+    assert re.search(r" At equal FLOPs, against 1 loop: 4 loops [+-][\d.]+ % \[.*\(95 % intervals; ", sentence)
+    assert [row["arm"] for row in table(tmp_path, "arms")] == ["equal-flops", "rank", "rank", "tuned"]
+    set_config(tmp_path / "output/seed1/exp1-wangchan-ut4-tuned-0.0004", learning_rate=1e-4)  # unlike its own depth
+    reader, found = read(tmp_path)
+    assert THAI_TEXT in found and THAI_TEXT._replace(arm="tuned") not in found and len(reader.left_out) == 1
+
+
+def test_english_adapters_trained_otherwise_are_not_set_beside_the_thai_ones(tmp_path):
+    make_study(tmp_path, MUCH, SOME, items=50)
+    for folder in tmp_path.glob("output/seed?/*smol*"):
+        set_config(folder, learning_rate=1.0)
+    (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
+    assert verdict.words[4] == "helps Thai; beside English: not measured"
+    assert any("English adapters trained alike (learning_rate is 0.0002" in what for what in verdict.missing)
 
 
 def test_answers_without_ratings_are_said_to_be_there(tmp_path):
@@ -229,8 +382,8 @@ def test_answers_without_ratings_are_said_to_be_there(tmp_path):
 def test_training_sets_are_judged_apart(tmp_path):
     fabricate.study(tmp_path, **TEXT)
     fabricate.study(tmp_path, **TEXT | {"dataset": "r1", "depths": (1, 4)})
-    made = rule.verdicts(read(tmp_path)[1])
-    compared = [(v.dataset, v.aspect) for v in made if v.label != "no comparison"]
+    made = rule.verdicts(*read(tmp_path))
+    compared = [(v.dataset, v.aspect) for v in made if v.words]
     assert compared == [("wangchan", "thai_text"), ("r1", "thai_text")]
 
 
@@ -369,17 +522,33 @@ def test_numbers_of_the_runs_table_are_those_of_the_log(written):
     assert (row["model-FLOP use"], row["tokens/s"]) == ("41.0%", "7,500")
 
 
-def test_the_table_of_gains_is_filled(written):
+def test_the_tables_of_gains_and_of_the_chain_behind_the_words_are_filled(written):
     rows = table(written[0], "gains")
-    assert len(rows) == 16
-    for row in rows:
-        empty = [name for name, cell in row.items() if cell == "–"]
-        assert empty == (["gain minus gain at 1 loop", "Holm p", "smallest found"] if row["loops"] == "1" else [])
+    assert len(rows) == 16 and all(cell != "–" for row in rows for cell in row.values())
+    for row in table(written[0], "tests"):
+        empty = {name for name, cell in row.items() if cell == "–"}
+        assert empty == (set() if row["word"] == "undecided" else {"found 4 times in 5"})
+    chain = write_report(written[0], "--explain").partition("The chain behind each word")[2]
+    assert chain.count("p in the family") == 13 and "seeds 3, 3" in chain
+
+
+def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tmp_path):
+    levels = {"thai_exam": (0.99, 0.01, 0.5, 0.3)}
+    fabricate.study(tmp_path, tasks=("thai_exam",), levels=levels, items=12, lines=2)
+    write_report(tmp_path, "--csv", figures=True)
+    found = [re.findall(r"[\d.]+", row["value"]) for row in table(tmp_path, "benchmarks")]
+    for value, low, high in (map(float, numbers) for numbers in found):
+        assert 0 <= low <= value <= high <= 100 and low < high
+    fabricate.study(tmp_path / "one", tasks=("thai_exam",), items=1, lines=2)
+    write_report(tmp_path / "one", "--csv", figures=True)
+    text = (tmp_path / "one/RESULTS.md").read_text()
+    assert "nan" not in text and "inf" not in text.replace("inference", "").replace("information", "")
+    assert set(verdicts(tmp_path / "one")["thai_exams"]["words"].values()) == {"provisional"}
 
 
 def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
-    reader, panels = read(written[0])
-    figure = plots.draw(reader.runs, panels, "wangchan")["levels"]
+    reader, found = read(written[0])
+    figure = plots.draw(reader.runs, found, rule.verdicts(reader, found))["levels"]
     axis = next(axis for axis in figure.axes if axis.get_title() == "held-out training rows")
     base, *adapted = (list(line.get_ydata()) for line in axis.lines)
     assert base == [1.5, 1.3, 1.25, 1.2] and [len(losses) for losses in adapted] == [1, 2, 3, 4]
@@ -390,7 +559,7 @@ def test_latex_is_escaped_and_the_terminal_ends_with_the_verdict_and_the_paths(w
     root, printed = written
     text = (root / "results" / "report" / "runs.tex").read_text()
     assert r"41.0\%" in text and text.count(r"\begin{tabular}") == 1 and "_" not in text.replace(r"\_", "")
-    assert "Thai text: " in printed and "English retention:" in printed
+    assert "Thai text, " in printed and "English retention, " in printed
     assert printed.splitlines()[-1].startswith("report.html, RESULTS.md; plots in ")
     assert set(verdicts(root)) == set(study.ASPECTS)
 
@@ -435,61 +604,56 @@ def test_a_published_score_stands_beside_ours_in_its_unit_and_its_mean_at_its_ow
 # ---------------------------------------------------------------------------------------------- English minus Thai
 
 
-def gap(root: Path, **how) -> tuple[tuple[study.Panel, study.Panel, study.Panel] | None, set]:
-    """(Thai, English, English minus Thai), and what was left out."""
+def gap(root: Path, **how) -> tuple[tuple[panels.Panel, panels.Panel] | None, set]:
+    """Belebele in Thai and in English, and what was left out."""
     if how:
         fabricate.study(root, **{"tasks": LANGUAGES, "lines": 2} | how)
-    reader, panels = read(root)
-    return study.gaps(panels, reader.left_out).get("wangchan"), set(reader.left_out)
+    reader, found = read(root)
+    return panels.gaps(found, reader.left_out).get(Key(LANGUAGES[0], "wangchan")), set(reader.left_out)
 
 
 def test_the_gap_between_the_languages_and_its_change_by_training_are_found(tmp_path):
-    (thai, english, both), left_out = gap(tmp_path, items=900)
+    (thai, english), left_out = gap(tmp_path, items=900)
     assert not left_out
+    both = {place: english.cells[place] - thai.cells[place] for place in thai.cells}
     for k in fabricate.DEPTHS:
-        base, adapted, change = both.estimate(both.base[k]), both.estimate(both.adapted[k, k]), both.gain(k, k)
         true = fabricate.TASKS["belebele_english"][2][k - 1] - fabricate.TASKS["belebele_thai"][2][k - 1]
-        for e, value in ((base, true), (adapted, true - 0.15), (change, -0.15)):  # Thai +0.10, English -0.05
-            assert abs(e.value - value) < 2 * (e.value - e.low)
-        assert base.value == pytest.approx(english.base[k].values[0] - thai.base[k].values[0])
-        apart = np.hypot(*(level.estimate(level.base[k]).stderr for level in (thai, english)))
-        assert base.stderr < 0.95 * apart  # paired
-    _, panels = read(tmp_path)
-    shown = tables.Table("gap", tables.gap_rows(panels, [])).texts()
+        pairs = (both[None, k], true), (both[k, k], true - 0.15), (both[k, k] - both[None, k], -0.15)
+        for cell, value in pairs:  # Thai +0.10, English -0.05
+            e = stats.estimate([cell])
+            assert abs(e.value - value) < 2 * e.half()
+        apart = np.hypot(*(stats.estimate([level.base[k]]).half() for level in (thai, english)))
+        assert stats.estimate([both[None, k]]).half() < 0.95 * apart  # paired
+    reader, found = read(tmp_path)
+    shown = tables.Table("gap", tables.gap_rows(found, [])).texts()
     assert [row[:3] for row in shown[:5]] == [["base model", "–", d] for d in "1234"] + [["wangchan", "1", "1"]]
     assert len(shown) == 20 and all((row[-1] == "–") == (row[0] == "base model") for row in shown)
-    assert {v.label for v in rule.verdicts(panels)} == {"no comparison"}  # it is a description
+    assert not any(v.words for v in rule.verdicts(reader, found))  # it is a description
 
 
 def test_questions_of_both_languages_are_paired_by_their_number_and_not_by_their_place(tmp_path):
     gap(tmp_path, items=60, tasks=LANGUAGES[:1])
-    panels, left_out = gap(tmp_path, items=40, tasks=LANGUAGES[1:], limit=40)
-    assert [panel.items for panel in panels] == [40] * 3 and not left_out
+    pair, left_out = gap(tmp_path, items=40, tasks=LANGUAGES[1:], limit=40)
+    assert [panel.items for panel in pair] == [40] * 2 and not left_out
     for path in (tmp_path / "results").rglob("belebele_english-*.items.jsonl"):
         path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
-    (*_, reversed_panel), _ = gap(tmp_path)
-    for k in fabricate.DEPTHS:
-        assert panels[2].gain(k, k) == reversed_panel.gain(k, k)
+    (_, turned), _ = gap(tmp_path)
+    for place, cell in pair[1].cells.items():
+        np.testing.assert_array_equal(cell.parts, turned.cells[place].parts)
 
 
 def test_questions_whose_right_answers_differ_are_no_pairs_and_that_is_said(tmp_path):
     gap(tmp_path, items=60, seeds=(0,))
     files = sorted((tmp_path / "results").rglob("belebele_english-*.items.jsonl"))
-    left_out = {(" and ".join(LANGUAGES), "not compared: 59 of 60 questions of one number have the same right answer")}
-
-    def answer_first(path: Path, gold: str | None) -> None:
-        first, *rest = path.read_text().splitlines()
-        path.write_text("\n".join([json.dumps(json.loads(first) | {"gold": gold}), *rest]) + "\n")
-
-    answer_first(files[0], "d")
-    (*_, panel), why = gap(tmp_path)
-    assert list(panel.base) == [2, 3, 4] and len(panel.adapted) == 16 and why == left_out
+    what = " and ".join(LANGUAGES)
+    left_out = {(what, "not compared: 59 of 60 items of one number have the same right answer")}
     for path in files:
-        answer_first(path, None)
+        first, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps(json.loads(first) | {"gold": "d"}), *rest]) + "\n")
     assert gap(tmp_path) == (None, left_out)
     write_report(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "59 of 60 questions" in text and "From English to Thai" not in text
+    assert "59 of 60 items" in text and "From English to Thai" not in text
 
 
 def test_two_runs_are_compared_item_by_item(written, tmp_path):

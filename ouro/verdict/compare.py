@@ -50,13 +50,17 @@ def compare_task(reader: Reader, one: Result, two: Result) -> dict:
     shown = {"name": one.study["task"], "count": len(here)}
     if not here:
         return shown
-    weights = stats.resample(len(here))
     values = [(r.numerators[rows], r.denominators[rows]) for r, rows in ((one, here), (two, there))]
-    first, second = (stats.cell(weights, above[:, None], below) for above, below in values)
-    e = stats.estimate([second - first], len(here))
-    _, factor, decimals, shown["axis"] = METRICS[one.study["metric"]]
-    low, value, high = (f"{x * factor:+.{decimals}f}" for x in (e.low, e.value, e.high))
-    shown |= {"difference": f"{value} [{low}, {high}]", "p": float(e.p)}
+    clusters, strata = ([getattr(one, name)[i] for i in here] for name in ("clusters", "strata"))
+    first, second = (stats.cell(above[:, None], below, clusters, strata) for above, below in values)
+    difference = second - first
+    difference.trained = False  # of these two runs, whatever other seeds would do
+    e, metric = stats.estimate([difference]), METRICS[one.study["metric"]]
+    shown["axis"] = metric.axis
+    value, half = float(e.value), float(e.half())
+    told = [f"{x * metric.factor:+.{metric.decimals}f}" for x in (value, value - half, value + half)]
+    shown["difference"] = f"{told[0]} [{told[1]}, {told[2]}]" if np.isfinite(half) else told[0]
+    shown["p"] = float(e.p)
     shown["other_prompts"] = one.study["prompt_sha256"] != two.study["prompt_sha256"]
     x, y = (above / np.maximum(below, 1e-9) for above, below in values)
     if one.study["metric"] == "accuracy":

@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from ouro.verdict.panels import Key, Panel
 from ouro.verdict.rule import Verdict
-from ouro.verdict.study import ASPECTS, Panel, Reader
+from ouro.verdict.study import ASPECTS, Reader
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -26,7 +27,7 @@ def about(verdict: Verdict, made: list[Verdict]) -> str:
 
 def verdict_lines(made: list[Verdict]) -> list[tuple[str, str]]:
     """(aspect and headline, sentence)."""
-    return [(f"{about(verdict, made)}: {verdict.headline}", verdict.sentence) for verdict in made]
+    return [(f"{about(v, made)}{', ' if v.words else ': '}{v.headline}", v.sentence) for v in made]
 
 
 def missing_lines(made: list[Verdict]) -> list[str]:
@@ -38,14 +39,14 @@ def missing_lines(made: list[Verdict]) -> list[str]:
     return [what if len(of) == len(made) else f"{what}, for {', '.join(of)}" for what, of in aspects.items()]
 
 
-def basis(reader: Reader, found: dict[tuple[str, str], Panel], made: list[Verdict]) -> str:
+def basis(reader: Reader, found: dict[Key, Panel], made: list[Verdict]) -> str:
     """What the verdict rests on, in a line."""
     counts = ((len(reader.runs), "training run"), (len(reader.results), "result"))
     told = ", ".join(f"{n:,} {what}{'s' * (n != 1)}" for n, what in counts)
     if count := len(set(reader.left_out)):
         told += f", {count:,} thing{'s' * (count != 1)} left out or noted (at the end)"
     datasets = list(dict.fromkeys(verdict.dataset for verdict in made))
-    study = next((panel.study for (_, dataset), panel in found.items() if dataset == datasets[0]), None)
+    study = next((panel.study for key, panel in found.items() if key.dataset == datasets[0]), None)
     if study is None:
         return f"{told[0].upper()}{told[1:]}."
     revision = f" at {study['model_revision'][:12]}" if study["model_revision"] else ""

@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 
 from ouro.files import write_atomic
-from ouro.verdict import stats
-from ouro.verdict.rule import Differences
+from ouro.verdict.panels import STUDY, Key, Panel
+from ouro.verdict.rule import Test, Verdict
 from ouro.verdict.stats import Estimate
-from ouro.verdict.study import ASPECTS, TEXTS, Panel, Run, depth_text
+from ouro.verdict.study import ASPECTS, TEXTS, Metric, Run, depth_text
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -54,34 +54,64 @@ def grid_of(count: int, height: float = 2.3) -> tuple[Figure, list]:
     return figure, list(axes.flat[:count])
 
 
-def bars(axis, panel: Panel, x, estimates: list[Estimate], **style) -> None:
-    """Points with their 95 % intervals."""
-    value, low, high = (np.array([getattr(e, name) for e in estimates], float) for name in ("value", "low", "high"))
-    scaled = value * panel.factor
-    axis.errorbar(x, scaled, (value - low, high - value) * np.array(panel.factor), capsize=2.5, elinewidth=1, **style)
+def bars(axis, metric: Metric, x, estimates: list[Estimate], levels: list[float] | None = None, **style) -> None:
+    """Differences with their intervals (of 95 %, or at these levels); without, where none is known."""
+    halves = [float(e.half(*at)) for e, *at in zip(estimates, *([levels] if levels else []), strict=True)]
+    halves = [half if np.isfinite(half) else 0.0 for half in halves]
+    values = [float(e.value) for e in estimates]
+    low, value, high = (
+        [metric.shown(v + side * half) for v, half in zip(values, halves, strict=True)] for side in (-1, 0, 1)
+    )
+    ends = np.maximum(np.subtract(value, low), 0), np.maximum(np.subtract(high, value), 0)
+    axis.errorbar(x, value, ends, capsize=2.5, elinewidth=1, **style)
+
+
+def level_bars(axis, panel: Panel, x, cells: list, **style) -> None:
+    """Levels with their 95 % intervals."""
+    value, low, high = np.array([panel.level(cell) for cell in cells]).T * panel.metric.factor
+    ends = np.nan_to_num(value - low), np.nan_to_num(high - value)
+    axis.errorbar(x, value, np.maximum(ends, 0), capsize=2.5, elinewidth=1, **style)
+
+
+def worth(tests: list[Test]) -> Figure | None:
+    """The main figure: what more loops are worth against one, with the intervals that the words follow from."""
+    aspects = list(dict.fromkeys(test.aspect for test in tests if test.quantity == "U"))
+    if not aspects:
+        return None
+    figure, axes = grid_of(len(aspects))
+    for axis, aspect in zip(axes, aspects, strict=True):
+        mine = [test for test in tests if test.aspect == aspect]
+        metric = mine[0].metric
+        axis.axhspan(metric.shown(-metric.margin), metric.shown(metric.margin), color=GREY, alpha=0.2, lw=0)
+        axis.axhline(0, color=GREY, ls="--", lw=1)
+        for test in mine:
+            hollow = {"mfc": "none"} if test.quantity == "X" else {}
+            place = [test.depth + (0.15 if test.quantity == "X" else 0)]
+            bars(axis, metric, place, [test.estimate], [test.level], **look(test.depth) | hollow, ls="none")
+        depths = sorted({test.depth for test in mine})
+        title = f"{ASPECTS[aspect]}: {mine[0].task}, {mine[0].items} items"
+        axis.set(title=title, ylabel=metric.what, xticks=depths, xlabel="loops, against 1")
+        axis.margins(x=0.2)
+    return figure
 
 
 def gain(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
-    """The main figure: what training gained over the base at the same depth."""
-    chosen = [(panel, found) for panel in panels if (found := Differences(panel)).gains]
+    """What training gained over the base at the same depth."""
+    chosen = [(panel, {k: e for k in panel.trained if (e := panel.gain(k, k))}) for panel in panels]
+    chosen = [(panel, gains) for panel, gains in chosen if gains]
     if not chosen:
         return None
     figure, axes = grid_of(len(chosen))
-    for axis, (panel, found) in zip(axes, chosen, strict=True):
-        for k, e in found.gains.items():
-            bars(axis, panel, [k], [e], **look(k), ls="none")
-        if len(found.gains) > 1:
-            values = [e.value * panel.factor for e in found.gains.values()]
-            axis.plot(list(found.gains), values, color=GREY, lw=0.8, zorder=0)
-        for k, p in found.interaction_p.items():
-            if p < stats.ALPHA:
-                top = found.gains[k].high * panel.factor
-                axis.annotate("*", (k, top), (0, 1), textcoords="offset points", ha="center", fontsize=11)
+    for axis, (panel, gains) in zip(axes, chosen, strict=True):
+        for k, e in gains.items():
+            bars(axis, panel.metric, [k], [e], **look(k), ls="none")
+        if len(gains) > 1:
+            values = [panel.metric.shown(float(e.value)) for e in gains.values()]
+            axis.plot(list(gains), values, color=GREY, lw=0.8, zorder=0)
         axis.margins(y=0.12)
         axis.axhline(0, color=GREY, ls="--", lw=1)
-        what = "change" if panel.study["aspect"] == "english" else "gain"
-        axis.set(title=named(panel), ylabel=f"{what}, {panel.unit}")
-        axis.set(xticks=list(found.gains), xlabel="loops, in training and read")
+        axis.set(title=f"{named(panel)}, {panel.items} items", ylabel=panel.metric.what)
+        axis.set(xticks=list(gains), xlabel="loops, in training and read")
     return figure
 
 
@@ -97,18 +127,18 @@ def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
     figure, axes = grid_of(len(panels) + bool(held_out))
     for axis, panel in zip(axes, panels, strict=False):
         if panel.base:
-            bars(axis, panel, list(panel.base), [panel.estimate(c) for c in panel.base.values()], color=GREY, ls="--")
+            level_bars(axis, panel, list(panel.base), list(panel.base.values()), color=GREY, ls="--")
         for k in panel.trained:
             reads = {depth: cell for (trained, depth), cell in panel.adapted.items() if trained == k}
-            values = [cell.values.mean() * panel.factor for cell in reads.values()]
+            values = [panel.level(cell)[0] * panel.metric.factor for cell in reads.values()]
             axis.plot(list(reads), values, color=look(k)["color"], lw=0.7, alpha=0.8)
             if k in reads:
-                bars(axis, panel, [k], [panel.estimate(reads[k])], **look(k), ls="none")
+                level_bars(axis, panel, [k], [reads[k]], **look(k), ls="none")
         if chance := panel.study.get("chance"):
-            axis.axhline(chance * panel.factor, color=GREY, ls=":", lw=1)
-            axis.annotate("chance", (1, chance * panel.factor), color=GREY, va="bottom", fontsize=7)
+            axis.axhline(chance * panel.metric.factor, color=GREY, ls=":", lw=1)
+            axis.annotate("chance", (1, chance * panel.metric.factor), color=GREY, va="bottom", fontsize=7)
         depths = sorted({depth for _, depth in panel.cells})
-        axis.set(title=named(panel), ylabel=panel.axis, xticks=depths, xlabel="loops, read")
+        axis.set(title=named(panel), ylabel=panel.metric.axis, xticks=depths, xlabel="loops, read")
     if held_out:
         axes[-1].plot(range(1, len(before) + 1), before, **look(None))
         for k, losses in sorted(held_out.items()):
@@ -131,15 +161,15 @@ def heat(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | No
         values = np.full((len(panel.trained), len(depths)), np.nan)
         for (i, k), (j, depth) in product(enumerate(panel.trained), enumerate(depths)):
             if (cell := panel.gain_cell(k, depth)) is not None:
-                values[i, j] = cell.values.mean() * panel.factor
-                text, weight = f"{values[i, j]:+.{panel.decimals}f}", "bold" if k == depth else "normal"
+                values[i, j] = panel.metric.shown(float(cell.values.mean()))
+                text, weight = f"{values[i, j]:+.{panel.metric.places}f}", "bold" if k == depth else "normal"
                 axis.text(j, i, text, ha="center", va="center", color="black", fontsize=7.5, weight=weight)
         bound = max(np.nanmax(np.abs(values)), 1e-9) if np.isfinite(values).any() else 1
         edges = [np.arange(n + 1) - 0.5 for n in (len(depths), len(panel.trained))]
         axis.pcolormesh(*edges, values, cmap="RdBu", vmin=-1.6 * bound, vmax=1.6 * bound, edgecolor="white", lw=1.5)
         axis.set_xticks(range(len(depths)), depths)
         axis.set_yticks(range(len(panel.trained)), panel.trained)
-        axis.set(title=f"{named(panel)}\ngain, {panel.unit}", xlabel="loops, read", ylabel="loops, trained")
+        axis.set(title=f"{named(panel)}\ngain, {panel.metric.what}", xlabel="loops, read", ylabel="loops, trained")
         axis.grid(False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -162,17 +192,17 @@ def compute(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure |
     for axis, (panel, name, costs) in zip(axes, chosen, strict=True):
         costs = {k: cost for k, cost in costs.items() if cost}
         for k, cost in costs.items():
-            bars(axis, panel, [cost], [panel.estimate(panel.adapted[k, k])], **look(k), ls="none")
+            level_bars(axis, panel, [cost], [panel.adapted[k, k]], **look(k), ls="none")
         if name != "training FLOPs" and panel.base:
             known = {d: cost for d in panel.base if (cost := inference_flops(panel, None, d))}
-            values = [panel.base[d].values[0] * panel.factor for d in known]
+            values = [panel.level(panel.base[d])[0] * panel.metric.factor for d in known]
             axis.plot(list(known.values()), values, label="base", **look(None))
             axis.legend()
         if costs:
             axis.set_xscale("log")
             axis.set_xticks(list(costs.values()), [f"{x:.1e}".replace("e+", "e") for x in costs.values()])
             axis.set_xticks([], minor=True)
-        axis.set(title=named(panel), xlabel=name, ylabel=panel.axis)
+        axis.set(title=named(panel), xlabel=name, ylabel=panel.metric.axis)
     return figure
 
 
@@ -257,13 +287,19 @@ def letters(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure |
 FIGURES = (gain, levels, heat, compute, learning, inside, letters)
 
 
-def draw(runs: dict[str, Run], found: dict[tuple[str, str], Panel], dataset: str) -> dict[str, Figure]:
-    """The figures for which there is data, by name."""
-    primary = {p.study["aspect"]: p for (_, name), p in found.items() if name == dataset and p.study.get("primary")}
+def draw(runs: dict[str, Run], found: dict[Key, Panel], made: list[Verdict]) -> dict[str, Figure]:
+    """The figures for which there is data, by name, of the first training set."""
+    dataset = made[0].dataset
+    primary = {
+        panel.study["aspect"]: panel
+        for key, panel in found.items()
+        if (key.dataset, key.arm) == (dataset, STUDY) and panel.study.get("primary")
+    }
     panels = [primary[aspect] for aspect in ASPECTS if aspect in primary]
     with matplotlib.rc_context(STYLE):
-        made = {figure.__name__: figure(panels, runs, dataset) for figure in FIGURES}
-    return {name: figure for name, figure in made.items() if figure}
+        figures = {"worth": worth([test for verdict in made if verdict.dataset == dataset for test in verdict.tests])}
+        figures |= {figure.__name__: figure(panels, runs, dataset) for figure in FIGURES}
+    return {name: figure for name, figure in figures.items() if figure}
 
 
 def save(name: str, figure: Figure, folder: Path) -> str:

@@ -1,33 +1,80 @@
-"""The verdict: which word the numbers allow."""
+"""The verdict: which words the numbers allow.
+
+Three quantities are tested. U: what k loops are worth on Thai against one, of adapters trained on Thai, each read at
+the depth it was trained at. X: U in Thai minus U in English, of adapters trained on as much English, on items that
+stand in both languages. F: what English an adapter trained on Thai has lost against the base at its depth. All tests
+that can print a word are one family (Holm); the word is what the interval says that agrees with it (`stats.reading`).
+"""
 
 import dataclasses
-from collections import Counter
+import math
+from collections import defaultdict
 
+from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.verdict import stats
-from ouro.verdict.stats import Estimate
-from ouro.verdict.study import ASPECTS, BASE, SEEDS, TEXTS, Panel, depth_text
+from ouro.verdict.panels import MEASURED_ALIKE, STUDY, Key, Panel, paired, signed, trained_as, unlike
+from ouro.verdict.stats import ALPHA, SEEDS, Estimate
+from ouro.verdict.study import ASPECTS, BASE, TEXTS, Metric, Reader, Result, Run, depth_text
 
 import numpy as np
+
+PARALLEL = {"thai_text": ("parallel_text_thai", "parallel_text_english"), "thai_exams": LANGUAGES}
+WORDS = TEXTS["words"]
+
+
+@dataclasses.dataclass
+class Test:
+    """One quantity at one depth; word: more, same, less, undecided, or provisional, where it is not tested."""
+
+    quantity: str
+    aspect: str
+    dataset: str
+    depth: int
+    metric: Metric
+    estimate: Estimate
+    items: int
+    clusters: int
+    task: str
+    word: str = "provisional"
+    p: float = math.nan
+    adjusted: float = math.nan
+    level: float = ALPHA  # of the interval: at it, it excludes zero just where `adjusted` is below ALPHA
+    smallest: float = math.nan  # found four times in five
+
+    @property
+    def tested(self) -> bool:
+        return self.estimate.known and min(self.estimate.seeds) >= SEEDS
+
+    def text(self) -> str:
+        return signed(self.metric, self.estimate, self.level)
+
+    def remark(self) -> str:
+        """What a reader needs beside the number."""
+        if self.word == "provisional":
+            few = min(self.estimate.seeds) < SEEDS
+            return f" (provisional: {f'fewer than {SEEDS} seeds' if few else 'one cluster of items'})"
+        if self.word == "undecided":
+            return f" ({self.metric.size(self.smallest)} would be found four times in five)"
+        if self.word == "same" and self.adjusted < ALPHA:
+            return f" (measurable, and inside the margin of {self.metric.size(self.metric.margin)})"
+        return ""
 
 
 @dataclasses.dataclass
 class Verdict:
-    """label: helps, hurts, mixed, no evidence, or no comparison; headline: that in words; sentence: why, in numbers."""
+    """words: what is said of each depth; headline: the same, depths listed; sentence: the numbers; tests: behind it."""
 
     aspect: str
     dataset: str
-    label: str
+    words: dict[int, str]
     headline: str
     sentence: str
     missing: list[str]
+    tests: list[Test] = dataclasses.field(default_factory=list)
 
     @property
     def text(self) -> str:
         return f"{self.headline}. {self.sentence}"
-
-
-def p_text(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def listed(names: list) -> str:
@@ -35,43 +82,118 @@ def listed(names: list) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-class Differences:
-    """Depths above one against one, each estimate with Holm's p over the depths: of the gains (the interaction), of the
-    adapted models (the level), of the base."""
-
-    def __init__(self, panel: Panel):
-        self.gains = {k: e for k in panel.trained if (e := panel.gain(k, k))}
-        depths = [k for k in self.gains if k > 1] if 1 in self.gains else []
-        self.interaction = {k: panel.interaction(k) for k in depths}
-        self.level = {k: panel.between(panel.adapted[k, k], panel.adapted[1, 1]) for k in depths}
-        self.base = {k: panel.between(panel.base[k], panel.base[1]) for k in depths}
-        self.interaction_p, self.level_p, self.base_p = (
-            dict(zip(depths, stats.holm([float(e.p) for e in family.values()]), strict=True))
-            for family in (self.interaction, self.level, self.base)
-        )
-        self.labels = {k: self.label(k) for k in depths}
-
-    def label(self, k: int) -> str:
-        direction = sign(self.interaction[k], self.interaction_p[k])
-        if direction and direction == sign(self.level[k], self.level_p[k]):
-            return "helps" if direction > 0 else "hurts"
-        return "mixed" if direction else "no evidence"
-
-    def summary(self) -> tuple[str, int]:
-        """The label of all depths, and the depth that decides it: the largest interaction under that label."""
-        kinds = set(self.labels.values()) - {"no evidence"}
-        if not kinds:
-            return "no evidence", max(self.labels)
-        label = kinds.pop() if len(kinds) == 1 else "mixed"
-        deciding = [k for k in self.labels if self.labels[k] == label] or [
-            k for k in self.labels if self.labels[k] != "no evidence"
-        ]
-        return label, max(deciding, key=lambda k: (abs(self.interaction[k].value), k))
+def at_depths(depths: list[int]) -> str:
+    return depth_text(depths[0]) if len(depths) == 1 else f"{listed(depths)} loops"
 
 
-def sign(e: Estimate, p: float) -> int:
-    """Of a difference that is significant; else 0."""
-    return int(np.sign(e.value)) if p < stats.ALPHA else 0
+def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], dataset: str, aspect: str) -> Test:
+    clusters = len(cells[0].parts)
+    return Test(quantity, aspect, dataset, depth, panel.metric, stats.estimate(cells), panel.items, clusters,
+                panel.study["task"])  # fmt: skip
+
+
+def adapters(panel: Panel) -> list[Result]:
+    return [result for result in panel.results if result.trained is not None]
+
+
+def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, Run]) -> tuple[Panel | None, str]:
+    """The adapters trained on English beside those of a Thai training set, read on `task`; or None and the reason."""
+    there = [p for k, p in found.items() if k.task == task and k[2:] == key[2:] and p.adapted and p.language == "en"]
+    told = {
+        id(p): {str(runs[s["run"]].config.get("tokens_as")) for s in p.sources[next(iter(p.adapted))]} for p in there
+    }
+    if len(there) > 1:
+        there = [panel for panel in there if told[id(panel)] == {key.dataset}]
+    if len(there) != 1:
+        return None, "adapters trained on as much English"
+    thai, (english,) = found[key], there
+    settings = {}
+    for panel in (thai, english):
+        study = adapters(panel)[0].study
+        told = trained_as(runs[study["run"]]) | {name: str(study.get(name)) for name in MEASURED_ALIKE[:3]}
+        settings[study["run"]] = {k: v for k, v in told.items() if k not in ("data report", "tokens_as", "max_tokens")}
+    if why := unlike(settings):
+        return None, f"English adapters trained alike ({'; '.join(why)})"
+    return english, ""
+
+
+def beside_english(reader: Reader, found: dict[Key, Panel], key: Key, aspect: str) -> tuple[list[Test], str]:
+    """The tests of X for an aspect of a Thai training set; what is missing for them."""
+    tasks = PARALLEL[aspect]
+    there = found.get(key._replace(task=tasks[0]))
+    if there is None:
+        return [], f"{tasks[0]} and {tasks[1]}, which compare Thai with English"
+    english, missing = english_panel(found, key._replace(task=tasks[0]), tasks[1], reader.runs)
+    if english is None:
+        return [], missing
+    pair = paired(there, english, reader.left_out)
+    if pair is None:
+        return [], "items in both languages"
+    both = [k for k in pair[0].depths() if k in pair[1].depths()]
+    cells = {k: pair[0].worth_cells(k) + [-cell for cell in pair[1].worth_cells(k)] for k in both}
+    return [make_test("X", pair[0], k, cells[k], key.dataset, aspect) for k in both], ""
+
+
+def judge(tests: list[Test]) -> None:
+    """Gives each test its word: all that have seeds enough are one family."""
+    family = [test for test in tests if test.tested]
+    if not family:
+        return
+    columns = zip(*((test.estimate.value, *test.estimate.spreads) for test in family), strict=True)
+    p = stats.p_value(*(np.array(column, float) for column in columns))
+    for test, own, adjusted, level in zip(family, p, *stats.holm(p), strict=True):
+        test.p, test.adjusted, test.level = float(own), float(adjusted), float(level)
+        value, half = test.estimate.value, test.estimate.half(level)
+        test.word = str(stats.reading(value - half, value + half, test.metric.margin))
+        if test.word == "undecided":
+            test.smallest = test.estimate.detectable(level, test.metric.margin)
+
+
+def word_of(worth: Test, beside: Test | None) -> str:
+    """The words of a depth, of U and X."""
+    word = WORDS["thai"][worth.word]
+    if worth.word == "more":
+        return word + WORDS["beside"][beside.word if beside else "not measured"]
+    return word + (WORDS["apart"][beside.word] if beside and beside.word in WORDS["apart"] else "")
+
+
+def grouped(words: dict[int, str]) -> str:
+    """Words with their depths: "2 and 4 loops: helps Thai as it helps English. 3 loops: undecided"."""
+    depths = defaultdict(list)
+    for depth, word in words.items():
+        depths[word].append(depth)
+    return ". ".join(f"{at_depths(at)}: {word}" for word, at in depths.items())
+
+
+def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
+    """Seeds, tokens and training FLOPs of the runs, by depth where they differ."""
+    sources = {k: [study for study in panel.sources[k, k] if study["run"] in runs] for k in depths}
+    told = [f"training runs (seeds) {by_depth({k: str(len(panel.sources[k, k])) for k in depths})}"]
+    for name in ("tokens", "FLOPs"):
+        means = {}
+        for k, studies in sources.items():
+            mine = [runs[s["run"]] for s in studies]
+            values = [run.tokens if name == "tokens" else run.flops(s) for run, s in zip(mine, studies, strict=True)]
+            if values and all(values):
+                means[k] = f"{np.mean(values):.3g}".replace("e+", "e")
+        told += [f"{name} a run {by_depth(means)}"] if means else []
+    return "; ".join(told)
+
+
+def by_depth(texts: dict[int, str]) -> str:
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({depth_text(k)})" for k, text in texts.items())
+
+
+def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
+    """The second line: U of the arm whose runs took as many operations at each depth. It prints no word."""
+    panel = found.get(key._replace(arm="equal-flops"))
+    if panel is None or not panel.depths():
+        return ""
+    worth = [f"{depth_text(k)} {signed(panel.metric, panel.worth(k))}" for k in panel.depths()]
+    told = spent(panel, [1, *panel.depths()], runs)
+    return f" At equal FLOPs, against 1 loop: {'; '.join(worth)} (95 % intervals; {told})."
 
 
 def what_is_missing(panel: Panel) -> list[str]:
@@ -81,96 +203,85 @@ def what_is_missing(panel: Panel) -> list[str]:
     missing += [
         f"the model trained at {depth_text(k)}, read there" for k in panel.trained if (k, k) not in panel.adapted
     ]
-    missing += [f"the base at {depth_text(k)}" for k in panel.trained if k not in panel.base]
     seeds = {k: len(panel.seeds[k, k]) for k in panel.trained if (k, k) in panel.seeds}
     if few := [f"{n} at {depth_text(k)}" for k, n in seeds.items() if n < SEEDS]:
         missing.append(f"at least {SEEDS} seeds: now {listed(few)}")
     return missing
 
 
-def decide(aspect: str, dataset: str, panel: Panel | None) -> Verdict:
-    """By rule, from the interactions (do the gains differ?) and the levels (do the adapted models?), depth k against 1.
+def no_comparison(aspect: str, dataset: str, why: str, missing: list[str]) -> Verdict:
+    return Verdict(aspect, dataset, {}, WORDS["no comparison"], why, missing)
 
-    helps, hurts: both significant, in one direction. mixed: the gains differ, and the level does not follow. A base
-    that is worse at one loop and gains as much there moves the levels alone: no evidence about adaptation.
-    """
-    english = aspect == "english"
-    headlines = TEXTS["headlines"]["english" if english else "thai"]
-    if panel is None or not panel.adapted:
-        why = "No adapted model was scored on its benchmark." if panel is None else "Only the base model was scored."
-        return Verdict(aspect, dataset, "no comparison", headlines["no comparison"], why, ["adapted models"])
-    missing, found = what_is_missing(panel), Differences(panel)
-    change = "change on English" if english else "gain over the base at the same depth"
 
-    def gained(k: int) -> str:
-        return f"{panel.signed(found.gains[k])} at {depth_text(k)}"
+def on_thai(aspect: str, key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
+    """A Thai aspect's verdict, of tests that were judged."""
+    missing = what_is_missing(panel) + ([lacks] if lacks else [])
+    worth, beside = ({t.depth: t for t in tests if t.quantity == quantity} for quantity in "UX")
+    if not worth:
+        return no_comparison(aspect, key.dataset, "Adapters trained at 1 loop and at more are needed.", missing)
+    words = {k: word_of(test, beside.get(k)) for k, test in worth.items()}
+    told = []
+    for k, test in worth.items():
+        told.append(f"{depth_text(k)} {test.text()}{test.remark()}")
+        if k in beside:
+            told[-1] += f", beside English {beside[k].text()}{beside[k].remark()}"
+    first = next(iter(worth.values()))
+    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles)"
+    rests += f"; {spent(panel, [1, *worth], reader.runs)}"
+    if beside:
+        also = next(iter(beside.values()))
+        rests += f"; in both languages: {also.task}, {also.items} items in {also.clusters} clusters"
+    sentence = f"Against 1 loop: {'; '.join(told)}. Rests on {rests}.{equal_flops(found, key, reader.runs)}"
+    return Verdict(aspect, key.dataset, words, grouped(words), sentence, missing, tests)
 
-    if not found.interaction:
-        why = "A gain at 1 loop and one at more loops are needed"
-        if found.gains:
-            why += f"; the {change} is {listed([gained(k) for k in found.gains])} ({panel.unit})"
-        return Verdict(aspect, dataset, "no comparison", headlines["no comparison"], f"{why}.", missing)
 
-    label, k = found.summary()
-    e, after, before = found.interaction[k], found.level[k], found.base[k]
-    after_sign, before_sign = sign(after, found.level_p[k]), sign(before, found.base_p[k])
-    facts = (
-        f"the {change} is {gained(k)} and {gained(1)}; difference {panel.signed(e)} {panel.unit}, "
-        f"Holm {p_text(found.interaction_p[k])}"
+def on_english(key: Key, panel: Panel, tests: list[Test], reader: Reader) -> Verdict:
+    """What training on Thai did to English, of tests that were judged."""
+    missing = what_is_missing(panel) + [
+        f"the base at {depth_text(k)}" for k in panel.trained if k not in panel.base and (k, k) in panel.adapted
+    ]
+    if not tests:
+        return no_comparison("english", key.dataset, "The base at the adapters' depths is needed.", missing)
+    words = {test.depth: WORDS["english"][test.word] for test in tests}
+    told = "; ".join(f"{depth_text(test.depth)} {test.text()}{test.remark()}" for test in tests)
+    rests = f"{tests[0].task}, {tests[0].items} items in {tests[0].clusters} clusters (passages or articles)"
+    rests += f"; {spent(panel, [test.depth for test in tests], reader.runs)}"
+    return Verdict(
+        "english", key.dataset, words, grouped(words), f"Against the base: {told}. Rests on {rests}.", missing, tests
     )
-    better = f"{depth_text(k)} are" if after.value > 0 else "1 loop is"
-    if not after_sign:
-        ends = f"after training, {depth_text(k)} and 1 loop do not differ measurably ({panel.signed(after)})"
-    elif label == "mixed" and after.value * e.value < 0:
-        ends = f"after training, {better} still better by {panel.size(after.value)}"
-    else:
-        ends = f"after training, {better} better by {panel.size(after.value)}"
-
-    if label == "mixed":
-        ahead = depth_text(k) if e.value > 0 else "1 loop"
-        starts = (
-            f"the base starts from {panel.show(panel.base[1].values[0])} at 1 loop and "
-            f"{panel.show(panel.base[k].values[0])} at {depth_text(k)} ({panel.axis})"
-        )
-        because = "because " if before_sign == -np.sign(e.value) and not english else ""
-        what = "less is lost" if english else "the gain is larger"
-        sentence = f"{what} at {ahead}, {because}{starts}: {facts}; {ends}"
-        if len(set(found.labels.values())) > 1:
-            sentence += "; by depth: " + ", ".join(f"{depth_text(d)} {name}" for d, name in found.labels.items())
-    elif label == "no evidence":
-        least = panel.size(float(e.detectable(len(found.interaction))))
-        sentence = f"{facts}; the smallest difference it would find four times in five is {least}"
-        if after_sign and after_sign == before_sign:
-            sentence += f"; {ends}, but so was the base, by {panel.size(before.value)}: that is depth, not adaptation"
-    else:
-        sentence = f"{facts}; {ends}"
-        if also := [d for d in found.labels if found.labels[d] == label and d != k]:
-            sentence += f"; the same at {listed(also)} loops"
-    if english:
-        lost = [d for d, gain in found.gains.items() if sign(gain, float(gain.p)) < 0]
-        at = depth_text(1) if lost == [1] else f"{listed(lost)} loops"
-        sentence += f"; English is measurably forgotten at {at}" if lost else "; no measurable loss of English"
-    headline = headlines[label]
-    if min(e.seeds, after.seeds) == 1:
-        headline += ", in these runs (one seed)" if label in ("helps", "hurts") else ""
-        sentence += "; one seed: true of these runs, how other seeds would do is unknown"
-    return Verdict(aspect, dataset, label, headline, f"{sentence[0].upper()}{sentence[1:]}.", missing)
 
 
-def verdicts(found: dict[tuple[str, str], Panel], answers: list | None = None) -> list[Verdict]:
-    """For the training set with most runs all four aspects; for the others those that compare depths."""
-    counts = Counter()
-    for (_, dataset), panel in found.items():
-        counts[dataset] += sum(len(panel.seeds[k, k]) for k in panel.trained if (k, k) in panel.seeds)
-    datasets = sorted(counts, key=lambda name: (-counts[name], name)) or [BASE]
-    result = []
-    for dataset in datasets:
-        mine = {p.study["aspect"]: p for (_, name), p in found.items() if name == dataset and p.study.get("primary")}
-        for aspect in ASPECTS:
-            verdict = decide(aspect, dataset, mine.get(aspect))
-            if aspect == "thai_conversation" and aspect not in mine and answers:
-                verdict.sentence = "There are answers, and no ratings of them."
-                verdict.missing = ["ratings (tools/judge.py)"]
-            if dataset == datasets[0] or verdict.label != "no comparison":
-                result.append(verdict)
-    return result
+def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
+    """Of each Thai training set in the study's own arm the aspects that were scored; of the first all of them."""
+    study = {
+        key: panel for key, panel in found.items() if key.arm == STUDY and panel.adapted and panel.language == "th"
+    }
+    datasets = list(dict.fromkeys(key.dataset for key in study)) or [BASE]
+    asked = {(k.dataset, p.study["aspect"]): (k, p) for k, p in study.items() if p.study.get("primary")}
+    tests, lacks = {}, dict.fromkeys(asked, "")
+    for place, (key, panel) in asked.items():
+        dataset, aspect = place
+        if aspect == "english":
+            cells = {k: [gain] for k in panel.trained if (gain := panel.gain_cell(k, k))}
+        else:
+            cells = {k: panel.worth_cells(k) for k in panel.depths()}
+        quantity = "F" if aspect == "english" else "U"
+        tests[place] = [make_test(quantity, panel, k, mine, dataset, aspect) for k, mine in cells.items()]
+        if aspect in PARALLEL:
+            more, lacks[place] = beside_english(reader, found, key, aspect)
+            tests[place] += more
+    judge([test for some in tests.values() for test in some])
+    made = []
+    for place in ((dataset, aspect) for dataset in datasets for aspect in ASPECTS):
+        dataset, aspect = place
+        if place in asked and aspect == "english":
+            made.append(on_english(*asked[place], tests[place], reader))
+        elif place in asked:
+            made.append(on_thai(aspect, *asked[place], tests[place], found, reader, lacks[place]))
+        elif aspect == "thai_conversation" and reader.answers and dataset == datasets[0]:
+            why = "There are answers, and no ratings of them."
+            made.append(no_comparison(aspect, dataset, why, ["ratings (tools/judge.py)"]))
+        elif dataset == datasets[0]:
+            why = "No adapted model that counts was scored on its benchmark."
+            made.append(no_comparison(aspect, dataset, why, ["adapted models"]))
+    return made

@@ -1,47 +1,68 @@
-"""What the study's files say: reads runs and results, and decides which of them may be compared.
+"""What the study's files say: reads runs and results. Which of them may be compared: panels.py.
 
     reader = Reader(Path("output"), Path("results"))
-    for (task, dataset), panel in panels(reader).items():
-        print(task, dataset, {depth: panel.gain(depth, depth) for depth in panel.trained})
+    print({result.study["run"] for result in reader.results})
 
 What cannot be used is not an error but an entry of `Reader.left_out`: a file and why.
 """
 
 import dataclasses
-import hashlib
+import functools
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ouro.evaluate.benchmarks import LANGUAGES
-from ouro.files import UserError, read_yaml
-from ouro.settings import LEARNING
-from ouro.verdict import stats
-from ouro.verdict.stats import Cell, Estimate
+from ouro.files import UserError, file_sha256, read_yaml
 
 import numpy as np
 
 FORMAT = 1
 LARGEST = 512 << 20  # bytes of a file of JSON lines; a run of 3,000 log lines has one million
-SEEDS = 3  # fewer are named as missing
 BASE = "base model"
-METRICS = {  # metric: unit, factor, decimals, name of an axis
-    "bits_per_character": ("bits per character", 1, 3, "bits per character"),
-    "accuracy": ("points", 100, 1, "accuracy, %"),
-    "rating": ("rating points", 1, 2, "rating, 1 to 10"),
-}
 TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
 ASPECTS = TEXTS["aspects"]
-# Results that differ in one of these were not measured alike, or their adapters not trained alike: they are never
-# averaged and never subtracted. Trained depth and training set are what the study itself compares, or keeps apart.
-MEASURED_ALIKE = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split")
-MEASURED_ALIKE += ("limit", "prompt_sha256", "judge")
-SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
-TRAINED_ALIKE = ("data report", *(f"setting {name}" for name in SETTINGS_ALIKE), "rows per step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a level is shown (axis, factor, decimals), and a difference (unit, places) with the margin, set beforehand,
+    inside which it does not matter. Of bits the logarithms are compared; shown is how many per cent fewer they are."""
+
+    axis: str
+    factor: float
+    decimals: int
+    unit: str
+    places: int
+    margin: float
+    log: bool = False
+
+    def shown(self, difference: float) -> float:
+        """A difference in its unit; differences of logarithms as per cent."""
+        return 100 * (1 - math.exp(-difference)) if self.log else self.factor * difference
+
+    def level(self, value: float) -> str:
+        return f"{value * self.factor:.{self.decimals}f}"
+
+    def size(self, difference: float) -> str:
+        return f"{self.shown(difference):.{self.places}f} {self.unit}"
+
+    @property
+    def what(self) -> str:
+        """Name of an axis of differences."""
+        return "% fewer bits per character" if self.log else self.unit
+
+
+METRICS = {
+    "bits_per_character": Metric("bits per character", 1, 3, "%", 2, -math.log(0.98), log=True),
+    "accuracy": Metric("accuracy, %", 100, 1, "points", 1, 0.03),
+    "rating": Metric("rating, 1 to 10", 1, 2, "rating points", 2, 0.3),
+}
+NEEDED = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
+          "prompt_sha256", "judge", "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better")  # fmt: skip
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
 
 
@@ -50,6 +71,7 @@ class Run:
     """A training run's folder. `log`: columns of metrics.jsonl."""
 
     name: str
+    folder: Path
     config: dict
     manifest: dict
     data: dict
@@ -67,6 +89,12 @@ class Run:
             return f"failed: loss is not a number at step {self.log['step'][-1]:.0f}"
         total = self.config.get("max_steps", -1)
         return f"not finished: step {self.log['step'][-1]:.0f}" + (f" of {total}" if total > 0 else "")
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of its adapter and its data report, as a result names them; of what is there."""
+        files = {"adapter_sha256": "final_adapter/adapter_model.safetensors", "data_report_sha256": "data_report.json"}
+        return {key: file_sha256(self.folder / file) for key, file in files.items() if (self.folder / file).is_file()}
 
     @property
     def tokens(self) -> float:
@@ -103,15 +131,17 @@ def last(values: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class Result:
-    """A result file: its block "study"; ids, numerators, denominators and right answers of its items, in its order."""
+    """A result file: its block "study"; of its items, in its order, ids, numerators, denominators, right answers, the
+    passages that several share and the exams."""
 
     study: dict
     path: Path
     ids: list[str]
     numerators: np.ndarray
     denominators: np.ndarray
-    golds: list = dataclasses.field(default_factory=list)
-    signature: dict[str, str] = dataclasses.field(default_factory=dict)  # what must be equal, see `set_signatures`
+    golds: list
+    clusters: list
+    strata: list
 
     @property
     def trained(self) -> int | None:
@@ -193,13 +223,13 @@ class Reader:
         manifest, data = (
             self.attempt(folder / f"{file}.json", read_object, {}) for file in ("manifest", "data_report")
         )
-        return Run(name, settings, manifest, data, log, held_out, (folder / "completed").exists())
+        return Run(name, folder, settings, manifest, data, log, held_out, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
         study = read_object(path)["study"]
         if study.get("format") != FORMAT:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
-        for key in (*MEASURED_ALIKE, "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better"):
+        for key in NEEDED:
             study[key]  # a missing one is named by the KeyError
         if study["metric"] not in METRICS or study["aspect"] not in ASPECTS:
             raise ValueError(f"metric {study['metric']!r} or aspect {study['aspect']!r} is unknown")
@@ -225,210 +255,9 @@ class Reader:
         depths = ("total_ut_steps", "trained_ut_steps") if study["kind"] == "adapter" else ("total_ut_steps",)
         if not all(isinstance(study[key], int) for key in depths):
             raise ValueError("a depth is not a whole number")
-        return Result(study, path, ids, above, below, [row.get("gold") for row in rows])
-
-
-def trained_as(run: Run) -> dict[str, str]:
-    """Data and settings of a run, as far as they must not differ between depths and seeds; less if its files lack."""
-    found = {}
-    if run.data:  # without the padding, which depends on the seed's order of rows, and without the cache's folder
-        told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}
-        found["data report"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    if run.config:
-        found |= {f"setting {name}": str(run.config.get(name)) for name in SETTINGS_ALIKE}
-        rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
-        found["rows per step"] = str(rows)
-    return found
-
-
-def set_signatures(reader: Reader) -> None:
-    """Gives each result its signature: all that must be equal in results that are pooled or subtracted.
-
-    Results whose training folder is elsewhere are taken to be trained as most others on that set, and listed.
-    """
-    trained = {name: trained_as(run) for name, run in reader.runs.items()}
-    known = defaultdict(Counter)
-    for result in reader.results:
-        for key, value in trained.get(result.study["run"], {}).items():
-            known[result.study.get("dataset"), key][value] += 1
-    for result in reader.results:
-        study = result.study
-        result.signature = {key: str(study[key]) for key in MEASURED_ALIKE}
-        result.signature["set of items"] = hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest()
-        if study["kind"] != "adapter":
-            continue
-        mine = trained.get(study["run"], {})
-        if len(mine) < len(TRAINED_ALIKE):
-            why = "its training folder is not here, or not whole: data and settings could not be compared; counted"
-            reader.left_out.append((str(result.path.parent), why))
-        result.signature["loss"] = str(study.get("loss"))
-        for key in TRAINED_ALIKE:
-            usual = known[study.get("dataset"), key]
-            result.signature[key] = mine.get(key) or max(sorted(usual), key=usual.get, default="unknown")
-
-
-def differences(one: Result, other: Result) -> str:
-    """In what the first's signature is not like the second's; empty if in nothing."""
-    pairs = ((key, value, other.signature[key]) for key, value in one.signature.items())
-    return "; ".join(f"{key} is {a[:80]}, not {b[:80]}" for key, a, b in pairs if a != b)
-
-
-class Panel:
-    """One benchmark and one training set: base and adapted models by depth, resampled together.
-
-    cells and sources (blocks "study") are by (trained depth, depth read), the base's trained depth is None."""
-
-    def __init__(self, results: list[Result]):
-        self.results, self.study, self.ids = results, results[0].study, results[0].ids
-        self.items = len(self.ids)
-        self.sign = 1 if self.study["higher_is_better"] else -1
-        self.metric = self.study["metric"]
-        self.unit, self.factor, self.decimals, self.axis = METRICS[self.metric]
-        groups = defaultdict(list)
-        for result in sorted(results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"])):
-            groups[result.trained, result.study["total_ut_steps"]].append(result)
-        self.cells = {key: self.cell(group) for key, group in groups.items()}
-        self.sources = {key: [result.study for result in group] for key, group in groups.items()}
-        self.seeds = {key: [study["seed"] for study in sources] for key, sources in self.sources.items()}
-        self.base = {depth: cell for (trained, depth), cell in self.cells.items() if trained is None}
-        self.adapted = {key: cell for key, cell in self.cells.items() if key[0] is not None}
-        self.trained = sorted({trained for trained, _ in self.adapted})
-
-    def cell(self, group: list[Result]) -> Cell:
-        columns = []
-        for result in group:
-            place = {identity: i for i, identity in enumerate(result.ids)}
-            order = [place[identity] for identity in self.ids]
-            columns.append((result.numerators[order], result.denominators[order]))
-        above, below = (np.stack(column, 1) for column in zip(*columns, strict=True))
-        return stats.cell(stats.resample(self.items), above, below)
-
-    def estimate(self, *cells: Cell) -> Estimate:
-        return stats.estimate(list(cells), self.items)
-
-    def gain_cell(self, trained: int, depth: int) -> Cell | None:
-        """Better than the base at the same depth by so much; None without both."""
-        if (trained, depth) not in self.adapted or depth not in self.base:
-            return None
-        better = self.adapted[trained, depth] - self.base[depth]
-        return better if self.sign > 0 else -better
-
-    def gain(self, trained: int, depth: int) -> Estimate | None:
-        gained = self.gain_cell(trained, depth)
-        return gained and self.estimate(gained)
-
-    def between(self, one: Cell | None, other: Cell | None) -> Estimate | None:
-        """How much better `one` is than `other`, of runs trained apart."""
-        if one is None or other is None:
-            return None
-        return self.estimate(one, -other) if self.sign > 0 else self.estimate(other, -one)
-
-    def interaction(self, depth: int) -> Estimate | None:
-        """The research question: the gain at `depth` loops minus that at one, each trained and read at its depth."""
-        many, one = self.gain_cell(depth, depth), self.gain_cell(1, 1)
-        return None if many is None or one is None else self.estimate(many, -one)
-
-    def show(self, value: float) -> str:
-        return f"{value * self.factor:.{self.decimals}f}"
-
-    def size(self, value: float) -> str:
-        return f"{self.show(abs(value))} {self.unit}"
-
-    def signed(self, e: Estimate) -> str:
-        low, value, high = (f"{x * self.factor:+.{self.decimals}f}" for x in (e.low, e.value, e.high))
-        return f"{value} [{low}, {high}]"
-
-
-def largest_group(results: list[Result], left_out: list) -> list[Result]:
-    """The most results that are alike; the others go to left_out, with the difference."""
-    groups: dict[tuple, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[tuple(result.signature.values())].append(result)
-    best = groups[max(sorted(groups), key=lambda group: len(groups[group]), default=())]
-    for result in results:
-        if why := differences(result, best[0]):
-            left_out.append((str(result.path), f"not pooled with the others: {why}"))
-    return best
-
-
-def once(results: list[Result], left_out: list) -> list[Result]:
-    """Without those that repeat another's seed, depths and training."""
-    taken: dict[tuple, Result] = {}
-    for result in results:
-        key = tuple(str(result.study.get(k)) for k in ("trained_ut_steps", "total_ut_steps", "seed"))
-        first = taken.setdefault((*key, *result.signature.values()), result)
-        if first is not result:
-            why = f"the same training set, depth and seed as {first.path}: counted once"
-            left_out.append((str(result.path), why))
-    return list(taken.values())
-
-
-def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[Result]:
-    """The base's results that can be subtracted from these adapted models', one a depth."""
-    found = {}
-    for result in bases:
-        if why := differences(result, (mine or bases)[0]):
-            left_out.append((str(result.path), f"no zero line of the adapted models: {why}"))
-        else:
-            found.setdefault(result.study["total_ut_steps"], result)
-    return list(found.values())
-
-
-def panels(reader: Reader) -> dict[tuple[str, str], Panel]:
-    """By (task, training set), in the verdict's order: what may be compared. The rest is added to what was left out."""
-    set_signatures(reader)
-    found = {}
-    for task in dict.fromkeys(result.study["task"] for result in reader.results):
-        adapted, bases = (
-            [r for r in reader.results if (r.study["task"], r.study["kind"]) == (task, kind)]
-            for kind in ("adapter", "base")
-        )
-        for dataset in sorted({str(r.study.get("dataset")) for r in adapted}) or [BASE] * bool(bases):
-            mine = once([r for r in adapted if str(r.study.get("dataset")) == dataset], reader.left_out)
-            mine = largest_group(mine, reader.left_out)
-            found[task, dataset] = Panel(mine + zero_line(bases, mine, reader.left_out))
-
-    def place(key: tuple[str, str]) -> tuple:
-        study = found[key].study
-        return list(ASPECTS).index(study["aspect"]), not study.get("primary"), *key
-
-    return {key: found[key] for key in sorted(found, key=place)}
-
-
-def gaps(found: dict[tuple[str, str], Panel], left_out: list) -> dict[str, tuple[Panel, Panel, Panel]]:
-    """By training set: Belebele in Thai, in English, and English minus Thai question by question, of what has both."""
-    made = {}
-    for dataset in (dataset for task, dataset in found if task == LANGUAGES[0]):
-        thai, english = (found.get((task, dataset)) for task in LANGUAGES)
-        if english is None:
-            continue
-        if both := in_both(thai.results, english.results, left_out):
-            made[dataset] = tuple(Panel(list(results)) for results in zip(*both, strict=True))
-    return made
-
-
-def in_both(thai: list[Result], english: list[Result], left_out: list) -> list[tuple[Result, Result, Result]]:
-    """(Thai, English, English minus Thai) of each model and depth, on the questions that both files have by number."""
-
-    def numbers(result: Result) -> dict[str, int]:
-        return {identity.rpartition("-")[2]: i for i, identity in enumerate(result.ids)}
-
-    made, others = [], {(r.study["run"], r.study["total_ut_steps"]): r for r in english}
-    for one in thai:
-        if (other := others.get((one.study["run"], one.study["total_ut_steps"]))) is None:
-            continue
-        here, there = numbers(one), numbers(other)
-        same = [number for number in here if number in there]
-        i, j = [here[number] for number in same], [there[number] for number in same]
-        # In files of different orders a quarter of the answers would agree by chance: all must, or none is compared.
-        agree = sum(one.golds[a] == other.golds[b] is not None for a, b in zip(i, j, strict=True))
-        if agree < len(same) or not same:
-            why = f"not compared: {agree} of {len(same)} questions of one number have the same right answer"
-            left_out.append((" and ".join(LANGUAGES), why))
-            continue
-        x, y, weight = one.numerators[i], other.numerators[j], np.ones(len(same))
-        made.append(tuple(Result(one.study, one.path, same, values, weight) for values in (x, y, y - x)))
-    return made
+        clusters = [row.get("cluster", row["id"]) for row in rows]
+        strata = [row.get("stratum") for row in rows]
+        return Result(study, path, ids, above, below, [row.get("gold") for row in rows], clusters, strata)
 
 
 def depth_text(depth: int) -> str:

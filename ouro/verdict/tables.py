@@ -4,9 +4,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from ouro.verdict.rule import Differences
-from ouro.verdict.stats import Estimate
-from ouro.verdict.study import BASE, METRICS, TEXTS, Panel, Reader, Result, Run, depth_text, gaps, last
+from ouro.verdict.panels import STUDY, Key, Panel, gaps, signed
+from ouro.verdict.rule import Test, Verdict
+from ouro.verdict.stats import Estimate, estimate
+from ouro.verdict.study import ASPECTS, BASE, METRICS, TEXTS, Reader, Result, Run, depth_text, last
 
 import numpy as np
 import pandas as pd
@@ -54,19 +55,18 @@ def number_cell(value: float | None, form: str = ",.0f", factor: float = 1) -> C
 
 def value_cell(metric: str, value: float | None) -> Cell:
     """A number in the metric's unit."""
-    _, factor, decimals, _ = METRICS[metric]
-    return number_cell(value, f".{decimals}f", factor)
+    return number_cell(value, f".{METRICS[metric].decimals}f", METRICS[metric].factor)
 
 
 def level_cell(metric: str, value: float, low: float, high: float) -> Cell:
-    """A number with its interval, in the metric's unit."""
-    _, factor, decimals, _ = METRICS[metric]
-    value_text, low_text, high_text = (f"{x * factor:.{decimals}f}" for x in (value, low, high))
-    return (float(value), f"{value_text} [{low_text}, {high_text}]")
+    """A number with its interval, in the metric's unit; alone where the interval is not known."""
+    told = METRICS[metric].level
+    known = math.isfinite(low) and math.isfinite(high)
+    return (float(value), told(value) + (f" [{told(low)}, {told(high)}]" if known else ""))
 
 
 def difference_cell(panel: Panel, e: Estimate | None) -> Cell:
-    return "–" if e is None else (float(e.value), panel.signed(e))
+    return "–" if e is None else (float(e.value), signed(panel.metric, e))
 
 
 def nan_mean(values: np.ndarray) -> float:
@@ -146,84 +146,123 @@ def data_rows(runs: Iterable[Run]) -> Rows:
         }
 
 
-def gain_rows(found: dict[tuple[str, str], Panel]) -> Rows:
-    for (task, dataset), panel in found.items():
-        differences = Differences(panel)
-        for k, gain in differences.gains.items():
-            more = differences.interaction.get(k)
-            smallest = more and float(more.detectable(len(differences.interaction)))
+def test_rows(tests: Iterable[Test]) -> Rows:
+    """The chain of numbers behind each word: `report.py --explain` prints it."""
+    names = {"U": "worth (U)", "X": "beside English (X)", "F": "English kept (F)"}
+    tests = list(tests)
+    family = sum(test.tested for test in tests)
+    for test in tests:
+        metric = test.metric
+        yield {
+            "aspect": ASPECTS[test.aspect],
+            "training set": test.dataset,
+            "loops": number_cell(test.depth, "d"),
+            "quantity": names[test.quantity],
+            "word": test.word,
+            "value [interval]": (float(test.estimate.value), test.text()),
+            "interval of, %": number_cell(100 * (1 - test.level), ".2f") if test.tested else "–",
+            "p": number_cell(test.p, ".2g"),
+            "p in the family": number_cell(test.adjusted, ".2g"),
+            "tests in it": number_cell(family if test.tested else None, "d"),
+            "margin": (metric.margin, metric.size(metric.margin)),
+            "found 4 times in 5": metric.size(test.smallest) if math.isfinite(test.smallest) else "–",
+            "benchmark": test.task,
+            "items": number_cell(test.items),
+            "clusters": number_cell(test.clusters),
+            "seeds": ", ".join(map(str, test.estimate.seeds)),
+        }
+
+
+def arm_rows(found: dict[Key, Panel]) -> Rows:
+    for key, panel in found.items():
+        for k in panel.depths() if key.arm != STUDY else ():
+            worth = panel.worth(k)
             yield {
-                "benchmark": task,
-                "training set": dataset,
+                "arm": key.arm,
+                "condition": key.condition or "–",
+                "training set": key.dataset,
+                "benchmark": key.task,
                 "loops": number_cell(k, "d"),
-                "seeds": number_cell(gain.seeds, "d"),
-                "base": value_cell(panel.metric, panel.base[k].values[0]),
-                "adapted": value_cell(panel.metric, panel.adapted[k, k].values.mean()),
-                "gain": difference_cell(panel, gain),
-                "effect": number_cell(float(gain.effect), ".2f"),
-                "gain minus gain at 1 loop": difference_cell(panel, more),
-                "Holm p": number_cell(differences.interaction_p.get(k), ".3g"),
-                "smallest found": value_cell(panel.metric, smallest),
-                "unit": panel.unit,
+                "worth against 1 loop": difference_cell(panel, worth),
+                "items": number_cell(panel.items),
+                "seeds": ", ".join(map(str, worth.seeds)),
             }
 
 
-def gain_matrices(found: dict[tuple[str, str], Panel]) -> Iterator[Table]:
+def gain_rows(found: dict[Key, Panel]) -> Rows:
+    for key, panel in found.items():
+        for k in panel.trained if key.arm == STUDY else ():
+            if gain := panel.gain(k, k):
+                yield {
+                    "benchmark": key.task,
+                    "training set": key.dataset,
+                    "loops": number_cell(k, "d"),
+                    "seeds": number_cell(gain.seeds[0], "d"),
+                    "base": value_cell(panel.study["metric"], panel.level(panel.base[k])[0]),
+                    "adapted": value_cell(panel.study["metric"], panel.level(panel.adapted[k, k])[0]),
+                    "gain": difference_cell(panel, gain),
+                    "items": number_cell(panel.items),
+                }
+
+
+def gain_matrices(found: dict[Key, Panel]) -> Iterator[Table]:
     """Of each task that a verdict rests on: every adapter at every depth."""
-    for (task, dataset), panel in found.items():
+    for key, panel in found.items():
         depths = sorted({depth for _, depth in panel.adapted})
         rows = [
             {"trained at": (k, depth_text(k))}
             | {depth_text(depth): difference_cell(panel, panel.gain(k, depth)) for depth in depths}
             for k in panel.trained
         ]
-        if panel.study.get("primary"):
-            yield Table("matrix", rows, task=task, dataset=dataset, unit=panel.unit)
+        if panel.study.get("primary") and key.arm == STUDY:
+            yield Table("matrix", rows, task=key.task, dataset=key.dataset, unit=panel.metric.what)
 
 
-def benchmark_rows(found: dict[tuple[str, str], Panel]) -> Rows:
-    for (task, dataset), panel in found.items():
+def benchmark_rows(found: dict[Key, Panel]) -> Rows:
+    for (task, dataset, arm, condition), panel in found.items():
         for (trained, depth), cell in panel.cells.items():
-            studies, e = panel.sources[trained, depth], panel.estimate(cell)
+            studies, level, metric = panel.sources[trained, depth], panel.level(cell), panel.study["metric"]
             macro = [s["macro"] for s in studies if s.get("macro") is not None]
-            told = studies[0] if panel.metric == "accuracy" else {}
+            told = studies[0] if metric == "accuracy" else {}
             above = None
             if told.get("chance"):
-                above = binomtest(round(float(e.value) * panel.items), panel.items, told["chance"]).pvalue
+                above = binomtest(round(level[0] * panel.items), panel.items, told["chance"]).pvalue
             yield {
                 "benchmark": task,
                 "model": dataset if trained else BASE,
+                "arm": " ".join((arm, condition)).strip() if trained else "–",
                 "trained at": number_cell(trained, "d"),
                 "read at": number_cell(depth, "d"),
                 "seeds": number_cell(len(studies), "d"),
                 "items": number_cell(panel.items),
-                "value": level_cell(panel.metric, e.value, e.low, e.high),
+                "value": level_cell(metric, *level),
                 "chance": number_cell(told.get("chance"), ".1f", 100),
                 "p against chance": number_cell(above, ".2g"),
                 "always the commonest": number_cell(told.get("majority"), ".1f", 100),
-                "macro": value_cell(panel.metric, sum(macro) / len(macro) if macro else None),
+                "macro": value_cell(metric, sum(macro) / len(macro) if macro else None),
                 "its chance": number_cell(told.get("macro_chance"), ".1f", 100),
                 "its commonest": number_cell(told.get("macro_majority"), ".1f", 100),
                 "no answer": number_cell(nan_mean(np.array([s.get("unparsed", math.nan) for s in studies], float))),
-                "unit": panel.axis,
+                "unit": panel.metric.axis,
             }
 
 
-def gap_rows(found: dict[tuple[str, str], Panel], left_out: list) -> Rows:
-    for dataset, panels in gaps(found, left_out).items():
-        gap = panels[-1]
-        for trained, depth in gap.cells:
-            thai, english, e = (panel.estimate(panel.cells[trained, depth]) for panel in panels)
+def gap_rows(found: dict[Key, Panel], left_out: list) -> Rows:
+    for key, (thai, english) in gaps(found, left_out).items():
+        gap = {where: english.cells[where] - thai.cells[where] for where in thai.cells if key.arm == STUDY}
+        for (trained, depth), cell in gap.items():
+            base = gap.get((None, depth))
+            change = estimate([cell - base]) if trained and base else None
             yield {
-                "model": dataset if trained else BASE,
+                "model": key.dataset if trained else BASE,
                 "trained at": number_cell(trained, "d"),
                 "read at": number_cell(depth, "d"),
-                "seeds": number_cell(e.seeds, "d"),
-                "questions": number_cell(gap.items),
-                "Thai": level_cell(gap.metric, thai.value, thai.low, thai.high),
-                "English": level_cell(gap.metric, english.value, english.low, english.high),
-                "English minus Thai": difference_cell(gap, e),
-                "change by training": difference_cell(gap, gap.gain(trained, depth)),
+                "seeds": number_cell(len(cell.values), "d"),
+                "questions": number_cell(thai.items),
+                "Thai": level_cell("accuracy", *thai.level(thai.cells[trained, depth])),
+                "English": level_cell("accuracy", *english.level(english.cells[trained, depth])),
+                "English minus Thai": difference_cell(thai, estimate([cell])),
+                "change by training": difference_cell(thai, change),
             }
 
 
@@ -242,8 +281,8 @@ def baseline_rows(results: Iterable[Result]) -> Rows:
                 "items": number_cell(study["items"]),
                 "mean": mean,
                 "measured here": value_cell(metric, study.get("macro")) if mean == "macro" else micro,
-                "published": number_cell(row.get("value"), ".4g", METRICS[metric][1]),
-                "unit": METRICS[metric][3],
+                "published": number_cell(row.get("value"), ".4g", METRICS[metric].factor),
+                "unit": METRICS[metric].axis,
                 "its protocol": row.get("protocol", "–"),
                 "source": row.get("source", "–"),
             }
@@ -259,14 +298,14 @@ def score_rows(results: Iterable[Result]) -> Rows:
             "value": value_cell(study["metric"], study["value"]),
             "low": value_cell(study["metric"], low),
             "high": value_cell(study["metric"], high),
-            "unit": METRICS[study["metric"]][3],
+            "unit": METRICS[study["metric"]].axis,
             "items": number_cell(study["items"]),
             "no answer": number_cell(study.get("unparsed")),
             "replies in Thai": number_cell(study.get("thai_share"), ".1%"),
         }
 
 
-def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
+def tables(reader: Reader, found: dict[Key, Panel], made: list[Verdict]) -> list[Table]:
     """Those for which there is something, in the report's order."""
     runs, results = reader.runs.values(), reader.results
     rows = {
@@ -278,8 +317,9 @@ def tables(reader: Reader, found: dict[tuple[str, str], Panel]) -> list[Table]:
         "data": data_rows(runs),
         "scores": score_rows(results),
     }
-    made = [Table("gains", gain_rows(found)), *gain_matrices(found)]
-    made += [Table(name, some) for name, some in rows.items()]
+    shown = [Table("tests", test_rows(test for verdict in made for test in verdict.tests))]
+    shown += [Table("arms", arm_rows(found)), Table("gains", gain_rows(found)), *gain_matrices(found)]
+    shown += [Table(name, some) for name, some in rows.items()]
     left_out = [{"file": file, "why": why} for file, why in sorted(reader.left_out)]  # the gap's pairs are among them
-    made.append(Table("left-out", left_out))
-    return [table for table in made if table.rows]
+    shown.append(Table("left-out", left_out))
+    return [table for table in shown if table.rows]

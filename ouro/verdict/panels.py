@@ -1,0 +1,304 @@
+"""Which results may be compared: those whose runs and measurements are alike but for what the study compares.
+
+    for key, panel in panels(reader, declared={}).items():
+        print(*key, {depth: panel.worth(depth).value for depth in panel.trained if depth > 1})
+
+Nothing is chosen by majority. What does not count is left out with a reason (`Reader.left_out`); where two groups of
+runs were trained or measured unlike, neither counts until the settings that do are named.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ouro.evaluate.benchmarks import LANGUAGES
+from ouro.files import read_yaml
+from ouro.settings import DATASETS, EXPERIMENTS, LEARNING
+from ouro.verdict import stats
+from ouro.verdict.stats import ALPHA, Cell, Estimate
+from ouro.verdict.study import ASPECTS, BASE, METRICS, Metric, Reader, Result, Run
+
+import numpy as np
+from scipy.special import stdtrit
+
+MEASURED_ALIKE = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
+                  "prompt_sha256", "judge", "replies")  # fmt: skip
+SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
+ARMS = {  # arm: settings that may differ between depths; settings whose values are studies of their own
+    "equal-tokens": ((), ()),
+    "equal-flops": (("num_train_epochs", "max_steps"), ()),
+    "tuned": (("learning_rate",), ()),
+    "quantised": ((), ("use_qlora", "frozen_weights", "bnb_4bit_use_double_quant")),
+    "rates": ((), ("learning_rate",)),
+    "rank": ((), ("r", "lora_alpha")),
+    "control": ((), ()),
+}
+STUDY = "equal-tokens"  # the arm that the verdict rests on
+
+
+class Key(NamedTuple):
+    task: str
+    dataset: str
+    arm: str = STUDY
+    condition: str = ""  # the values of the arm's own settings, where they make studies of their own
+
+
+class Panel:
+    """One benchmark and the adapters of one training set, and the base: cells by (trained depth, depth read), of which
+    the base's trained depth is None. Their values are better when higher: minus the logarithm of bits per character,
+    a share of right answers, or a rating.
+
+    ids: the items that count, in their order; clusters: their passages (default: as the results say)."""
+
+    def __init__(self, results: list[Result], ids: list[str] | None = None, clusters: list | None = None):
+        first = results[0]
+        self.results, self.study = results, first.study
+        self.ids = ids or first.ids
+        place = {identity: i for i, identity in enumerate(first.ids)}
+        rows = [place[identity] for identity in self.ids]
+        self.golds = [first.golds[i] for i in rows]
+        self.clusters = clusters or [first.clusters[i] for i in rows]
+        self.strata = [first.strata[i] for i in rows]
+        self.metric: Metric = METRICS[self.study["metric"]]
+        self.language = self.study.get("language") or "th"  # of the training set
+        groups = defaultdict(list)
+        for result in sorted(results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"], r.study["run"])):
+            groups[result.trained, result.study["total_ut_steps"]].append(result)
+        self.cells = {key: self.cell(group) for key, group in groups.items()}
+        self.sources = {key: [result.study for result in group] for key, group in groups.items()}
+        self.seeds = {key: [study["seed"] for study in sources] for key, sources in self.sources.items()}
+        self.base = {depth: cell for (trained, depth), cell in self.cells.items() if trained is None}
+        self.adapted = {key: cell for key, cell in self.cells.items() if key[0] is not None}
+        self.trained = sorted({trained for trained, _ in self.adapted})
+
+    @property
+    def items(self) -> int:
+        return len(self.ids)
+
+    def cell(self, group: list[Result]) -> Cell:
+        columns = []
+        for result in group:
+            place = {identity: i for i, identity in enumerate(result.ids)}
+            order = [place[identity] for identity in self.ids]
+            columns.append((result.numerators[order], result.denominators[order]))
+        above, below = (np.stack(column, 1) for column in zip(*columns, strict=True))
+        made = stats.cell(above, below, self.clusters, self.strata, self.metric.log)
+        made.trained = group[0].trained is not None
+        return made if self.study["higher_is_better"] else -made
+
+    def gain_cell(self, trained: int, depth: int) -> Cell | None:
+        """Better than the base at the same depth by so much; None without both."""
+        if (trained, depth) not in self.adapted or depth not in self.base:
+            return None
+        return self.adapted[trained, depth] - self.base[depth]
+
+    def gain(self, trained: int, depth: int) -> Estimate | None:
+        gained = self.gain_cell(trained, depth)
+        return gained and stats.estimate([gained])
+
+    def depths(self) -> list[int]:
+        """Those above one at which adapters were trained and read, beside some at one."""
+        return [k for k in self.trained if k > 1 and {(k, k), (1, 1)} <= self.adapted.keys()]
+
+    def worth_cells(self, depth: int) -> list[Cell]:
+        return [self.adapted[depth, depth], -self.adapted[1, 1]]
+
+    def worth(self, depth: int) -> Estimate:
+        """U: what `depth` loops are worth against one, each trained and read at its depth. The base is not in it."""
+        return stats.estimate(self.worth_cells(depth))
+
+    def level(self, cell: Cell) -> tuple[float, float, float]:
+        """A level and its 95 % interval as measured (bits, share or rating); nan for an interval that is not known.
+
+        Of shares Wilson's, with as many items as would have this variance, so that it lies between 0 and 1."""
+        e = stats.estimate([cell])
+        value, half = float(e.value), float(e.half())
+        if not np.isfinite(half):
+            low, high = np.nan, np.nan
+        elif self.study["metric"] == "accuracy":
+            spread = value * (1 - value)
+            ratio = half**2 / spread if half > 0 and spread > 0 else stdtrit(cell.free, ALPHA / 2) ** 2 / self.items
+            root = np.sqrt(ratio * spread + ratio**2 / 4)
+            low, high = (value + ratio / 2 - root) / (1 + ratio), (value + ratio / 2 + root) / (1 + ratio)
+        else:
+            low, high = value - half, value + half
+        if self.study["higher_is_better"]:
+            return value, low, high
+        return tuple(float(np.exp(-x)) if self.metric.log else -x for x in (value, high, low))
+
+
+def signed(metric: Metric, e: Estimate, level: float = ALPHA) -> str:
+    """A difference with its unit and its interval; without the interval where none is known."""
+    value, half = float(e.value), float(e.half(level))
+    told = f"{metric.shown(value):+.{metric.places}f} {metric.unit}"
+    if not np.isfinite(half):
+        return told
+    most = metric.factor if metric.unit == "points" else np.inf  # no exam is better by more than all of it
+    low, high = (np.clip(metric.shown(x), -most, most) for x in (value - half, value + half))
+    return f"{told} [{low:+.{metric.places}f}, {high:+.{metric.places}f}]"
+
+
+def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: dict[str, dict]) -> str:
+    """Why an adapter's result does not count; empty if it does. declared: settings that the runs must have; rows: of
+    experiments.yaml, whose own settings an experiment may have instead."""
+    if run is None:
+        return "how it was trained is not known: its folder in OUTPUT_DIR is not here"
+    if not run.completed:
+        return f"its run is not complete ({run.state})"
+    if not run.config or not run.data:
+        return "how it was trained is not known: its folder has no config.yaml or no data_report.json that can be read"
+    for key, mine in run.hashes.items():
+        if (other := result.study.get(key)) != mine:
+            what = "adapter" if key.startswith("adapter") else "data report"
+            return f"of another {what} than its run's ({str(other)[:12]}, not {mine[:12]}): evaluate again"
+    own = rows.get(run.name.rpartition("/")[2], {})
+    for name, value in declared.items():
+        if name not in own and str(run.config.get(name)) != str(value):
+            return f"setting {name} is {run.config.get(name)}, and {value} was asked for"
+    return ""
+
+
+def trained_as(run: Run) -> dict[str, str]:
+    """Data and settings of a run, as far as they must not differ between depths and seeds."""
+    told = {key: value for key, value in run.data.items() if key not in ("padding", "cache", "from_cache")}
+    found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}
+    found |= {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
+    rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
+    return found | {"rows per step": str(run.config.get("rows_per_step", rows))}
+
+
+def measured_as(result: Result) -> dict[str, str]:
+    items = hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest()[:12]
+    return {key: str(result.study.get(key))[:80] for key in MEASURED_ALIKE} | {"set of items": items}
+
+
+def unlike(signatures: dict[str, dict[str, str]]) -> list[str]:
+    """By name of a run: in which keys the runs are unlike, a text each: "key is a (runs) or b (runs)"."""
+    told = []
+    for key in dict.fromkeys(key for signature in signatures.values() for key in signature):
+        runs = defaultdict(list)
+        for name, signature in signatures.items():
+            runs[signature.get(key)].append(name)
+        if len(runs) > 1:
+            told.append(f"{key} is " + " or ".join(f"{value} ({', '.join(names)})" for value, names in runs.items()))
+    return told
+
+
+def once(results: list[Result], left_out: list) -> list[Result]:
+    """Without those that repeat another's seed and depths."""
+    taken: dict[tuple, Result] = {}
+    for result in results:
+        first = taken.setdefault((result.trained, result.study["total_ut_steps"], result.study["seed"]), result)
+        if first is not result:
+            why = f"the same training set, depth and seed as {first.path}: counted once"
+            left_out.append((str(result.path), why))
+    return list(taken.values())
+
+
+def why_unlike(key: Key, results: list[Result], runs: dict[str, Run]) -> list[str]:
+    """In what results of one panel are unlike that must be alike: measurements, data, and settings but for those that
+    the arm lets differ between depths."""
+    free, _ = ARMS[key.arm]
+    measured = {f"{r.study['run']} read at {r.study['total_ut_steps']}": measured_as(r) for r in results}
+    trained = {r.study["run"]: trained_as(runs[r.study["run"]]) for r in results}
+    kept = {name: {k: v for k, v in told.items() if k not in free} for name, told in trained.items()}
+    why = unlike(measured) + unlike(kept)
+    for depth in sorted({r.trained for r in results}):
+        here = {r.study["run"]: trained[r.study["run"]] for r in results if r.trained == depth}
+        why += unlike({name: {k: told[k] for k in free} for name, told in here.items()})
+    return why
+
+
+def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[Result]:
+    """The base's results that can be subtracted from these adapted models', one a depth."""
+    found = {}
+    for result in bases:
+        if mine and (why := unlike({"the base": measured_as(result), "the adapted": measured_as(mine[0])})):
+            left_out.append((str(result.path), f"no zero line of the adapted models: {'; '.join(why)}"))
+        else:
+            found.setdefault(result.study["total_ut_steps"], result)
+    return list(found.values())
+
+
+def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Key, Panel]:
+    """What may be compared, in the verdict's order. The rest is added to what was left out.
+
+    declared: settings, by name, that a run must have to count."""
+    rows = read_yaml(EXPERIMENTS)
+    groups, bases = defaultdict(list), defaultdict(list)
+    for result in reader.results:
+        study = result.study
+        if study["kind"] == "base":
+            bases[study["task"]].append(result)
+        elif study["kind"] == "adapter":
+            run = reader.runs.get(study["run"])
+            if why := why_not(result, run, declared or {}, rows):
+                reader.left_out.append((str(result.path), why))
+                continue
+            arm = run.config.get("arm", STUDY)
+            condition = ", ".join(f"{name} {run.config.get(name)}" for name in ARMS[arm][1])
+            groups[Key(study["task"], str(study["dataset"]), arm, condition)].append(result)
+    found = {}
+    for key, results in groups.items():
+        mine = once(results, reader.left_out)
+        if why := why_unlike(key, mine, reader.runs):
+            how = "neither counts until one is chosen: name its settings (python report.py --NAME VALUE, or --config "
+            how += "FILE), or move the other's folder away"
+            reader.left_out.append((" ".join(key).strip(), f"not compared: {'; '.join(why)}; {how}"))
+        else:
+            found[key] = Panel(mine + zero_line(bases[key.task], mine, reader.left_out))
+    for task in bases.keys() - {key.task for key in found}:
+        found[Key(task, BASE)] = Panel(zero_line(bases[task], [], reader.left_out))
+
+    order = list(read_yaml(DATASETS))
+
+    def place(key: Key) -> tuple:
+        study, known = found[key].study, key.dataset in order
+        dataset = order.index(key.dataset) if known else len(order), key.dataset
+        return list(ASPECTS).index(study["aspect"]), not study.get("primary"), key.task, dataset, key[2:]
+
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
+def numbers(ids: Iterable[str]) -> dict[str, str]:
+    """By what is the same in both languages, the number after the last dash, an item's id."""
+    return {identity.rpartition("-")[2]: identity for identity in ids}
+
+
+def paired(thai: Panel, english: Panel, left_out: list) -> tuple[Panel, Panel] | None:
+    """Both on the items that stand in both languages, in one order and in the Thai items' passages.
+
+    None, which is noted: the right answers of items of one number differ, so that the files are of different orders."""
+    here, there = numbers(thai.ids), numbers(english.ids)
+    same = [number for number in here if number in there]
+    place = {identity: i for i, identity in enumerate(thai.ids)}
+    rows = [place[here[number]] for number in same]
+    clusters = [thai.clusters[i] for i in rows]
+    both = (
+        Panel(thai.results, [here[number] for number in same], clusters),
+        Panel(english.results, [there[number] for number in same], clusters),
+    )
+    choices = thai.study["metric"] == "accuracy"  # texts have no right answer
+    agree = sum(a == b and (a is not None or not choices) for a, b in zip(both[0].golds, both[1].golds, strict=True))
+    if agree < len(same) or not same:
+        why = f"not compared: {agree} of {len(same)} items of one number have the same right answer"
+        left_out.append((f"{thai.study['task']} and {english.study['task']}", why))
+        return None
+    return both
+
+
+def gaps(found: dict[Key, Panel], left_out: list) -> dict[Key, tuple[Panel, Panel]]:
+    """Belebele in Thai and in English, question by question, of the models and depths that were asked both."""
+    made = {}
+    for key, thai in found.items():
+        english = found.get(key._replace(task=LANGUAGES[1]))
+        if key.task != LANGUAGES[0] or english is None:
+            continue
+        asked = [{(r.study["run"], r.study["total_ut_steps"]) for r in panel.results} for panel in (thai, english)]
+        both = asked[0] & asked[1]
+        kept = [[r for r in p.results if (r.study["run"], r.study["total_ut_steps"]) in both] for p in (thai, english)]
+        if both and (pair := paired(Panel(kept[0]), Panel(kept[1]), left_out)):
+            made[key] = pair
+    return made
