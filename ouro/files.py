@@ -6,6 +6,7 @@ import errno
 import fcntl
 import gc
 import hashlib
+import html
 import io
 import json
 import os
@@ -48,6 +49,34 @@ class UserError(Exception):
 def printable(text: object) -> str:
     """Text of data, models and servers as it can be shown: a terminal obeys nothing in it."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+LOGIN = re.compile(r"(?<=://)[^\s/]*@")  # user and password before the host of an address
+HIDDEN = 8  # characters that a secret has at least: a shorter one ("none", "x") is a placeholder, and may be a word
+
+
+def message(text: object) -> str:
+    """As `printable`, for errors and warnings: without the passwords in addresses and the environment's secrets."""
+    text = LOGIN.sub("…@", str(text))
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy"):
+            value = value.rpartition("@")[0].rpartition("//")[2]  # one without http:// before it
+        elif not name.endswith(("_API_KEY", "_TOKEN")):
+            continue
+        if len(value) >= HIDDEN:
+            text = text.replace(value, "…")
+    return printable(text)
+
+
+def markdown(text: str) -> str:
+    """Text on one line, with nothing in it that Markdown, HTML or a terminal would obey."""
+    escaped = html.escape(" ".join(printable(text).split()), quote=False)
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", escaped).replace("\\_", "_")
+
+
+def spreadsheet(text: str) -> str:
+    """A text as a cell that no spreadsheet takes for a formula; numbers of one's own need none of it."""
+    return f"'{printable(text)}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠") else printable(text)
 
 
 def nearest(name: str, known) -> str:
@@ -291,7 +320,7 @@ def explain(error: BaseException) -> int | None:
     """Prints what a user can do something about as one message; the exit code, None for any other exception."""
     match error:
         case UserError():
-            print(f"error: {printable(error)}", file=sys.stderr)
+            print(f"error: {message(error)}", file=sys.stderr)
             return 2
         case BrokenPipeError():  # as in `… | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -299,7 +328,7 @@ def explain(error: BaseException) -> int | None:
         case OSError() if error.errno in THEIRS:
             blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
             reason = "a file is where a folder is wanted" if blocked else error.strerror
-            print(f"error: {reason}: {error.filename or 'writing a file'}", file=sys.stderr)
+            print(f"error: {reason}: {printable(error.filename or 'writing a file')}", file=sys.stderr)
             return 2
         case KeyboardInterrupt():
             return 130

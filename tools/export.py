@@ -25,6 +25,7 @@ from ouro.files import (
     UserError,
     call,
     file_sha256,
+    message,
     read_json,
     seal,
     sealed_files,
@@ -250,7 +251,7 @@ def push(run: Resolved) -> None:
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
-    print(f"uploaded: {commit.commit_url}")
+    print(f"uploaded: {message(commit.commit_url)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- serve

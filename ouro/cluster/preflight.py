@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ouro.files import ROOT, UserError, call
+from ouro.files import ROOT, UserError, call, message
 from ouro.settings import Resolved, Settings, resolve
 
 ROWS = 200  # of a training set that are looked at
@@ -145,7 +145,7 @@ def on_hub(name: str, settings: Settings) -> Path | None:
             return None
         except (OSError, ValueError) as error:
             proxies = {os.environ[name] for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)}
-            through = [f" through the proxy {re.sub('//.*@', '//…@', proxy)}" for proxy in sorted(proxies)]
+            through = [f" through the proxy {message(proxy)}" for proxy in sorted(proxies)]
             reason = f"it cannot be reached{','.join(through)} ({type(error).__name__})"
     raise UserError(
         f"{found.hub_id} is not in {constants.HF_HUB_CACHE}, and {reason}: make fetch where there is a network, as on "
@@ -274,7 +274,7 @@ CHECKS = (
 
 
 def say(mark: str, name: str, text: str) -> None:
-    print(f"{mark:<5} {name:<11} {'; '.join(text.splitlines())}", flush=True)
+    print(f"{mark:<5} {name:<11} {'; '.join(message(text).splitlines())}", flush=True)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 from ouro.data.chats import prompt_tokens
 from ouro.data.thoughts import begun_by, marks_thought, with_beginning
 from ouro.evaluate.benchmarks import digest
-from ouro.files import UserError, printable
+from ouro.files import HIDDEN, UserError, message, printable
 
 import httpx2
 from tqdm import tqdm
@@ -36,7 +36,7 @@ OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed":
 REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: a content filter, its length
 PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
-HIDDEN = 8  # characters that a key has at least: a shorter one ("none", "x") is a placeholder, and may be a word
+LONGEST_NAME = 200  # characters of a served model
 # A choice's finish_reason: at the limit, by a filter, or not by itself. None: the server does not know that it ended.
 AT_LIMIT, FILTERED = ("length", "max_tokens", "model_length", "none"), ("content_filter", "safety", "refusal")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "failed", "timeout")
@@ -236,7 +236,7 @@ class Server:
             404: f"\nis there a model {self.model!r} ({prefix}_MODEL), and do {self.url}/chat/completions exist?",
         }.get(status, "")
         kind = Refused if status in REFUSALS else UserError
-        error = kind(self.hide(f"{self.kind} {self.model} at {self.url}: {problem}{hint}"))
+        error = kind(message(self.hide(f"{self.kind} {self.model} at {self.url}: {problem}{hint}")))
         error.said = said
         return error
 
@@ -248,7 +248,7 @@ class Server:
         return f"{response.status_code}: {_beginning(self.hide(text)) or 'an empty answer'}"
 
     def hide(self, text: str) -> str:
-        """A text without the key, as it is or as JSON and addresses may write it."""
+        """A reply or message without the key, as it is or as JSON and addresses may write it."""
         forms = (self.key, self.key.replace("/", "\\/"), quote(self.key, safe="")) if len(self.key) >= HIDDEN else ()
         for form in forms:
             text = text.replace(form, "***")
@@ -256,7 +256,7 @@ class Server:
 
     def tell(self, text: str) -> None:
         """Shows a line beside the progress."""
-        tqdm.write(printable(self.hide(text)), sys.stderr)
+        tqdm.write(message(self.hide(text)), sys.stderr)
 
 
 def _beginning(text: str) -> str:
@@ -351,6 +351,8 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
             served = _beginning(", ".join(names)) or "no model"
             raise UserError(f"endpoint {server.url} serves {served}: set ENDPOINT_MODEL to one")
         server.model = names[0]
+    if len(server.model) > LONGEST_NAME or printable(server.model) != " ".join(server.model.split()):
+        raise UserError(f"endpoint {server.url}: no model's name: {_beginning(server.model)!r}")  # results are named so
     return server
 
 

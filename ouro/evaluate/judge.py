@@ -30,7 +30,7 @@ from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
-from ouro.files import UserError
+from ouro.files import UserError, printable
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
             continue
         reference = [spell(text) if text and text.strip() else None for text in reference or ()]
         questions.append(
-            {"id": f"{name}-{number}", "question_id": number, "category": category,
+            {"id": printable(f"{name}-{number}"), "question_id": number, "category": printable(category),
              "turns": [spell(turn) for turn in turns], "reference": reference if any(reference) else None}
         )  # fmt: skip
     if not questions:
@@ -300,7 +300,8 @@ def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> l
         result[n] = parse_rating(second), f"{texts[n]}\n\n[asked again]\n{second}"
         if result[n][0] is None:
             question = questions[n // 2]["id"]
-            print(f"{name}: {question}, turn {n % 2 + 1}: no rating from 1 to 10 in {_short(second)}; left out")
+            said = printable(_short(second))
+            print(f"{name}: {question}, turn {n % 2 + 1}: no rating from 1 to 10 in {said}; left out")
     return result
 
 

@@ -27,6 +27,7 @@ from ouro.files import (
     code_version,
     damage,
     lock,
+    markdown,
     read_yaml,
     seal,
     sync_file,
@@ -348,7 +349,8 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 
 
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
-    s = run.settings
+    s, data = run.settings, markdown(report["dataset"])
+    licences = markdown(", ".join(f"{name}: {count} rows" for name, count in report["licences"].items()))
     return f"""---
 {yaml_line(f"base_model: {json.dumps(base, ensure_ascii=False)}")}
 library_name: peft
@@ -363,8 +365,8 @@ the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
 
 | | |
 |---|---|
-| data | {report["dataset"]}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
-| licence of the data | {", ".join(f"{name}: {count} rows" for name, count in report["licences"].items())} |
+| data | {data}: {report["rows_kept"]} rows, {report["trained_tokens"]} trained tokens per epoch |
+| licence of the data | {licences} |
 | frozen weights | {frozen_kind(s)} |
 | steps | {log[-1]["step"]} |
 | loss, first and last logged | {log[0]["loss"]:.4f}, {log[-1]["loss"]:.4f} |
