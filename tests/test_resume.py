@@ -429,6 +429,40 @@ def test_a_run_says_and_records_what_is_not_as_it_began(stopped, tmp_path, capsy
     assert entry["packages"] == manifest["packages"]
 
 
+def change(file: Path, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("manifest.json", lambda f: os.truncate(f, 99), "cannot read .*manifest.json: damaged"),
+        ("manifest.json", Path.unlink, "cannot read .*manifest.json: No such file"),
+        (
+            "manifest.json",
+            lambda f: change(f, b"tokenizer_sha256", b"tokenizer"),
+            "json has no tokenizer_sha256: .*vers",
+        ),
+        ("manifest.json", lambda f: f.write_text("[1]"), "json has no object"),
+        ("metrics.jsonl", Path.unlink, "cannot read .*metrics.jsonl"),
+        ("metrics.jsonl", lambda f: change(f, b'"step"', b'"st\0p"'), "metrics.jsonl, line 1 is damaged"),
+        ("metrics.jsonl", lambda f: change(f, b'"loss"', b'"lo\xffs"'), "metrics.jsonl, line 1 is damaged"),
+        ("metrics.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "metrics.jsonl, line 3 is damaged"),
+        ("checkpoint-3/progress.json", lambda f: f.write_text('{"processes": 1}'), "progress.json has no sums"),
+    ],
+)
+def test_a_damaged_record_is_one_message_before_a_step_and_nothing_is_lost(stopped, tmp_path, name, damage, told):
+    run = copied(stopped, tmp_path)
+    damage(run / name)
+    files.seal(run / "checkpoint-3")
+    before = contents(run)
+    with pytest.raises(UserError, match=f"(?s){told}.*bring it back"):
+        six(tmp_path)
+    assert contents(run) == before
+
+
 def test_a_run_is_not_continued_on_other_data(tmp_path):
     pairs = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(8)]
     data = ["--dataset", "pairs", "--dataset_path", write_jsonl(tmp_path / "rows.jsonl", *pairs), "--eval_steps", "0"]

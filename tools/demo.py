@@ -9,6 +9,7 @@ base, report.py; only that as many run at once as there are cores. Repeated, it 
 results/demo/report.html; each step's own output in output/demo/logs/.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -40,6 +41,7 @@ SCORES = (  # what evaluate.py is asked for; the exams are far beyond so small a
 # SIGTERMs so far. Noted, not raised: Python drops what a handler raises while a process is forked, and a mask does not
 # help, since any of torch's threads may take the signal.
 SIGNALS: list[int] = []
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 @dataclass
@@ -50,10 +52,11 @@ class Step:
     commands: list[tuple[str, ...]]  # command lines, run one after the other
 
 
-def run(step: Step, log: Path) -> None:
-    """In a process of its own, all output into the log."""
+def run(step: Step, log: Path, parent: int) -> None:
+    """In a process of its own, all output into the log. It ends with the demo, however that ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if SIGNALS:  # it came before the line above
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if SIGNALS or os.getppid() != parent:  # which came before the lines above
         sys.exit(143)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -80,7 +83,7 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
             while waiting and len(running) < cores:
                 step = waiting.pop(0)
                 log = logs / f"{step.name.replace('/', '-')}.log"
-                process = context.Process(target=run, args=(step, log))
+                process = context.Process(target=run, args=(step, log, os.getpid()))
                 process.start()
                 running[process] = step, log
             if SIGNALS:

@@ -28,6 +28,7 @@ from ouro.files import (
     damage,
     lock,
     markdown,
+    read_json,
     read_yaml,
     seal,
     sync_file,
@@ -49,6 +50,9 @@ from transformers import PreTrainedTokenizerBase
 LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
 
 
+BEGUN_WITH = ("data_revision", "tokenizer_sha256")  # of manifest.json: a run is continued with the same
+# What progress.json of a checkpoint holds: LoopTrainer's state beside transformers' own.
+PROGRESS = ("sums", "tokens", "logged_step", "processes", "recent", "rates", "since_log")
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
 # What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
@@ -284,16 +288,25 @@ def continue_from(checkpoint: Path, report: dict) -> None:
     """Takes back what the run recorded after its checkpoint, and records that it was continued.
 
     Raises:
-        UserError: the training data or the tokenizer are not those that the run began with.
+        UserError: the training data or the tokenizer are not those that the run began with, or what it recorded is
+            damaged.
     """
     folder, step = checkpoint.parent, step_of(checkpoint)
-    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name in ("data_revision", "tokenizer_sha256"):
+    try:
+        record = read_json(
+            folder / "manifest.json", "data_revision", "tokenizer_sha256", "packages", "git_commit", "gpu"
+        )
+        progress = read_json(checkpoint / "progress.json", *PROGRESS)
+        kept = logged(folder / "metrics.jsonl", step, progress["logged_step"])
+    except UserError as error:
+        raise UserError(
+            f"{error}\nbring it back, use another --output_dir, or --overwrite to delete that run"
+        ) from None
+    for name in BEGUN_WITH:
         if record[name] != report[name]:
             raise UserError(
                 f"{folder} began with {name} {record[name]}, and this is {report[name]}: bring it back, or --overwrite"
             )
-    progress = json.loads((checkpoint / "progress.json").read_text())
     print(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
         print(
@@ -304,12 +317,33 @@ def continue_from(checkpoint: Path, report: dict) -> None:
     before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))
     if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
         print(f"  unlike when it began: {', '.join(changed)}")
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines()  # the last one may be torn
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomic(metrics, "".join(f"{line}\n" for line in kept))
+    write_atomic(folder / "metrics.jsonl", b"".join(line + b"\n" for line in kept))
     entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here}
     write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
+
+
+def logged(metrics: Path, step: int, last: int) -> list[bytes]:
+    """The lines of metrics.jsonl up to a checkpoint's step, of which `last` is the last one logged.
+
+    Raises:
+        UserError: a line of them is damaged or missing. One that was written after the checkpoint may be torn.
+    """
+    try:
+        lines = metrics.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {metrics}: {error.strerror}") from None
+    kept, found = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)["step"]
+            if found > step:
+                break
+        except (ValueError, LookupError, TypeError, RecursionError):
+            if found < last:
+                raise UserError(f"{metrics}, line {number} is damaged or missing") from None
+            break
+        kept.append(line)
+    return kept
 
 
 def now() -> str:
