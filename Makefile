@@ -113,7 +113,7 @@ fetch:  ## download model, training sets and benchmarks for jobs without a netwo
 preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1 ARGS="…"]
 	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" -m ouro.cluster.preflight $${EXP:+--exp "$$EXP"} $(call flag,GPU,--gpu) $(MORE)
 
-cluster-sweep:  ## submit the study to Slurm; harmless to repeat [EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
+cluster-sweep:  ## submit the study to Slurm; harmless to repeat [STUDY=core|english|flops|rates|tuned|rank|quant|control EXPS="…" CONFIG=configs/a100.yaml SEEDS="0 1 2" DRY=1 ARGS="…"]
 	@$(if $(value EXP),$(error cluster-sweep submits several: make $@ EXPS="$(value EXP)"))$(SITE) && slurm/run_experiments.sh
 
 status:  ## how far each submitted experiment is, and why one failed

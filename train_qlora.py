@@ -76,8 +76,9 @@ def load_data(s: Settings) -> tuple[PreTrainedTokenizerBase, Rows, Subset | None
 
 def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
     """`eval_rows` of the held-out rows, evenly spaced; None if there are none."""
+    split = "development" if s.development else "held_out"
     try:
-        rows, _ = prepare(s, tokenizer, "held_out", builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
+        rows, _ = prepare(s, tokenizer, split, builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
         why = "its held-out part has no rows"
     except NoSplit as error:
         rows, why = (), str(error)

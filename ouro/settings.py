@@ -27,7 +27,9 @@ REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-1.4B": "574fa66cb8bf5abdc979642d01cf2b79b16bfab1",
 }
 CONFIGS = ROOT / "configs"
-EXPERIMENTS, DATASETS, EVALS = (CONFIGS / name for name in ("experiments.yaml", "datasets.yaml", "evals.yaml"))
+EXPERIMENTS, STUDIES = CONFIGS / "experiments.yaml", CONFIGS / "studies.yaml"
+DATASETS, EVALS = CONFIGS / "datasets.yaml", CONFIGS / "evals.yaml"
+TUNED = "tuned"  # a learning rate that is chosen among runs
 PLACES = ("model_name_or_path", "dataset_path", "paths", "cache_dir", "output_dir", "results_dir")
 FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
 
@@ -92,6 +94,16 @@ class Settings:
         "thai_exam,m3exam,openthaieval,mt_bench_thai",
         "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
     )
+    max_tokens: str | None = setting(
+        None,
+        "cut the training set to so many tokens, or to as many as the one of this name has: whole rows, evenly spaced",
+    )
+    shuffle_answers: bool = setting(False, "give each answer to another row's question: a control")
+    development: bool = setting(
+        False,
+        "hold 2 % of the training rows out, and measure the held-out loss on them: settings can be chosen by it, and "
+        "the test split stays unseen",
+    )
     drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
     max_length: int = setting(4096, "longest row in tokens; length_policy says what happens to longer ones", at_least=8)
     length_policy: str = setting(
@@ -116,7 +128,9 @@ class Settings:
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
     per_device_train_batch_size: int = run_setting(1, "rows per GPU and pass", at_least=1, at_most=4096)
     gradient_accumulation_steps: int = run_setting(32, "passes a step, of all GPUs together", at_least=1, at_most=10**5)
-    learning_rate: float = setting(2e-4, "peak learning rate", at_least=0, at_most=1e30)
+    learning_rate: float = setting(
+        2e-4, "peak learning rate; tuned: the best of the arm `rates` at this depth", at_least=0, at_most=1e30
+    )
     lr_scheduler_type: str = setting(
         "cosine", "the learning rate after its rise", one_of=("cosine", "linear", "constant", "constant_with_warmup")
     )
@@ -307,7 +321,8 @@ def resolve(
         for name, value in source.items():
             if name not in FIELDS:
                 raise UserError(f"{origin}: unknown setting {name!r}{nearest(str(name), FIELDS)}")
-            parsed = parse(name, value, origin)
+            tuned = name == "learning_rate" and value == TUNED
+            parsed = TUNED if tuned else parse(name, value, origin)
             values[name] = values.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
             origins[name] = origin
     if paths := values.get("paths"):
@@ -315,8 +330,54 @@ def resolve(
         known = {**read_yaml(DATASETS), **evals["benchmarks"], **evals["tasks"]}
         for name in paths.keys() - known.keys():
             raise UserError(f"{origins['paths']}: paths: unknown dataset or benchmark {name!r}{nearest(name, known)}")
+    if values.get("learning_rate") == TUNED:
+        del values["learning_rate"]  # where several runs may be named, nothing is trained
+        if not several:
+            chosen = tuned_rate(Settings(**values), read_yaml(EXPERIMENTS))
+            values["learning_rate"], origins["learning_rate"] = chosen
     run = options.exp or (Path(config).stem if config else "run")
     return Resolved(Settings(**values), origins, run, config, options)
+
+
+def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
+    """The learning rate of the completed run of the arm `rates` at this depth and on this training set with the
+    smallest held-out loss (the mean of its seeds), and among what it was chosen.
+
+    Raises:
+        UserError: runs of that arm are missing, or were trained otherwise than this one will be.
+    """
+    here = Path(s.output_dir)
+    root = here.parent if re.fullmatch(r"seed\d+", here.name) else here
+    wanted = {name: row for name, row in experiments.items() if row.get("arm") == "rates"
+              and (row["dataset"], row["total_ut_steps"]) == (s.dataset, s.total_ut_steps)}  # fmt: skip
+    losses: dict[tuple[str, float], list[float]] = {}
+    for folder in sorted([*root.glob("*/"), *root.glob("seed*/*/")]):
+        if folder.name not in wanted or not (folder / "completed").exists():
+            continue
+        record, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
+        there = {name: parse(name, value, origin) for name, value in record.items() if name in FIELDS}
+        own = ("learning_rate", *wanted[folder.name])
+        if unlike := [name for name in LEARNING if name not in own and there.get(name) != getattr(s, name)]:
+            raise UserError(
+                f"learning_rate: tuned: {folder} was trained with {unlike[0]} = {there.get(unlike[0])}, and this run "
+                f"has {getattr(s, unlike[0])}"
+            )
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        *_, last = (line["held_out_loss"][-1] for line in lines if "held_out_loss" in line)
+        losses.setdefault((folder.name, there["learning_rate"]), []).append(last)
+    missing = sorted(wanted.keys() - {name for name, _ in losses})
+    if missing or not wanted:
+        raise UserError(
+            f"learning_rate: tuned takes the best of the arm `rates` on {s.dataset} with total_ut_steps = "
+            f"{s.total_ut_steps}, and in {root} there is no completed {', '.join(missing) or 'run of it'}: "
+            "make cluster-sweep STUDY=rates"
+        )
+    means = {key: math.fsum(each) / len(each) for key, each in losses.items()}
+    best = min(means, key=means.get)
+    tried = ", ".join(
+        f"{name} at {rate:g}: {means[name, rate]:.4f}" for name, rate in sorted(means, key=lambda x: x[1])
+    )
+    return best[1], f"tuned, by the held-out loss of {tried}"
 
 
 HEAD = """# Settings

@@ -5,6 +5,7 @@
 #   CONFIG=configs/a100.yaml EXPS="exp1-wangchan-ut4 exp2-wangchan-ut1" SEEDS="0 1 2" ARGS="--learning_rate 1e-4" \
 #     DRY=1 slurm/run_experiments.sh
 #
+# STUDY=english (a row of configs/studies.yaml) in place of EXPS; it has seeds of its own, which SEEDS replaces.
 # DRY=1 only prints what would be submitted. Without SEEDS each experiment has the config's seed and runs in
 # OUTPUT_DIR/<experiment>, with SEEDS in OUTPUT_DIR/seed<n>/<experiment>. ARGS are further settings of train_qlora.py,
 # on any number of lines, quoted as in a shell.
@@ -21,9 +22,10 @@ dry=${DRY:-}
 
 # The queue is read before the folders: a job that ends in between is then complete, and not submitted again.
 queue=$(live_jobs) || { [ -n "$dry" ] && echo "squeue failed: what is queued or running is not known"; }
+[ -z "${STUDY:-}" ] || [ -z "${EXPS:-}" ] || fail "STUDY=$STUDY names its experiments: leave EXPS out"
 plan=$("${python[@]}" -m ouro.cluster.sweep --plan --processes $((NODES * GPUS)) --seeds "${SEEDS:-}" \
   --exps "${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangchan-ut3}" \
-  --config "${CONFIG:-configs/a100.yaml}" --args="${ARGS:-}" <<<"$queue")
+  --study "${STUDY:-}" --config "${CONFIG:-configs/a100.yaml}" --args="${ARGS:-}" <<<"$queue")
 
 quoted() { printf "'%s' " "${@//\'/\'\\\'\'}"; } # for sh, which does not know the $'…' of printf %q
 row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "$@"; }
@@ -41,6 +43,7 @@ row job name 'depends on' GPUs 'time limit' 'predicted hours' state
 while IFS=$'\t' read -r -a field; do
   kind=${field[0]} name=${field[1]} folder=${field[2]} scores=${field[3]} id=${field[4]} hours=${field[5]} state=${field[6]}
   arguments=("${field[@]:7}") after=- gpus=- limit=-
+  if [ "$kind" = total ]; then echo "$state"; continue; fi
   case $kind-$id in
     train-new)
       gpus=$((NODES * GPUS)) limit=$TIME

@@ -7,7 +7,7 @@ p.told(done=120)                       # "at most 11.2, 1 requeue": of the steps
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ouro.data.cache import prepare
 from ouro.data.sources import cache_only, count_rows, find_source
@@ -29,9 +29,13 @@ class Prediction:
     hours: float
     at_most: bool  # the rows are not tokenised here: each counted as max_length tokens, all trained
 
+    def left(self, done: int = 0) -> float:
+        """The hours of the steps after `done`."""
+        return self.hours * (1 - done / max(self.steps, 1))
+
     def told(self, done: int = 0) -> str:
-        """The hours of the steps after `done`, and in how many further pieces the time limit cuts them."""
-        hours = self.hours * (1 - done / max(self.steps, 1))
+        """`left`, and in how many further pieces the time limit cuts it."""
+        hours = self.left(done)
         limit, grace = limits()
         requeues = max(0, math.ceil(hours * 3600 / max(limit - grace, 1)) - 1)
         said = f", {requeues} requeue{'s' * (requeues > 1)}" if requeues else ""
@@ -73,6 +77,8 @@ def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, boo
             tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
             rows, report = prepare(s, tokenizer, builder=tokenise, quiet=True)
         except UserError:
+            if s.max_tokens and not s.max_tokens.isdecimal():  # as many tokens as that set has, here in as many rows
+                return epoch_of(replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None), tokenise)
             try:
                 count = sum(map(count_rows, find_source(s).files["train"]))
             except UserError:
@@ -80,7 +86,7 @@ def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, boo
                 if not known:
                     raise
                 count = known["train"]
-            tokens = count * s.max_length
+            tokens = min(count * s.max_length, int(s.max_tokens or count * s.max_length))
             return count, tokens, tokens * s.max_length / 2, tokens, True
     pairs = float((rows.lengths * (rows.lengths + 1) / 2).sum())
     return len(rows), report["tokens"], pairs, report["trained_tokens"], False

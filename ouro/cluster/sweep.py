@@ -2,6 +2,7 @@
 
     squeue … | python -m ouro.cluster.sweep          # make status: a line a run, and why one failed
     squeue … | python -m ouro.cluster.sweep --plan --exps "exp1-wangchan-ut4" --config configs/a100.yaml [any setting]
+    squeue … | python -m ouro.cluster.sweep --plan --study english            # a row of configs/studies.yaml
 
 The plan is decided here and submitted by slurm/run_experiments.sh, because Python may run in a container that has no
 sbatch: a line a job, tab-separated, as Job has them. What was submitted stands in slurm/logs/jobs.tsv, everything else
@@ -20,9 +21,9 @@ from itertools import product
 from pathlib import Path
 
 from ouro.cluster.plan import predict
-from ouro.files import Parser, UserError, call, read_yaml
+from ouro.files import Parser, UserError, call, nearest, read_yaml
 from ouro.model.cost import check_share
-from ouro.settings import Resolved, resolve
+from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
 
 LOGS = Path("slurm/logs")
@@ -40,6 +41,7 @@ class Job:
     hours: str  # predicted, or "-"
     state: str
     arguments: list[str]  # of train_qlora.py, evaluate.py or report.py
+    gpu_hours: float = 0.0  # predicted, of what is left to train
 
 
 Queue = list[list[str]]  # of each live job of the user's: id, state, reason, and kind and folder of the Job
@@ -51,7 +53,25 @@ def evaluated(folder: Path, scores: Path) -> bool:
     return done.exists() and scored.exists() and scored.stat().st_mtime >= done.stat().st_mtime
 
 
-def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str], queue: Queue) -> list[Job]:
+def study_of(name: str) -> tuple[list[str], list[str], bool]:
+    """Experiments and seeds of a part of the study, and whether its runs are evaluated.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    studies = read_yaml(STUDIES)
+    if name not in studies:
+        raise UserError(f"STUDY: unknown part of the study {name!r}{nearest(name, studies)}")
+    study = studies[name]
+    exps = study.get("experiments") or [
+        exp for exp, row in read_yaml(EXPERIMENTS).items() if row.get("arm") == study["arm"]
+    ]
+    return exps, [str(seed) for seed in study["seeds"]], study.get("evaluate", True)
+
+
+def plan(
+    exps: list[str], seeds: list[str], processes: int, argv: list[str], queue: Queue, evaluate: bool = True
+) -> list[Job]:
     """Training and evaluation of each run of a sweep; then the report, unless nothing is evaluated.
 
     A run with a seed is in OUTPUT_DIR/seed<n>/<experiment>, its scores likewise. Its evaluation is called from the
@@ -77,12 +97,13 @@ def plan(exps: list[str], seeds: list[str], processes: int, argv: list[str], que
 
         state, step = state_of(folder, run)
         finished = state.startswith(("complete", "refused"))
-        hours = "-" if finished else predict(s, os.environ.get("GPU_TYPE", ""), processes).told(step)
+        predicted = None if finished else predict(s, os.environ.get("GPU_TYPE", ""), processes)
+        hours, left = (predicted.told(step), processes * predicted.left(step)) if predicted else ("-", 0.0)
         id, state = ("-", state) if finished else live.get(f"train {folder}", ("new", state))
         places = ["--output_dir", str(Path(s.output_dir, above)), "--results_dir", str(Path(s.results_dir, above))]
         arguments = [*argv, "--exp", exp, *places, *chosen]
-        jobs.append(Job("train", name, folder, scores, id, hours, state, arguments))
-        if state.startswith("refused"):
+        jobs.append(Job("train", name, folder, scores, id, hours, state, arguments, left))
+        if state.startswith("refused") or not evaluate:
             continue
         scored = evaluated(folder, scores)
         id, state = ("-", "complete, skipped") if scored else live.get(f"eval {folder}", ("new", "new"))
@@ -177,16 +198,25 @@ def main() -> None:
     parser.add_argument("--exps", default="", help="experiments of the sweep, with spaces between them")
     parser.add_argument("--seeds", default="", help="their seeds, likewise; none: the config's")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of a run")
+    parser.add_argument("--study", default="", help="or a part of the study, with its own seeds unless some are named")
     options, rest = parser.parse_known_args()
     queue = [line.split("\t")[:4] for line in sys.stdin.read().splitlines() if line]
     if not options.plan:
         status(queue)
         return
-    for job in plan(options.exps.split(), options.seeds.split(), options.processes, rest, queue):
+    exps, seeds, evaluate = options.exps.split(), options.seeds.split(), True
+    if options.study:
+        exps, own, evaluate = study_of(options.study)
+        seeds = seeds or own
+    jobs = plan(exps, seeds, options.processes, rest, queue, evaluate)
+    for job in jobs:
         fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
         if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:
             raise UserError(f"{bad[0]!r} cannot be passed to a job (empty, a tab or a line end): use a config file")
         print(*fields, sep="\t")
+    at_most = "at most " * any(job.hours.startswith("at most") for job in jobs)
+    total = f"{at_most}{sum(job.gpu_hours for job in jobs):,.1f} GPU-hours of training"
+    print("total", *"-" * 5, total, sep="\t")  # shown below the plan
 
 
 if __name__ == "__main__":

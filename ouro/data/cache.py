@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from ouro.data.chats import (
     split_row,
     to_chat,
 )
-from ouro.data.report import Tally, data_report, print_report, refusals
+from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
 from ouro.data.sources import MARKS, Source, benchmark_items, count_rows, find_source, read_file
 from ouro.data.thai import Overlap
 from ouro.data.thoughts import tags
@@ -39,7 +40,9 @@ PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on; a change makes them anew
 KNOWN = ("role", "content", *MARKS)  # keys of a turn
 CHUNK = 256  # rows tokenised, and written, at a time
-SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt")  # as CODE
+SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt", "max_tokens",
+           "shuffle_answers", "development")  # as CODE  # fmt: skip
+DEVELOPMENT = 0.02  # share of the training rows that `development` holds out, by a hash of their question
 
 
 class NoSplit(UserError):
@@ -58,11 +61,12 @@ def read_chats(source: Source, split: str, s: Settings) -> Iterator[tuple[str, d
 def checked_rows(
     source: Source, split: str, s: Settings, special_tokens: list[str], overlap: Overlap, tally: Tally
 ) -> Iterator[tuple[str, dict, Chat]]:
-    """The rows that pass every check that needs no tokens; the others are counted in `tally`."""
+    """The rows that pass every check that needs no tokens; the others are counted in `tally`. A split "development" has
+    the rows of "train" that are held out of it."""
     entry, rule = source.entry, source.entry["held_out"]
     special = re.compile("|".join(re.escape(token) for token in special_tokens if token))
     held_out, rows_seen, questions_seen = set(), set(), set()
-    if split == "train" and "split" in rule:
+    if split != "held_out" and "split" in rule:
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
@@ -83,6 +87,8 @@ def checked_rows(
             why = "licence not permissive"
         elif asked in held_out:
             why = "question is in the held-out split too"
+        elif split != "held_out" and s.development and in_development(asked) != (split == "development"):
+            why = "held out for development" if split == "train" else "in training"
         elif split == "train" and (hit := overlap.find(text)):
             tally.overlap.append({"row": where, "item": hit[0], "shared": hit[1]})
             why = "repeats a benchmark item" if s.drop_overlap else ""
@@ -96,6 +102,26 @@ def checked_rows(
         rows_seen.add(whole)
         questions_seen.add(asked)
         yield where, row, chat
+
+
+def in_development(question: bytes) -> bool:
+    """Whether a question, by its digest, is held out where `development` is set."""
+    return int.from_bytes(question[:8]) < DEVELOPMENT * 2**64
+
+
+def shuffled(rows: Iterator[tuple[str, dict, Chat]]) -> Iterator[tuple[str, dict, Chat]]:
+    """The rows, each with the answer of another, which is the same one each time. All are in memory meanwhile.
+
+    Raises:
+        UserError: a row has several answers.
+    """
+    found = list(rows)
+    if several := [where for where, _, chat in found if sum(turn["role"] == "assistant" for turn in chat) > 1]:
+        raise UserError(f"{several[0]}: shuffle_answers is for sets of one question and one answer a row")
+    cycle = np.random.default_rng(0).permutation(len(found))
+    giver = dict(zip(cycle.tolist(), np.roll(cycle, 1).tolist(), strict=True))
+    for number, (where, row, chat) in enumerate(found):
+        yield where, row, [*chat[:-1], found[giver[number]][2][-1]]
 
 
 def licence_of(row: dict, entry: dict) -> str:
@@ -131,8 +157,9 @@ def apply_length_policy(
 
 
 def build_cache(
-    folder: Path, source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list, quiet: bool
-) -> None:
+    folder: Path, source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list,
+    budget: int | None, quiet: bool,
+) -> None:  # fmt: skip
     """Tokenises a training set into `folder`, which appears whole or not at all.
 
     Raises:
@@ -144,7 +171,7 @@ def build_cache(
         with unfinished(folder) as mark:
             partial = Path(f"{mark.name}.d")
             partial.mkdir()
-            write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, quiet)
+            write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, budget, quiet)
             report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer)
             report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
                                  "rows": tally.overlap}  # fmt: skip
@@ -162,24 +189,35 @@ def build_cache(
 
 def write_rows(
     path: Path, source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, overlap: Overlap,
-    tally: Tally, quiet: bool,
+    tally: Tally, budget: int | None, quiet: bool,
 ) -> None:  # fmt: skip
-    """Writes the rows that are trained, CHUNK at a time, and counts all of them in `tally`."""
+    """Writes the rows that are trained, CHUNK at a time, and counts all of them in `tally`.
+
+    budget: tokens that all of them may have; a row is left out where the share of the budget that is used up would be
+    larger than the share of the rows that was read, so that what is kept stands evenly spaced.
+    """
     ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
     schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32()), "place": pa.string()})
     rows = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
+    rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
+    total, tokens_kept = sum(map(count_rows, source.files[split])), 0
     with (
         tqdm(desc="tokenise", unit=" rows", disable=quiet or None, leave=False) as progress,
         open(path, "wb") as file,
     ):
-        progress.reset(sum(map(count_rows, source.files[split])))
+        progress.reset(total)
         with pa.ipc.new_file(file, schema) as writer:
-            while chunk := list(islice(rows, CHUNK)):
+            while chunk := [(*row, tally.rows_in) for row in islice(rows, CHUNK)]:
                 pieces = []  # (input_ids, trained, place), as in the schema
-                places, _, chats = zip(*chunk, strict=True)
-                for (where, row, chat), tokens in zip(chunk, encode_chats(chats, tokenizer, places), strict=True):
-                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
+                places, _, chats, _ = zip(*chunk, strict=True)
+                for (where, row, chat, read), tokens in zip(chunk, encode_chats(chats, tokenizer, places), strict=True):
                     fitted, what = apply_length_policy(where, chat, tokens, s, tokenizer)
+                    size = sum(len(piece.ids) for piece in fitted)
+                    if budget is not None and fitted and tokens_kept + size > budget * read / total:
+                        tally.drop(BEYOND, where)
+                        continue
+                    tokens_kept += size
+                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
                     if fitted:
                         pieces += [(piece.ids, piece.trained, where) for piece in fitted]
                         tally.keep(where, chat, fitted, what, licence_of(row, source.entry))
@@ -192,7 +230,9 @@ def write_rows(
                 progress.update(tally.rows_in - progress.n)
 
 
-def cache_key(source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list) -> dict:
+def cache_key(
+    source: Source, split: str, s: Settings, tokenizer: PreTrainedTokenizerBase, items: list, budget: int | None
+) -> dict:
     """All that the cached rows and their report depend on."""
     return {
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
@@ -200,6 +240,7 @@ def cache_key(source: Source, split: str, s: Settings, tokenizer: PreTrainedToke
         "data": source.fingerprint(),
         "entry": source.entry,
         "split": split,
+        "budget": budget,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
         "special": tokenizer.all_special_tokens,
@@ -226,14 +267,15 @@ def prepare(
     """
     source, items = find_source(s), benchmark_items(s) if split == "train" else []
     rule = source.entry["held_out"]
+    budget = token_budget(s, tokenizer, builder, quiet, wait) if split == "train" else None
     if not source.files[split]:
         raise NoSplit(f"{source.place} has no split {rule['split']!r}, which dataset {s.dataset} holds out")
-    key = cache_key(source, split, s, tokenizer, items)
+    key = cache_key(source, split, s, tokenizer, items, budget)
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(s.cache_dir) / f"{s.dataset}-{split}-{short}"
     cached = folder.exists()
     if builder and not cached:
-        build_cache(folder, source, split, s, tokenizer, items, quiet)
+        build_cache(folder, source, split, s, tokenizer, items, budget, quiet)
     while not folder.exists():
         if not wait:
             raise UserError(f"{s.dataset} is not tokenised yet: no {folder}")
@@ -245,7 +287,7 @@ def prepare(
     report = {"dataset": s.dataset, "language": source.entry["language"], "split": split,
               "source": str(source.place), "data_revision": key["data"],
               "tokenizer_sha256": key["tokenizer"], "rows_when_described": described,
-              "settings": key["settings"], "note": source.entry.get("note"), "cache": str(folder),
+              "settings": key["settings"], "max_tokens": budget, "note": source.entry.get("note"), "cache": str(folder),
               "from_cache": cached} | report  # fmt: skip
     if split == "train":
         if reasons := refusals(report, s):
@@ -257,6 +299,20 @@ def prepare(
         if s.packing:
             rows.packs = packs
     return rows, report
+
+
+def token_budget(
+    s: Settings, tokenizer: PreTrainedTokenizerBase, builder: bool, quiet: bool, wait: Callable[[], None] | None
+) -> int | None:
+    """How many tokens `max_tokens` lets the training set have, which may be those of another; None: all. Errors as
+    `prepare`, of that other."""
+    if s.max_tokens is None or s.max_tokens.isdecimal():
+        return s.max_tokens and int(s.max_tokens)
+    if s.max_tokens == s.dataset:
+        raise UserError(f"max_tokens: {s.dataset} is the training set itself")
+    other = replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None, shuffle_answers=False)
+    _, report = prepare(other, tokenizer, "train", builder, quiet, wait)
+    return report["tokens"]
 
 
 def padding_shares(lengths: np.ndarray, packs: list[list[int]], s: Settings) -> dict:

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ouro.data.sources import PATTERNS, benchmark_files, hub_error
+from ouro.data.sources import benchmark_files, hub_error, patterns_of
 from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, REVISIONS, Settings
 
@@ -33,7 +33,7 @@ def wanted(settings: Settings) -> list[Download]:
     benchmarks = read_yaml(EVALS)["benchmarks"]
     for name, entry in (read_yaml(DATASETS) | benchmarks).items():
         if "hub_id" in entry and name not in settings.paths:
-            files = benchmark_files(entry) if name in benchmarks else PATTERNS
+            files = benchmark_files(entry) if name in benchmarks else patterns_of(entry)
             files = [entry["archive"]] if "archive" in entry else files
             everything.append(Download(name, entry["hub_id"], entry["revision"], "dataset", files))
     return everything

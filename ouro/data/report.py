@@ -30,6 +30,7 @@ POLICIES = {  # as the report shows them
     "truncate_ends_lost": "truncate: ends lost",
 }
 SAMPLE = 200  # answers whose tokens per character and word are measured
+BEYOND = "beyond max_tokens"
 PLACES = 5  # of rows that the report names for each reason
 
 
@@ -163,6 +164,12 @@ def refusals(report: dict, s: Settings) -> list[str]:
             f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
             f"another --length_policy, or raise --max_too_long_share to train so{first('longer')}"
         )
+    tokens, budget = report["tokens"], report["max_tokens"] or 0
+    if budget - tokens > max(0.01 * budget, min(report["tokens_per_row"]["p100"], s.max_length)):
+        reasons.append(
+            f"{place} has {tokens:,} tokens to train on, and max_tokens = {s.max_tokens} asks for {budget:,}: name a "
+            "larger set, or fewer tokens"
+        )
     if not rows:
         reasons.append(f"{place} has no rows")
     elif not report["trained_tokens"]:
@@ -221,6 +228,10 @@ def print_report(report: dict, rows: int = 3) -> None:
     line("licence", ", ".join(f"{name} ({count:,} rows)" for name, count in r["licences"].items()))
     if r["note"]:
         line("", r["note"])
+    if r["settings"]["shuffle_answers"]:
+        line("control", "each question has the answer of another row (shuffle_answers)")
+    if r["max_tokens"]:
+        line("cut", f"to {r['max_tokens']:,} tokens (max_tokens = {r['settings']['max_tokens']}), rows evenly spaced")
     line("rows", f"{r['rows_in']:,} in, {r['rows_kept']:,} kept")
     for why, count in (r["rows_dropped"] | r["rows_touched"]).items():
         print(f"    {count:>12,}   {'' if why in r['rows_touched'] else 'dropped: '}{why}")
@@ -232,7 +243,13 @@ def print_report(report: dict, rows: int = 3) -> None:
     line("tokens a row", "  ".join(f"{q} {n:,}" for q, n in r["tokens_per_row"].items()))
     line("", f"0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
     for language, unit in r["tokens_per_unit"].items():
-        line(language, f"{unit['tokens_per_character']:.2f} tokens a character, {unit['tokens_per_word']:.1f} a word")
+        own = (
+            language == "Thai" and r["language"] != "th"
+        )  # it is measured on the answers, which are of another language
+        line(
+            "answers" if own else language,
+            f"{unit['tokens_per_character']:.2f} tokens a character, {unit['tokens_per_word']:.1f} a word",
+        )
     line("letters", f"{r['thai_share_of_letters']:.0%} Thai")
     line("duplicates", f"{r['duplicates'].get('rows', 0):,} rows, {r['duplicates'].get('questions', 0):,} questions")
     if r["split"] == "train":

@@ -81,7 +81,7 @@ class Source:
     entry: dict
     place: Path
     commit: str | None  # of a Hub repository
-    files: dict[str, list[Path]]  # that "train" and "held_out" are read from: with a hash split, the same ones
+    files: dict[str, list[Path]]  # that "train", "held_out" and "development" are read from; may be the same ones
 
     @property
     def columns(self) -> list[str]:
@@ -102,9 +102,14 @@ class Source:
 
 
 KEYS = {
-    "language", "hub_id", "revision", "config", "path", "rows", "prompt", "completion", "messages", "held_out", "think",
-    "answer", "licence", "note",
+    "language", "hub_id", "revision", "config", "folder", "path", "rows", "prompt", "completion", "messages",
+    "held_out", "think", "answer", "licence", "note",
 }  # fmt: skip
+
+
+def patterns_of(entry: dict) -> list[str]:
+    """Of a training set's repository the files that are downloaded: all of rows and cards, or those of its `folder`."""
+    return [*(f"{entry['folder']}/*{kind}" for kind in KINDS), "*.md"] if "folder" in entry else PATTERNS
 
 
 def entry_of(name: str) -> dict:
@@ -137,7 +142,7 @@ def find_source(settings: Settings) -> Source:
     if local is None:
         try:  # downloads what the cache lacks
             place = Path(snapshot_download(entry["hub_id"], repo_type="dataset", revision=entry.get("revision"),
-                                           allow_patterns=PATTERNS))  # fmt: skip
+                                           allow_patterns=patterns_of(entry)))  # fmt: skip
         except (OSError, ValueError) as error:
             raise hub_error(name, entry["hub_id"], error) from None
         commit = place.name  # a snapshot's folder is named by its commit
@@ -148,7 +153,7 @@ def find_source(settings: Settings) -> Source:
     train = held_out = split_files(place, entry.get("config"), "train")
     if "split" in entry["held_out"]:
         held_out = split_files(place, entry.get("config"), entry["held_out"]["split"], may_lack=True)
-    return Source(name, entry, place, commit, {"train": train, "held_out": held_out})
+    return Source(name, entry, place, commit, {"train": train, "held_out": held_out, "development": train})
 
 
 def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
