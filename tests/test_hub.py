@@ -40,7 +40,7 @@ WANGCHAN, EXAM = "datasets/airesearch/WangchanThaiInstruct", "datasets/scb10x/th
 OPEN = "datasets/iapp/openthaieval"
 OTHER_COMMIT = "0" * 40
 BENCHMARKS = {name: entry for name, entry in files.read_yaml(EVALS)["benchmarks"].items() if "hub_id" in entry}
-SPEC, TRAINING = BENCHMARKS["thai_exam"], ("wangchan", "synthetic", "r1")
+SPEC, TRAINING = BENCHMARKS["thai_exam"], ("wangchan", "synthetic", "r1", "smol-smoltalk", "r1-english")
 PINNED = REVISIONS | {EXAM: SPEC["revision"]}
 REPO = {
     name: f"datasets/{(files.read_yaml(DATASETS) | BENCHMARKS)[name]['hub_id']}" for name in (*TRAINING, *BENCHMARKS)
@@ -132,6 +132,12 @@ configs:
   - {split: test, path: paper/test-*}
 ---
 # WangchanThaiInstruct
+"""
+R1_CARD = """---
+configs:
+- {config_name: v0, data_files: [{split: train, path: v0/train-*}]}
+- {config_name: v1, data_files: [{split: train, path: v1/train-*}]}
+---
 """
 PUBLISHED = {"README.md": CARD} | shards("data/train", ROWS, 3) | shards("data/test", TEST, 1)
 PUBLISHED |= shards("paper/train", ROWS[10:], 2) | shards("paper/test", TEST[5:], 1)  # the same rows again
@@ -370,6 +376,9 @@ def published(tmp_path_factory, source) -> dict[str, Path]:
         "wangchan": PUBLISHED,
         "synthetic": shards("data/train", read_jsonl(SAMPLE / "synthetic/train.jsonl"), 2),
         "r1": {"train.jsonl": (SAMPLE / "r1/train.jsonl").read_bytes()},
+        "smol-smoltalk": shards("data/train", read_jsonl(SAMPLE / "english/train.jsonl"), 4)
+        | shards("data/test", read_jsonl(SAMPLE / "english/test.jsonl"), 1),
+        "r1-english": {"README.md": R1_CARD} | shards("v0/train", read_jsonl(SAMPLE / "r1-english/train.jsonl"), 3),
         "thai_exam": EXAM_FILES,
         "m3exam": {BENCHMARKS["m3exam"]["file"]: parquet([item])},
         "openthaieval": {"data/test.parquet": parquet([item])},
@@ -437,6 +446,17 @@ def test_everything_is_fetched_once_and_jobs_then_need_no_network(full, publishe
     assert all(torch.equal(result["weights"][name], weight) for name, weight in source.state_dict().items())
     assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1 + 1)
     assert sorted((online.folder / "cache").rglob("*")) == before
+
+
+def test_of_a_repository_with_several_folders_the_named_one_alone_is_downloaded(full, published):
+    hub, online, _ = full
+    folder = write(published["r1-english"], shards("v1/train", read_jsonl(SAMPLE / "r1/train.jsonl"), 2))
+    hub.add(REPO["r1-english"], folder, branch="main")
+    for command in ([FETCH, "--only", "r1-english"], [*REPORT, "--dataset", "r1-english"]):
+        online.output(*command, *(["--cache_dir", online.folder / "rows"] if command[0] != FETCH else []))
+    assert {request.path.partition("/")[0] for request in hub.requests if request.path} == {"README.md", "v0"}
+    for file in folder.glob("v1/*"):
+        file.unlink()
 
 
 def test_a_killed_download_is_continued_by_the_next_run(full, published, tmp_path):
