@@ -219,8 +219,8 @@ def sorted_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str,
 def load_passages(
     name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
 ) -> list[dict]:
-    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is that of the
-    article, so that a passage has the same one in each language; a further passage of an article has " 2" behind it."""
+    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is made of the
+    article and the passage's place in it, so that a passage has the same one in each language."""
     spell, columns, items = normalise if normalise_thai else str, spec["item"], []
     for subset, rows in sorted_rows(name, spec, local):
         articles: dict[str, list[str]] = {}
@@ -229,8 +229,8 @@ def load_passages(
             text = spell(cell_text(row, columns["passage"], where, needed=True)).strip()
             if text not in passages:
                 passages.append(text)
-        named = [(f"{article} {n}" if n > 1 else article, article, text)
-                 for article, passages in articles.items() for n, text in enumerate(passages, 1)]  # fmt: skip
+        named = [(f"passage-{digest([article, n])[:12]}", article, text)
+                 for article, passages in articles.items() for n, text in enumerate(passages)]  # fmt: skip
         items += [{"id": i, "subset": subset, "cluster": article, "text": text} for i, article, text in named[:limit]]
     return items
 

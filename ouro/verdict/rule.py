@@ -100,7 +100,7 @@ def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, 
     """The adapters trained on English beside those of a Thai training set, read on `task`; or None and the reason."""
     there = [p for k, p in found.items() if k.task == task and k[2:] == key[2:] and p.adapted and p.language == "en"]
     told = {
-        id(p): {str(runs[s["run"]].config.get("tokens_as")) for s in p.sources[next(iter(p.adapted))]} for p in there
+        id(p): {str(runs[s["run"]].config.get("max_tokens")) for s in p.sources[next(iter(p.adapted))]} for p in there
     }
     if len(there) > 1:
         there = [panel for panel in there if told[id(panel)] == {key.dataset}]
@@ -111,7 +111,7 @@ def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, 
     for panel in (thai, english):
         study = adapters(panel)[0].study
         told = trained_as(runs[study["run"]]) | {name: str(study.get(name)) for name in MEASURED_ALIKE[:3]}
-        settings[study["run"]] = {k: v for k, v in told.items() if k not in ("data report", "tokens_as", "max_tokens")}
+        settings[study["run"]] = {k: v for k, v in told.items() if k not in ("data report", "max_tokens")}
     if why := unlike(settings):
         return None, f"English adapters trained alike ({'; '.join(why)})"
     return english, ""
