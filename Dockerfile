@@ -3,8 +3,9 @@
 #   ./run.sh build         # or: make build-image
 #   ./run.sh make smoke
 #
-# `base` and not `runtime` or `devel`: torch's wheels bring their own CUDA libraries (12.6).
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+# `base` and not `runtime` or `devel`: torch's wheels bring their own CUDA libraries (12.6). 12.8.1-base-ubuntu24.04 by
+# its digest: a tag can be moved.
+FROM nvidia/cuda@sha256:133c78a0575303be34164d0b90137a042172bdf60696af01a3c424ab402d86e2
 
 # A C++ compiler and Python's headers, because torch.compile and Triton build launchers at run time. Versions are
 # Ubuntu's of the day: its archive drops the older ones, so that pins would break the build, not repeat it.

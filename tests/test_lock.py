@@ -237,7 +237,12 @@ def test_make_takes_pixi_where_it_is_found(tmp_path):
 
 def test_both_images_have_the_same_base_packages_and_settings():
     docker, singularity = (ROOT / "Dockerfile").read_text(), (ROOT / "singularity.def").read_text()
-    for pattern in (r"nvidia/cuda:\S+", r"apt-get install [^&\n]*", r"HF_HOME=/\S+", "NVIDIA_DISABLE_REQUIRE=1"):
+    for pattern in (
+        r"nvidia/cuda@sha256:[0-9a-f]{64}\b",
+        r"apt-get install [^&\n]*",
+        r"HF_HOME=/\S+",
+        "NVIDIA_DISABLE_REQUIRE=1",
+    ):
         one, other = (re.search(pattern, text)[0].strip() for text in (docker, singularity))
         assert one == other
 
