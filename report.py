@@ -18,7 +18,7 @@ import os
 import textwrap
 from pathlib import Path
 
-from ouro.files import UserError, call, place, write_atomic, write_json
+from ouro.files import UserError, call, place, printable, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
@@ -108,11 +108,11 @@ def main() -> None:
     for name in ("RESULTS.md", "report.html"):
         write_atomic(out / name, fill(name, **content))
 
-    print(f"{content['basis']}\n")
+    print(printable(f"{content['basis']}\n"))
     for name, sentence in content["verdicts"]:
-        print(textwrap.fill(f"{name}. {sentence}", 100, subsequent_indent="  "))
+        print(textwrap.fill(printable(f"{name}. {sentence}"), 100, subsequent_indent="  "))
     for what in content["missing"]:
-        print(f"missing: {what}")
+        print(printable(f"missing: {what}"))
     if run.options.explain:
         for table in (table for table in shown if table.name == "tests"):
             print(f"\n{table.title}\n{textwrap.fill(table.note, 100)}")

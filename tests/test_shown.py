@@ -2,10 +2,13 @@
 
 import csv
 import io
+import json
 
-from ouro.files import UserError, explain, markdown, message, spreadsheet
+import report
+from ouro.files import UNSAFE, UserError, explain, markdown, message, spreadsheet
 from ouro.train.run_folder import model_card
 
+import fabricate
 import pytest
 from helpers import resolved
 
@@ -53,3 +56,31 @@ def test_a_model_card_holds_no_markup_of_the_data(tmp_path):
     card = model_card(resolved(), report, "a/base", [{"step": 1, "loss": 2.0}])
     assert card.replace("\n", "").isprintable() and "<img" not in card and card.count("\n---\n") == 1
     assert "| data | a \\| b: 1 rows" in card and "&lt;img src=x&gt; ---: 3 rows |" in card
+
+
+def test_no_page_or_table_of_the_report_obeys_the_text_of_data_and_models(tmp_path, monkeypatch, capsys):
+    formula = "=HYPERLINK(0)"
+    hostile = f"{ESCAPES}<img src=x>\n| a | b |"
+    output, results = fabricate.study(tmp_path, tasks=("mt_bench_thai",), seeds=(0,), items=20, lines=3, reply=hostile)
+    for file in output.rglob("data_report.json"):
+        licences = {formula: 1} if "ut1" in str(file) else {hostile: 2}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"licences": licences}))
+    for file in results.glob("*/mt_bench_thai-ut*.json"):
+        result = json.loads(file.read_text())
+        result["study"] |= {"cut": 7, "refused": 5, "unparsed": 3}
+        file.write_text(json.dumps(result))
+    next(output.glob("*ut2")).rename(output / formula)
+    argv = ["report.py", "--output_dir", output, "--results_dir", results, "--out", tmp_path, "--csv", "--latex"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in argv])
+    report.main()
+    files = [file for file in tmp_path.rglob("*") if file.suffix in (".md", ".html", ".csv", ".tex", ".svg")]
+    assert len(files) > 10
+    for text in (capsys.readouterr().out, *(file.read_text() for file in files)):
+        assert not UNSAFE.search(text)
+    assert all("<img src=x" not in file.read_text() for file in files if file.suffix in (".md", ".html"))
+    tables = {file.stem: list(csv.DictReader(file.open())) for file in files if file.suffix == ".csv"}
+    cells = [cell for rows in tables.values() for row in rows for cell in row.values()]
+    assert f"'{formula}" in cells and f"'{formula}: 1" in cells and not any(cell.startswith("=") for cell in cells)
+    for name in ("benchmarks", "scores"):
+        assert {(row["no answer"], row["cut"], row["refused"]) for row in tables[name]} == {("3", "7", "5")}
+    assert "| refused |" in (tmp_path / "RESULTS.md").read_text()

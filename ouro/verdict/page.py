@@ -2,21 +2,16 @@
 
 import base64
 import hashlib
-import html
 import re
 from collections import defaultdict
 from pathlib import Path
 
+from ouro.files import markdown, printable
 from ouro.verdict.panels import Key, Panel
 from ouro.verdict.rule import Verdict
 from ouro.verdict.study import ASPECTS, Reader
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-
-def markdown(text: str) -> str:
-    """On one line, with nothing in it that Markdown or HTML would read."""
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False)).replace("\\_", "_")
 
 
 def about(verdict: Verdict, made: list[Verdict]) -> str:
@@ -58,6 +53,7 @@ TEMPLATES = Environment(
     autoescape=lambda name: name.endswith(".html.j2"),
     undefined=StrictUndefined,
     keep_trailing_newline=True,
+    finalize=lambda value: printable(value) if type(value) is str else value,  # but the plots, which are markup
 )
 TEMPLATES.filters["md"] = markdown
 TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

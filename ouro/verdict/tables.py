@@ -2,8 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from ouro.files import printable, spreadsheet
 from ouro.verdict.panels import STUDY, Key, Panel, gaps, signed
 from ouro.verdict.rule import Test, Verdict
 from ouro.verdict.stats import Estimate, estimate
@@ -31,19 +32,20 @@ class Table:
     def columns(self) -> list[str]:
         return list(self.rows[0])
 
-    def texts(self) -> list[list[str]]:
-        return [[cell[1] if isinstance(cell, tuple) else cell for cell in row.values()] for row in self.rows]
+    def texts(self, told: Callable[[str], str] = printable) -> list[list[str]]:
+        """The cells; told: how those that are no numbers, and may be of data or models, are written."""
+        return [[cell[1] if isinstance(cell, tuple) else told(cell) for cell in row.values()] for row in self.rows]
 
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.texts(), columns=self.columns)
+    def frame(self, told: Callable[[str], str] = printable) -> pd.DataFrame:
+        return pd.DataFrame(self.texts(told), columns=self.columns)
 
     def csv(self) -> str:
-        return self.frame().to_csv(index=False)
+        return self.frame(spreadsheet).to_csv(index=False)
 
     def latex(self) -> str:
         style = self.frame().style.hide(axis="index").format(escape="latex").format_index(axis=1, escape="latex")
         table = style.to_latex(hrules=True, column_format="l" * len(self.columns))
-        return f"% {self.title}; needs booktabs\n{table.replace('–', '--')}"
+        return f"% {' '.join(printable(self.title).split())}; needs booktabs\n{table.replace('–', '--')}"
 
 
 def number_cell(value: float | None, form: str = ",.0f", factor: float = 1) -> Cell:
@@ -218,6 +220,13 @@ def gain_matrices(found: dict[Key, Panel]) -> Iterator[Table]:
             yield Table("matrix", rows, task=key.task, dataset=key.dataset, unit=panel.metric.what)
 
 
+def ending_cells(studies: list[dict]) -> dict[str, Cell]:
+    """How many items had no answer, replies were cut, requests were refused by a server; the mean over seeds."""
+    counts = {"no answer": "unparsed", "cut": "cut", "refused": "refused"}
+    means = {name: nan_mean(np.array([s.get(key, math.nan) for s in studies], float)) for name, key in counts.items()}
+    return {name: number_cell(mean) for name, mean in means.items()}
+
+
 def benchmark_rows(found: dict[Key, Panel]) -> Rows:
     for (task, dataset, arm, condition), panel in found.items():
         for (trained, depth), cell in panel.cells.items():
@@ -242,7 +251,7 @@ def benchmark_rows(found: dict[Key, Panel]) -> Rows:
                 "macro": value_cell(metric, sum(macro) / len(macro) if macro else None),
                 "its chance": number_cell(told.get("macro_chance"), ".1f", 100),
                 "its commonest": number_cell(told.get("macro_majority"), ".1f", 100),
-                "no answer": number_cell(nan_mean(np.array([s.get("unparsed", math.nan) for s in studies], float))),
+                **ending_cells(studies),
                 "unit": panel.metric.axis,
             }
 
@@ -300,7 +309,7 @@ def score_rows(results: Iterable[Result]) -> Rows:
             "high": value_cell(study["metric"], high),
             "unit": METRICS[study["metric"]].axis,
             "items": number_cell(study["items"]),
-            "no answer": number_cell(study.get("unparsed")),
+            **ending_cells([study]),
             "replies in Thai": number_cell(study.get("thai_share"), ".1%"),
         }
 
