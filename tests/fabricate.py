@@ -143,12 +143,11 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
     (folder / f"{stem}.json").write_text(json.dumps({"results": {}, "study": study}), encoding="utf-8")
 
 
-def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng, **settings) -> None:
+def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng) -> None:
     folder = output / run
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"max_steps": lines * 10, "use_qlora": False} | settings
-    made = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, **settings)
-    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(made).items()))
+    settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
+    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(settings).items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
     record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -190,7 +189,6 @@ def study(
     run_seed: int = 0,
     reply: str = "คำตอบ",
     language: str = "th",
-    settings: dict | None = None,  # of the runs
     cluster: int = 1,
     **more,  # keys of the study block to replace
 ) -> tuple[Path, Path]:
@@ -207,7 +205,7 @@ def study(
         for depth in depths
     ]
     for run, depth, seed in runs:
-        write_run(output, run, depth, seed, dataset, lines, rng, **(settings or {}))
+        write_run(output, run, depth, seed, dataset, lines, rng)
     for task in tasks:
         metric, _, _, higher, spread = TASKS[task]
         chars = rng.integers(100, 900, items) if metric == "bits_per_character" else None

@@ -17,7 +17,7 @@ import report
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError
 from ouro.settings import ARMS, LEARNING
-from ouro.verdict import panels, plots, rule, stats, study, tables
+from ouro.verdict import panels, plots, power, rule, stats, study, tables
 from ouro.verdict.panels import Key
 
 import fabricate
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+import simulate
 import yaml
 from helpers import ROOT, read_jsonl
 
@@ -358,6 +359,25 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     assert THAI_TEXT in found and THAI_TEXT._replace(arm="tuned") not in found and len(reader.left_out) == 1
 
 
+@pytest.mark.parametrize(
+    "cuts, word",
+    [({"smol-smoltalk": None}, " as it helps English"), ({"smol-smoltalk": "wangchan"}, " as it helps English"),
+     ({"smol-smoltalk": "r1"}, "; beside English: not measured"),
+     ({"smol-smoltalk": "wangchan", "r1-english": "r1"}, " as it helps English"),
+     ({"smol-smoltalk": None, "r1-english": None}, "; beside English: not measured")],
+)  # fmt: skip
+def test_the_english_set_beside_a_thai_one_is_that_cut_to_as_many_tokens(tmp_path, cuts, word):
+    make_study(tmp_path, SOME, None)
+    levels = {PAIR[1]: tuple(0.9 * np.exp(-x) for x in SOME)}
+    for name, cut in cuts.items():
+        how = {"tasks": PAIR[1:], "dataset": name, "language": "en", "levels": levels}
+        fabricate.study(tmp_path, items=400, lines=2, **how)
+        for folder in tmp_path.glob(f"output/seed?/*{name}*"):
+            set_config(folder, max_tokens=cut)
+    (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
+    assert set(verdict.words.values()) == {"helps Thai" + word}
+
+
 def test_english_adapters_trained_otherwise_are_not_set_beside_the_thai_ones(tmp_path):
     make_study(tmp_path, MUCH, SOME, items=50)
     for folder in tmp_path.glob("output/seed?/*smol*"):
@@ -385,6 +405,33 @@ def test_training_sets_are_judged_apart(tmp_path):
     made = rule.verdicts(*read(tmp_path))
     compared = [(v.dataset, v.aspect) for v in made if v.words]
     assert compared == [("wangchan", "thai_text"), ("r1", "thai_text")]
+
+
+# ---------------------------------------------------------------------------------------------------------------- power
+
+
+def test_what_a_study_can_find_is_simulated_with_the_spreads_that_its_results_have(tmp_path):
+    panel = simulate.panel(np.random.default_rng(0), "thai_text", "th", (9,) * 4, (1,) * 4, 1, {}, np.zeros(120))
+    spreads = power.measured(panel)
+    for name, true in (("item", 0.05), ("run", 0.02), ("seed", 0.01)):  # as tests/simulate.py makes them
+        assert getattr(spreads, name) == pytest.approx(true, rel=0.25)
+    family = power.Family(power.simulate({"thai_text": spreads}, 5, {"thai_text": 120}, studies=200))
+    assert len(family.places) == 3 + 3 + 4  # U, X and F
+    margin, place = panel.metric.margin, ("U", "thai_text", 4)
+    smallest = family.smallest(place, panel.metric)
+    shares = [family.power(place, effect, margin) for effect in (0, smallest / 2, smallest, 2 * smallest)]
+    assert shares == sorted(shares) and shares[0] <= 0.02 and 0.8 <= shares[2] <= 0.83
+
+
+@pytest.mark.slow
+def test_power_is_told_before_anything_is_trained(tmp_path):
+    fabricate.study(tmp_path, tasks=("thai_text",), items=60, lines=2)
+    printed = write_report(tmp_path, "--power", "--out", str(tmp_path))
+    measured, assumed = (
+        [line for line in printed.splitlines() if f"({how})" in line] for how in ("measured", "assumed")
+    )
+    assert len(measured) == len(assumed) == 4 and all("worth (U) " in line for line in measured + assumed)
+    assert (tmp_path / "power.png").stat().st_size > 1000 and not (tmp_path / "RESULTS.md").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- broken inputs
@@ -426,6 +473,7 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     broken(output / "seed2/exp2-wangchan-ut1/metrics.jsonl", "cannot be used: 'list'", "[]\n")
     broken(output / "seed2/exp3a-wangchan-ut2/config.yaml", "not valid YAML", "a: [")
     broken(output / "seed1/exp3a-wangchan-ut2/config.yaml", "not a whole number", "total_ut_steps: many")
+    broken(output / "seed1/exp3b-wangchan-ut3/config.yaml", "arm 'best' is unknown", "arm: best")
     broken(output / "seed2/exp3b-wangchan-ut3/manifest.json", "cannot be used", "{")
     broken(output / "seed2/exp3b-wangchan-ut3/data_report.json", "not a JSON object", "[]")
 

@@ -102,7 +102,7 @@ def test_what_runs_and_replies_say_is_text_plots_are_seen_and_tables_sort_in_lig
         assert view["title"] == "Does looping help a language model learn Thai?"
         assert view["images"] == 0 and view["scripts"] == 1 and view["ids"] == []
         assert EVIL in view["answers"] and "<script>alert(2)<i>&quot;$x_1$|" in view["answers"]
-        assert len(view["plots"]) == 7
+        assert len(view["plots"]) == 8
         assert all(width > 250 and height > 100 and shapes > 10 for _, width, height, shapes in view["plots"])
         dark = (view["background"], view["ink"]) == ("rgb(21, 23, 26)", "rgb(230, 230, 230)")
         light = (view["background"], view["ink"]) == ("rgb(255, 255, 255)", "rgb(26, 26, 27)")

@@ -97,13 +97,14 @@ def adapters(panel: Panel) -> list[Result]:
 
 
 def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, Run]) -> tuple[Panel | None, str]:
-    """The adapters trained on English beside those of a Thai training set, read on `task`; or None and the reason."""
+    """The adapters trained on English beside those of a Thai training set, read on `task`; or None and the reason.
+
+    They are those cut to as many tokens as it (`max_tokens`); if none is cut to those of a Thai set, the only ones."""
     there = [p for k, p in found.items() if k.task == task and k[2:] == key[2:] and p.adapted and p.language == "en"]
-    told = {
-        id(p): {str(runs[s["run"]].config.get("max_tokens")) for s in p.sources[next(iter(p.adapted))]} for p in there
-    }
-    if len(there) > 1:
-        there = [panel for panel in there if told[id(panel)] == {key.dataset}]
+    cuts = [str(runs[adapters(panel)[0].study["run"]].config.get("max_tokens")) for panel in there]
+    there = [p for p, cut in zip(there, cuts, strict=True) if cut == key.dataset] or [
+        p for p, cut in zip(there, cuts, strict=True) if cut == "None" or cut.isdecimal()
+    ]
     if len(there) != 1:
         return None, "adapters trained on as much English"
     thai, (english,) = found[key], there

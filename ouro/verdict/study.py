@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ouro.files import UserError, file_sha256, read_yaml
+from ouro.settings import ARMS
 
 import numpy as np
 
@@ -151,8 +152,11 @@ class Result:
 
 def read_config(path: Path) -> dict:
     config = read_yaml(path)
-    if not isinstance(config.get("total_ut_steps", 1), int):
-        raise ValueError("total_ut_steps is not a whole number")
+    for name in ("total_ut_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if not isinstance(config.get(name, 1), int):
+            raise ValueError(f"{name} is not a whole number")
+    if config.get("arm", ARMS[0]) not in ARMS:
+        raise ValueError(f"arm {config['arm']!r} is unknown")
     return config
 
 
@@ -255,8 +259,8 @@ class Reader:
         depths = ("total_ut_steps", "trained_ut_steps") if study["kind"] == "adapter" else ("total_ut_steps",)
         if not all(isinstance(study[key], int) for key in depths):
             raise ValueError("a depth is not a whole number")
-        clusters = [row.get("cluster", row["id"]) for row in rows]
-        strata = [row.get("stratum") for row in rows]
+        clusters = [str(row.get("cluster", row["id"])) for row in rows]
+        strata = [str(row.get("stratum")) for row in rows]
         return Result(study, path, ids, above, below, [row.get("gold") for row in rows], clusters, strata)
 
 
