@@ -27,6 +27,7 @@ from ouro.files import UserError, call, explain, write_json
 from ouro.model.cost import check_share, matrix_rate
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Resolved, Settings, resolve
+from ouro.train import processes
 from ouro.train.build import build, check_frozen
 from ouro.train.collate import collate
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
@@ -170,6 +171,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
+    processes.check_launcher()
     try:
         train(resolve(__doc__, add_options=options))
     except Stopped as stopped:

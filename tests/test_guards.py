@@ -559,6 +559,31 @@ def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
     assert ended == [0], "one that is alone returns"
 
 
+@pytest.mark.parametrize(
+    "variables",
+    ["WORLD_SIZE=2", "RANK=1 WORLD_SIZE=1", "RANK=1", "LOCAL_RANK=0", "RANK=x", "WORLD_SIZE=", "WORLD_SIZE=0",
+     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
+     "RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
+     "RANK=0 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
+     "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_WORLD_SIZE=1",
+     "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=http"],
+)  # fmt: skip
+def test_half_of_a_launchers_variables_is_refused_before_anything_is_read(monkeypatch, variables):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for whole in ("", "RANK=0 WORLD_SIZE=1", "MASTER_ADDR=a", "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 "
+                  "MASTER_ADDR=a MASTER_PORT=29500"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            for name, value in (pair.split("=") for pair in whole.split()):
+                patch.setenv(name, value)
+            processes.check_launcher()
+    for name, value in (pair.split("=") for pair in variables.split()):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_qlora, "resolve", None)
+    with pytest.raises(UserError, match=f"^.*{variables.split()[-1]}.* in the environment is no process of a group"):
+        train_qlora.main()
+
+
 def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])

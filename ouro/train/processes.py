@@ -9,11 +9,33 @@ from ouro.files import UserError
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # processes on this node; 0: the launcher does not say
-REQUEUED = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+def number(name: str, missing: int) -> int:
+    """A launcher's variable; -1 where it is no whole number, which `check_launcher` refuses."""
+    text = os.environ.get(name, str(missing))
+    return int(text) if text.isdecimal() else -1
+
+
+RANK = number("RANK", 0)
+LOCAL_RANK = number("LOCAL_RANK", 0)
+WORLD_SIZE = number("WORLD_SIZE", 1)
+LOCAL_WORLD_SIZE = number("LOCAL_WORLD_SIZE", 0)  # processes on this node; 0: the launcher does not say
+REQUEUED = number("SLURM_RESTART_COUNT", 0) > 0
+
+
+def check_launcher() -> None:
+    """Raises UserError where a launcher's variables do not describe a process of a group: it would train alone, on its
+    share of each step, or save nothing."""
+    rank, local, world, here = map(number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (0, 0, 1, 0))
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    alone = "LOCAL_RANK" not in os.environ and (rank, world) == (0, 1)
+    missing = [] if alone else [name for name in needed if not os.environ.get(name)]
+    whole = 0 <= local <= rank < world and (here == 0 or local < here <= world)
+    if missing or not whole or not (alone or number("MASTER_PORT", 0) > 0):
+        said = " ".join(f"{name}={os.environ[name]}" for name in (*needed, "LOCAL_WORLD_SIZE") if name in os.environ)
+        lack = f" without {', '.join(missing)}" * bool(missing)
+        raise UserError(f"{said}{lack} in the environment is no process of a group: start it with torchrun, or unset "
+                        "these variables for one process")  # fmt: skip
 
 
 def print0(text: str) -> None:
