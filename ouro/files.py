@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -106,9 +106,22 @@ def yaml_line(text: str) -> str:
     return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def from_json(text: str | bytes) -> object:
+    """A JSON text's value. Raises ValueError also for a key that stands twice: the first value would be lost."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 class Loader(yaml.SafeLoader):
     """PyYAML's, that refuses a key which stands twice, for of two values the first would be lost without a word; and
-    aliases, by which a short file can stand for more than any memory holds."""
+    aliases, by which a short file can stand for more than any memory holds. Numbers, true and false are those of YAML
+    1.2: in 1.1, 010 is eight, 1:30 is ninety and `no` is false. All else is text."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -126,6 +139,20 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+              "-+.0123456789"),
+}  # fmt: skip
+Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in SCALARS.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
+
+
 def read_yaml(path: str | Path) -> dict:
     """A YAML file that holds a mapping.
 
@@ -141,25 +168,51 @@ def read_yaml(path: str | Path) -> dict:
         content = yaml.load(text, Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold 'setting: value' lines, found a {type(content).__name__}")
     return content or {}
 
 
+def latest(words: Sequence[str]) -> list[str]:
+    """A command's words without the options that a later one replaces, for what calls a program with its own options
+    behind a user's."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            found.pop(name, None)
+        found.setdefault(name, []).append(word)
+    return [word for option in found.values() for word in option]
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are the user's. --args=TEXT stands for the arguments in TEXT, quoted as in a shell."""
+    """argparse's, whose errors are the user's. --args=TEXT stands for the arguments in TEXT, quoted as in a shell; they
+    may repeat an option that make wrote, but neither of the two may have one twice: the first value would be lost."""
 
     def parse_known_args(self, args=None, namespace=None):
-        words = []
+        typed, words = [], []
         for word in sys.argv[1:] if args is None else args:
             text = word.removeprefix("--args=")  # ARGS of make
+            if text == word:
+                typed.append(word)
+                words.append(word)
+                continue
             try:
-                words += [word] if text == word else shlex.split(text.replace("\\\n", ""))
+                more = shlex.split(text.replace("\\\n", ""))
             except ValueError as error:
                 raise UserError(f"ARGS: {str(error).lower()}: {text}") from None
+            self.refuse_twice(more, "ARGS")
+            words += more
+        self.refuse_twice(typed, "command line")
         return super().parse_known_args(words, namespace)
+
+    def refuse_twice(self, words: list[str], where: str) -> None:
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{where}: {twice[0]} is given twice; give it once, with the one value that is meant")
 
     def error(self, message: str):  # argparse would print all options before the one line that matters
         raise UserError(f"command line: {message}")

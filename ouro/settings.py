@@ -217,6 +217,8 @@ def converted(value: object, kind: type) -> object:
     """`value` (from YAML, the environment or the command line) as a `kind`; raises what `parse` catches."""
     if type(value) in (type(None), bool, dict, list) and type(value) is not kind:
         raise TypeError
+    if kind is str and type(value) is float:  # YAML's 1.10 would become 1.1: it needs quotes
+        raise TypeError
     if kind is bool:
         return {"true": True, "false": False}[str(value).lower()]
     if kind is dict:

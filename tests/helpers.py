@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from ouro import FOREIGN
+from ouro.files import latest
 from ouro.settings import Resolved, resolve
 
 from conftest import PATIENCE
@@ -39,7 +40,7 @@ def resolved(*argv: str) -> Resolved:
     """The settings of a small run, by what train_qlora.py's command line takes."""
     import train_qlora  # not above: tests of the report need no torch
 
-    return resolve("", [*SMALL, *argv], add_options=train_qlora.options)
+    return resolve("", latest([*SMALL, *argv]), add_options=train_qlora.options)
 
 
 def trained(folder: Path, *argv: str) -> Path:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from ouro.files import UserError, seal
+from ouro.files import UserError, latest, seal
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_run_model, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS
@@ -63,7 +63,7 @@ def output(tmp_path_factory, in_the_repository) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "final_adapter")
     seal(folder / "final_adapter")
-    run.settings.r = 3
+    run.settings.r, run.settings.lora_alpha = 3, 6
     (folder / "config.yaml").write_text(run.as_yaml())
     (folder / "completed").touch()
     return folder.parent
@@ -77,7 +77,7 @@ def talk(monkeypatch):
         out = io.BytesIO()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said.encode())))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
-        chat.chat(resolve("", [*ARGV, *argv], add_options=chat.options, several=True))
+        chat.chat(resolve("", latest([*ARGV, *argv]), add_options=chat.options, several=True))
         return out.getvalue().decode()  # fails on broken UTF-8
 
     return play

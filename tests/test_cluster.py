@@ -570,7 +570,7 @@ def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(on_a_clust
 def test_args_are_words_as_in_a_shell_on_any_number_of_lines(on_a_cluster, monkeypatch, capsys, text, told):
     argv = ["sweep.py", "--plan", "--exps", STUDY[0], *on_a_cluster, f"--args={text}"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     if told:
         with pytest.raises(UserError, match=told):
             sweep.main()

@@ -12,7 +12,7 @@ import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
 from ouro.evaluate.tasks import load_task, score_choices, score_texts
-from ouro.files import UserError, write_atomic
+from ouro.files import UserError, latest, write_atomic
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
@@ -329,9 +329,9 @@ def trained(tmp_path_factory):
 
 
 def command(place: Path, *argv: str) -> list[str]:
-    return ["--config", str(ROOT / "tests/smoke.yaml"), "--output_dir", str(place / "output"), "--results_dir",
+    return latest(["--config", str(ROOT / "tests/smoke.yaml"), "--output_dir", str(place / "output"), "--results_dir",
             str(place / "results"), "--model_name_or_path", MODEL, "--use_qlora", "false", "--limit", "1",
-            "--ut_steps", "1,2", "--paths", ",".join(f"{k}={v}" for k, v in PATHS.items()), *argv]  # fmt: skip
+            "--ut_steps", "1,2", "--paths", ",".join(f"{k}={v}" for k, v in PATHS.items()), *argv])  # fmt: skip
 
 
 def evaluated(place: Path, *argv: str) -> Path:
@@ -621,7 +621,7 @@ def stray(name: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"adapter_config.json": ('"r": 2', '"r": 4')}, "has rank 4, and its run's config.yaml says r: 2"),
+        ({"adapter_config.json": ('"r": 2', '"r": 4')}, "has r = 4, and its run's config.yaml says r: 2"),
         ({"adapter_config.json": (MODEL, "ByteDance/Ouro-1.4B")}, "was made for ByteDance/Ouro-1.4B"),
         ({"../config.yaml": ("total_ut_steps: 1", "total_ut_steps: 4")}, "trained with total_ut_steps = 4, and exp2"),
         ({"../completed": None}, "has been started but not finished"),

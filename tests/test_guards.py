@@ -15,7 +15,7 @@ from statistics import median
 import train_qlora
 from ouro.data.batches import EpochOrder, Rows
 from ouro.data.cache import prepare
-from ouro.files import UserError, call
+from ouro.files import UserError, call, latest
 from ouro.model import cost, loading
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
@@ -140,7 +140,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
     argv = [*data, *model, *PLAIN, *TWO_BY_TWO, "--max_steps", "8", "--eval_steps", "0", "--save_steps", str(saving)]
     argv += ["--logging_steps", "10", "--output_dir", str(tmp_path / "out")]
     for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMALL, *argv])
+        monkeypatch.setattr(sys, "argv", ["train_qlora.py", *latest([*SMALL, *argv])])
         with pytest.raises(SystemExit) as ended:
             call(train_qlora.main)
         told = capsys.readouterr().err

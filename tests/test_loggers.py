@@ -10,7 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from ouro.files import UserError
+from ouro.files import UserError, latest
 from ouro.settings import Settings
 from ouro.train import loggers, stopping
 
@@ -122,7 +122,7 @@ def test_without_a_server_no_key_is_needed(server, monkeypatch, mode):
 @pytest.mark.slow
 def test_on_a_terminal_a_missing_key_is_an_error_not_a_question(server, tmp_path):
     terminal, end = pty.openpty()
-    argv = [*SMALL, *THREE, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
+    argv = latest([*SMALL, *THREE, "--report_to", "wandb", "--output_dir", str(tmp_path / "out")])
     done = subprocess.run(
         [sys.executable, "train_qlora.py", *argv], stdin=end, stdout=end, stderr=end, timeout=PATIENCE
     )

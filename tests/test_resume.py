@@ -16,7 +16,7 @@ from pathlib import Path
 
 import train_qlora
 from ouro import files
-from ouro.files import UserError, read_yaml
+from ouro.files import UserError, latest, read_yaml
 from ouro.model.loading import load_ouro
 from ouro.train import processes, run_folder, stopping, trainer
 
@@ -75,7 +75,7 @@ class Script:
     def __init__(self, folder: Path, *argv: str):
         self.output = folder.parent / f"output-{time.monotonic_ns()}.txt"
         self.output.touch()
-        argv = [*SMALL, *SIX, "--output_dir", str(folder), *argv]
+        argv = latest([*SMALL, *SIX, "--output_dir", str(folder), *argv])
         self.process = FORKS.Process(target=run_script, args=(argv, str(self.output)))
         self.process.start()
 
@@ -637,7 +637,7 @@ TWO = ["--max_steps", "4", "--lora_dropout", "0", "--eval_rows", "5"]
 
 
 def both(folder: Path, *argv: str) -> tuple[list[int], list[str]]:
-    return in_two_processes("train_qlora.py", *SMALL, *SIX, "--output_dir", str(folder), *argv)
+    return in_two_processes("train_qlora.py", *latest([*SMALL, *SIX, "--output_dir", str(folder), *argv]))
 
 
 def torchrun(output: Path, argv: list[str], number: int) -> str:
@@ -681,7 +681,7 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(tmp_pat
     assert_close_runs(two, one)
 
     folder, run = tmp_path / "parts", tmp_path / "parts/smoke"
-    argv = [*SMALL, *SIX, "--output_dir", str(folder), *TWO]
+    argv = latest([*SMALL, *SIX, "--output_dir", str(folder), *TWO])
     told = torchrun(tmp_path / "term.txt", argv, signal.SIGTERM)
     step = int(re.search(r"stopped after step (\d), which is saved; the same command", told)[1])
     assert names(run)[0] == f"checkpoint-{step}" and step < 4 and all_good(run)

@@ -170,7 +170,13 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         ('system_prompt: "\\ud800"', [], r"system_prompt must be text or null, got '\ud800'"),
         ("r: 16\nseed: 1\nr: 32", [], "machine.yaml is not valid YAML: 'r' stands twice, first in line 1 in \""),
         ("paths: {wangchan: a, wangchan: b}", [], "'wangchan' stands twice, first in line 1 in"),
-        ("seed: 2020-13-45", [], "machine.yaml is not valid YAML: month must be in 1..12"),
+        ("seed: 2020-13-45", [], "seed must be a whole number, got '2020-13-45'"),
+        ("max_steps: 1:30", [], "max_steps must be a whole number, got '1:30'"),
+        ("bf16: no", [], "bf16 must be true or false, got 'no'"),
+        ("r: 0x10", [], "r must be a whole number, got '0x10'"),
+        ("model_revision: 1.10", [], "model_revision must be text or null, got 1.1"),
+        ("", ["--paths", "thai_text=x", "--paths=wangchan=y"], "command line: --paths is given twice"),
+        ("", ["--args=--seed 1 --r 8 --seed 1"], "ARGS: --seed is given twice"),
         ("r: 16\n  x: [", [], "machine.yaml is not valid YAML: "),
         ("- r", [], "machine.yaml must hold 'setting: value' lines, found a list"),
         ("", ["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'?"),
@@ -183,7 +189,7 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
 )
 def test_a_mistake_is_named_with_its_place_and_cure(tmp_path, text, argv, expected):
     with pytest.raises(UserError) as error:
-        resolve("", ["--config", config(tmp_path, text), *argv])
+        resolve("", [*([] if "--config" in argv else ["--config", config(tmp_path, text)]), *argv])
     assert expected in str(error.value)
 
 
@@ -192,6 +198,13 @@ def test_values_are_read_alike_from_yaml_and_command_line():
     assert parse("bf16", "False", "") is False and parse("bf16", True, "") is True
     assert parse("model_revision", "null", "") is None and parse("model_revision", None, "") is None
     assert parse("max_steps", "1e3", "") == 1000 and parse("activation_checkpointing", 3, "") == "3"
+
+
+def test_yaml_is_read_as_it_is_meant_and_make_may_be_overruled(tmp_path):
+    text = "r: 010\nmodel_revision: 0123456\nsystem_prompt: no\nlearning_rate: 1.5e-4\nseed: 1_000\ndataset: on\n"
+    s = resolve("", ["--config", config(tmp_path, text), "--max_steps", "9", "--args=--max_steps 7"]).settings
+    read = s.r, s.model_revision, s.system_prompt, s.learning_rate, s.seed, s.dataset, s.max_steps
+    assert read == (10, "0123456", "no", 1.5e-4, 1000, "on", 7)
 
 
 def test_paths_of_the_command_line_add_to_the_configs():

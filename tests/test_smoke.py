@@ -12,7 +12,7 @@ from pathlib import Path
 
 import evaluate
 import train_qlora
-from ouro.files import UserError, call, read_yaml
+from ouro.files import UserError, call, latest, read_yaml
 from ouro.model.loading import load_ouro
 from ouro.settings import resolve
 from ouro.train import run_folder
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 def scored(folder: Path, *argv: str) -> Path:
     argv = (*SMALL, "--output_dir", str(folder), "--results_dir", str(folder / "results"), *argv)
-    evaluate.evaluate(resolve("", list(argv), add_options=evaluate.options, several=True))
+    evaluate.evaluate(resolve("", latest(argv), add_options=evaluate.options, several=True))
     return folder / "results"
 
 
@@ -41,7 +41,8 @@ def losses(run: Path) -> list[float]:
 def smoke(tmp_path_factory, in_the_repository):
     """`make smoke` in this process and on a smaller model; the folder of run and scores, and what was printed."""
     folder, printed = tmp_path_factory.mktemp("smoke"), io.StringIO()
-    argv = [*SMALL, "--overlap", "thai_exam", "--activation_checkpointing", "none", "--output_dir", str(folder)]
+    argv = ["--overlap", "thai_exam", "--activation_checkpointing", "none", "--output_dir", str(folder)]
+    argv = latest([*SMALL, *argv])
     commands = {
         train_qlora: [*argv, "--max_steps", "10", "--gradient_accumulation_steps", "1", "--overwrite"],
         evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "2", "--tasks", "thai_exam,thai_text"],

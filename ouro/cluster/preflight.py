@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ouro.files import ROOT, UserError, call, message
+from ouro.files import ROOT, UserError, call, latest, message
 from ouro.settings import Resolved, Settings, resolve
 
 ROWS = 200  # of a training set that are looked at
@@ -36,7 +36,7 @@ class Skip(Exception):
 
 
 def check_versions(run: Resolved) -> str:
-    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
     wrong = []
     for name, wanted in pins:
         try:
@@ -164,10 +164,10 @@ def check_model(run: Resolved) -> str:
     if folder is None:
         return f"{s.model_name_or_path}: to be downloaded (make fetch), tokenizer and chat template found"
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     missing = sorted(name for name in names if not (folder / name).exists())
     # sample/ouro-tiny is made from its init_seed and has no weights.
-    if missing and "init_seed" not in json.loads((folder / "config.json").read_text()):
+    if missing and "init_seed" not in json.loads((folder / "config.json").read_bytes()):
         raise UserError(f"{folder} lacks {', '.join(missing)}: make fetch downloads it")
     weights = sum((folder / name).stat().st_size for name in names if name not in missing)
     return f"{s.model_name_or_path}, {weights / 1e9:.1f} GB of weights, chat template found"
@@ -256,14 +256,14 @@ def check_step(run: Resolved) -> str:
     with tempfile.TemporaryDirectory() as folder:
         argv += ["--output_dir", folder, "--results_dir", folder, "--report_to", "none"]
         for command in (
-            ["train_qlora.py", *argv, "--max_steps", "1"],
-            ["evaluate.py", *argv, "--limit", "1", "--tasks", "thai_exam"],
+            ["train_qlora.py", *latest([*argv, "--max_steps", "1"])],
+            ["evaluate.py", *latest([*argv, "--limit", "1", "--tasks", "thai_exam"])],
         ):
             done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if "rror" in line]
                 raise UserError(f"{command[0]}: {[f'exit code {done.returncode}', *lines][-1]}")
-        log = json.loads((Path(folder) / run.run / "metrics.jsonl").read_text().splitlines()[0])
+        log = json.loads((Path(folder) / run.run / "metrics.jsonl").read_bytes().splitlines()[0])
     return f"loss {log['loss']:.4f}, {log['tokens_per_second']:,.0f} tokens/s, {log['memory_gib']} GiB; one item scored"
 
 

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from ouro.cluster.plan import predict
-from ouro.files import Parser, UserError, call, nearest, read_yaml
+from ouro.files import Parser, UserError, call, latest, nearest, read_yaml
 from ouro.model.cost import check_share
 from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
@@ -101,13 +101,14 @@ def plan(
         hours, left = (predicted.told(step), processes * predicted.left(step)) if predicted else ("-", 0.0)
         id, state = ("-", state) if finished else live.get(f"train {folder}", ("new", state))
         places = ["--output_dir", str(Path(s.output_dir, above)), "--results_dir", str(Path(s.results_dir, above))]
-        arguments = [*argv, "--exp", exp, *places, *chosen]
+        arguments = latest([*argv, "--exp", exp, *places, *chosen])
         jobs.append(Job("train", name, folder, scores, id, hours, state, arguments, left))
         if state.startswith("refused") or not evaluate:
             continue
         scored = evaluated(folder, scores)
         id, state = ("-", "complete, skipped") if scored else live.get(f"eval {folder}", ("new", "new"))
-        arguments = [*argv, "--exp", above + exp, "--output_dir", s.output_dir, "--results_dir", s.results_dir]
+        places = ["--output_dir", s.output_dir, "--results_dir", s.results_dir]
+        arguments = latest([*argv, "--exp", above + exp, *places])
         jobs.append(Job("eval", f"{name}-eval", folder, scores, id, "-", state, arguments))
     if any(job.kind == "eval" and job.id != "-" for job in jobs):
         here = Path.cwd()
@@ -131,7 +132,7 @@ def state_of(folder: Path, run: Resolved) -> tuple[str, int]:
 def why(job: str, name: str) -> str:
     """The last error that a job's log holds since it was last requeued."""
     log = LOGS / f"{job}_{name}.err"
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = text.rpartition("DUE TO JOB REQUEUE ***")[2].splitlines()
     errors = [line.strip() for line in lines if re.search("error", line, re.IGNORECASE)]
     ours = [line for line in errors if not line.startswith("srun:")]  # srun's only repeat that a process failed
@@ -141,7 +142,7 @@ def why(job: str, name: str) -> str:
 def progress(folder: Path) -> tuple[str, str, str, str]:
     """Step of all steps, loss, tokens/s and time left, by the last lines of metrics.jsonl."""
     try:
-        *before, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        *before, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
         settings = read_yaml(folder / "config.yaml")
     except (OSError, ValueError):  # not started, or a line is just being written
         return "-", "-", "-", "-"
@@ -161,7 +162,7 @@ def status(queue: Queue) -> None:
         raise UserError("nothing has been submitted from here yet: make cluster-sweep")
     live = {id: state if state == "RUNNING" else f"{state} ({reason})" for id, state, reason, _ in queue}
     runs: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}  # folders -> kind -> the newest job's id and name
-    for line in (LOGS / "jobs.tsv").read_text().splitlines():
+    for line in os.fsdecode((LOGS / "jobs.tsv").read_bytes()).splitlines():  # paths, in whatever locale
         job, kind, name, folder, scores = line.split("\t")
         runs.setdefault((folder, scores), {})[kind] = job, name
     layout = "{:<28} {:>8} {:<24} {:>12} {:>8} {:>9} {:>16}  {}"
@@ -200,7 +201,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="GPUs of a run")
     parser.add_argument("--study", default="", help="or a part of the study, with its own seeds unless some are named")
     options, rest = parser.parse_known_args()
-    queue = [line.split("\t")[:4] for line in sys.stdin.read().splitlines() if line]
+    live = os.fsdecode(sys.stdin.buffer.read())
+    queue = [line.split("\t")[:4] for line in live.splitlines() if line]
     if not options.plan:
         status(queue)
         return
@@ -208,7 +210,7 @@ def main() -> None:
     if options.study:
         exps, own, evaluate = study_of(options.study)
         seeds = seeds or own
-    jobs = plan(exps, seeds, options.processes, rest, queue, evaluate)
+    jobs = plan(exps, seeds, options.processes, latest(rest), queue, evaluate)
     for job in jobs:
         fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
         if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from ouro.files import ROOT, UserError, nearest, read_yaml
+from ouro.files import ROOT, UserError, from_json, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, Settings
 
 import pyarrow as pa
@@ -280,13 +280,13 @@ def check_objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) ->
 
 def parse_json(where: str, text: bytes | bytearray) -> object:
     try:
-        return json.loads(text.decode("utf-8").rstrip())
+        return from_json(text.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         where += f", line {error.lineno}" * (b"\n" in text.strip())
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
+    except (ValueError, RecursionError) as error:  # a key twice, a number of too many digits, brackets nested too deep
         raise UserError(f"{where}: not valid JSON ({error})") from None
 
 

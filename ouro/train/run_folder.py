@@ -413,7 +413,7 @@ def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, run: Resolved, report: dict
 ) -> None:
     """Writes final_adapter/ and, when that is on the disk, `completed`; the checkpoints go."""
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     unfinished = folder / ".final_adapter"
     shutil.rmtree(unfinished, ignore_errors=True)
     with writing("the adapter", folder, unfinished):
