@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import evaluate
@@ -325,11 +326,12 @@ def run(tmp_path, in_the_repository):
 
     def make(name: str = EXP, **changes) -> tuple[Path, Settings]:
         made = resolve("", ["--config", "tests/smoke.yaml", "--exp", name, "--output_dir", str(tmp_path / "output")])
-        s = made.settings = dataclasses.replace(made.settings, r=3, **changes)
+        s = made.settings = dataclasses.replace(made.settings, r=3, lora_alpha=8, **changes)
         adapter = tmp_path / "output" / name / "final_adapter"
         with torch.random.fork_rng():
             torch.manual_seed(len(name))
-            lora = LoraConfig(r=3, target_modules=PROJECTIONS, use_dora=s.use_dora, init_lora_weights=False)
+            like = {key: getattr(s, key) for key in loading.COMPUTED}
+            lora = LoraConfig(**like, target_modules=PROJECTIONS, init_lora_weights=False)
             get_peft_model(load_ouro(s.model_name_or_path, dtype=torch.float32), lora).save_pretrained(adapter)
         (adapter.parent / "config.yaml").write_text(made.as_yaml())
         (adapter.parent / "completed").touch()
@@ -428,8 +430,13 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda w: w.pop(FIRST), f"{FIRST} is missing"),
         (lambda w: w.update({FIRST.replace("layers.0", "layers.7"): w[FIRST].clone()}), "layers.7.* no such tensor"),
         (lambda w: w.update({FIRST: w[FIRST][:2].clone()}), r"is \[2, 384\], and \[3, 384\] belongs there"),
+        (lambda w: w.update({FIRST: w[FIRST].to(torch.int8)}), f"{FIRST} is in torch.int8"),
+        (lambda w: w.update({FIRST: w[FIRST].to(torch.float8_e4m3fn)}), f"{FIRST} is in torch.float8_e4m3fn"),
+        (lambda w: w.update({FIRST: w[FIRST] * math.nan}), f"{FIRST} holds NaN or infinity"),
+        (lambda w: w.update({FIRST: w[FIRST] * 0}), f"{FIRST} is all zero"),
+        (lambda w: w.update({FIRST.replace("_A", "_B"): w[FIRST.replace("_A", "_B")] * 0}), "lora_B.* is all zero"),
     ],
-    ids=["missing", "added", "smaller"],
+    ids=["missing", "added", "smaller", "int8", "fp8", "NaN", "A zero", "B zero"],
 )
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
     folder, s = run()
@@ -443,8 +450,52 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
 
 def test_an_adapter_of_another_rank_or_base_and_a_base_that_is_not_there_are_refused(run):
     folder, s = run()
-    for changes, said in (({"r": 16}, "has rank 3"), ({"model_name_or_path": "sample/ouro-nano"}, "was made for")):
+    for changes, said in (({"r": 16}, "has r = 3"), ({"model_name_or_path": "sample/ouro-nano"}, "was made for")):
         with pytest.raises(UserError, match=said):
             loading.load_run_model(dataclasses.replace(s, **changes), folder / "final_adapter")
     with pytest.raises(UserError, match="^cannot load the model sample/nowhere: "):
         loading.load_run_model(dataclasses.replace(s, model_name_or_path="sample/nowhere"))
+
+
+REFUSED = {  # what adapter_config.json says beside or in place of what was saved
+    "another scale": ({"lora_alpha": 33}, "has lora_alpha = 33, and its run's config.yaml says lora_alpha: 8"),
+    "a scale of another kind": ({"use_rslora": True}, "has use_rslora = True, and its run's config.yaml says"),
+    "no truth value": ({"use_rslora": "false"}, 'adapter_config.json has use_rslora = "false"'),
+    "a rank of some layers": ({"rank_pattern": {"q_proj": 1}}, "adapter_config.json has rank_pattern = "),
+    "tokens": ({"trainable_token_indices": [0, 1]}, "has trainable_token_indices = "),
+    "a call of its own": ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens = "),
+    "layers twice": ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication = "),
+    "a changed base": ({"init_lora_weights": "pissa"}, 'has init_lora_weights = "pissa"'),
+    "another base's": ({"init_lora_weights": "olora"}, 'has init_lora_weights = "olora"'),
+    "a quantised base's": ({"loftq_config": {"loftq_bits": 4}}, "has loftq_config = "),
+    "a later PEFT's": ({"a_new_kind_of_lora": True}, "has a_new_kind_of_lora = true"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_adapter_that_would_compute_something_else_is_refused(run, case):
+    folder, s = run()
+    file, (changes, said) = folder / "final_adapter/adapter_config.json", REFUSED[case]
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=said):
+        loading.load_run_model(s, folder / "final_adapter")
+
+
+def test_an_adapter_that_is_as_new_is_read_with_a_warning(run, capsys):
+    folder, s = run()
+    file = folder / "final_adapter/adapter_model.safetensors"
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in load_file(file).items()}, file)
+    loading.load_run_model(s, folder / "final_adapter")
+    assert "final_adapter adds nothing to the base: every lora_B is zero" in capsys.readouterr().out
+
+
+def test_a_config_of_another_editor_or_a_later_peft_is_read_and_a_key_that_stands_twice_is_not(run):
+    folder, s = run()
+    file = folder / "final_adapter/adapter_config.json"
+    expected, text = loading.load_run_model(s, folder / "final_adapter")(IDS).logits, file.read_text()
+    later = text.replace("{", '{"ก_of_a_later_peft": null, "another": {},', 1)
+    file.write_bytes(later.encode("utf-8-sig"))
+    assert torch.equal(loading.load_run_model(s, folder / "final_adapter")(IDS).logits, expected)
+    file.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 64, "lora_alpha": 8'))
+    with pytest.raises(UserError, match="adapter_config.json: 'lora_alpha' stands twice"):
+        loading.load_run_model(s, folder / "final_adapter")

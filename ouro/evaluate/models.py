@@ -25,7 +25,7 @@ from ouro.model.loading import (
     with_adapter,
 )
 from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
-from ouro.train.run_folder import recorded_settings, run_settings
+from ouro.train.run_folder import SUMS, recorded_settings, run_settings, whole
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -232,6 +232,8 @@ def upon_one_base(run: Resolved, adapted: list[ModelUnderTest]) -> tuple[Weights
         raise UserError(f"trained with normalise_thai {spelling}: add --normalise_thai {str(spelling).lower()}")
     base = replace((adapted and adapted[0].trained) or s, torch_compile=s.torch_compile)
     for model in adapted:
-        check_adapter(model.adapter, base, model.trained and model.trained.r)
+        if (model.adapter / SUMS).exists():  # which training writes
+            whole(model.adapter, "bring back what was trained, or train the run again")
+        check_adapter(model.adapter, base, model.trained)
     weights = Weights(path, revision or REVISIONS.get(path), precision, double_quant)
     return weights, base, [ModelUnderTest(f"base-{precision}", "base"), *adapted]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import UserError
+from ouro.files import UserError, from_json
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -219,68 +219,87 @@ def adapter_shapes(config: OuroConfig, rank: int, dora: bool) -> dict[str, list[
     return shapes
 
 
-# What adapter_config.json may say where it matters for what is computed, the first being PEFT's default.
-READ = {"bias": ("none",), "fan_in_fan_out": (False,), "layers_to_transform": (None,), "layers_pattern": (None,),
-        "modules_to_save": (None, []), "exclude_modules": (None, []), "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None), "use_rslora": (False, True), "use_dora": (False, True),
-        "layer_replication": (None, []),  # would make other layers, and PiSSA's and OLoRA's begin changes the base
-        "init_lora_weights": (True, False, "gaussian")}  # fmt: skip
+# What a saved adapter computes follows from these alone, here and in a run's config.yaml; PEFT is told no more.
+COMPUTED = ("r", "lora_alpha", "use_rslora", "use_dora")
+# What adapter_config.json may say besides. Any other key, of a later PEFT too, must be null, false or empty: it would
+# train other tensors, change the base (layer_replication, PiSSA's and OLoRA's first weights) or the products.
+BESIDES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (None, True, False, "gaussian")}
+WITHOUT_MEANING = ("peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode",
+                   "lora_dropout", "megatron_core", "qalora_group_size", "target_modules")  # fmt: skip
 
 
-def check_adapter_config(adapter: Path, found: object, rank: int | None) -> None:
-    """That adapter_config.json names a LoRA adapter of all projections, of the rank recorded of it (None: any).
+def adapter_config(adapter: Path) -> tuple[LoraConfig, str | None]:
+    """A saved LoRA adapter of all projections as PEFT is to load it, and the base that it was made for.
 
     Raises:
-        UserError: naming the key.
+        UserError: a missing or broken file, naming the key that is wrong or stands twice.
     """
+    try:
+        found = from_json((adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json: {error}") from None
     if not isinstance(found, dict) or type(found.get("r")) is not int:
         raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json holds no rank, 'r'")
-    rules = {"peft_type": ("LORA",)} | READ
-    wrong = [key for key, allowed in rules.items() if found.get(key, key != "peft_type" and allowed[0]) not in allowed]
+    values = {"use_rslora": False, "use_dora": False} | found
     names, alpha = found.get("target_modules"), found.get("lora_alpha")
-    if not isinstance(names, list) or sorted(map(str, names)) != sorted(PROJECTIONS):
-        wrong.append("target_modules")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        wrong.append("lora_alpha")
-    if wrong:
+    right = {key: found.get(key) in allowed for key, allowed in BESIDES.items()}
+    right["bias"] |= "bias" not in found
+    right["target_modules"] = isinstance(names, list) and sorted(map(str, names)) == sorted(PROJECTIONS)
+    right["lora_alpha"] = type(alpha) in (int, float) and 0 < alpha < math.inf
+    right |= {key: isinstance(values[key], bool) for key in ("use_rslora", "use_dora")}
+    right |= {key: not found[key] for key in found.keys() - {*right, *COMPUTED, *WITHOUT_MEANING}}
+    if wrong := [key for key, fits in right.items() if not fits]:
         said = json.dumps(found.get(wrong[0]), ensure_ascii=False)
         raise UserError(
             f"{adapter} is no LoRA adapter in PEFT format of all projections: adapter_config.json has "
             f"{wrong[0]} = {said if wrong[0] in found else 'nothing'}"
         )
-    if rank not in (None, found["r"]):
-        raise UserError(f"{adapter} has rank {found['r']}, and its run's config.yaml says r: {rank}")
+    config = LoraConfig(**{key: values[key] for key in COMPUTED}, target_modules=names, task_type="CAUSAL_LM")
+    return config, found.get("base_model_name_or_path")
 
 
-def check_adapter(adapter: Path, s: Settings, rank: int | None) -> None:
-    """That an adapter belongs to the settings' base, tensor by tensor, and has the rank recorded of it (None: any).
+def check_adapter(adapter: Path, s: Settings, trained: Settings | None) -> None:
+    """That an adapter belongs to the settings' base, tensor by tensor, and to its run's settings (None: of no run).
 
     Raises:
-        UserError: a missing or broken file, another rank or base than recorded, other tensors than the base's layers
-            take (PEFT would leave them out, and begin anew where some are missing), or one with NaN or infinity.
+        UserError: a missing or broken file, another base or scale than recorded, other tensors than the base's layers
+            take (PEFT would leave them out, and begin anew where some are missing), or one that is no number anywhere
+            or zero everywhere, with which it would score as the base.
     """
+    config, made_for = adapter_config(adapter)
+    for key in COMPUTED:
+        if trained and getattr(trained, key) != getattr(config, key):
+            here, there = getattr(config, key), getattr(trained, key)
+            raise UserError(f"{adapter} has {key} = {here}, and its run's config.yaml says {key}: {there}")
     try:
-        found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(adapter / WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{adapter} is no adapter in PEFT format: {error}") from None
-    check_adapter_config(adapter, found, rank)
+        raise UserError(f"{adapter} is no adapter in PEFT format: {WEIGHTS}: {error}") from None
     there = {name: list(tensor.shape) for name, tensor in tensors.items()}
     base = s.model_name_or_path
-    if found.get("base_model_name_or_path") != base:
-        raise UserError(f"{adapter} was made for {found.get('base_model_name_or_path')}, model_name_or_path is {base}")
-    config = read_config(base, s.model_revision)
-    wanted = adapter_shapes(config, found["r"], bool(found.get("use_dora")))
+    if made_for != base:
+        raise UserError(f"{adapter} was made for {made_for}, model_name_or_path is {base}")
+    layers = read_config(base, s.model_revision)
+    wanted = adapter_shapes(layers, config.r, config.use_dora)
     for name in (*there, *wanted):
         if there.get(name) != wanted.get(name):
             raise UserError(
-                f"{adapter} does not fit {base} ({config.num_hidden_layers} layers): {name} is "
+                f"{adapter} does not fit {base} ({layers.num_hidden_layers} layers): {name} is "
                 f"{there.get(name, 'missing')}, and {wanted.get(name, 'no such tensor')} belongs there"
             )
     for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{adapter}: {name} is in {tensor.dtype}; float32, bfloat16 or float16 can be read")
         if not tensor.isfinite().all():
             raise UserError(f"{adapter}: {name} holds NaN or infinity: training diverged, or the file is damaged")
+    zero = [name for name, tensor in tensors.items() if not tensor.any()]
+    if zero and zero == [name for name in tensors if "lora_B" in name]:
+        print(
+            f"warning: {adapter} adds nothing to the base: every lora_B is zero, as before the first step that trains"
+        )
+    elif zero:
+        raise UserError(f"{adapter}: {zero[0]} is all zero, others are not: the file is damaged")
 
 
 def put_adapter(
@@ -301,8 +320,10 @@ def put_adapter(
     if isinstance(adapter, LoraConfig):
         adapted = get_peft_model(model, adapter)
     else:
+        config, _ = adapter_config(adapter)
         with loading(f"the adapter {adapter}"):
-            adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
+            device = str(model.device)
+            adapted = PeftModel.from_pretrained(model, adapter, config=config, torch_device=device).eval()
     dora = any(config.use_dora for config in adapted.peft_config.values())
     if dora and frozen == "fp8":
         raise UserError(f"{adapter}: DoRA is trained and read beside bf16 or NF4 weights, not fp8")
@@ -341,7 +362,7 @@ def load_run_model(
         UserError: base or adapter cannot be read, or they do not belong together.
     """
     if isinstance(adapter, Path):
-        check_adapter(adapter, s, s.r)
+        check_adapter(adapter, s, s)
     frozen = frozen or frozen_kind(s)
     with loading(f"the model {s.model_name_or_path}"):
         model = load_ouro(
