@@ -389,12 +389,16 @@ def test_published_protocols_read_the_spelling_as_it_is_written(tmp_path):
     assert found == {"thai_exam": "น้ำ", "thai_exam-helm": "นำ้", "thai_exam-leaderboard": "นำ้"}
 
 
-@pytest.mark.parametrize("space", [" {}", "{} ", "\n{}\t", "\u00a0{}", "\u200b {}"])
-def test_white_space_around_a_text_changes_nothing_but_the_count(tmp_path, items, space, capsys):
+@pytest.mark.parametrize(
+    "space",
+    [" {}", "{} ", "\n{}\t", "\u00a0{}", "\u200b {}", "{}\u200e", "\ufeff{}", "\u202a{}\u202c", "\x00{}", "{}\xad"],
+)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_white_space_around_a_text_changes_nothing_but_the_count(tmp_path, items, space, normalised, capsys):
     def spaced(rows: list[dict]) -> list[dict]:
         return [row | {key: space.format(row[key]) for key in ("question", "c", "answer") if row[key]} for row in rows]
 
-    settings = Settings(paths={"thai_exam": exam(tmp_path, spaced)})
+    settings = Settings(paths={"thai_exam": exam(tmp_path, spaced)}, normalise_thai=normalised)
     task = tasks.load_task("thai_exam", settings, None, ["onet"])
     plain = [item for item in items if item["subset"] == "onet"]
     assert [item | {"stripped": True} for item in plain] == task.items
@@ -456,7 +460,7 @@ def test_a_choice_whose_text_names_others_is_one():
 
 
 @pytest.mark.parametrize("name", ["thai_exam", "thai_exam-helm", "thai_exam-leaderboard"])
-@pytest.mark.parametrize("twin", ["น้ำ 1", " นำ้  1"])
+@pytest.mark.parametrize("twin", ["น้ำ 1", " นำ้  1", "น้ำ\u3000１", "น้\u200bำ 1\u200e"])
 def test_an_option_that_reads_as_the_key_is_right_whichever_letter_is_chosen(name, twin):
     options = {"a": "น้ำ 1", "b": "7", "c": "8", "d": "9", "e": twin}
     for n in range(20):

@@ -96,7 +96,7 @@ def test_a_chat_ends_with_its_last_answer_and_its_turns_alternate(prepared, toke
     assert report["rows_dropped"] == why
 
 
-@pytest.mark.parametrize("mark", chats.MARKS)
+@pytest.mark.parametrize("mark", [*chats.MARKS, "Train", "is_train", "lossMask"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepared, tokenizer):
     def marked(question: str, *answers: object) -> list[dict]:
@@ -105,7 +105,7 @@ def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepar
             turn[mark] = value
         return chat
 
-    asked, (no, yes) = questions(6), (False, True) if mark.startswith("train") else (0.0, 1.0)
+    asked, (no, yes) = questions(6), (False, True) if "train" in mark.lower() else (0.0, 1.0)
     values = [(no, yes), (None, yes), (yes, yes, no), (no, no), (yes, None, no, yes)]
     rows = [{"messages": marked(q, *marks), mark: None} for q, marks in zip(asked, values, strict=False)]
     rows.append({"messages": turns(asked[5], "ตอบ"), mark: no})
@@ -118,6 +118,19 @@ def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepar
     got, report = prepared("pairs", {f"train.{kind}": pairs})
     assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
     assert report["rows_dropped"] == {chats.UNTRAINED: 1}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_says_so_in_metadata_is_obeyed_too(kind, prepared, tokenizer):
+    asked, (no, yes, silent) = questions(4), ({"metadata": {"n": 1, "a": {"Train": x}}} for x in (False, True, None))
+    no["metadata"]["meta"], yes["metadata"]["meta"] = {"loss_weight": 0}, {"loss_weight": 1}
+    pairs = [{"prompt": q, "completion": "ตอบ"} | more for q, more in zip(asked, (no, yes, silent), strict=False)]
+    got, report = prepared("pairs", {f"train.{kind}": pairs})
+    assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
+    chat = turns(asked[3], "ไม่", "ต่อ", "ฝึก")
+    chat[1] |= no
+    got, report = prepared("chat", {f"train.{kind}": [{"messages": chat}]})
+    assert trained_texts(got, tokenizer) == ["ฝึก" + END] and report["unread_keys"] == {}
 
 
 def test_a_long_row_whose_first_answer_is_not_trained_is_cut_in_its_first_question(prepared, tokenizer):

@@ -12,7 +12,7 @@ from pathlib import Path
 import data_config
 from ouro.data.cache import prepare
 from ouro.data.report import print_report
-from ouro.data.sources import read_file
+from ouro.data.sources import read_file, split_files
 from ouro.data.thai import normalise
 from ouro.files import ROOT, UserError, call
 from ouro.model.loading import load_tokenizer
@@ -455,6 +455,9 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "empty Parquet file": ("parquet", b"", r"train.parquet is not a readable Parquet file"),
     "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
     "objects over several lines": ("json", json.dumps(ROW, indent=1) * 2, r"line 1: an object over several lines"),
+    "a key twice": ("jsonl", [ROW, LINE[:-1] + ', "Output": "ก"}'], r"line 2: not valid JSON \('Output' stands twice"),
+    "a column twice": ("parquet", pa.table([["ก"], ["ข"]], ["Input", "Input"]), r"column 'Input' stands twice"),
+    "metadata between no and yes": ("jsonl", [ROW | {"meta": {"weight": 0.5}}], r"line 1, meta, weight: expected 0"),
     "a weight between no and yes": ("jsonl", [ROW, ROW | {"weight": 0.5}], r"line 2, weight: expected 0, 1, .* 0.5"),
     "damaged Parquet file": ("parquet", broken_parquet(), r"train.parquet is not a readable Parquet file"),
 }
@@ -462,7 +465,7 @@ BAD_SETS = {  # dataset, files, what the message says
     "empty folder": ("wangchan", {}, r"doesn't contain any data files|holds no train"),
     "only a test split": ("wangchan", {"test.jsonl": [ROW]}, r"holds no train\*.jsonl or train\*.parquet"),
     "missing shard": ("wangchan", SHARDS, r"split train: 2 of the 3 files are there, without train-00001-of-00003$"),
-    "a shard twice": ("wangchan", TWICE, r"split train: there are 2 files train.00001-of-00002…"),
+    "a shard twice": ("wangchan", TWICE, r"split train: train.00001-of-00002-a.jsonl, train.00001-of-00002-b.j"),
     "a mask that is no number": (
         "chat",
         [{"messages": [{"role": "user", "content": "ก"}, {"role": "assistant", "content": "ข", "loss_mask": [0, 1]}]}],
@@ -494,6 +497,42 @@ def test_bad_input_is_named_by_its_place_and_leaves_nothing_behind(fault, prepar
     left = [path.name for path in tmp_path.glob("cache/*")]
     assert not [name for name in left if name.startswith(".")]
     assert fault in REFUSED_BY_FLOOR or not left  # those are read and counted; another floor can be asked of them
+
+
+OF_3 = [f"train-0000{i}-of-00003.jsonl" for i in range(3)]
+FILES = {  # those of a folder -> what is said of them; None: they are read
+    ("train.jsonl", "train.jsonl.gz"): "train.jsonl, train.jsonl.gz seem to hold the same rows",
+    ("train.jsonl", "train (1).jsonl"): "train (1).jsonl, train.jsonl seem to hold the same rows",
+    ("train.jsonl", "train - สำเนา.jsonl"): "seem to hold the same rows",
+    ("train.jsonl", "train_old.jsonl"): "seem to hold the same rows",
+    ("train.jsonl", "train-mine.jsonl=train.jsonl"): "train-mine.jsonl, train.jsonl seem to hold the same rows",
+    ("train.jsonl", *OF_3): "train-00002-of-00003.jsonl, train.jsonl seem to hold the same rows",
+    ("train.jsonl", "train.parquet"): "train.parquet would be read, and train.jsonl not",
+    ("train.jsonl", "data/train-00000-of-00001.jsonl"): "00001.jsonl would be read, and train.jsonl not",
+    (*OF_3, "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"): "seem to hold the same rows",
+    (*OF_3, "train-1-of-3.jsonl"): "train-00001-of-00003.jsonl, train-1-of-3.jsonl seem to hold the same rows",
+    (*OF_3, "train-00005-of-00003.jsonl"): "train-00005-of-00003.jsonl is beyond the 3 files",
+    ("train-00000.of.00002.jsonl",): "1 of the 2 files are there, without train-00001.of.00002",
+    ("train-00001-OF-00002.jsonl",): "without train-00000-of-00002",
+    ("v2-train-1of3.jsonl", "v2-train-3of3.jsonl"): "2 of the 3 files are there, without v2-train-2of3",
+    ("train-00000.jsonl", "train-00002.jsonl"): "2 of the 3 files are there, without train-00001",
+    ("train-00001.jsonl", "train-00002.jsonl"): None,
+    ("train-2021.jsonl", "train-2023.jsonl"): None,
+    ("train-legal-00000-of-00001.jsonl", "train-medical-00000-of-00001.jsonl"): None,
+    tuple(f"train-{i}-of-12.jsonl" for i in range(1, 13)): None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", FILES)
+def test_files_of_the_same_rows_or_without_some_are_named(tmp_path, names):
+    for name in names:
+        file, _, like = name.partition("=")
+        write(tmp_path / file, [ROW | {"Input": like or file}])
+    if said := FILES[names]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            split_files(tmp_path, None, "train")
+    else:
+        assert sorted(file.name for file in split_files(tmp_path, None, "train")) == sorted(names)
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):

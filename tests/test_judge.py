@@ -46,8 +46,18 @@ def test_a_list_json_lines_and_a_lone_file_give_the_same_questions_and_the_limit
     assert load(tmp_path, limit=1) == questions
 
 
-BAD = {"turns": (["หนึ่ง"], ["หนึ่ง", " "], "ab", None), "reference": (["คำตอบ"], "ab"), "category": (None,),
-       "question_id": (1, None, ["1"])}  # fmt: skip
+BAD = {"turns": (["หนึ่ง"], ["หนึ่ง", " "], ["หนึ่ง", "\u200b"], "ab", None), "reference": (["คำตอบ"], "ab"),
+       "category": (None, "\ufeff"), "question_id": (1, "1", " 1\u200b", "", True, None, ["1"])}  # fmt: skip
+
+
+def test_what_is_not_seen_around_a_question_is_taken_off(tmp_path, raw, questions):
+    def around(text: str | None) -> str | None:
+        return text and f"\u200e {text}\n\ufeff"
+
+    rows = [row | {"turns": [*map(around, row["turns"])], "category": around(row["category"])} for row in raw]
+    rows = [row | {"reference": row["reference"] and [*map(around, row["reference"])]} for row in rows]
+    (tmp_path / SPEC["file"]).write_text(json.dumps(rows))
+    assert load(tmp_path) == [question | {"stripped": True} for question in questions]
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])

@@ -25,8 +25,8 @@ from ouro.data.chats import (
     to_chat,
 )
 from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
-from ouro.data.sources import MARKS, Source, benchmark_items, count_rows, find_source, read_file
-from ouro.data.thai import Overlap
+from ouro.data.sources import Source, benchmark_items, count_rows, find_source, read_file, speaks_of_training
+from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
 from ouro.files import UserError, damage, seal, unfinished, write_json
 from ouro.settings import Settings
@@ -38,7 +38,6 @@ from transformers import PreTrainedTokenizerBase
 
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on; a change makes them anew
-KNOWN = ("role", "content", *MARKS)  # keys of a turn
 CHUNK = 256  # rows tokenised, and written, at a time
 SHAPING = ("max_length", "length_policy", "licence", "drop_overlap", "normalise_thai", "system_prompt", "max_tokens",
            "shuffle_answers", "development")  # as CODE  # fmt: skip
@@ -71,7 +70,8 @@ def checked_rows(
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
         for turn in row[entry["messages"]] or () if "messages" in entry else ():
-            tally.unread_keys.update(key for key, value in turn.items() if key not in KNOWN and value is not None)
+            unread = (key for key in turn if key not in ("role", "content") and not speaks_of_training(key))
+            tally.unread_keys.update(key for key in unread if turn[key] is not None)
         if chat is None:
             tally.drop(why, where)
             continue
@@ -82,7 +82,7 @@ def checked_rows(
             why = "special token in the text"
         elif "hash" in rule and in_hash_share(row, chat, rule) != (split == "held_out"):
             why = "held out" if split == "train" else "in training"
-        elif s.licence == "permissive" and re.sub(r"[\s_]+", "-", licence.strip().lower()) not in PERMISSIVE:
+        elif s.licence == "permissive" and re.sub(r"[\s_]+", "-", trim(licence).lower()) not in PERMISSIVE:
             tally.licences_left_out[licence] += 1
             why = "licence not permissive"
         elif asked in held_out:

@@ -14,8 +14,8 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from ouro.data.batches import trained_mask
-from ouro.data.sources import MARKS
-from ouro.data.thai import GARBLED, normalise
+from ouro.data.sources import MARKS, speaks_of_training
+from ouro.data.thai import GARBLED, normalise, trim
 from ouro.data.thoughts import close_thought
 from ouro.files import UserError
 from ouro.settings import Settings
@@ -33,12 +33,18 @@ UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
 
 
 def is_trained(marked: dict, where: str) -> bool:
-    """What a row or turn says of itself in one of MARKS. Raises UserError where that is neither yes nor no."""
-    for mark in MARKS:
-        if (value := marked.get(mark)) not in (None, 0, 1):  # False and True are among them
-            raise UserError(f"{where}, {mark}: expected 0, 1, true or false, found {value!r}: all of an answer is "
+    """What a row or turn says of itself, or its metadata do. Raises UserError where that is neither yes nor no."""
+    trained = True
+    for key, value in marked.items():
+        kind = speaks_of_training(key)
+        if kind == "facts" and isinstance(value, dict):
+            trained &= is_trained(value, f"{where}, {key}")
+        elif kind == "mark" and value not in (None, 0, 1):  # False and True are among them
+            raise UserError(f"{where}, {key}: expected 0, 1, true or false, found {value!r}: all of an answer is "
                             "trained, or nothing")  # fmt: skip
-    return 0 not in map(marked.get, MARKS)
+        elif kind == "mark":
+            trained &= value != 0
+    return trained
 
 
 def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:
@@ -51,7 +57,7 @@ def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> t
     def clean(value: object, place: str) -> str:
         if not isinstance(value, str | None):
             raise UserError(f"{place}: expected text, found {type(value).__name__}")
-        return (normalise(value or "") if settings.normalise_thai else value or "").strip()
+        return trim(normalise(value or "") if settings.normalise_thai else value or "")
 
     if not is_trained(row, where):
         return None, UNTRAINED

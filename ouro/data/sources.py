@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 import tempfile
@@ -12,11 +13,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
+from ouro.data.shards import KINDS, check_files, check_unread
+from ouro.data.thai import trim
 from ouro.files import ROOT, UserError, from_json, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, Settings
 
@@ -28,12 +31,22 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-KINDS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")  # files of rows
 PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")  # say whether a row is trained
+MARK = re.compile(r"(?:is|do|to|should|usefor)?(?:weight|train(?:ing|able|ed)?|loss(?:weight|mask)?)")
 ROWS = 256  # read from a Parquet file at a time
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
+
+
+@lru_cache(maxsize=4096)
+def speaks_of_training(key: str) -> str:
+    """What a key says of training: "mark", whether a row or turn is trained; "facts", it may hold such keys; or "".
+    In any case, with and without underscores."""
+    plain = re.sub("[^a-z]", "", key.lower())
+    if MARK.fullmatch(plain):
+        return "mark"
+    return "facts" if plain.startswith(("meta", "extra", "info", "annotation", "flag")) else ""
 
 
 class HubSession(requests.Session):
@@ -173,26 +186,10 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         raise UserError(f"{place}: a training set is JSONL, JSON (.gz too) or Parquet; found {', '.join(wrong[:5])}")
     if not files and not may_lack:
         raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
-    check_shards(f"{place}, split {split}", files)
+    check_files(f"{place}, split {split}", files)
+    if place.is_dir() and not (place / "README.md").exists():  # which may speak of several configurations
+        check_unread(f"{place}, split {split}", place, files)
     return files
-
-
-def check_shards(where: str, files: list[Path]) -> None:
-    """Raises UserError where one of `…00001-of-00003…` is missing, as after a download that was cut, or there twice: a
-    run would train on less than all rows, or on some of them twice, without a word."""
-    series: dict[tuple, list[int]] = {}
-    for file in files:
-        if shard := re.match(r"(.*?)(\d+)([-_]of[-_])(\d+)(?!\d)", file.name):
-            series.setdefault((file.parent, shard[1], len(shard[2]), shard[3] + shard[4]), []).append(int(shard[2]))
-    for (_, before, width, after), found in series.items():
-        count = int(re.search(r"\d+", after)[0])
-        first = int(count in found and 0 not in found)  # some count from 1
-        wrong = [n for n in range(first, count + first) if found.count(n) != 1]
-        if missing := [f"{before}{n:0{width}}{after}" for n in wrong if n not in found]:
-            names = ", ".join(missing[:5]) + " …" * (len(missing) > 5)
-            raise UserError(f"{where}: {count - len(missing)} of the {count} files are there, without {names}")
-        if wrong:
-            raise UserError(f"{where}: there are {found.count(wrong[0])} files {before}{wrong[0]:0{width}}{after}…")
 
 
 @contextmanager
@@ -213,8 +210,11 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
     """
     if file.suffix == ".parquet":
         with parquet_file(file) as parquet:
-            check_columns(f"{file}", parquet.schema_arrow.names, columns)
-            wanted = [name for name in parquet.schema_arrow.names if name in {*columns, *MARKS}] if columns else None
+            names = parquet.schema_arrow.names
+            check_columns(f"{file}", names, columns)
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{file}: column {twice[0]!r} stands twice")
+            wanted = [name for name in names if name in columns or speaks_of_training(name)] if columns else None
             batches, number = parquet.iter_batches(ROWS, columns=wanted), 0
             try:
                 for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
@@ -301,10 +301,11 @@ def cell_text(row: dict, column: str, where: str, needed: bool = False) -> str:
     """A row's text or number as text; null and what is not there are "". Raises UserError for anything else, and for
     none where it is `needed`."""
     value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or value != value:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None) or not finite:
         raise UserError(f"{where}: {column!r} must be a text, a number or null, found {value!r}")
     text = "" if value is None else str(value)
-    if needed and not text.strip():
+    if needed and not trim(text):
         raise UserError(f"{where}: no text in {column!r}; keys: {', '.join(row)}")
     return text
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections import defaultdict
 
 from pythainlp.util import remove_zw, reorder_vowels
@@ -26,6 +27,24 @@ def normalise(text: str) -> str:
     while (ordered := reorder_vowels(text)) != text:  # one correction can make room for another
         text = ordered
     return text
+
+
+# White space, and what is not seen: control and zero-width characters, what turns the direction of writing.
+UNSEEN = "\\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+ENDS = re.compile(f"\\A[{UNSEEN}]+|[{UNSEEN}]+\\Z")
+WIDE = {0x3000: " "} | {0xFF01 + n: chr(0x21 + n) for n in range(94)}  # ＡＢＣ１２３
+
+
+def trim(text: str) -> str:
+    """A text without the white space and the unseen characters at its ends, whatever `normalise_thai` says."""
+    return ENDS.sub("", text)
+
+
+def as_seen(text: str) -> str:
+    """A text as a reader sees it, to be compared: letters composed, wide ones as others, white space as one space and
+    nothing that is not seen. x² stays other than x2."""
+    text = unicodedata.normalize("NFC", normalise(text.translate(WIDE)))
+    return " ".join(re.sub(f"(?!\\s)[{UNSEEN}]", "", text).split())
 
 
 def count_letters(text: str) -> tuple[int, int]:

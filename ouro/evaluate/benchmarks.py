@@ -29,7 +29,7 @@ from ouro.data.sources import (
     read_file,
     split_files,
 )
-from ouro.data.thai import normalise
+from ouro.data.thai import as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import EVALS, Settings
 
@@ -37,6 +37,7 @@ LETTERS = "abcde"
 PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
+YES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
 MARKED = r"(?:\(?([1-5๑-๕])\s*[.)])?(.*)"  # an option of M3Exam: "1. text", "๑. text", "(1) text", or no number
@@ -276,12 +277,12 @@ def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, nor
 
 
 def read_item(row: dict, columns: dict, where: str, spell: Callable[[str], str] = str) -> dict:
-    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`. White space around a text is
-    taken off: a space before an option would decide its score. `stripped` says where there was any."""
+    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`. White space and what is not
+    seen are taken off a text's ends: before an option they would decide its score. `stripped` says where any was."""
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
-    raw = {column: spell(cell_text(row, column, where, column in used)) for column in (*used, *columns["options"])}
-    texts = {column: text.strip() for column, text in raw.items()}
-    stripped = any(texts[column] not in (text, "") for column, text in raw.items())
+    raw = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
+    texts = {column: trim(spell(text)) for column, text in raw.items()}
+    stripped = any(trim(text) not in (text, "") for text in raw.values())
     options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
     options = {letter: text for letter, text in options.items() if text}
     gold = texts[columns["answer"]]
@@ -305,19 +306,24 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         for key in ("exam_type", "instruction", "input", "result", *FLAGS):
             if key not in row:
                 raise UserError(f"{where}: no column {key!r}; columns found: {', '.join(row)}")
-        exam = str(row["exam_type"]).strip()
+        exam = trim(str(row["exam_type"]))
         if exam not in spec["exams"]:
             raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
-        if not all(str(row[flag]).lower() == "true" for flag in FLAGS) or count[exam] == limit:
+        said = {flag: YES.get(trim(str(row[flag])).lower()) for flag in FLAGS}
+        if None in said.values():
+            flag = next(flag for flag in FLAGS if said[flag] is None)
+            raise UserError(f"{where}: {flag} must be true or false, found {row[flag]!r}")
+        if not all(said.values()) or count[exam] == limit:
             continue
         count[exam] += 1
         gold = re.search(ANSWER, cell_text(row, "result", where))
         if gold is None:
             raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
-        texts = (cell_text(row, key, where, needed=True) for key in ("instruction", "input"))
-        question, options = (spell(text.replace("\t", " ")).strip() for text in texts)
+        raw = [cell_text(row, key, where, needed=True) for key in ("instruction", "input")]
+        question, options = (trim(spell(text.replace("\t", " "))) for text in raw)
         items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question,
-                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]})  # fmt: skip
+                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]}
+                     | ({"stripped": True} if raw != [*map(trim, raw)] else {}))  # fmt: skip
     return items
 
 
@@ -366,7 +372,7 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
         text = row.get("text", row.get(key))
         if not {"text", key} & row.keys() or not isinstance(text, str | None):
             raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
-        if text and text.strip():
+        if text and trim(text):
             items.append({"id": f"{task}-{number}", "subset": task, "text": spell(text)})
         else:
             empty.append(where)
@@ -454,7 +460,7 @@ def right_answers(item: dict) -> set[str]:
                 starts.append(mark)
         ends = [mark.start() for mark in starts[1:]] + [len(options)]
         options = {mark[1]: options[mark.end() : end] for mark, end in zip(starts, ends, strict=True)}
-    texts = {letter: " ".join(normalise(text).split()) for letter, text in options.items()}
+    texts = {letter: as_seen(text) for letter, text in options.items()}
     gold = item.get("gold")
     return {gold, *(letter for letter, text in texts.items() if text and text == texts.get(gold))}
 

@@ -25,7 +25,7 @@ from itertools import compress
 from pathlib import Path
 
 from ouro.data.sources import read_benchmark, read_file
-from ouro.data.thai import CODE, is_thai, normalise
+from ouro.data.thai import CODE, is_thai, normalise, trim
 from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
@@ -54,24 +54,28 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
     questions, seen, taken = [], set(), Counter()
     for place, row in rows:
         number, turns, reference, category = (row.get(x) for x in ("question_id", "turns", "reference", "category"))
+        known = trim(str(number))  # 1 and "1" are one id
         rules = {
             "question_id must be a number or text that no other item has":
-                isinstance(number, int | str) and number not in seen,
-            "'turns' must be two texts": _two_texts(turns) and all(turn.strip() for turn in turns),
+                type(number) in (int, str) and known and known not in seen,
+            "'turns' must be two texts": _two_texts(turns) and all(map(trim, turns)),
             "'reference' must be two texts or null": reference is None or _two_texts(reference, or_null=True),
-            "'category' must be a text": isinstance(category, str) and category.strip(),
+            "'category' must be a text": isinstance(category, str) and trim(category),
         }  # fmt: skip
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise UserError(f"{place} (question_id {number!r}): {broken[0]}, found {_short(row)}")
-        seen.add(number)
+        seen.add(known)
+        category = trim(category)
         taken[category] += 1
         if limit is not None and taken[category] > limit:
             continue
-        reference = [spell(text) if text and text.strip() else None for text in reference or ()]
+        reference = [trim(spell(text or "")) or None for text in reference or ()]
         questions.append(
-            {"id": printable(f"{name}-{number}"), "question_id": number, "category": printable(category),
-             "turns": [spell(turn) for turn in turns], "reference": reference if any(reference) else None}
+            {"id": printable(f"{name}-{known}"), "question_id": number, "category": printable(category),
+             "turns": [trim(spell(turn)) for turn in turns],
+             "reference": reference if any(reference) else None}
+            | ({"stripped": True} if turns != [*map(trim, turns)] else {})
         )  # fmt: skip
     if not questions:
         raise UserError(f"{local or spec['hub_id']}, {spec['file']}: no questions in it")
