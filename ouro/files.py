@@ -318,8 +318,8 @@ def seal(folder: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name != SUMS)
     for path in files:
         sync_file(path)
-    sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
-    write_atomic(folder / SUMS, sums)  # which syncs the folder too
+    sums = [f"# {len(files)} files", *(f"{file_sha256(path)}  {path.name}" for path in files)]
+    write_atomic(folder / SUMS, "\n".join(sums) + "\n")  # which syncs the folder too
     mode = (folder / SUMS).stat().st_mode
     for path in files:  # safetensors writes files that only their owner can read, whatever the umask
         if path.stat().st_mode != mode:
@@ -330,6 +330,9 @@ def sealed_files(folder: Path) -> dict[str, str]:
     """SHA-256 by name of what was written into a sealed folder. Raises UserError where that cannot be read."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        count = lines.pop(0) if lines and lines[0].startswith("#") else f"# {len(lines)} files"
+        if count != f"# {len(lines)} files":
+            raise ValueError  # cut at the end of a line
         return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or other text
         raise UserError(f"its {SUMS} cannot be read: {getattr(error, 'strerror', None) or 'no checksums'}") from None

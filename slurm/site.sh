@@ -62,7 +62,12 @@ if [ -n "$IMAGE" ]; then
   python=("$runner" exec --nv --contain --writable-tmpfs --env "HF_HOME=$HF_HOME" --pwd "$PWD" --bind "$PWD"
     --bind "$HF_HOME" --bind "${TMPDIR:-/tmp}:/tmp" --bind /dev/shm)
   if [ -e /dev/infiniband ]; then python+=(--bind /dev/infiniband); fi
-  for place in $BINDS; do python+=(--bind "$place"); done
+  binds=$(xargs -rn1 printf '%s\n' <<<"$BINDS") || fail "BINDS = $BINDS has a quote that is not closed"
+  while IFS= read -r place; do
+    [ -z "$place" ] && continue
+    [ -e "${place%%:*}" ] || fail "BINDS = $BINDS: no $place on $(uname -n); quote a path with spaces, as BINDS=\"'/my data' /scratch\""
+    python+=(--bind "$place")
+  done <<<"$binds"
   python+=("$IMAGE" python)
 fi
 

@@ -435,12 +435,18 @@ def test_an_image_or_a_module_that_is_not_there_is_refused(tmp_path):
 def test_in_an_image_everything_that_a_run_reads_and_writes_is_bound(tmp_path):
     path, other, hub = f"{program(tmp_path / 'bin/apptainer')}:{SLURM_PATH}", tmp_path / "elsewhere", tmp_path / "hub"
     (tmp_path / "ouro.sif").touch()
-    done = site(tmp_path, 'echo "${python[*]}"', path=path, IMAGE="ouro.sif", HF_HOME=str(hub), BINDS=str(other))
+    (tmp_path / "my $(data)").mkdir()
+    other.mkdir()
+    image = {"path": path, "IMAGE": "ouro.sif", "HF_HOME": str(hub)}
+    done = site(tmp_path, 'echo "${python[*]}"', BINDS=f"  {other}\n'{tmp_path}/my $(data)':/data", **image)
     command = done.stdout
     assert command.startswith(f"{tmp_path}/bin/apptainer exec --nv --contain --writable-tmpfs --env HF_HOME={hub} ")
     assert command.endswith(" ouro.sif python\n") and f"--pwd {tmp_path} " in command
-    for place in (tmp_path, hub, "/tmp:/tmp", "/dev/shm", other):
+    for place in (tmp_path, hub, "/tmp:/tmp", "/dev/shm", other, f"{tmp_path}/my $(data):/data"):
         assert f"--bind {place} " in command
+    for binds, told in ((f"{tmp_path}/my $(data)", f"no {tmp_path}/my on "), ("'/a", "a quote that is not closed")):
+        done = site(tmp_path, "true", BINDS=binds, **image)
+        assert done.returncode == 2 and told in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -427,6 +427,7 @@ LOWER = {name.lower(): value for name, value in ROW.items()}
 NO_LICENCE = {name: value for name, value in ROW.items() if name != "License"}
 SHARDS = {f"data/train-0000{i}-of-00003-9f{i}e.parquet": [ROW] for i in (0, 2)}
 TWICE = {f"train.0000{i}-of-00002{after}.jsonl": [ROW] for i, after in ((0, ""), (1, "-a"), (1, "-b"))}
+ROW_TWICE = pa.table([[value] for value in (*ROW.values(), "ก")], [*ROW, "Input"])
 BAD = {  # the file of a training set in wangchan's layout, its rows, what the message says
     "lower-case columns": ("jsonl", [LOWER], r"line 1: no column 'Instruction'; did you mean 'instruction'\?.*: id, "),
     "lower-case columns in Parquet": ("parquet", [LOWER], r"no column 'Instruction'; did you mean 'instruction'\?"),
@@ -456,7 +457,9 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
     "objects over several lines": ("json", json.dumps(ROW, indent=1) * 2, r"line 1: an object over several lines"),
     "a key twice": ("jsonl", [ROW, LINE[:-1] + ', "Output": "ก"}'], r"line 2: not valid JSON \('Output' stands twice"),
-    "a column twice": ("parquet", pa.table([["ก"], ["ข"]], ["Input", "Input"]), r"column 'Input' stands twice"),
+    "a column twice": ("parquet", ROW_TWICE, r"column 'Input' stands twice"),
+    "turns": ("jsonl", [{"messages": []}], r"no column 'Instruction'; .*found: messages; .* by DATASET=chat "),
+    "pairs": ("parquet", [{"prompt": "ก", "completion": "ข"}], r"no column 'Instruction'; .* by DATASET=pairs "),
     "metadata between no and yes": ("jsonl", [ROW | {"meta": {"weight": 0.5}}], r"line 1, meta, weight: expected 0"),
     "a weight between no and yes": ("jsonl", [ROW, ROW | {"weight": 0.5}], r"line 2, weight: expected 0, 1, .* 0.5"),
     "damaged Parquet file": ("parquet", broken_parquet(), r"train.parquet is not a readable Parquet file"),

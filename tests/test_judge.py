@@ -433,6 +433,24 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
     model.close()
 
 
+def test_again_rates_anew_keeps_what_there_was_and_goes_on_after_an_interruption(server, result, monkeypatch):
+    command.rate_file(result, find_judge())
+    before, asked = result.read_bytes(), len(server.bodies)
+    cache = (result.parent / CACHE).read_bytes()
+    server.answer = lambda messages: "Rating: [[2]]"
+    monkeypatch.setattr(sys, "argv", ["tools/judge.py", str(result), "--again"])
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "rate_replies", lambda *args: judge.rate_replies(*args) if args[2] is None else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command.main()
+    old = {name: (result.parent / f"{name}.old").read_bytes() for name in (result.name, CACHE)}
+    assert old == {result.name: before, CACHE: cache}
+    assert json.loads(result.read_text())["study"]["value"] is None and len(server.bodies) == asked
+    monkeypatch.setattr(sys, "argv", ["tools/judge.py", str(result)])
+    command.main()
+    assert json.loads(result.read_text())["study"]["value"] == 2 and len(server.bodies) == 2 * asked
+
+
 def test_a_full_disk_is_told_and_what_was_judged_is_kept(server, result):
     cache, (soft, hard) = result.parent / CACHE, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (cache.stat().st_size + 1000, hard))  # room for a few judgements

@@ -238,6 +238,9 @@ def lose_the_contents(checkpoint: Path) -> None:
         lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
         lambda checkpoint: (checkpoint / "SHA256SUMS").unlink(),
         lambda checkpoint: (checkpoint / "SHA256SUMS").write_bytes(b"\xff"),
+        lambda checkpoint: (checkpoint / "SHA256SUMS").write_bytes(
+            b"".join((checkpoint / "SHA256SUMS").read_bytes().splitlines(keepends=True)[:-1])
+        ),
         lose_the_contents,
     ],
 )
@@ -358,7 +361,7 @@ def test_sha256sum_verifies_checkpoints_and_adapter_and_their_modes_are_the_umas
     modes = {path.stat().st_mode & 0o777 for run in (stopped, whole) for path in run.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~mask}
     for folder in (stopped / "checkpoint-3", stopped / "checkpoint-2", whole / "final_adapter"):
-        listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+        listed = files.sealed_files(folder).keys()
         assert listed == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
         done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count(": OK") == len(listed), done.stdout + done.stderr

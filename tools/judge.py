@@ -4,7 +4,8 @@
     read -rs JUDGE_API_KEY && export JUDGE_API_KEY
     python tools/judge.py results/exp2-wangchan-ut1/mt_bench_thai-ut4.json …
 
-JUDGE_PRICE, dollars per million tokens in and out, may be left out: it is for the estimate of the cost alone.
+JUDGE_PRICE, dollars per million tokens in and out, may be left out: it is for the estimate of the cost alone. What is
+rated by this judge already is not rated again, but with --again.
 """
 
 import argparse
@@ -17,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 from ouro.evaluate.endpoint import Reply, Server, find_judge
 from ouro.evaluate.judge import rate_replies, result_key
 from ouro.evaluate.replies import Cache
-from ouro.evaluate.results import cache_of, harness_rows, save
+from ouro.evaluate.results import cache_of, harness_rows, save, set_aside
 from ouro.files import Parser, UserError, call
 
 
-def rate_file(file: Path, grader: Server) -> None:
-    """Rates the replies of a result and writes it again.
+def rate_file(file: Path, grader: Server, again: bool = False) -> None:
+    """Rates the replies of a result and writes it again. again: also where this judge has rated them; what there was is
+    kept as ….old.
 
     Raises:
         UserError: not a result of mt_bench_thai; the judge's errors.
@@ -43,29 +45,38 @@ def rate_file(file: Path, grader: Server) -> None:
             [Reply(text, turn["end"]) for (text,), turn in zip(line["resps"], line["turns"], strict=True)]
             for line in old
         ]
-        key = result_key(study["generation_key"], grader)
-        done, name = study["key"] == key, f"{study['run']} at {study['total_ut_steps']} loops"
+        done = study["key"] == result_key(study["generation_key"], grader)
+        name = f"{study['run']} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {error!r}") from None
-    if done:
+    if done and not again:
         print(f"{file}: rated by {grader.model} already")
         return
-    with Cache(cache_of(file)) as saved:
-        numbers, lines = rate_replies(questions, replies, grader, saved, name)
-    study |= numbers | {"key": key}
-    save(file, result | {"results": harness_rows(study), "study": study}, lines)
+
+    def rate(by: Server | None) -> None:
+        with Cache(cache_of(file)) as saved:
+            numbers, lines = rate_replies(questions, replies, by, saved, name)
+        rated = study | numbers | {"key": result_key(study["generation_key"], by)}
+        save(file, result | {"results": harness_rows(rated), "study": rated}, lines)
+
+    if again:  # the replies stay, unrated: after an interruption the command goes on without --again
+        set_aside([file])
+        rate(None)
+    rate(grader)
 
 
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="results/<run>/mt_bench_thai-ut<k>.json")
-    files = parser.parse_args().files
+    parser.add_argument("--again", action="store_true", help="rate anew what is rated; the old files stay as ….old")
+    options = parser.parse_args()
+    files = options.files
     for file in files:
         if not file.is_file():
             raise UserError(f"no file {file}: replies are in RESULTS_DIR/<run>/mt_bench_thai-ut<k>.json")
     grader = find_judge()
     for file in files:
-        rate_file(file, grader)
+        rate_file(file, grader, options.again)
 
 
 if __name__ == "__main__":

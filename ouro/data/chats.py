@@ -57,7 +57,8 @@ def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> t
     def clean(value: object, place: str) -> str:
         if not isinstance(value, str | None):
             raise UserError(f"{place}: expected text, found {type(value).__name__}")
-        return trim(normalise(value or "") if settings.normalise_thai else value or "")
+        text = (normalise(value or "") if settings.normalise_thai else value or "").strip()
+        return text if trim(text) else ""
 
     if not is_trained(row, where):
         return None, UNTRAINED

@@ -98,10 +98,7 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        e = self.entry
-        named = [*e.get("prompt", ()), e.get("completion"), e.get("messages"), e.get("answer")]
-        named += [e["held_out"].get("hash"), e["licence"].get("column") if isinstance(e["licence"], dict) else None]
-        return list(dict.fromkeys(name for name in named if name))
+        return columns_of(self.entry)
 
     def fingerprint(self) -> str:
         """The commit, or for a local copy the SHA-256 of its files' contents."""
@@ -112,6 +109,14 @@ class Source:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return f"sha256:{digest.hexdigest()}"
+
+
+def columns_of(entry: dict) -> list[str]:
+    """The columns that rows of a training set must have, by its row of datasets.yaml."""
+    named = [*entry.get("prompt", ()), entry.get("completion"), entry.get("messages"), entry.get("answer")]
+    licence = entry["licence"]
+    named += [entry["held_out"].get("hash"), licence.get("column") if isinstance(licence, dict) else None]
+    return list(dict.fromkeys(name for name in named if name))
 
 
 KEYS = {
@@ -294,7 +299,13 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
     for column in columns:
         if column not in found:
             close = nearest(column, found).partition("; known")[0]
-            raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}")
+            layouts = {name: columns_of(entry) for name, entry in read_yaml(DATASETS).items()}
+            fits = [name for name, layout in layouts.items() if {*layout} <= {*found}]
+            if not fits or list(columns) not in layouts.values():  # nothing fits, or it is no training set
+                other = ""
+            else:
+                other = f"; rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})"
+            raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}{other}")
 
 
 def cell_text(row: dict, column: str, where: str, needed: bool = False) -> str:

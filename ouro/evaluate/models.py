@@ -12,7 +12,7 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import find_endpoint
 from ouro.evaluate.scoring import readout
-from ouro.files import UserError, file_sha256, read_yaml
+from ouro.files import SUMS, UserError, file_sha256, read_yaml
 from ouro.model.loading import (
     BROKEN,
     check_adapter,
@@ -25,7 +25,7 @@ from ouro.model.loading import (
     with_adapter,
 )
 from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
-from ouro.train.run_folder import SUMS, recorded_settings, run_settings, whole
+from ouro.train.run_folder import recorded_settings, run_settings, whole
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
