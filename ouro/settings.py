@@ -5,7 +5,8 @@
 
 Order, the later one wins: the defaults below, the --config file, the experiment's row in configs/experiments.yaml, the
 environment (CONFIG, OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS), the command line. Names are those of TRL's SFTConfig and
-PEFT's LoraConfig wherever the setting exists there.
+PEFT's LoraConfig wherever the setting exists there. A key or an option that is given twice is refused; ARGS of make may
+repeat one that make gives.
 """
 
 import argparse
