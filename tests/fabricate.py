@@ -14,6 +14,7 @@ DEPTHS = (1, 2, 3, 4)
 TASKS = {  # task: metric, aspect, base by depth, better is higher, spread between items
     "thai_text": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4),
     "thai_exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None),
+    "m3exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None),
     "mt_bench_thai": ("rating", "thai_conversation", (3.0, 3.2, 3.3, 3.4), True, 1.5),
     "english_text": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
     "belebele_thai": ("accuracy", "thai_exams", (0.30, 0.32, 0.34, 0.36), True, None),
@@ -24,9 +25,17 @@ TASKS = {  # task: metric, aspect, base by depth, better is higher, spread betwe
 GAINS = {"thai_text": (0.5,) * 4, "thai_exam": (0.05,) * 4, "mt_bench_thai": (0.8,) * 4, "english_text": (-0.03,) * 4}
 PRIMARY = tuple(GAINS)
 GAINS |= {"belebele_thai": (0.10,) * 4, "belebele_english": (-0.05,) * 4}
+GAINS |= {"m3exam": (0.05,) * 4}
 GAINS |= {"parallel_text_thai": (0.5,) * 4, "parallel_text_english": (0.1,) * 4}
-SUBSETS = {"belebele_thai": ["tha_Thai"], "belebele_english": ["eng_Latn"], "thai_exam": ["onet", "ic"]}
-CHANCES = {"onet": (0.2, 0.24), "ic": (0.25, 0.34), "tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}  # and majority
+SUBSETS = {"thai_exam": ["onet", "ic"], "m3exam": ["low", "high"]}
+SUBSETS |= {"belebele_thai": ["tha_Thai"], "belebele_english": ["eng_Latn"]}
+CHANCES = {
+    "onet": (0.2, 0.24),
+    "ic": (0.25, 0.34),
+    "low": (0.25, 0.3),
+    "high": (0.2, 0.3),
+}  # and the commonest answer's
+CHANCES |= {"tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}
 NAMES = {1: "exp2-{}-ut1", 2: "exp3a-{}-ut2", 3: "exp3b-{}-ut3", 4: "exp1-{}-ut4"}
 
 
@@ -125,7 +134,7 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
         }
         if cluster > 1:
             item["cluster"] = f"passage {i // cluster}"
-        if study["task"] == "thai_exam":
+        if study["task"] in ("thai_exam", "m3exam"):
             item["stratum"] = subset
         if study["metric"] == "bits_per_character":
             item |= {"bits": float(value * characters[i]), "characters": int(characters[i])}

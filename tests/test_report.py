@@ -580,6 +580,30 @@ def test_the_tables_of_gains_and_of_the_chain_behind_the_words_are_filled(writte
     assert chain.count("p in the family") == 13 and "seeds 3, 3" in chain
 
 
+def test_both_benchmarks_of_exams_are_one_with_each_exam_a_stratum(tmp_path):
+    how = {"lines": 2, "gains": {"thai_exam": (0, 0, 0, 0.3), "m3exam": (0, 0, 0, 0.1)}, "depths": (1, 4)}
+    fabricate.study(tmp_path, tasks=("thai_exam",), items=100, **how)
+    fabricate.study(tmp_path, tasks=("m3exam",), items=300, **how)
+    write_report(tmp_path, "--csv", figures=True)
+    told = verdicts(tmp_path)["thai_exams"]
+    assert "thai_exam and m3exam, 400 items in 400 clusters" in told["sentence"]
+    rows = {(row["benchmark"], row["trained at"], row["read at"]): row for row in table(tmp_path, "benchmarks")}
+    for depth in ("1", "4"):
+        one, other, both = (
+            float(rows[task, depth, depth]["value"].split()[0])
+            for task in ("thai_exam", "m3exam", "thai_exam and m3exam")
+        )
+        assert both == pytest.approx((one + 3 * other) / 4, abs=0.11)
+    _, found = read(tmp_path)
+    panel = found[Key("thai_exam and m3exam", "wangchan")]
+    assert panel.cells[4, 4].free == 400 - 4 and sum(p.study["primary"] for p in found.values()) == 1
+    next((tmp_path / "results/seed1/exp1-wangchan-ut4").glob("m3exam-ut4.json")).unlink()
+    reader, found = read(tmp_path)
+    assert found[Key("thai_exam", "wangchan")].study["primary"] and len(found) == 2
+    (note,) = reader.left_out
+    assert note[1].startswith("not pooled: seed1/exp1-wangchan-ut4: scored on one")
+
+
 def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tmp_path):
     levels = {"thai_exam": (0.99, 0.01, 0.5, 0.3)}
     fabricate.study(tmp_path, tasks=("thai_exam",), levels=levels, items=12, lines=2)

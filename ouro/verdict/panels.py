@@ -36,6 +36,7 @@ ARMS = {  # arm: settings that may differ between depths; settings whose values 
     "control": ((), ()),
 }
 STUDY = "equal-tokens"  # the arm that the verdict rests on
+EXAMS = ("thai_exam", "m3exam")  # one verdict rests on both, each exam a stratum
 
 
 class Key(NamedTuple):
@@ -249,6 +250,10 @@ def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Ke
             reader.left_out.append((" ".join(key).strip(), f"not compared: {'; '.join(why)}; {how}"))
         else:
             found[key] = Panel(mine + zero_line(bases[key.task], mine, reader.left_out))
+    for key in [key for key in found if key.task == EXAMS[0] and key._replace(task=EXAMS[1]) in found]:
+        if exams := pool(found[key], found[key._replace(task=EXAMS[1])], reader.left_out):
+            found[key._replace(task=exams.study["task"])] = exams
+            found[key].study = found[key].study | {"primary": False}
     for task in bases.keys() - {key.task for key in found}:
         found[Key(task, BASE)] = Panel(zero_line(bases[task], [], reader.left_out))
 
@@ -260,6 +265,32 @@ def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Ke
         return list(ASPECTS).index(study["aspect"]), not study.get("primary"), key.task, dataset, key[2:]
 
     return {key: found[key] for key in sorted(found, key=place)}
+
+
+def pool(one: Panel, other: Panel, left_out: list) -> Panel | None:
+    """The items of two benchmarks as those of one. None, which is noted, where some run was not scored on both."""
+    parts = [{(r.study["run"], r.study["total_ut_steps"]): r for r in panel.results} for panel in (one, other)]
+    scored = [{place for place, r in part.items() if r.trained is not None} for part in parts]
+    if scored[0] != scored[1]:
+        odd = ", ".join(sorted({run for run, _ in scored[0] ^ scored[1]}))
+        left_out.append((" and ".join(EXAMS), f"not pooled: {odd}: scored on one of them, or not at the same depths"))
+        return None
+    return Panel([pool_results(result, parts[1][place]) for place, result in parts[0].items() if place in parts[1]])
+
+
+def pool_results(*both: Result) -> Result:
+    studies, count = [result.study for result in both], sum(len(result.ids) for result in both)
+    unknown = dict.fromkeys(("majority", "macro", "macro_chance", "macro_majority", "predicted", "ci95"))
+    study = studies[0] | unknown | {"task": " and ".join(s["task"] for s in studies), "items": count}
+    study["unparsed"] = sum(s.get("unparsed") or 0 for s in studies)
+    if all(s.get("chance") for s in studies):
+        study["chance"] = sum(s["chance"] * len(r.ids) for s, r in zip(studies, both, strict=True)) / count
+    names = {
+        name: [f"{r.study['task']} {label}" for r in both for label in getattr(r, name)]
+        for name in ("ids", "clusters", "strata")
+    }
+    values = {name: np.concatenate([getattr(r, name) for r in both]) for name in ("numerators", "denominators")}
+    return Result(study, both[0].path, golds=[gold for r in both for gold in r.golds], **names, **values)
 
 
 def numbers(ids: Iterable[str]) -> dict[str, str]:
