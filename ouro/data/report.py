@@ -256,8 +256,9 @@ def print_report(report: dict, rows: int = 3) -> None:
         overlap = r["overlap"]
         found, items = f"{len(overlap['rows']):,} rows repeat", f"{overlap['items']:,} benchmark items"
         line("overlap", f"{found} one of {items} ({overlap['benchmarks']})")
-        for hit in overlap["rows"][:5]:
-            line("", f"{hit['row']} and {hit['item']}: {hit['shared'][:40]}…")
+        for item, count in Counter(hit["item"] for hit in overlap["rows"]).most_common(5):
+            hit = next(hit for hit in overlap["rows"] if hit["item"] == item)
+            line("", f"{item}: {count:,} rows, the first {hit['row']}: {abridge(hit['shared'], 60)}")
     print(f"  {'rows longer than':<29}" + "".join(f"{int(limit):>9,}" for limit in r["too_long"]) + "  tokens")
     for name, label in POLICIES.items():
         print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))

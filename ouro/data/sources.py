@@ -400,8 +400,8 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(part)
 
 
-def benchmark_items(settings: Settings) -> list[tuple[str, str]]:
-    """Where each item of the benchmarks in `overlap` stands, and all its text."""
+def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
+    """Where each item of the benchmarks in `overlap` stands, and all its texts."""
     names = [] if settings.overlap in ("", "none") else settings.overlap.split(",")
     specs, items = read_yaml(EVALS)["benchmarks"], []
     for name in names:
@@ -412,8 +412,9 @@ def benchmark_items(settings: Settings) -> list[tuple[str, str]]:
         try:
             for file in benchmark_files(specs[name]):
                 rows = read_benchmark(name, specs[name], settings.paths.get(name), file)
-                items += [(f"{name}, {Path(file).name}, item {n}", "\n".join(strings(row)))
-                          for n, (_, row) in enumerate(rows, 1)]  # fmt: skip
+                items += [
+                    (f"{name}, {Path(file).name}, item {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)
+                ]
         except UserError as error:
             raise UserError(
                 f"{error}\n{name} is needed to find training rows that repeat its items; --overlap names fewer "

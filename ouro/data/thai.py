@@ -14,8 +14,11 @@ MARKS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"  # Thai vowels and tone marks above a
 MARK = re.compile(f"[{MARKS}]")
 THAI = re.compile("[\u0e01-\u0e3a\u0e40-\u0e4e]")  # letters and marks
 IGNORED = re.compile(f"[^\\w{MARKS}]|[_\U00010000-\U0010ffff]")  # of a passage: all but letters, digits and Thai marks
-WINDOW = 50  # characters of a passage: 13 Thai words (3.7 to 5.5 characters each) at the least
-BLOCK = WINDOW // 2
+# How many characters in a row a training row must share with a text of an item (its question, an option) to repeat it:
+# half of that text, but at least 50, which are 9 to 13 Thai words, and at most 100. Titles and stock phrases have 50,
+# too, and stand in many rows as in a long question.
+LEAST, MOST = 50, 100
+BLOCK = LEAST // 2
 
 
 def normalise(text: str) -> str:
@@ -96,34 +99,39 @@ def squash(text: str) -> str:
 
 
 class Overlap:
-    """Finds the first WINDOW consecutive characters of a text that also stand in a benchmark item.
+    """Finds a passage of a text that is also in a benchmark item, long enough to be the item's (see LEAST).
 
-    Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. The items are
-    cut into blocks of BLOCK characters, one after the other. Any WINDOW characters of an item hold a whole block, which
-    begins among the first BLOCK of them: a text is compared with an item only around a block that both have.
+    Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. Items are cut
+    into blocks of BLOCK characters, one after the other. Any LEAST characters of an item hold a whole block: a text is
+    compared with an item only around a block that both have.
     """
 
-    def __init__(self, items: list[tuple[str, str]]):
-        self.names = [name for name, _ in items]
-        self.texts = [squash(text) for _, text in items]
-        self.short = sum(len(text) < WINDOW for text in self.texts)  # cannot be looked for
-        self.blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)  # block -> number of the item, place in it
-        for number, text in enumerate(self.texts):
+    def __init__(self, items: list[tuple[str, list[str]]]):
+        """items: where each stands, and its texts, of which those of LEAST characters are looked for; all together
+        where none is so long."""
+        self.texts: list[tuple[str, str]] = []  # where the item stands, and one of its texts
+        self.short = 0  # items that cannot be looked for
+        for name, texts in items:
+            texts = [squash(text) for text in texts]
+            found = [text for text in (*texts, "".join(texts)) if len(text) >= LEAST]
+            self.texts += [(name, text) for text in found[:-1] or found]
+            self.short += not found
+        self.blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)  # block -> number of the text, place in it
+        for number, (_, text) in enumerate(self.texts):
             for place in range(0, len(text) - BLOCK + 1, BLOCK):
                 self.blocks[text[place : place + BLOCK]].append((number, place))
 
     def find(self, text: str) -> tuple[str, str] | None:
-        """The first item that has them, and the shared characters; None without any."""
+        """The first item of which the text holds a passage, and the passage; None without any."""
         text = squash(text)
-        first = (len(text), 0)  # where the shared characters begin, number of the item
         for at in range(len(text) - BLOCK + 1):
-            if at >= first[0] + BLOCK:
-                break  # what this block could find begins later
             for number, place in self.blocks.get(text[at : at + BLOCK], ()):
-                for before in range(min(BLOCK - 1, at, place), -1, -1):
-                    window = text[at - before : at - before + WINDOW]
-                    if len(window) == WINDOW and self.texts[number].startswith(window, place - before):
-                        first = min(first, (at - before, number))
-                        break
-        start, number = first
-        return (self.names[number], text[start : start + WINDOW]) if start < len(text) else None
+                name, item = self.texts[number]
+                start, stop, shift = at, at + BLOCK, place - at
+                while start > max(0, -shift) and text[start - 1] == item[start - 1 + shift]:
+                    start -= 1
+                while stop < min(len(text), len(item) - shift) and text[stop] == item[stop + shift]:
+                    stop += 1
+                if stop - start >= min(max(len(item) // 2, LEAST), MOST):
+                    return name, text[start:stop]
+        return None
