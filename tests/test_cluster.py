@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ouro import files
 from ouro.cluster import plan, preflight, sweep
-from ouro.data.sources import constants
+from ouro.data.sources import HubSession, constants
 from ouro.files import UserError
 from ouro.settings import resolve
 from ouro.train import time_limit
@@ -297,6 +297,7 @@ def test_preflight_can_say_what_is_wrong_with_the_libraries():
 def test_a_hub_that_cannot_be_reached_is_named_with_its_proxy(monkeypatch, tmp_path, at_fault):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", at_fault == "offline")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HubSession, "failure", None)
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
     real = resolved("--model_name_or_path", "ByteDance/Ouro-2.6B")
     real.settings.paths = {}

@@ -146,7 +146,7 @@ def on_hub(name: str, settings: Settings) -> Path | None:
         except (OSError, ValueError) as error:
             proxies = {os.environ[name] for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)}
             through = [f" through the proxy {message(proxy)}" for proxy in sorted(proxies)]
-            reason = f"it cannot be reached{','.join(through)} ({type(error).__name__})"
+            reason = f"it cannot be reached{','.join(through)} ({type(error.__cause__ or error).__name__})"
     raise UserError(
         f"{found.hub_id} is not in {constants.HF_HUB_CACHE}, and {reason}: make fetch where there is a network, as on "
         "the login node, with the same HF_HOME, and HF_HUB_OFFLINE=1 in the jobs (slurm/site.env)"

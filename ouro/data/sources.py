@@ -49,16 +49,35 @@ def speaks_of_training(key: str) -> str:
     return "facts" if plain.startswith(("meta", "extra", "info", "annotation", "flag")) else ""
 
 
-class HubSession(requests.Session):
-    """Connections to the Hub, each with a timeout; none at all while HF_HUB_OFFLINE is set.
+class Unreachable(OfflineModeIsEnabled):
+    """There is no way to the Hub; huggingface_hub then reads its cache, as with HF_HUB_OFFLINE."""
 
-    huggingface_hub asks for a repository's commit without a timeout: a network that drops packets would hang.
+
+class HubSession(requests.Session):
+    """Connections to the Hub, each with a timeout; none while HF_HUB_OFFLINE is set, nor after the first has failed.
+
+    huggingface_hub asks for a repository's commit without a timeout: a network that drops packets would hang. And it
+    asks for each file six times within 23 s, which helps where a connection is lost, and not where there is none.
     """
+
+    answered = False  # the Hub has, to any session
+    failure: requests.RequestException | None = None  # of the first request, if it did not
 
     def request(self, method, url, *args, timeout=None, **kwargs):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled(f"cannot reach {url}: HF_HUB_OFFLINE is set")
-        return super().request(method, url, *args, timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
+        if HubSession.failure is None:
+            timeout = timeout or constants.HF_HUB_ETAG_TIMEOUT
+            try:
+                response = super().request(method, url, *args, timeout=timeout, **kwargs)
+                HubSession.answered = True
+                return response
+            except (requests.ConnectionError, requests.Timeout) as error:
+                if HubSession.answered:
+                    raise
+                HubSession.failure = error
+        host = "/".join(url.split("/")[:3])
+        raise Unreachable(f"cannot reach {host}: {in_one_line(HubSession.failure)}") from HubSession.failure
 
 
 configure_http_backend(HubSession)
