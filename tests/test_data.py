@@ -237,6 +237,34 @@ def test_bad_rows_above_a_share_are_refused_with_the_first_of_them(floor, prepar
     assert "train.jsonl, line 9" in str(caught.value)
 
 
+def test_the_refusal_of_long_rows_names_settings_that_keep_them(prepared):
+    asked, told = ROW | {"Instruction": "ยาว" * 300}, ROW | {"Output": "ยาว" * 300}
+    rows = [*[ROW] * 7, asked, asked, told]
+    with pytest.raises(UserError, match="3 of 10 rows .* max_length = 200") as caught:
+        prepared("wangchan", rows, max_length=200, max_too_long_share=0)
+    ways = re.findall(r"--(\w+) ([\w.]+) ", str(caught.value))
+    names = ["max_length", *["length_policy"] * 3, "max_too_long_share"]
+    assert [name for name, _ in ways] == names and "truncate_prompt shortens the question of 2, leaves out 1" in str(
+        caught.value
+    )
+    kept = {}
+    for name, value in ways:
+        given = {"max_length": 200, "max_too_long_share": 0.1 if value == "truncate_prompt" else 0} | {
+            name: value if name == "length_policy" else float(value) if "." in value else int(value)
+        }
+        if value != "truncate":
+            kept[name, value] = prepared("wangchan", rows, **given)[1]["rows_kept"]
+    assert list(kept.values()) == [10, 9, 10, 7], kept
+    _, report = prepared("wangchan", rows[:-1], max_length=200, length_policy="truncate_prompt", max_too_long_share=0)
+    assert report["rows_kept"] == 9 and report["rows_touched"] == {"question cut": 2}, "no row is lost"
+
+
+def test_the_table_of_lengths_ends_at_the_models_own(prepared, tokenizer, monkeypatch):
+    assert list(prepared("wangchan", [ROW], max_length=3000)[1]["too_long"]) == ["1024", "2048", "3000", "4096", "8192"]
+    monkeypatch.setattr(tokenizer, "model_max_length", 65536)
+    assert list(prepared("wangchan", [ROW])[1]["too_long"])[-1] == "65536"
+
+
 def test_lost_ends_above_a_share_are_refused_with_the_first_of_them(prepared):
     rows = [ROW] * 8 + [ROW | {"Output": "ยาว" * 300}] * 2
     settings = {"max_length": 200, "length_policy": "truncate", "max_too_long_share": 1}

@@ -9,6 +9,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from ouro.data.batches import pack
 from ouro.data.cache import prepare
 from ouro.data.sources import cache_only, count_rows, find_source
 from ouro.files import UserError, nearest, read_yaml
@@ -16,6 +17,8 @@ from ouro.model.cost import GPUS, HOPPER, REACHED, layers_to_recompute, sizes, t
 from ouro.model.loading import load_tokenizer
 from ouro.settings import DATASETS, Settings
 from ouro.train.time_limit import seconds
+
+import numpy as np
 
 
 @dataclass
@@ -27,7 +30,11 @@ class Prediction:
     tokens: float  # of an epoch
     steps: int
     hours: float
-    at_most: bool  # the rows are not tokenised here: each counted as max_length tokens, all trained
+    said: str  # before the hours: "", or what they rest on where the rows are not tokenised here, see `epoch_of`
+
+    @property
+    def at_most(self) -> bool:
+        return self.said == "at most "
 
     def left(self, done: int = 0) -> float:
         """The hours of the steps after `done`."""
@@ -39,7 +46,7 @@ class Prediction:
         limit, grace = limits()
         requeues = max(0, math.ceil(hours * 3600 / max(limit - grace, 1)) - 1)
         said = f", {requeues} requeue{'s' * (requeues > 1)}" if requeues else ""
-        return f"{'at most ' * self.at_most}{hours:.1f}{said}"
+        return f"{self.said}{hours:.1f}{said}"
 
 
 def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Prediction:
@@ -60,36 +67,58 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
         recomputed = layers_to_recompute(s, config, memory * 2**30)
     except UserError as error:
         raise UserError(f"{gpu}, {memory} GiB: {error}") from None
-    rows, tokens, pairs, trained, at_most = epoch_of(s, tokenise)
+    lengths, share, said = epoch_of(s, tokenise)
+    tokens, pairs = float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
+    rows = len(pack(lengths, s.max_length)) if s.packing else len(lengths)
     per_epoch = max(1, -(-rows // (s.per_device_train_batch_size * s.gradient_accumulation_steps)))
     steps = s.max_steps if s.max_steps >= 0 else math.ceil(s.num_train_epochs * per_epoch)
     heads = s.total_ut_steps if s.loss == "all" else 1
-    flops = training_flops(config, s.total_ut_steps, s.r, tokens, pairs, heads * trained) * steps / per_epoch
+    flops = training_flops(config, s.total_ut_steps, s.r, tokens, pairs, heads * share * tokens) * steps / per_epoch
     flops *= 1 + 0.5 * recomputed / config.num_hidden_layers  # the forward pass is half of both, and runs again
     hours = flops / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
-    return Prediction(recomputed, training_memory(s, config, recomputed), tokens, steps, hours, at_most)
+    return Prediction(recomputed, training_memory(s, config, recomputed), tokens, steps, hours, said)
 
 
-def epoch_of(s: Settings, tokenise: bool) -> tuple[int, float, float, float, bool]:
-    """Batch rows, tokens, pairs of tokens and trained tokens of an epoch; and whether they are at most so many."""
+def epoch_of(s: Settings, tokenise: bool) -> tuple[np.ndarray, float, str]:
+    """Of an epoch: the tokens of each row, the share of them that is trained, and what that rests on: "", the rows;
+    "about ", the table of datasets.yaml; "at most ", max_length, where there is no table, or a copy of other rows."""
     with nullcontext() if tokenise else cache_only():
         try:
             tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
             rows, report = prepare(s, tokenizer, builder=tokenise, quiet=True)
+            return rows.lengths.astype(float), report["trained_share"], ""
         except UserError:
-            if s.max_tokens and not s.max_tokens.isdecimal():  # as many tokens as that set has, here in as many rows
-                return epoch_of(replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None), tokenise)
+            known = read_yaml(DATASETS).get(s.dataset, {})
+            typical = "tokens" in known and not s.dataset_path and s.dataset not in s.paths
+            budget, said = float(s.max_tokens) if (s.max_tokens or "").isdecimal() else math.inf, "about "
+            if s.max_tokens and budget == math.inf:  # as many tokens as that set has
+                other = epoch_of(replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None), tokenise)
+                if not typical:
+                    return other
+                budget, said = other[0].sum(), other[2] or said
             try:
                 count = sum(map(count_rows, find_source(s).files["train"]))
             except UserError:
-                known = read_yaml(DATASETS).get(s.dataset, {}).get("rows")
-                if not known:
+                if "rows" not in known:
                     raise
-                count = known["train"]
-            tokens = min(count * s.max_length, int(s.max_tokens or count * s.max_length))
-            return count, tokens, tokens * s.max_length / 2, tokens, True
-    pairs = float((rows.lengths * (rows.lengths + 1) / 2).sum())
-    return len(rows), report["tokens"], pairs, report["trained_tokens"], False
+                count = known["rows"]["train"]
+    if typical:
+        lengths = typical_lengths(np.array(known["tokens"], float), count, s)
+    else:
+        lengths, said = np.full(count, float(s.max_length)), "at most "
+    kept = int(min(1, budget / max(lengths.sum(), 1)) * len(lengths))  # of all, evenly spaced
+    return lengths[np.arange(kept) * len(lengths) // max(kept, 1)], 1.0, said
+
+
+def typical_lengths(tokens: np.ndarray, count: int, s: Settings) -> np.ndarray:
+    """The lengths of `count` rows, of which each of `tokens` stands for as many, as the length policy leaves them."""
+    lengths, limit = tokens[np.arange(count) * len(tokens) // count], s.max_length
+    if s.length_policy == "drop":
+        return lengths[lengths <= limit]
+    if s.length_policy == "split":  # each piece after the first has half a piece of new tokens
+        further = np.ceil((lengths - limit).clip(0) / (limit - limit // 2)).sum()
+        return np.append(lengths.clip(max=limit), np.full(int(further), float(limit)))
+    return lengths.clip(max=limit)
 
 
 def limits() -> tuple[float, int]:

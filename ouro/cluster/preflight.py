@@ -246,8 +246,7 @@ def check_slurm(run: Resolved) -> str:
     p = predict(run.settings, gpu, int(nodes) * int(gpus))
     step = p.hours * 3600 / max(p.steps, 1)
     if step > grace:
-        at_most = "at most " * p.at_most
-        raise UserError(f"a step is predicted to take {at_most}{step:.0f} s, more than GRACE = {grace} s: raise GRACE")
+        raise UserError(f"a step is predicted to take {p.said}{step:.0f} s, more than GRACE = {grace} s: raise GRACE")
     return f"{os.environ['PARTITION']} takes {wanted} on {nodes} x {gpus} {gpu}; predicted hours: {p.told()}"
 
 

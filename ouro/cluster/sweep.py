@@ -216,8 +216,8 @@ def main() -> None:
         if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:
             raise UserError(f"{bad[0]!r} cannot be passed to a job (empty, a tab or a line end): use a config file")
         print(*fields, sep="\t")
-    at_most = "at most " * any(job.hours.startswith("at most") for job in jobs)
-    total = f"{at_most}{sum(job.gpu_hours for job in jobs):,.1f} GPU-hours of training"
+    said = (word for word in ("at most ", "about ") for job in jobs if job.hours.startswith(word))
+    total = f"{next(said, '')}{sum(job.gpu_hours for job in jobs):,.1f} GPU-hours of training"
     print("total", *"-" * 5, total, sep="\t")  # shown below the plan
 
 

@@ -172,7 +172,7 @@ def build_cache(
             partial = Path(f"{mark.name}.d")
             partial.mkdir()
             write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, budget, quiet)
-            report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer)
+            report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer, s.max_length)
             report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
                                  "rows": tally.overlap}  # fmt: skip
             write_json(partial / "report.json", report)
@@ -244,6 +244,7 @@ def cache_key(
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tokenizer.chat_template,
         "special": tokenizer.all_special_tokens,
+        "positions": tokenizer.model_max_length,
         "settings": {name: getattr(s, name) for name in SHAPING},
         "benchmarks": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
     }

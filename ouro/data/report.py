@@ -21,7 +21,6 @@ import numpy as np
 from pythainlp.tokenize import word_tokenize
 from transformers import PreTrainedTokenizerBase
 
-LENGTHS = (1024, 2048, 4096, 8192)  # limits for which the report shows what each length policy would do
 POLICIES = {  # as the report shows them
     "drop": "drop: rows left out",
     "truncate_prompt_cut": "truncate_prompt: shortened",
@@ -29,6 +28,8 @@ POLICIES = {  # as the report shows them
     "split_pieces": "split: pieces made of them",
     "truncate_ends_lost": "truncate: ends lost",
 }
+KEPT = 0.95  # of the rows: the report says which max_length keeps so many whole
+ROUND = 512  # tokens that it is a multiple of
 SAMPLE = 200  # answers whose tokens per character and word are measured
 BEYOND = "beyond max_tokens"
 PLACES = 5  # of rows that the report names for each reason
@@ -82,8 +83,10 @@ class Tally:
             self.answers[at] = answer
 
 
-def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict:
+def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
     """The part of the data report that is kept in the cache beside the rows."""
+    longest = tokenizer.model_max_length
+    limits = {max_length} | {1024 << n for n in range(7) if 1024 << n <= longest}
     lengths, before = rows.lengths, np.array([n for n, *_ in tally.lengths], int)
     tokens = int(lengths.sum())
     counts, edges = np.histogram(before, bins=40, range=(0, max(before.max(initial=1), 1)))
@@ -100,7 +103,9 @@ def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
         "end_token_survival": tally.ended / max(tally.rows_kept, 1),
         "tokens_per_row": {f"p{q}": int(np.percentile(before, q)) if len(before) else 0 for q in (5, 50, 95, 100)},
         "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
-        "too_long": {str(limit): policies_at(limit, tally.lengths) for limit in LENGTHS},
+        "longest_possible": longest,
+        "too_long": {str(limit): policies_at(limit, tally.lengths) for limit in sorted(limits)},
+        "max_length_needed": lengths_needed(tally.lengths),
         "thai_share_of_letters": round(tally.letters["thai"] / max(tally.letters["all"], 1), 3),
         "tokens_per_unit": {
             "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
@@ -120,6 +125,19 @@ def policies_at(limit: int, lengths: list[tuple]) -> dict[str, int]:
         "truncate_prompt_dropped": len(long) - savable,
         "split_pieces": sum(len(split_row(Tokens(np.zeros(n, np.uint32), trained), limit)) for n, _, trained in long),
         "truncate_ends_lost": sum(trained[-1] > limit for *_, trained in long),
+    }
+
+
+def lengths_needed(lengths: list[tuple]) -> dict[str, int]:
+    """The max_length at which a policy leaves out, or takes the end of, at most 1 - KEPT of the rows."""
+    needed = {
+        "drop": [n for n, *_ in lengths],
+        "truncate_prompt": [n - most for n, most, _ in lengths],
+        "truncate": [trained[-1] for *_, trained in lengths],
+    }
+    return {
+        policy: math.ceil(np.quantile(counts, KEPT, method="inverted_cdf") / ROUND) * ROUND if counts else 0
+        for policy, counts in needed.items()
     }
 
 
@@ -157,12 +175,13 @@ def refusals(report: dict, s: Settings) -> list[str]:
         if dropped(prefix) / max(rows, 1) > getattr(s, floor):
             reasons.append(f"{dropped(prefix)} of {rows} rows of {place} {what}, more than {floor} = "
                            f"{getattr(s, floor):g}; {advice}{first(prefix)}")  # fmt: skip
-    touched = dropped("longer") + sum(report["rows_touched"].get(what, 0) for what in ("question cut", "answer cut"))
-    if touched > s.max_too_long_share * (report["rows_kept"] + dropped("longer")):
+    lost = dropped("longer") + report["rows_touched"].get("answer cut", 0)
+    share = lost / max(report["rows_kept"] + dropped("longer"), 1)
+    if share > s.max_too_long_share:
         reasons.append(
-            f"{touched} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be "
-            f"dropped or cut, more than max_too_long_share = {s.max_too_long_share:g}; raise --max_length, choose "
-            f"another --length_policy, or raise --max_too_long_share to train so{first('longer')}"
+            f"{lost} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be left "
+            f"out or lose their answer's end, more than max_too_long_share = {s.max_too_long_share:g}"
+            f"{ways_out(report, s, share)}{first('longer') or first('answer cut')}"
         )
     tokens, budget = report["tokens"], report["max_tokens"] or 0
     if budget - tokens > max(0.01 * budget, min(report["tokens_per_row"]["p100"], s.max_length)):
@@ -186,6 +205,23 @@ def refusals(report: dict, s: Settings) -> list[str]:
             f"{first('answer cut')}"
         )
     return reasons
+
+
+def ways_out(report: dict, s: Settings, lost: float) -> str:
+    """What keeps more of the rows that are too long: a max_length, or another policy at this one. A line each."""
+    at, wanted = report["too_long"][str(s.max_length)], report["max_length_needed"].get(s.length_policy, 0)
+    possible = s.max_length < wanted <= report["longest_possible"]
+    ways = [f"--max_length {wanted} keeps {KEPT:.0%} of the rows"] if possible else []
+    policies = {
+        "truncate_prompt": f"shortens the question of {at['truncate_prompt_cut']}, leaves out "
+        f"{at['truncate_prompt_dropped']}",
+        "drop": f"leaves out {at['drop']}",
+        "split": f"makes {at['split_pieces']} pieces of {at['drop']}, only the first of each with its question",
+        "truncate": f"takes the answer's end from {at['truncate_ends_lost']}",
+    }
+    ways += [f"--length_policy {policy} {does}" for policy, does in policies.items() if policy != s.length_policy]
+    ways.append(f"--max_too_long_share {math.ceil(100 * lost) / 100:g} trains on what is left")
+    return "".join(f"\n  {way}" for way in ways)
 
 
 def save_report(path: Path, report: dict) -> None:
@@ -262,6 +298,8 @@ def print_report(report: dict, rows: int = 3) -> None:
     print(f"  {'rows longer than':<29}" + "".join(f"{int(limit):>9,}" for limit in r["too_long"]) + "  tokens")
     for name, label in POLICIES.items():
         print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))
+    needed = (f"{length:,} ({policy})" for policy, length in r["max_length_needed"].items())
+    line(f"{KEPT:.0%} are kept", f"from max_length {', '.join(needed)}")
     if "padding" in r:
         shares = {name: share for name, share in r["padding"].items() if name not in ("packs", "used")}
         text = ", ".join(f"{name} {share:.1%}{'*' * (name == r['padding']['used'])}" for name, share in shares.items())

@@ -139,8 +139,8 @@ def columns_of(entry: dict) -> list[str]:
 
 
 KEYS = {
-    "language", "hub_id", "revision", "config", "folder", "path", "rows", "prompt", "completion", "messages",
-    "held_out", "think", "answer", "licence", "note",
+    "language", "hub_id", "revision", "config", "folder", "path", "rows", "tokens", "prompt", "completion",
+    "messages", "held_out", "think", "answer", "licence", "note",
 }  # fmt: skip
 
 

@@ -105,6 +105,7 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
         raise UserError(
             f"max_length = {max_length} is more than the {config.max_position_embeddings} positions of {path}"
         )
+    tokenizer.model_max_length = config.max_position_embeddings  # the published tokenizer claims twice as many
     return tokenizer
 
 
