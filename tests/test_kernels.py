@@ -1,4 +1,4 @@
-"""Triton's kernels give what torch gives: on this GPU, and on a CPU in Triton's interpreter.
+"""Triton's kernels give what torch gives, on this GPU and on a CPU in Triton's interpreter; a CPU compiles them, too.
 
 The interpreter is chosen when a kernel is defined, so it runs in a process of its own:
 PYTHONPATH=. TRITON_INTERPRET=1 python tests/test_kernels.py few      # or all: every form of every kernel, in minutes
@@ -8,6 +8,8 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 from ouro.model import generate, kernels
 from ouro.model.fp8 import by_row, by_row_in_one_kernel
@@ -103,6 +105,55 @@ def test_kernels_are_right_in_tritons_interpreter(amount):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__, amount], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+SHARED = {80: 163, 86: 99, 90: 227}  # KiB that a block may have on A100; RTX 3080 to 3090; H100 (CUDA's guide)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs triton")
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_kernels_that_decoding_and_fp8_start_compile_for_other_gpus(capability, monkeypatch, tmp_path):
+    """As they are called for the 2.6B model, down to machine code by Triton's own ptxas; started they are not."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    start, made = JITFunction.run, []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", lambda *a, **named: made.append(start(*a, **named | {"warmup": True})))
+    machine = {"device": capability, "stream": 0, "target": GPUTarget("cuda", capability, 32)}
+    driver.set_active(SimpleNamespace(**{f"get_current_{name}": lambda *_, x=x: x for name, x in machine.items()}))
+    try:
+        start_all(fp8=capability >= 90)
+    finally:
+        driver.reset_active()
+    names = {"_decode": 2, "_multiply": 5, "_multiply_gated": 1} | ({"_by_row": 2} if capability >= 90 else {})
+    assert Counter(kernel.name for kernel in made) == names
+    for kernel in made:
+        assert kernel.metadata.target.arch == capability and kernel.asm["cubin"].startswith(b"\x7fELF")
+        assert kernel.metadata.shared <= SHARED[capability] * 1024
+
+
+def start_all(fp8: bool) -> None:
+    """Every form of every kernel that decoding at the sizes of Ouro-2.6B uses, and those of the fp8 weights."""
+    heads, dim, inner = 16, 128, 5632
+    hidden = heads * dim
+
+    def new(*size: int) -> torch.Tensor:
+        return torch.zeros(*size, dtype=torch.bfloat16)
+
+    position, cache = torch.zeros(2, dtype=torch.int64), (new(2, heads, 64, dim), new(2, heads, 64, dim))
+    for splits in (1, 4):
+        kernels.attend_by_kernel(new(2, 3 * hidden), new(2, 1, dim), new(2, 1, dim), *cache, position, splits)
+    x, norm = new(1, hidden), new(hidden)
+    kernels.multiply(x, new(hidden, hidden), 1e-6)
+    kernels.multiply(x, new(3 * hidden, hidden), 1e-6, norm)
+    kernels.multiply(x, new(2 * inner, hidden), 1e-6, norm, x, norm)
+    kernels.multiply(x, new(3 * hidden, hidden), 1e-6, norm, x, norm, norm)
+    kernels.multiply(x, new(2 * inner, hidden), 1e-6, None, x, norm, norm)
+    kernels.multiply_gated(new(1, 2 * inner), new(hidden, inner))
+    for count in (2, 3) if fp8 else ():
+        by_row_in_one_kernel([new(4, hidden)] * count)
 
 
 @gpu
