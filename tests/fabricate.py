@@ -34,7 +34,7 @@ CHANCES = {
     "ic": (0.25, 0.34),
     "low": (0.25, 0.3),
     "high": (0.2, 0.3),
-}  # and the commonest answer's
+}  # and majority
 CHANCES |= {"tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}
 NAMES = {1: "exp2-{}-ut1", 2: "exp3a-{}-ut2", 3: "exp3b-{}-ut3", 4: "exp1-{}-ut4"}
 

@@ -35,6 +35,7 @@ class Test:
     items: int
     clusters: int
     task: str
+    rests: str  # what was trained for it
     word: str = "provisional"
     p: float = math.nan
     adjusted: float = math.nan
@@ -86,10 +87,13 @@ def at_depths(depths: list[int]) -> str:
     return depth_text(depths[0]) if len(depths) == 1 else f"{listed(depths)} loops"
 
 
-def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], dataset: str, aspect: str) -> Test:
-    clusters = len(cells[0].parts)
+def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], rests: str) -> Test:
+    """panel: whose items they are, of adapters trained on Thai."""
+    study = panel.study
+    aspect, clusters = study["aspect"], len(cells[0].parts)
+    dataset = str(adapters(panel)[0].study["dataset"])
     return Test(quantity, aspect, dataset, depth, panel.metric, stats.estimate(cells), panel.items, clusters,
-                panel.study["task"])  # fmt: skip
+                study["task"], rests)  # fmt: skip
 
 
 def adapters(panel: Panel) -> list[Result]:
@@ -132,7 +136,8 @@ def beside_english(reader: Reader, found: dict[Key, Panel], key: Key, aspect: st
         return [], "items in both languages"
     both = [k for k in pair[0].depths() if k in pair[1].depths()]
     cells = {k: pair[0].worth_cells(k) + [-cell for cell in pair[1].worth_cells(k)] for k in both}
-    return [make_test("X", pair[0], k, cells[k], key.dataset, aspect) for k in both], ""
+    rests = spent(english, [1, *both], reader.runs)
+    return [make_test("X", pair[0], k, cells[k], rests) for k in both], ""
 
 
 def judge(tests: list[Test]) -> None:
@@ -227,16 +232,16 @@ def on_thai(aspect: str, key: Key, panel: Panel, tests: list[Test], found: dict,
         if k in beside:
             told[-1] += f", beside English {beside[k].text()}{beside[k].remark()}"
     first = next(iter(worth.values()))
-    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles)"
-    rests += f"; {spent(panel, [1, *worth], reader.runs)}"
+    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles); {first.rests}"
     if beside:
         also = next(iter(beside.values()))
         rests += f"; in both languages: {also.task}, {also.items} items in {also.clusters} clusters"
+        rests += f"; trained on English: {also.rests}"
     sentence = f"Against 1 loop: {'; '.join(told)}. Rests on {rests}.{equal_flops(found, key, reader.runs)}"
     return Verdict(aspect, key.dataset, words, grouped(words), sentence, missing, tests)
 
 
-def on_english(key: Key, panel: Panel, tests: list[Test], reader: Reader) -> Verdict:
+def on_english(key: Key, panel: Panel, tests: list[Test]) -> Verdict:
     """What training on Thai did to English, of tests that were judged."""
     missing = what_is_missing(panel) + [
         f"the base at {depth_text(k)}" for k in panel.trained if k not in panel.base and (k, k) in panel.adapted
@@ -245,8 +250,8 @@ def on_english(key: Key, panel: Panel, tests: list[Test], reader: Reader) -> Ver
         return no_comparison("english", key.dataset, "The base at the adapters' depths is needed.", missing)
     words = {test.depth: WORDS["english"][test.word] for test in tests}
     told = "; ".join(f"{depth_text(test.depth)} {test.text()}{test.remark()}" for test in tests)
-    rests = f"{tests[0].task}, {tests[0].items} items in {tests[0].clusters} clusters (passages or articles)"
-    rests += f"; {spent(panel, [test.depth for test in tests], reader.runs)}"
+    first = tests[0]
+    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles); {first.rests}"
     return Verdict(
         "english", key.dataset, words, grouped(words), f"Against the base: {told}. Rests on {rests}.", missing, tests
     )
@@ -261,13 +266,14 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
     asked = {(k.dataset, p.study["aspect"]): (k, p) for k, p in study.items() if p.study.get("primary")}
     tests, lacks = {}, dict.fromkeys(asked, "")
     for place, (key, panel) in asked.items():
-        dataset, aspect = place
+        aspect = place[1]
         if aspect == "english":
             cells = {k: [gain] for k in panel.trained if (gain := panel.gain_cell(k, k))}
         else:
             cells = {k: panel.worth_cells(k) for k in panel.depths()}
         quantity = "F" if aspect == "english" else "U"
-        tests[place] = [make_test(quantity, panel, k, mine, dataset, aspect) for k, mine in cells.items()]
+        rests = spent(panel, list(cells if aspect == "english" else [1, *cells]), reader.runs) if cells else ""
+        tests[place] = [make_test(quantity, panel, k, mine, rests) for k, mine in cells.items()]
         if aspect in PARALLEL:
             more, lacks[place] = beside_english(reader, found, key, aspect)
             tests[place] += more
@@ -276,7 +282,7 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
     for place in ((dataset, aspect) for dataset in datasets for aspect in ASPECTS):
         dataset, aspect = place
         if place in asked and aspect == "english":
-            made.append(on_english(*asked[place], tests[place], reader))
+            made.append(on_english(*asked[place], tests[place]))
         elif place in asked:
             made.append(on_thai(aspect, *asked[place], tests[place], found, reader, lacks[place]))
         elif aspect == "thai_conversation" and reader.answers and dataset == datasets[0]:
