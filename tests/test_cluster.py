@@ -587,6 +587,25 @@ def test_args_are_words_as_in_a_shell_on_any_number_of_lines(on_a_cluster, monke
         assert "\t--system_prompt\ta b\t--r\t8\t--max_steps\t7\t--exp\t" in capsys.readouterr().out
 
 
+def test_args_replace_what_stands_before_them_and_a_jobs_options_stand_once(on_a_cluster):
+    argv = files.latest([*on_a_cluster, "--output_dir", "elsewhere"])
+    for job in sweep.plan([STUDY[0]], ["3"], 1, argv, [])[:2]:
+        options = [word for word in job.arguments if word.startswith("--")]
+        assert len(set(options)) == len(options) and job.folder == Path("elsewhere/seed3", STUDY[0]).absolute()
+    with pytest.raises(UserError, match="--seed is given twice"):
+        sweep.plan([STUDY[0]], ["3"], 1, [*argv, "--seed", "4"], [])
+
+
+def test_the_status_is_read_in_any_locale(tmp_path):
+    files.write_atomic(tmp_path / "slurm/logs/jobs.tsv", f"7\ttrain\tไทย\t{tmp_path}/ไทย\t{tmp_path}/ไทย\n")
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ouro.cluster.sweep"], cwd=tmp_path, env=environment, capture_output=True,
+        input=f"7\tRUNNING\tไทย\ttrain {tmp_path}/ไทย\t{tmp_path}\n".encode(),
+    )  # fmt: skip
+    assert done.returncode == 0 and b" 7 RUNNING " in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [

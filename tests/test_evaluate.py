@@ -12,7 +12,7 @@ import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
 from ouro.evaluate.tasks import load_task, score_choices, score_texts
-from ouro.files import UserError, latest, write_atomic
+from ouro.files import UserError, latest, seal, write_atomic
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
@@ -638,13 +638,17 @@ def stray(name: str) -> dict[str, bytes]:
         (stray("base_model.model.lm_head.lora_A.weight"), r"lm_head.lora_A.weight is .2, 128., and no such tensor"),
         (stray("model.layers.x.q_proj.lora_A.weight"), r"layers.x.q_proj\S+ is .2, 128., and no such tensor"),
         ("narrow", r"is \[2, 8\], and \[2, 384\] belongs"),
+        ("sealed", "is damaged or was changed, its files are not those of its SHA256SUMS: adapter_config"),
         ("deep", r"\(4 layers\): \S+layers\.9\S+ is .*, and no such"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(trained, tmp_path, change, named):
     folder = tmp_path / "output/exp2-wangchan-ut1"
     shutil.copytree(trained / "output/exp2-wangchan-ut1", folder)
-    if isinstance(change, str):
+    if change == "sealed":
+        seal(folder / "final_adapter")
+        change = {"adapter_config.json": ('"lora_dropout": 0.3', '"lora_dropout": 0.2')}
+    elif isinstance(change, str):
         weights = load_file(folder / "final_adapter/adapter_model.safetensors")
         name = next(n for n in weights if "layers.3" in n and "lora_A" in n)
         tensor = weights.pop(name)
@@ -677,7 +681,7 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tmp_path, change, name
         (["--adapter", "nowhere"], "nowhere is no adapter in PEFT format"),
         (["--model", "typhon"], "unknown baseline 'typhon': neither a folder nor one of typhoon2-1b"),
         # transformers would take the folder's name for a model's: SAM is in "sample"
-        (["--model", "sample"], "^cannot load sample: there is no config.json in it"),
+        (["--model", "sample"], "^cannot load the model sample: there is no config.json in it"),
         (["--base", "--tasks", "thai_exam", "--paths", "thai_exam=sample/texts"], "thai_exam=sample/texts: no onet/"),
         (["--base", "--tasks", "thai_text", "--paths", "thai_text=sample/nope"], "no such file or folder"),
         (["--base", "--subsets", "onet,ics"], r"unknown subset 'ics'; did you mean 'ic'"),
