@@ -450,7 +450,8 @@ def test_choices_are_read_by_the_official_rules(reply, choice):
     assert parse_choice(reply) == choice
 
 
-@pytest.mark.parametrize("reply", ["(1) หรือ (2)", "คำตอบคือ (1)/(2)", "(3), (4) และ (5)", "ข้อ (1) และข้อ (2)", "(1)–(3)"])
+@pytest.mark.parametrize("reply", ["(1) หรือ (2)", "คำตอบคือ (1)/(2)", "(3), (4) และ (5)", "ข้อ (1) และข้อ (2)", "(1)–(3)",
+                                   "(1) หรือไม่ก็ (2)", "**(1)** or maybe **(2)**"])  # fmt: skip
 def test_a_reply_that_names_several_choices_has_none(reply):
     assert parse_choice(reply) is None
 

@@ -1,5 +1,6 @@
 """Chat: text that is shown whole, a conversation through the template at any depth, and what it refuses."""
 
+import copy
 import io
 import shutil
 import sys
@@ -109,8 +110,15 @@ def test_a_conversation_goes_through_the_template_at_the_depth_asked_for(talk, o
 
 def test_a_thought_is_not_fed_into_the_next_turn(monkeypatch, tokenizer):
     s, model = Settings(), SimpleNamespace(config=SimpleNamespace(total_ut_steps=1))
+    tokenizer = copy.deepcopy(tokenizer)
     talk = chat.Conversation(model, tokenizer, s, s, has_adapter=False)
-    for said, kept in (("<think>ก</think>\n\nข", "ข"), ("<think>ก", ""), ("ข", "ข")):
+    for said, kept, begun in (
+        ("<think>ก</think>\n\nข", "ข", ""),
+        ("<think>ก", "", ""),
+        ("ข", "ข", ""),
+        ("ก", "", "<think>\n"),
+    ):
+        tokenizer.chat_template += begun
         answers = tokenizer(said, add_special_tokens=False).input_ids
         monkeypatch.setattr(chat, "generate", lambda *_, on_tokens, ids=answers, **__: on_tokens(0, ids))
         talk.reply("ถาม", lambda text: None)

@@ -323,6 +323,7 @@ def test_a_reply_of_nothing_or_of_half_a_letter_is_a_text(server, content, text)
     [
         ("JUDGE_MODEL", "", "JUDGE_MODEL is not set"),
         ("JUDGE_BASE_URL", " ", "JUDGE_BASE_URL is not set"),
+        ("JUDGE_MODEL", "a\x1b[2J", r"judge: not a model's name: 'a\\x1b\[2J'"),
         ("JUDGE_BASE_URL", "localhost:8000", "the address must be like https://host/v1"),
         ("JUDGE_BASE_URL", "http://host:port/v1", "judge: not an address"),
         ("JUDGE_BASE_URL", f"https://me:{KEY}@host/v1", "with the key in JUDGE_API_KEY"),

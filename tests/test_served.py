@@ -45,6 +45,8 @@ def test_a_served_model_is_named_by_the_servers_list_or_by_the_environment(serve
         (["base", "exp2"], "serves base, exp2: set ENDPOINT_MODEL to one"),
         ([], "serves no model"),
         ([None], "not the JSON that was asked for"),
+        (["a\x1b[2J"], r"not a model's name: 'a\\x1b\[2J'"),
+        (["a" * 201], "not a model's name: 'aaa"),
     ):
         model.models = models
         with pytest.raises(UserError, match=message):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.data.chats import prompt_tokens
 from ouro.data.thai import normalise
-from ouro.data.thoughts import answer_of
+from ouro.data.thoughts import answer_of, begun_by, with_beginning
 from ouro.files import UserError, call
 from ouro.model.generate import generate
 from ouro.model.loading import frozen_here, load_run_model, load_tokenizer
@@ -121,7 +121,8 @@ class Conversation:
             )
         except KeyboardInterrupt:
             write(" …")
-        self.turns = [*turns, {"role": "assistant", "content": answer_of("".join(said)) or ""}]  # without its thought
+        reply = with_beginning("".join(said), begun_by(self.tokenizer.decode(ids[-16:])))
+        self.turns = [*turns, {"role": "assistant", "content": answer_of(reply) or ""}]  # without its thought
 
 
 def write(text: str) -> None:

@@ -41,7 +41,9 @@ YES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": 
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
 MARKED = r"(?:\(?([1-5๑-๕])\s*[.)])?(.*)"  # an option of M3Exam: "1. text", "๑. text", "(1) text", or no number
-ANOTHER = re.compile(rf"\s*(?:หรือ|และ|กับ|ถึง|or|and|[/,&+–-])\s*(?:ข้อ\s*)?{ANSWER}", re.IGNORECASE)
+ANOTHER = re.compile(  # behind a choice: the reply does not choose
+    rf"[^\w()\n]*(?:(?:หรือ|\bor\b)[^()\n]{{0,15}}|(?:และ|กับ|ถึง|\band\b|[/,&+–-])\s*(?:ข้อ\s*)?){ANSWER}", re.IGNORECASE
+)
 Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 

@@ -301,7 +301,14 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
     if key and parsed.scheme == "http" and not _is_here(parsed.host):
         print(f"warning: {name} is sent to {parsed.host} by http, where others on the way can read it", file=sys.stderr)
     path = parsed.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-    return Server(kind, str(parsed.copy_with(path=path)), model.strip(), key, **rest)
+    return Server(kind, str(parsed.copy_with(path=path)), _name(model.strip(), kind), key, **rest)
+
+
+def _name(model: str, kind: str) -> str:
+    """A model's name: it is printed, and results are named by it."""
+    if len(model) > LONGEST_NAME or printable(model) != " ".join(model.split()):
+        raise UserError(f"{kind}: not a model's name: {_beginning(model)!r}")
+    return model
 
 
 def _is_here(host: str) -> bool:
@@ -350,9 +357,7 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
         if len(names) != 1:
             served = _beginning(", ".join(names)) or "no model"
             raise UserError(f"endpoint {server.url} serves {served}: set ENDPOINT_MODEL to one")
-        server.model = names[0]
-    if len(server.model) > LONGEST_NAME or printable(server.model) != " ".join(server.model.split()):
-        raise UserError(f"endpoint {server.url}: no model's name: {_beginning(server.model)!r}")  # results are named so
+        server.model = _name(names[0], "endpoint")
     return server
 
 
