@@ -163,7 +163,7 @@ def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: 
 
 def trained_as(run: Run) -> dict[str, str]:
     """Data and settings of a run, as far as they must not differ between depths and seeds."""
-    told = {key: value for key, value in run.data.items() if key not in ("padding", "cache", "from_cache")}
+    told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}
     found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}
     found |= {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
     rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
