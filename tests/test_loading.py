@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 from ouro.evaluate.models import find_models
 from ouro.files import UserError
-from ouro.model import loading
+from ouro.model import loading, modeling_ouro
 from ouro.model.loading import load_ouro
 from ouro.model.lora import Group
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel
@@ -63,7 +63,7 @@ def test_saved_config_holds_what_the_published_code_reads(folder):
     saved = json.loads((folder / "config.json").read_text())
     published = json.loads((ROOT / "sample/ouro-tiny/config.json").read_text())  # of the published layout
     assert published.keys() - {"init_seed"} <= saved.keys()
-    for name in ("model_type", "architectures", "auto_map", "hidden_act", "use_cache"):
+    for name in ("model_type", "architectures", "hidden_act", "use_cache"):
         assert saved[name] == published[name], name
     assert saved["torch_dtype"] == "float32" and saved["layer_types"] == ["full_attention"] * 2
     assert {"vocab_size": VOCAB, **MEDIUM}.items() <= saved.items()
@@ -82,7 +82,8 @@ def test_published_layout_loads_without_running_its_code(folder):
         assert torch.equal(loaded(IDS).logits, expected)
         loaded.save_pretrained(folder.parent / "again")
         config = AutoConfig.from_pretrained(folder.parent / "again")
-        assert all(entry.startswith("ByteDance/Ouro-2.6B--") for entry in config.auto_map.values())
+        assert all(entry.startswith("modeling_ouro.Ouro") for entry in config.auto_map.values())
+        assert (folder.parent / "again/modeling_ouro.py").read_bytes() == Path(modeling_ouro.__file__).read_bytes()
 
 
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[1]], ids=["one loop", "two loops"])

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from ouro.model.loading import load_ouro
-from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS, OuroConfig, OuroForCausalLM
 
 import pytest
@@ -149,6 +147,8 @@ KINDS = {  # name -> (how it is loaded, what fuse is told)
 
 def adapted(kind: str = "fp32", loops: int = 2, seed: int = 0, size: dict = MEDIUM, **config) -> PeftModel:
     """A tiny model in training mode with random adapters, B too, as PEFT makes it; the same at every call."""
+    from ouro.model.loading import load_ouro  # not above: the model's own tests run on other versions of transformers
+
     quantised, _ = KINDS[kind]
     if quantised is None:
         model = tiny(size, total_ut_steps=loops).float()
@@ -163,6 +163,8 @@ def adapted(kind: str = "fp32", loops: int = 2, seed: int = 0, size: dict = MEDI
 
 
 def fused(kind: str = "fp32", **options) -> PeftModel:
+    from ouro.model.lora import fuse
+
     model = adapted(kind, **options)
     fuse(model, KINDS[kind][1])
     return model

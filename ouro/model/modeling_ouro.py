@@ -1,4 +1,4 @@
-"""Ouro, the looped language model (arXiv 2510.25741), in one file for torch and transformers (4.54 or later) alone.
+"""Ouro, the looped language model (arXiv 2510.25741), in one file for torch and transformers (4.54 to 5.24) alone.
 
     import modeling_ouro                            # this file; transformers then knows the model type "ouro"
     from transformers import AutoModelForCausalLM
@@ -21,7 +21,7 @@ checkpoints and adapters move both ways. Where this code differs from the publis
 Faster layers can be put in from outside, without a change of this file: see `project`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # what LoRA may adapt
 IGNORE = -100  # label of a position that is not trained
+# What transformers calls the cache in `generate` and in outputs: "past_key_values", and "cache" in later versions 5.
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache"))
 CHUNK = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
 # Keys of a published config.json of which one value is supported: another would be computed wrongly without a word.
 ONE_VALUE = {
@@ -52,7 +54,7 @@ class OuroConfig(PretrainedConfig):
     """
 
     model_type = "ouro"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     def __init__(
         self,
@@ -96,27 +98,21 @@ class OuroConfig(PretrainedConfig):
             setattr(self, key, legal)
         kwargs["sliding_window"] = None  # its number has no meaning while use_sliding_window is false
         super().__init__(tie_word_embeddings=False, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
-        # A saved folder names the published code, which both base repositories share, so that tools that run remote
-        # code load the folder too. (A relative entry would point at files that the folder does not have.)
-        modeling = "ByteDance/Ouro-2.6B--modeling_ouro."
-        self.auto_map = {
-            "AutoConfig": "ByteDance/Ouro-2.6B--configuration_ouro.OuroConfig",
-            "AutoModel": modeling + "OuroModel",
-            "AutoModelForCausalLM": modeling + "OuroForCausalLM",
-        }
+        # `save_pretrained` puts this file into the folder, whose config.json points to it: transformers has no Ouro,
+        # and the code of the published repositories fails with a cache on every version tried.
+        names = {"AutoConfig": "OuroConfig", "AutoModel": "OuroModel", "AutoModelForCausalLM": "OuroForCausalLM"}
+        self.auto_map = {auto: f"modeling_ouro.{name}" for auto, name in names.items()}
 
 
 @dataclass
-class OuroModelOutput(ModelOutput):
+class OuroModelOutput(BaseModelOutputWithPast):
     """`loop_hidden_states`: the normed state after every loop that ran, each (batch, seq, hidden)."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class OuroOutput(ModelOutput):
+class OuroOutput(CausalLMOutputWithPast):
     """What a forward pass gives; a field that was not asked for is None.
 
     loss: scalar, summed cross-entropy over the trained positions / `num_items_in_batch` (or their number).
@@ -127,9 +123,6 @@ class OuroOutput(ModelOutput):
     correct_tokens, trained_tokens: scalars; greedy predictions that were right, out of the trained positions.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
     loop_logits: tuple[Tensor, ...] | None = None
     gate_logits: Tensor | None = None
@@ -258,7 +251,7 @@ class OuroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OuroDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
@@ -297,6 +290,7 @@ class OuroModel(OuroPreTrainedModel):
         position_ids: (batch, seq); where they do not rise by one a new document starts, and documents are isolated.
         total_ut_steps: loops to run instead of the config's number.
         documents: `document_bounds` of position_ids, so that the GPU need not be asked; without a mask or a cache.
+        past_key_values, or `cache`: one with a slot for each (loop, layer), or empty.
 
         Raises:
             ValueError: arguments that contradict each other, or a cache filled at another depth.
@@ -311,6 +305,7 @@ class OuroModel(OuroPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (batch, seq, hidden)
         batch, seq, _ = x.shape
         layers = len(self.layers)
+        past_key_values = kwargs.get("cache") if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -333,7 +328,7 @@ class OuroModel(OuroPreTrainedModel):
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids
         cos, sin = self.rotations(positions, x.dtype)
         states = self.run_loops(x, cos, sin, mask, causal, documents, loops, past_key_values)
-        return OuroModelOutput(states[-1], past_key_values, states)
+        return OuroModelOutput(last_hidden_state=states[-1], loop_hidden_states=states, **{CACHE: past_key_values})
 
     def run_loops(self, x, cos, sin, mask, causal, documents, loops: int, past_key_values=None) -> tuple[Tensor, ...]:
         """The normed state after every loop, each (batch, seq, hidden), of x (batch, seq, hidden)."""
@@ -541,6 +536,15 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         It takes an OSError to mean that there is none."""
         raise OSError("code of a checkpoint is never run")
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """A cache that grows: transformers would make one by the config, with a slot a layer, and loops need more."""
+        if generation_config.use_cache is False or model_kwargs.get(CACHE) is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            asked = generation_config.cache_implementation
+            raise ValueError(f"cache_implementation={asked!r}: only a dynamic cache has a slot for each (loop, layer)")
+        model_kwargs[CACHE] = DynamicCache()
+
     def gate_logits(self, states: tuple[Tensor, ...]) -> Tensor:
         """The exit gate's logit after every loop: (loops, batch, seq) from loops times (batch, seq, hidden)."""
         return torch.stack([self.model.early_exit_gate(h).squeeze(-1) for h in states])
@@ -601,7 +605,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, loops, **kwargs
         )
         states = out.loop_hidden_states
-        result = {"past_key_values": out.past_key_values}
+        result = {CACHE: getattr(out, CACHE)}
         if output_loops:
             result |= {"loop_hidden_states": states, "gate_logits": self.gate_logits(states)}
         if labels is not None:
@@ -672,6 +676,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         }
 
 
-AutoConfig.register("ouro", OuroConfig)
+AutoConfig.register("ouro", OuroConfig, exist_ok=True)  # a second folder with this file may have done it
 AutoModel.register(OuroConfig, OuroModel)
 AutoModelForCausalLM.register(OuroConfig, OuroForCausalLM)
+OuroForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # `save_pretrained` then copies this file
