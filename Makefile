@@ -25,7 +25,7 @@ TAKEN := $(foreach goal,$(GOALS),$(patsubst $(goal)/%,%,$(filter $(goal)/%,$(TAK
 ifneq ($(filter fetch preflight cluster-sweep status logs cancel,$(GOALS)),)
 TAKEN += $(shell sed -n 's/^: "$${\([A-Z_]*\):=.*/\1/p' slurm/site.env.example)
 endif
-UNKNOWN := $(filter-out $(TAKEN) PYTHON PIXI_ENV ENV RUN OUTPUT_DIR RESULTS_DIR REPORT_TO TOTAL_UT_STEPS TOKENIZERS_PARALLELISM \
+UNKNOWN := $(filter-out $(TAKEN) PYTHON PIXI_ENV ENV PY OUTPUT_DIR RESULTS_DIR REPORT_TO TOTAL_UT_STEPS TOKENIZERS_PARALLELISM \
   TMPDIR %_proxy %_PROXY $(addsuffix _%,HF JUDGE ENDPOINT WANDB CUDA NCCL OMP SBATCH SLURM TORCH),$(GIVEN))
 ifneq ($(UNKNOWN),)
 $(error make $(GOALS) does not take $(UNKNOWN). It takes $(or $(sort $(TAKEN)),nothing)$(if $(filter ARGS,$(TAKEN)), (settings: ARGS="--learning_rate 1e-4")))
@@ -39,16 +39,16 @@ export TOKENIZERS_PARALLELISM ?= false
 
 ifdef PIXI_ENVIRONMENT_NAME  # inside `pixi run`
 ENV := :
-RUN := python
+PY := python
 PYTHON_BIN := python
 else ifneq ($(shell command -v pixi),)
 export PIXI_ENV ?= default
 ENV := $(MAKE) --no-print-directory pixi.lock && pixi install --quiet --locked --environment "$$PIXI_ENV"
-RUN := pixi run --frozen --environment "$$PIXI_ENV" python
+PY := pixi run --frozen --environment "$$PIXI_ENV" python
 PYTHON_BIN := .pixi/envs/$(value PIXI_ENV)/bin/python
 else
 ENV := tools/env.sh "$$PYTHON"
-RUN := .venv/bin/python
+PY := .venv/bin/python
 PYTHON_BIN := .venv/bin/python
 endif
 export PYTHON_BIN
@@ -66,34 +66,34 @@ env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to
 	@$(ENV)
 
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones) [ARGS="…"]
-	@$(RUN) train_qlora.py --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
-	@$(RUN) evaluate.py --output_dir output/smoke --results_dir results/make-smoke --limit 3 $(MORE)
+	@$(PY) train_qlora.py --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
+	@$(PY) evaluate.py --output_dir output/smoke --results_dir results/make-smoke --limit 3 $(MORE)
 
 demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that [ARGS="…"]
-	@$(RUN) tools/demo.py $(MORE)
+	@$(PY) tools/demo.py $(MORE)
 
 train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml ARGS="--learning_rate 1e-4"]
-	@$(need-exp)$(RUN) train_qlora.py --exp "$$EXP" $(MORE)
+	@$(need-exp)$(PY) train_qlora.py --exp "$$EXP" $(MORE)
 
 eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… SUBSETS=onet,… LIMIT=N JUDGE=none CONFIG=… ARGS="…"]
-	@$(need-exp)$(RUN) evaluate.py --exp "$$EXP" $(EVAL)
+	@$(need-exp)$(PY) evaluate.py --exp "$$EXP" $(EVAL)
 
 eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL=typhoon2-3b UT=… BENCH=… SUBSETS=… LIMIT=N JUDGE=none CONFIG=… ARGS="…"]
-	@all=$$($(RUN) -c 'from ouro.evaluate import benchmarks; print(*benchmarks.table()["baselines"])'); \
+	@all=$$($(PY) -c 'from ouro.evaluate import benchmarks; print(*benchmarks.table()["baselines"])'); \
 	if [ -n "$${MODEL:-}" ]; then set -- "$$MODEL"; else set -- $$all; fi; \
-	for model; do $(RUN) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
+	for model; do $(PY) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
 report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
-	@$(RUN) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
+	@$(PY) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
 power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
 	@$(RUN) report.py --power --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
 chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=… ARGS="…"]
-	@$(need-exp)$(RUN) tools/chat.py --exp "$$EXP" $(MORE)
+	@$(need-exp)$(PY) tools/chat.py --exp "$$EXP" $(MORE)
 
-EXPORT = $(RUN) tools/export.py $@ --exp "$$EXP" $${UT:+--total_ut_steps "$$UT"} $(MORE)
+EXPORT = $(PY) tools/export.py $@ --exp "$$EXP" $${UT:+--total_ut_steps "$$UT"} $(MORE)
 
 merge: env  ## write a trained experiment as one bf16 model: make merge EXP=exp2-wangchan-ut1 [UT=2 CONFIG=… ARGS="…"]
 	@$(need-exp)$(EXPORT)
@@ -101,11 +101,11 @@ merge: env  ## write a trained experiment as one bf16 model: make merge EXP=exp2
 push: env  ## upload its adapter, private: make push EXP=exp2-wangchan-ut1 REPO=me/name [MERGED=1 PUBLIC=1 UT=2 CONFIG=… ARGS="…"]
 	@$(need-exp)$(EXPORT) $${REPO:+--repo "$$REPO"} $(call flag,MERGED,--merged) $(call flag,PUBLIC,--public)
 
-serve: env  ## print the vLLM command for it: make serve EXP=exp2-wangchan-ut1 [UT=2 CONFIG=… ARGS="…"]
-	@$(need-exp)$(EXPORT)
+serve: env  ## print the vLLM command for it, or run it: make serve EXP=exp2-wangchan-ut1 [RUN=1 UT=2 CONFIG=… ARGS="…"]
+	@$(need-exp)$(EXPORT) $(call flag,RUN,--run)
 
 data-report: env  ## check a training set, show what would be trained: make data-report DATASET=wangchan [DATASET_PATH=… CONFIG=… ARGS="…"]
-	@$(RUN) data_config.py --dataset "$${DATASET:-wangchan}" $${DATASET_PATH:+--dataset_path "$$DATASET_PATH"} $(MORE)
+	@$(PY) data_config.py --dataset "$${DATASET:-wangchan}" $${DATASET_PATH:+--dataset_path "$$DATASET_PATH"} $(MORE)
 
 fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam ARGS="…"]
 	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" tools/fetch.py $${ONLY:+--only "$$ONLY"} $(MORE)
@@ -131,19 +131,19 @@ cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
 bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml]; WHAT=plan [ARGS="--gpu RTX3080"]; more: tools/bench.py
-	@$(RUN) tools/bench.py "$${WHAT:-plan}" $(MORE)
+	@$(PY) tools/bench.py "$${WHAT:-plan}" $(MORE)
 
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: env  ## run what holds the product together: under five minutes on two cores
-	@$(RUN) -m ruff check .
+	@$(PY) -m ruff check .
 	@$(PYTEST) -m 'not slow'
 
 test-all: test  ## run the slow tests too: real Slurm, kills, several processes, the demo, browser, compilers
 	@$(PYTEST) -m slow
 
 lint: env  ## ruff alone
-	@$(RUN) -m ruff check .
+	@$(PY) -m ruff check .
 
 lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
 	@tools/env.sh "$$PYTHON"

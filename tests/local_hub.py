@@ -10,10 +10,12 @@
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with
 X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; a Range is answered with 206 or 416;
 every answer about a repository names its commit; `?blobs=true` adds sizes and hashes to the list of files; a 404 says
-in X-Error-Code whether repository, revision or file is missing. Read-only; no Xet, and no folder is listed by itself
-(tree): transformers asks for one, of additional chat templates, which no model here has.
+in X-Error-Code whether repository, revision or file is missing. To `writers` it lets models be pushed, as the client
+does it: create, preupload, LFS, commit. No Xet, and no folder is listed by itself (tree): transformers asks for one, of
+additional chat templates, which no model here has.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -31,6 +33,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +71,10 @@ class LocalHub:
         self.storage: dict[str, tuple[str, str, str, Path]] = {}  # sha256 -> repository, commit, path, large file
         # path in a repository -> where the next answers with its content end, and what must happen before they do
         self.cuts: dict[str, tuple[int, threading.Event]] = {}
+        self.writers: dict[str, tuple[str, Path]] = {}  # token -> its user, and where what is pushed is kept
+        self.private: dict[str, bool] = {}
+        self.large: dict[str, bytes] = {}  # sha256 -> uploaded content, in a commit or not yet
+        self.cut_uploads = False  # connections end in the middle of a large file
         self.port = 0
         self.open()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -118,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         blobs = parse_qs(url.query).get("blobs", [""])[0].lower() in ("true", "1")
         self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if url.path == "/api/whoami-v2":
+            user, _ = self.writer()
+            return self.reply(200 if user else 401, {"name": user, "type": "user", "orgs": []})
         if url.path.startswith("/storage/"):  # where large files are redirected to, outside of any repository
             repo, revision, path, file = self.hub.storage[url.path.removeprefix("/storage/")]
             call, answer = "storage", self.part(file.read_bytes(), {})
@@ -132,6 +142,69 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """What a push asks: for a repository, what must go to LFS and is not there, and for a commit."""
+        body, path = self.rfile.read(int(self.headers["Content-Length"] or 0)), urlsplit(self.path).path
+        user, root = self.writer()
+        if not user:
+            return self.reply(401, {"error": "Invalid username or password."})
+        if path == "/api/validate-yaml":
+            yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            return self.reply(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.create(json.loads(body), user, root)
+        repo = re.match(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?/", path)[1]
+        commit, folder = self.hub.repositories[repo]["main"]
+        if "/preupload/" in path:
+            files = [{"path": file["path"], "shouldIgnore": False, "oid": self.oid(folder / file["path"]),
+                      "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular"}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            return self.reply(200, {"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [{"oid": asked["oid"], "size": asked["size"]} for asked in json.loads(body)["objects"]]
+            for item in objects:
+                if item["oid"] not in self.hub.large:
+                    item["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+            return self.reply(200, {"transfer": "basic", "objects": objects})
+        new = {}
+        for line in body.splitlines():
+            kind, value = json.loads(line).values()
+            if kind == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                new[value["path"]] = self.hub.large[value["oid"]]
+        place = shutil.copytree(folder, folder.with_name(str(int(folder.name) + 1)))
+        commit = self.hub.add(repo, write(place, new), branch="main")
+        self.reply(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"})
+
+    def create(self, asked: dict, user: str, root: Path) -> None:
+        repo = f"{asked['organization'] or user}/{asked['name']}"
+        if not repo.startswith(f"{user}/"):
+            return self.reply(403, {"error": "You don't have the rights to create a model under this namespace"})
+        if repo in self.hub.repositories:
+            return self.reply(409, {"url": f"{self.hub.url}/{repo}", "error": "You already created this model repo"})
+        self.hub.private[repo] = bool(asked.get("private"))
+        self.hub.add(repo, write(root / repo / "0", {".gitattributes": "*.safetensors filter=lfs"}), branch="main")
+        self.reply(200, {"url": f"{self.hub.url}/{repo}"})
+
+    def do_PUT(self) -> None:
+        size = int(self.headers["Content-Length"])
+        if self.hub.cut_uploads:
+            self.rfile.read(size // 2)
+            self.connection.close()
+            return
+        self.hub.large[self.path.removeprefix("/lfs/")] = self.rfile.read(size)
+        self.reply(200, {})
+
+    def writer(self) -> tuple[str | None, Path | None]:
+        return self.hub.writers.get(self.headers.get("Authorization", "").removeprefix("Bearer "), (None, None))
+
+    def oid(self, file: Path) -> str | None:
+        return hashes(file, file.stat().st_mtime_ns)[file.suffix in LARGE] if file.exists() else None
+
+    def reply(self, status: int, answer: dict) -> None:
+        self.send(self.path, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
     def answer(self, repo: str, call: str, revision: str, path: str, blobs: bool) -> tuple[int, bytes, dict]:
         revisions = self.hub.repositories.get(repo)
         if not revisions or revision not in revisions:
@@ -141,7 +214,8 @@ class Handler(BaseHTTPRequestHandler):
         files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
         if call in ("revision", "info"):
             siblings = [sibling(name, file, blobs) for name, file in files.items()]
-            result = {"id": repo.removeprefix("datasets/"), "sha": commit, "private": False, "siblings": siblings}
+            result = {"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": siblings,
+                      "private": self.hub.private.get(repo, False)}  # fmt: skip
             return 200, json.dumps(result).encode(), headers
         if path not in files:
             return self.missing("EntryNotFound", revision, headers)

@@ -660,7 +660,7 @@ def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
         )
         given = {name: f"{name}: {text}" for name in taken} | flags
         words = [f"{name}={value}" for name, value in given.items()] if origin == "command line" else []
-        command = ["make", "-n" if planned else "-s", "ENV=true", "RUN=apptainer", "PYTHON=apptainer", target, *words]
+        command = ["make", "-n" if planned else "-s", "ENV=true", "PY=apptainer", "PYTHON=apptainer", target, *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | ({} if words else given))
         told = done.stdout + done.stderr
         assert done.returncode == 0 or target == "logs", told

@@ -1,6 +1,6 @@
 """What leaves a run: the merged model is the adapted one, the Hub gets what it should, vLLM's command is one.
 
-One run is trained, with NF4 weights, and others are made from it. The Hub's client is one that notes what it is asked.
+One run is trained, with NF4 weights, and others are made from it. The Hub is a local one, asked by its own client.
 """
 
 import errno
@@ -9,31 +9,33 @@ import math
 import shlex
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from ouro import files
-from ouro.files import UserError, seal
+from ouro.files import UserError, file_sha256, seal
 from ouro.model.loading import load_ouro, load_run_model, read_config
-from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
+from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import REVISIONS, Settings
 from ouro.train.run_folder import is_good
 from tools import export as exporting
+from tools.card import WHEEL
 from tools.export import merge_adapter, merged_model
 
 import pytest
 import torch
+import yaml
 from helpers import trained
-from huggingface_hub import constants
-from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
+from huggingface_hub import HfApi, ModelCard, constants
+from local_hub import LocalHub
 from peft import LoraConfig, get_peft_model
-from requests import ConnectionError, Response
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = "sample/ouro-tiny"
+MODEL = Path("ouro/model/modeling_ouro.py")
 BASE, BASE_COMMIT = "ByteDance/Ouro-2.6B", REVISIONS["ByteDance/Ouro-2.6B"]
 IDS = torch.arange(1, 49).reshape(2, 24) * 17 % 1024
 NF4, DORA, RSLORA = "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3"
@@ -174,7 +176,10 @@ def test_the_merged_folder_is_a_model_folder_like_the_published_one(export, run)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     config, published = (json.loads((place / "config.json").read_text()) for place in (merged, Path(TINY)))
     del published["init_seed"]  # with it, missing weights would be random ones
+    elsewhere = published.pop("auto_map")  # in the published folders' own files
+    assert config.pop("auto_map") == {auto: f"modeling_ouro.{x.rpartition('.')[2]}" for auto, x in elsewhere.items()}
     assert config == published | {"total_ut_steps": 3, "early_exit_threshold": None}
+    assert (merged / "modeling_ouro.py").read_bytes() == MODEL.read_bytes()
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2] and "_from_model_config" not in generation
     chat = [{"role": "user", "content": "สวัสดี"}]
@@ -261,77 +266,82 @@ def test_unknown_and_unfinished_experiments_and_a_run_without_a_manifest_are_ref
 # -------------------------------------------------------------------------------------------------------------- push
 
 
-class Hub:
-    """In the place of HfApi, as somchai, who may write under that name alone; keeps what is uploaded."""
-
-    def __init__(self):
-        self.private: dict[str, bool] = {}
-        self.committed: dict[str, dict[str, bytes]] = {}
-        self.error: Exception | None = None  # of the upload
-
-    def whoami(self) -> dict:
-        return {"name": "somchai"}
-
-    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
-        if not repo.startswith("somchai/"):
-            raise answered(403)
-        self.private.setdefault(repo, private)
-
-    def model_info(self, repo: str) -> SimpleNamespace:
-        return SimpleNamespace(private=self.private[repo])
-
-    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list, commit_message: str):
-        if self.error:
-            raise RuntimeError(f"Error while uploading: {SIGNED}") from self.error
-        names = filter_repo_objects([file.name for file in folder_path.iterdir()], allow_patterns=allow_patterns)
-        self.committed[repo_id] = {name: (folder_path / name).read_bytes() for name in names}
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/222")
-
-
-TOKEN, SIGNED = "hf_" + "s3cret" * 5, "https://storage/x?Signature=s3cret"
-
-
-def answered(status: int) -> HfHubHTTPError:
-    response = Response()
-    response.status_code, response.reason = status, "Refused"
-    return HfHubHTTPError(f"{status} for {SIGNED}", response=response)
+TOKEN = "hf_" + "s3cret" * 5
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(exporting, "HfApi", lambda: hub)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def hub(tmp_path, monkeypatch):
+    """A Hub on which TOKEN is somchai, who may write under that name alone."""
+    hub = LocalHub()
+    hub.writers[TOKEN] = ("somchai", tmp_path / "hub")
+    monkeypatch.setattr(exporting, "HfApi", lambda: HfApi(hub.url, token=TOKEN))
+    for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("ENDPOINT", hub.url)):
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(exporting, "get_token", lambda: TOKEN)
-    return hub
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the client waits between attempts
+    yield hub
+    hub.close()
 
 
 @pytest.fixture
 def push(hub, export, refused):
-    """Pushes the run RSLORA; gives what is printed, or the refusal, after which nothing is uploaded."""
+    """Pushes the run RSLORA; gives what is printed, or the refusal, after which nothing is committed."""
 
     def play(repo: str | None, *options: str, refusal: bool = False) -> str:
-        before, options = dict(hub.committed), (*(["--repo", repo] if repo else []), *options)
+        before = {name: revisions["main"] for name, revisions in hub.repositories.items()}
+        options = (*(["--repo", repo] if repo else []), *options)
         printed = refused(RSLORA, "push", *options) if refusal else export("push", RSLORA, *options)
-        assert "s3cret" not in printed and (hub.committed == before or not refusal)
+        after = {name: revisions["main"] for name, revisions in hub.repositories.items()}
+        assert "s3cret" not in printed
+        assert not refusal or all(after[name] == before.get(name, after[name]) for name in after)
         return printed
 
     return play
 
 
-def test_the_adapter_is_uploaded_with_tokenizer_and_card_to_a_private_repository(push, hub, run):
+def committed(hub: LocalHub, repo: str) -> dict[str, bytes]:
+    """The files of a repository's main branch."""
+    _, folder = hub.repositories[repo]["main"]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files.pop(".gitattributes")
+    return files
+
+
+def front_matter(card: bytes) -> dict:
+    return ModelCard(card.decode()).data.to_dict()
+
+
+def test_the_adapter_is_uploaded_with_tokenizer_code_and_card_to_a_private_repository(push, hub, run):
     adapter = run(RSLORA, model_name_or_path=BASE) / "final_adapter"
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "SHA256SUMS"}
+    files["modeling_ouro.py"] = MODEL.read_bytes()
     (adapter / ".DS_Store").touch()  # a file browser's
     printed = push("somchai/ouro-thai")
-    assert hub.committed["somchai/ouro-thai"] == files
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
+    there = committed(hub, "somchai/ouro-thai")
+    about = front_matter(there.pop("README.md"))
+    assert there == {name: content for name, content in files.items() if name != "README.md"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files.keys()
+    assert about["base_model"] == BASE and about["base_model_relation"] == "adapter" and about["library_name"] == "peft"
+    assert about["license"] == "apache-2.0" and about["language"] == "th" and about["pipeline_tag"] == "text-generation"
     assert hub.private["somchai/ouro-thai"] is True
-    assert "as somchai to somchai/ouro-thai (private)" in printed and "/somchai/ouro-thai/commit/222" in printed
-    push("somchai/ouro-thai")  # again
-    hub.private["somchai/known"] = False
-    assert "exists and is public" in push("somchai/known", refusal=True)
-    assert "(public)" in push("somchai/known", "--public")
+    assert "as somchai to somchai/ouro-thai (private)" in printed and "/somchai/ouro-thai/commit/" in printed
+    hub.private["somchai/ouro-thai"] = False
+    assert "exists and is public" in push("somchai/ouro-thai", refusal=True)
+    assert "(public)" in push("somchai/ouro-thai", "--public")
+
+
+def test_a_push_that_is_repeated_changes_nothing_and_one_that_was_cut_off_is_made_whole(push, hub, run):
+    adapter = run(RSLORA, model_name_or_path=BASE) / "final_adapter"
+    hub.cut_uploads = True
+    assert f"no connection to {hub.url}, or it broke" in push("somchai/new", refusal=True)
+    assert committed(hub, "somchai/new") == {} and hub.large == {}
+    hub.cut_uploads = False
+    push("somchai/new")
+    commit = hub.repositories["somchai/new"]["main"]
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert committed(hub, "somchai/new")["adapter_model.safetensors"] == weights
+    push("somchai/new")
+    assert hub.repositories["somchai/new"]["main"] == commit
 
 
 def test_the_merged_model_is_uploaded_on_request(push, export, hub, run):
@@ -340,22 +350,58 @@ def test_the_merged_model_is_uploaded_on_request(push, export, hub, run):
     assert f"make merge EXP={RSLORA}" in push("somchai/all", "--merged", refusal=True)
     export("merge", RSLORA)
     push("somchai/all", "--merged", "--public")
-    files = hub.committed["somchai/all"]
+    files = committed(hub, "somchai/all")
     assert files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
-    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files.keys()
+    assert {"config.json", "generation_config.json", "tokenizer.json", WHEEL} <= files.keys()
+    assert files["modeling_ouro.py"] == MODEL.read_bytes() and b'from_pretrained("somchai/all"' in files["README.md"]
     assert not {"SHA256SUMS", "merge.json"} & files.keys() and hub.private["somchai/all"] is False
+    run_folder = merged.parent
+    changed(run_folder, model_name_or_path=BASE)
+    assert "holds another kind of model (config.json)" in push("somchai/all", "--public", refusal=True)
+
+
+def test_the_card_holds_the_scores_of_this_adapter_at_its_depth_and_where_the_rows_are_from(push, hub, run, tmp_path):
+    adapter = run(RSLORA, model_name_or_path=BASE) / "final_adapter"
+    report = json.loads((adapter.parent / "data_report.json").read_text())
+    licences = {"CC-BY-NC-4.0": 3, "CC-BY-SA-4.0": 1}
+    (adapter.parent / "data_report.json").write_text(
+        json.dumps(report | {"data_revision": "d" * 40, "licences": licences})
+    )
+    sha256 = file_sha256(adapter / "adapter_model.safetensors")
+    study = {"task": "thai_exam", "benchmark": "thai_exam", "metric": "accuracy", "protocol": "ours", "split": "test",
+             "precision": "bf16", "total_ut_steps": 3, "limit": None, "part": None, "value": 0.25,
+             "benchmark_revision": "e" * 40, "adapter_sha256": sha256}  # fmt: skip
+    others = {"limit": 5, "part": "5 of 9 items", "adapter_sha256": "0", "benchmark_revision": None, "value": None}
+    files = {"thai_exam": study} | {name: study | {name: value} for name, value in others.items()}
+    place = tmp_path / "results" / RSLORA
+    place.mkdir(parents=True)
+    for name, content in files.items():
+        (place / f"{name}-ut3.json").write_text(json.dumps({"study": content}))
+    (place / "thai_exam-ut1.json").write_text(json.dumps({"study": study | {"total_ut_steps": 1}}))
+    push("somchai/scored", "--results_dir", str(tmp_path / "results"))
+    files = committed(hub, "somchai/scored")
+    about = front_matter(files["README.md"])
+    assert about["license_name"] == "apache-2.0-and-cc-by-nc-4.0-and-cc-by-sa-4.0" and about["license"] == "other"
+    assert about["datasets"] == ["airesearch/WangchanThaiInstruct"]
+    (result,) = about["model-index"][0]["results"]
+    dataset = {"name": "thai_exam", "type": "scb10x/thai_exam", "split": "test", "revision": "e" * 40}
+    assert result["dataset"] == dataset and result["metrics"][0]["value"] == 0.25
+    assert sorted(name for name in files if "/" in name) == [
+        ".eval_results/thai_exam.yaml", "results/results_thai_exam-ut3.json"]  # fmt: skip
+    (score,) = yaml.safe_load(files[".eval_results/thai_exam.yaml"])
+    assert score["dataset"] == {"id": "scb10x/thai_exam", "task_id": "thai_exam", "revision": "e" * 40}
+    assert score["value"] == 0.25
+    assert score["source"]["url"] == f"{hub.url}/somchai/scored/blob/main/results/results_thai_exam-ut3.json"
 
 
 def test_what_the_hub_refuses_is_one_message(push, hub, run, monkeypatch):
     run(RSLORA, model_name_or_path=BASE)
     assert "(403): it needs write access, and another must be you" in push("another/new", refusal=True)
-    for error, message in (
-        (answered(401), "does not know the token (401)"),
-        (answered(507), "the Hub answered 507"),
-        (ConnectionError(SIGNED), "no connection to"),
-    ):
-        hub.error = error
-        assert message in push("somchai/new", refusal=True)
+    hub.writers.clear()
+    assert "does not know the token (401)" in push("somchai/new", refusal=True)
+    hub.close()
+    assert f"no connection to {hub.url}" in push("somchai/new", refusal=True)
+    hub.open()
     monkeypatch.setattr(exporting, "get_token", lambda: None)
     assert "no token for the Hub" in push("somchai/new", refusal=True)
 
@@ -373,8 +419,8 @@ def commands(printed: str) -> list[list[str]]:
     """The arguments of each vllm command, as a shell passes them."""
     lines = [line for line in printed.replace("\\\n", "").splitlines() if not line.startswith("#")]
     found = [shlex.split(line) for line in lines]
-    assert all(command == "vllm" for command, *_ in found)
-    return [arguments for _, *arguments in found]
+    assert all(words[0] == f"PYTHONPATH={exporting.PLUGIN}" and words[1] == "vllm" for words in found)
+    return [arguments for _, _, *arguments in found]
 
 
 def option(arguments: list[str], name: str) -> str:
@@ -383,22 +429,21 @@ def option(arguments: list[str], name: str) -> str:
 
 def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "read_config", lambda *_: read_config(TINY, None))  # as of the base, which is away
-    monkeypatch.setattr(OuroConfig, "get_config_dict", lambda *_, **__: ({}, {}))
     folder = run(RSLORA, model_name_or_path=BASE, max_length=4096)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"model_commit": BASE_COMMIT}))
     printed = export("serve", RSLORA)
     (arguments,) = commands(printed)
     assert arguments[:2] == ["serve", BASE]
-    assert option(arguments, "--revision") == option(arguments, "--code-revision") == BASE_COMMIT
+    assert option(arguments, "--revision") == BASE_COMMIT and "--trust-remote-code" not in arguments
     assert json.loads(option(arguments, "--hf-overrides")) == {"total_ut_steps": 3}
-    assert option(arguments, "--dtype") == "bfloat16" and option(arguments, "--max-model-len") == "4096"
+    assert option(arguments, "--dtype") == "bfloat16" and option(arguments, "--max-model-len") == "8192"
     assert "--enable-lora" in arguments and option(arguments, "--max-lora-rank") == "16", "12 is no rank of vLLM's"
     assert option(arguments, "--lora-modules") == f"{RSLORA}={folder / 'final_adapter'}"
     generation = json.loads((Path(option(arguments, "--generation-config")) / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2]
     # K and V of 4 layers, 2 heads of 64, 2 bytes: 2048 bytes a loop
-    assert "0.00586 MiB a token at depth 3, 0.00195 a loop; 0.0234 GiB for 4096 tokens" in printed
+    assert "0.00586 MiB a token at depth 3, 0.0469 GiB for 8192 tokens" in printed
     deeper = export("serve", RSLORA, "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper)[0], "--hf-overrides")) == {"total_ut_steps": 4}
     (tmp_path / "seed1").mkdir()
@@ -415,7 +460,7 @@ def test_vllm_serves_the_merged_model_too(export, run):
     assert "trained beside nf4 weights" in printed
     assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}=/")
     assert merged[:2] == ["serve", str(folder / "merged")] and option(merged, "--served-model-name") == NF4
-    assert "--enable-lora" not in merged and option(merged, "--code-revision") == BASE_COMMIT
+    assert "--enable-lora" not in merged
     assert json.loads(option(merged, "--hf-overrides")) == {"total_ut_steps": 1}
 
 

@@ -2,11 +2,12 @@
 
     python tools/export.py merge --config configs/default.yaml --exp exp2-wangchan-ut1
     python tools/export.py push --config configs/default.yaml --exp exp2-wangchan-ut1 --repo USER/NAME [--merged]
-    python tools/export.py serve --config configs/default.yaml --exp exp2-wangchan-ut1        # prints the vLLM command
+    python tools/export.py serve --config configs/default.yaml --exp exp2-wangchan-ut1 [--run]      # the vLLM command
 
-merge writes OUTPUT_DIR/<experiment>/merged, on the CPU: a bf16 model folder for load_ouro, the published code and vLLM.
-push uploads the adapter, or the merged model, to a private repository. Model and server have the depth that the run was
-trained at; --total_ut_steps names another.
+merge writes OUTPUT_DIR/<experiment>/merged, on the CPU: a bf16 model folder with the code that runs it in transformers,
+lm-evaluation-harness and vLLM (docs/clients.md). push uploads the adapter, or the merged model, to a private
+repository, with the scores of RESULTS_DIR. Model and server have the depth that the run was trained at;
+--total_ut_steps names another.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import shlex
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.data.chats import END_OF_TURN
 from ouro.files import (
+    ROOT,
     UserError,
     call,
     file_sha256,
@@ -34,13 +37,15 @@ from ouro.files import (
     write_atomic,
     write_json,
 )
+from ouro.model import modeling_ouro
 from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config
-from ouro.model.modeling_ouro import OuroConfig, OuroForCausalLM
+from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
 from ouro.train.run_folder import finished_run, whole
+from tools.card import WHEEL, card, path_in_repository, published_results, scores
 
 import torch
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -50,6 +55,8 @@ from transformers import AutoTokenizer, GenerationConfig
 MERGE = "merge.json"  # of a merged folder: what it was made from
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank can be
 EXACT = ("bf16", "fp32")  # frozen weights as they are in the checkpoint
+PLUGIN = ROOT / "tools/vllm_ouro"  # what runs Ouro in vLLM
+SERVED = 8192  # tokens of prompt and reply, at least, that a server takes: judging and long chats need them
 
 
 def base_revision(folder: Path, trained: Settings) -> str | None:
@@ -110,33 +117,16 @@ def generation_config(adapter: Path) -> GenerationConfig:
     return GenerationConfig(bos_token_id=text, eos_token_id=[text, turn], pad_token_id=text)
 
 
-def merged_card(record: dict, adapter: Path) -> str:
-    """The model card: what was merged, then the adapter's own without its YAML."""
-    text = (adapter / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
-    text = text.replace("\n# ", "\n## ", 1)
-    base, place = record["base"], f"base_model: {record['base']}\nbase_model_relation: finetune\n"
-    if Path(base).exists():  # nobody else has it, and its path is nobody else's business
-        base, place, text = Path(base).name, "", text.replace(base, Path(base).name)
-    differs = ""
-    if record["trained_on"] not in EXACT:
-        differs = f"""
-The adapter was trained beside weights in {record["trained_on"]} and is merged into the unquantised ones, which differ
-by the error of {record["trained_on"]}: scores of the adapter on the weights it was trained beside are not exactly those
-of this model.
-"""
-    return f"""---
-{place}library_name: transformers
-pipeline_tag: text-generation
-language: th
-tags: [looped-transformer, ouro]
----
-# {record["run"]}, merged
-
-The adapter described below, merged into {base} ({record["base_commit"] or "a local folder"}): sums in fp32,
-rounded once to bf16. It was trained at `total_ut_steps = {record["trained_ut_steps"]}`; `config.json` sets
-`total_ut_steps = {record["total_ut_steps"]}`, and `early_exit_threshold` to null, so that the published code, too,
-answers from the last loop. `generation_config.json` ends an answer at `<|endoftext|>` or `{END_OF_TURN}`.
-{differs}{text}"""
+def write_wheel(file: Path) -> None:
+    """The vLLM plugin as a package that `pip install` takes: one file, so that it can lie beside a model's."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as wheel:
+        inside = {path.relative_to(PLUGIN).as_posix(): path.read_text() for path in sorted(PLUGIN.glob("**/*"))
+                  if path.is_file() and path.suffix != ".pyc" and path.name != "pyproject.toml"}  # fmt: skip
+        (info,) = {Path(name).parent.name for name in inside} - {""}
+        inside[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: ouro\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        inside[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*inside, f"{info}/RECORD"])
+        for name, text in inside.items():
+            wheel.writestr(zipfile.ZipInfo(name), text)  # at the same time of writing each time: the same bytes
 
 
 def merge(run: Resolved) -> None:
@@ -171,8 +161,12 @@ def merge(run: Resolved) -> None:
         with unfinished(target) as mark:
             partial = Path(f"{mark.name}.d")
             model.save_pretrained(partial, max_shard_size="1TB")  # one file, as published
-            AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(partial)
-            write_atomic(partial / "README.md", merged_card(record, adapter))
+            # Some classes of tokenizers add token types, which `generate` refuses.
+            inputs = ["input_ids", "attention_mask"]
+            tokenizer = AutoTokenizer.from_pretrained(adapter, model_input_names=inputs, trust_remote_code=False)
+            tokenizer.save_pretrained(partial)
+            write_wheel(partial / WHEEL)
+            write_atomic(partial / "README.md", card(run.run, trained, adapter, record=record))
             write_json(partial / MERGE, record)
             seal(partial)
             os.replace(partial, target)
@@ -181,6 +175,7 @@ def merge(run: Resolved) -> None:
         raise UserError(f"{target} could not be written: {why}") from None
     sync_folder(folder)
     print(f"merged: {target}, {megabytes:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
+    print("  its README.md says what runs it: transformers, lm-evaluation-harness, vLLM (make serve)")
     if (kept := record["trained_on"]) not in EXACT:
         print(f"  trained beside {kept} weights, merged into the unquantised ones: nearly the same model")
 
@@ -207,7 +202,7 @@ def refusal(error: Exception, repo: str) -> str:
 
 
 def push(run: Resolved) -> None:
-    """Uploads the adapter, or the merged model, with tokenizer and model card, in one commit.
+    """Uploads the adapter, or the merged model, with tokenizer, code, model card and scores, in one commit.
 
     Raises:
         UserError: the run is not finished, there is nothing whole to upload, no repository or token is named, the
@@ -233,20 +228,22 @@ def push(run: Resolved) -> None:
         raise UserError("HF_HUB_OFFLINE is set: an upload needs the network")
     if not get_token():
         raise UserError("no token for the Hub: hf auth login, or HF_TOKEN in the environment")
+    content = upload_of(run, trained, folder, source)
     api, what = HfApi(), "merged model" if run.options.merged else "adapter"
     try:
         user = api.whoami()["name"]
         api.create_repo(repo, private=not public, exist_ok=True)
-        private = api.model_info(repo).private
-        if not private and not public:  # `exist_ok` leaves it as it is
+        there = api.model_info(repo)
+        if not there.private and not public:  # `exist_ok` leaves it as it is
             raise UserError(
                 f"{repo} exists and is public: --public (PUBLIC=1) says that you mean it, or use another name"
             )
-        print(f"uploading {source} as {user} to {repo} ({'private' if private else 'public'})", flush=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=source,
-            allow_patterns=[*sealed_files(source).keys() - {MERGE}],  # no file browser's .DS_Store
+        if others := {x.rfilename for x in there.siblings} & {"config.json", "adapter_config.json"} - content.keys():
+            raise UserError(f"{repo} holds another kind of model ({others.pop()}): use another name for the {what}")
+        print(f"uploading {source} as {user} to {repo} ({'private' if not public else 'public'})", flush=True)
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(name, part) for name, part in content.items()],
             commit_message=f"{what} of {run.run}",
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -254,20 +251,36 @@ def push(run: Resolved) -> None:
     print(f"uploaded: {message(commit.commit_url)}")
 
 
+def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> dict[str, Path | bytes]:
+    """What a push uploads, by its path in the repository: the files that were written (no file browser's .DS_Store),
+    the code, the results that the card names, and a card that knows them."""
+    adapter, repo, record = folder / "final_adapter", run.options.repo, None
+    if run.options.merged:
+        record = read_json(source / MERGE)
+    loops = record["total_ut_steps"] if record else trained.total_ut_steps
+    results = Path(run.settings.results_dir)
+    studies = published_results(results, run.run, loops, file_sha256(adapter / WEIGHTS))
+    about = card(
+        run.run, trained, adapter, record=record, studies=studies, repo=repo, revision=base_revision(folder, trained)
+    )
+    texts = {"README.md": about} | scores(studies, repo)
+    return (
+        {"modeling_ouro.py": Path(modeling_ouro.__file__)}
+        | {name: source / name for name in sealed_files(source).keys() - {MERGE}}
+        | {path_in_repository(name): results / run.run / name for name in studies}
+        | {name: text.encode() for name, text in texts.items()}
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- serve
 
 
-def command(model: str, loops: int, trained: Settings, *options: str, revision: str | None = None) -> str:
+def command(model: str, loops: int, length: int, *options: str, revision: str | None = None) -> str:
     """The vLLM command of a model, an option a line."""
-    # vLLM has Ouro's model code, but takes the class of its config from where config.json says, so that is pinned too.
-    named, _ = OuroConfig.get_config_dict(model, revision=revision)
-    repo, elsewhere, _ = named.get("auto_map", {}).get("AutoConfig", "").partition("--")
-    code = REVISIONS.get(repo) if elsewhere else revision
     lines = [
-        f"vllm serve {shlex.quote(model)}",
+        f"PYTHONPATH={shlex.quote(str(PLUGIN))} vllm serve {shlex.quote(model)}",
         *([f"--revision {revision}"] if revision else []),
-        f"--trust-remote-code{f' --code-revision {code}' if code else ''}",
-        f"--dtype bfloat16 --max-model-len {trained.max_length}",
+        f"--dtype bfloat16 --max-model-len {length}",
         f"--hf-overrides {shlex.quote(json.dumps({'total_ut_steps': loops}))}",
         *options,
     ]
@@ -275,11 +288,11 @@ def command(model: str, loops: int, trained: Settings, *options: str, revision: 
 
 
 def serve(run: Resolved) -> None:
-    """Prints the vLLM command for the adapter and, if there is one, for the merged model.
+    """Prints the vLLM command for the adapter and, if there is one, for the merged model; with --run, runs the last.
 
     Raises:
-        UserError: the run is not finished, the base's config cannot be read, or vLLM cannot serve it and it is not
-            merged.
+        UserError: the run is not finished, the base's config cannot be read, vLLM cannot serve it and it is not merged,
+            or it is to be run and vLLM is not there.
     """
     folder, trained, adapter = finished_run(run)
     name, revision, loops = trained.model_name_or_path, base_revision(folder, trained), depth(run, trained)
@@ -289,10 +302,13 @@ def serve(run: Resolved) -> None:
     if unservable and not merged.exists():
         raise UserError(f"vLLM cannot serve adapters with {unservable}: make merge EXP={run.run}, then it serves that")
 
+    length = min(max(SERVED, trained.max_length), config.max_position_embeddings)
     slot = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim / 2**20  # K and V, 2 bytes
-    print("# vLLM 0.12 or later. Always the last loop; the exit gate is not used.")
-    print(f"# Keys and values: {slot * loops:.3g} MiB a token at depth {loops}, {slot:.3g} a loop; ", end="")
-    print(f"{slot * loops * trained.max_length / 1024:.3g} GiB for {trained.max_length} tokens.")
+    with torch.device("meta"):
+        weights = 2 * OuroForCausalLM(config).num_parameters() / 2**30
+    print("# vLLM 0.26 to 0.32, in an environment of its own: docs/clients.md. Always the last loop, without the gate.")
+    print(f"# Weights {weights:.2g} GiB; keys and values {slot * loops:.3g} MiB a token at depth {loops}, ", end="")
+    print(f"{slot * loops * length / 1024:.3g} GiB for {length} tokens. Less fits with a smaller --max-model-len.")
     if not unservable:
         write_atomic(folder / "generation_config.json", generation_config(adapter).to_json_string())
         place = str(Path(name).resolve()) if Path(name).exists() else name
@@ -304,11 +320,17 @@ def serve(run: Resolved) -> None:
             f"--enable-lora --max-lora-rank {rank}",
             f"--lora-modules {shlex.quote(f'{run.run}={adapter.resolve()}')}",
         )
-        print(command(place, loops, trained, *options, revision=revision))
+        last = command(place, loops, length, *options, revision=revision)
+        print(last)
     if merged.exists():
         model = str(whole(merged, f"rm -r {shlex.quote(str(merged))}, and merge again").resolve())
         print(f"# The merged model; clients ask for model {run.run!r}.")
-        print(command(model, loops, trained, f"--served-model-name {shlex.quote(run.run)}"))
+        last = command(model, loops, length, f"--served-model-name {shlex.quote(run.run)}")
+        print(last, flush=True)
+    if run.options.run:
+        if not shutil.which("vllm"):
+            raise UserError("there is no vllm in PATH: install it in an environment of its own, and put its bin/ there")
+        os.execvp("bash", ["bash", "-c", last])
 
 
 ACTIONS = {"merge": merge, "push": push, "serve": serve}
@@ -320,6 +342,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repo", help="push: the repository, USER/NAME")
     parser.add_argument("--merged", action="store_true", help="push: the merged model in place of the adapter")
+    parser.add_argument("--run", action="store_true", help="serve: run the last of the printed commands")
     parser.add_argument("--public", action="store_true", help="push: a repository that everybody can read")
 
 

@@ -1,0 +1,193 @@
+"""Model cards: what a folder that leaves this project says of itself, for people and, as YAML, for the Hub.
+
+`card` makes README.md of a merged model or an adapter, `scores` the Hub's `.eval_results/*.yaml`, both from what the
+run's folder and RESULTS_DIR hold.
+"""
+
+import re
+from pathlib import Path
+
+from ouro.evaluate.benchmarks import table
+from ouro.evaluate.results import read_study
+from ouro.files import read_json, read_yaml
+from ouro.settings import DATASETS, REVISIONS, Settings
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, constants
+
+# What a merged folder ran in (docs/clients.md; a test compares the two).
+TRIED = {"transformers": "4.54.1, 4.57.6, 5.24.0", "lm-eval": "0.4.13", "vLLM": "0.26.0, 0.29.0, 0.32.0"}
+BASE_LICENCE = "apache-2.0"  # of the repositories in REVISIONS
+WHEEL = "ouro_vllm-1.0-py3-none-any.whl"
+
+USE_MERGED = """
+## What runs it
+
+`modeling_ouro.py` in this folder is the model, since transformers has no Ouro. PLACE is this folder or repository.
+
+* **transformers** ({transformers}): 
+  `AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")`
+* **lm-evaluation-harness** ({lm-eval}):
+  `lm_eval --model hf --model_args pretrained=PLACE,trust_remote_code=True,dtype=bfloat16 --tasks …`
+* **vLLM** ({vLLM}): `pip install {wheel}`, a plugin that is in this folder, then `vllm serve PLACE`;
+  at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
+"""
+USE_ADAPTER = """
+## How it is applied
+
+`modeling_ouro.py` in this repository is the base's code, since transformers has no Ouro (tried: {transformers}). PLACE
+is a download of this repository.
+
+```python
+import sys; sys.path.insert(0, "PLACE")
+import modeling_ouro  # transformers then knows the base's model type
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("{base}"{at}, torch_dtype="auto")
+base.config.total_ut_steps = {depth}
+model = PeftModel.from_pretrained(base, "PLACE")
+```
+"""
+
+
+def licences(report: dict, base: str) -> dict[str, str]:
+    """`license`, and where there are several, `license_name`: those of the base and of the rows that went in."""
+    of_base = BASE_LICENCE if base in REVISIONS else "not-stated"
+    names = {re.sub(r"[\s_]+", "-", name.strip().lower()) for name in report["licences"]} | {of_base}
+    if len(names) == 1:
+        return {"license": names.pop()}
+    return {"license": "other", "license_name": "-and-".join(sorted(names))}
+
+
+def published_results(results: Path, run: str, depth: int, adapter_sha256: str) -> dict[str, dict]:
+    """The study block of each result that the Hub can show, by the result's file name: of this adapter, at this depth,
+    on all items of a benchmark that was read at a commit of its repository."""
+    studies = {file.name: read_study(file) for file in sorted((results / run).glob(f"*-ut{depth}.json"))}
+    return {
+        name: study
+        for name, study in studies.items()
+        if study
+        and study["adapter_sha256"] == adapter_sha256
+        and study["value"] is not None
+        and not (study["limit"] or study["part"])
+        and re.fullmatch("[0-9a-f]{40}", study["benchmark_revision"] or "")
+    }
+
+
+def benchmark_id(study: dict) -> str:
+    """The repository of the items that were scored."""
+    row = table()["benchmarks"][study["benchmark"]]
+    return row["hub_id"] if "hub_id" in row else read_yaml(DATASETS)[row["dataset"]]["hub_id"]
+
+
+def conditions(study: dict) -> str:
+    depth, protocol = study["total_ut_steps"], study["protocol"]
+    return f"total_ut_steps={depth}, protocol {protocol}, frozen weights in {study['precision']}"
+
+
+def path_in_repository(result: str) -> str:
+    """Where a push puts a result file: under the name by which lm-evaluation-harness finds it."""
+    return f"results/results_{result}"
+
+
+def source(result: str, repo: str) -> dict[str, str]:
+    url = f"{constants.ENDPOINT}/{repo}/blob/main/{path_in_repository(result)}"
+    return {"url": url, "name": "result file of this run"}
+
+
+def scores(studies: dict[str, dict], repo: str) -> dict[str, str]:
+    """`.eval_results/<task>.yaml` by path: a score each, with the benchmark's revision and the source."""
+    return {
+        f".eval_results/{study['task']}.yaml": yaml.safe_dump(
+            [
+                {
+                    "dataset": {"id": benchmark_id(study), "task_id": study["task"],
+                                "revision": study["benchmark_revision"]},
+                    "value": study["value"],
+                    "source": source(file, repo),
+                    "notes": f"{study['metric']}, {conditions(study)}",
+                }
+            ],
+            sort_keys=False,
+        )
+        for file, study in studies.items()
+    }  # fmt: skip
+
+
+def metadata(
+    name: str, trained: Settings, report: dict, studies: dict[str, dict], repo: str | None, merged: bool
+) -> ModelCardData:
+    base, on_hub = trained.model_name_or_path, not report["data_revision"].startswith("sha256:")
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=benchmark_id(study),
+            dataset_name=study["task"],
+            dataset_split=study["split"],
+            dataset_revision=study["benchmark_revision"],
+            metric_type=study["metric"],
+            metric_name=f"{study['metric']} ({conditions(study)})",
+            metric_value=study["value"],
+            source_url=source(file, repo)["url"],
+            source_name=source(file, repo)["name"],
+        )
+        for file, study in studies.items()
+    ]
+    relation = {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
+    return ModelCardData(
+        **({} if Path(base).exists() else relation),
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        language=report.get("language", "th"),
+        **licences(report, base),
+        datasets=[read_yaml(DATASETS)[report["dataset"]]["hub_id"]] if on_hub else None,
+        tags=["looped-transformer", "ouro", *([] if merged else ["lora"])],
+        **({"model_name": name, "eval_results": results} if results else {}),
+    )
+
+
+def card(
+    name: str,
+    trained: Settings,
+    adapter: Path,
+    *,
+    record: dict | None = None,
+    studies: dict[str, dict] | None = None,
+    repo: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """README.md of an adapter or, with the `record` of its merge, of a merged model.
+
+    studies: of `published_results`. repo: where it is pushed to. revision: the base's commit.
+    """
+    report = read_json(adapter.parent / "data_report.json", "dataset", "data_revision", "licences")
+    text = (adapter / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2].strip("\n")
+    base = trained.model_name_or_path
+    if Path(base).exists():  # nobody else has it, and its path is nobody else's business
+        text, base = text.replace(base, Path(base).name), Path(base).name
+    at = f', revision="{revision}"' if revision else ""
+    known = TRIED | {"wheel": WHEEL, "base": base, "at": at, "depth": trained.total_ut_steps}
+    if record:
+        use = USE_MERGED.format(**known)
+        text = f"{about_merge(record, base)}{use}\n#{text}"
+    else:
+        text += f"\n{USE_ADAPTER.format(**known)}"
+    yaml_block = metadata(name, trained, report, studies or {}, repo, merged=record is not None).to_yaml()
+    return f"---\n{yaml_block}\n---\n{text.replace('PLACE', repo) if repo and record else text}\n"
+
+
+def about_merge(record: dict, base: str) -> str:
+    differs = ""
+    if record["trained_on"] not in ("bf16", "fp32"):
+        differs = f"""
+The adapter was trained beside weights in {record["trained_on"]} and is merged into the unquantised ones, which differ
+by the error of {record["trained_on"]}: scores of the adapter on the weights it was trained beside are not exactly those
+of this model.
+"""
+    return f"""# {record["run"]}, merged
+
+The adapter described below, merged into {base} ({record["base_commit"] or "a local folder"}): sums in fp32,
+rounded once to bf16. It was trained at `total_ut_steps = {record["trained_ut_steps"]}`; `config.json` sets
+`total_ut_steps = {record["total_ut_steps"]}`. `generation_config.json` ends an answer at `<|endoftext|>` or
+`<|im_end|>`.
+{differs}"""
