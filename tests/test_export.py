@@ -6,6 +6,7 @@ One run is trained, with NF4 weights, and others are made from it. The Hub is a 
 import errno
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -20,7 +21,7 @@ from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import REVISIONS, Settings
 from ouro.train.run_folder import is_good
 from tools import export as exporting
-from tools.card import WHEEL
+from tools.card import TRIED, WHEEL
 from tools.export import merge_adapter, merged_model
 
 import pytest
@@ -214,6 +215,13 @@ def test_a_folder_merged_at_another_depth_is_left_alone_or_refused(export, refus
     shutil.rmtree(merged)
     merged.mkdir()
     assert "merged is damaged or was changed" in refused(RSLORA)
+
+
+def test_cards_name_the_versions_that_were_tried():
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", Path("docs/clients.md").read_text(encoding="utf-8"), re.MULTILINE)
+    tried = {"lm-eval": "lm-evaluation-harness", "vLLM": "vLLM (CPU), with the plugin"}
+    for name, versions in TRIED.items():
+        assert versions.split(", ") == [version for row, version in rows if row == tried.get(name, name)]
 
 
 @pytest.mark.parametrize("last", ["write_atomic", "seal"])
