@@ -107,10 +107,10 @@ def make_study(root: Path, thai: tuple, english: tuple | None, **how) -> None:
         (SOME, SOME, {}, "helps Thai as it helps English"),
         (MUCH, SOME, {}, "helps Thai more than English"),
         (SOME, MUCH, {}, "helps Thai, less than English"),
-        (NONE, MUCH, {}, "no difference that matters, but worth less than on English"),
+        (NONE, MUCH, {}, "no difference that matters; worth less than on English"),
         (SOME, None, {}, "helps Thai; beside English: not measured"),
         (MUCH, MUCH, {"seed_sd": 0.02}, "helps Thai; beside English: undecided"),
-        (WORSE, SOME, {}, "hurts Thai, but worth less than on English"),
+        (WORSE, SOME, {}, "hurts Thai; worth less than on English"),
         (WORSE, WORSE, {}, "hurts Thai"),
         (NONE, NONE, {}, "no difference that matters"),
         (NONE, NONE, {"seed_sd": 0.2}, "undecided"),
@@ -484,7 +484,7 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
         entries = [line for line in listed if line.startswith(f"| {path} |")]
         assert any(why in line.replace("\\", "") for line in entries), (path, why, entries)
         assert str(path) in page
-    assert "things left out" in printed
+    assert "things left out" in printed and "nan million" not in printed
 
 
 @pytest.mark.parametrize("task", ["thai_text", "thai_exam", "mt_bench_thai"])

@@ -180,8 +180,9 @@ def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
         for k, studies in sources.items():
             mine = [runs[s["run"]] for s in studies]
             values = [run.tokens if name == "tokens" else run.flops(s) for run, s in zip(mine, studies, strict=True)]
-            if values and all(values):
-                means[k] = f"{np.mean(values):.3g}".replace("e+", "e")
+            if values and all(value and math.isfinite(value) for value in values):
+                mean = float(np.mean(values))
+                means[k] = f"{mean / 1e6:,.1f} million" if name == "tokens" else f"{mean:.3g}".replace("e+", "e")
         told += [f"{name} a run {by_depth(means)}"] if means else []
     return "; ".join(told)
 
