@@ -324,6 +324,12 @@ def test_other_data_is_not_compared(tmp_path):
     assert THAI_TEXT not in found and "data report is " in reader.left_out[0][1]
 
 
+def scale_tokens(folder: Path, factor: float) -> None:
+    """A run of so many times the tokens, in as many times the time."""
+    lines = [line | {"num_tokens": line["num_tokens"] * factor} for line in read_jsonl(folder / "metrics.jsonl")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     """Runs of equal tokens; of equal FLOPs, where epochs differ between depths; of two ranks, each a study."""
     small = {"items": 50, "lines": 2, "tasks": ("thai_text",), "depths": (1, 4)}
@@ -342,6 +348,8 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
                 for place in ("output", "results"):
                     shutil.copytree(root / place / f"seed{seed}/{experiment}", tmp_path / place / run)
                 set_config(tmp_path / "output" / run, arm=arm, **{name: value})
+                if arm == "equal-flops":  # a token costs four times as much at 4 loops
+                    scale_tokens(tmp_path / "output" / run, 4 if own and value > 1 else 1 / 4)
                 for file in (tmp_path / "results" / run).glob("*-ut?.json"):
                     change(file, run=run)
         shutil.rmtree(root)
@@ -352,7 +360,17 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     assert arms == dict.fromkeys([("equal-tokens", ""), ("equal-flops", ""), ("tuned", ""), *ranks], [0, 1, 2])
     write_report(tmp_path, "--csv")
     sentence = verdicts(tmp_path)["thai_text"]["sentence"]
-    assert re.search(r" At equal FLOPs, against 1 loop: 4 loops [+-][\d.]+ % \[.*\(95 % intervals; ", sentence)
+    told = re.search(r" At equal FLOPs, against 1 loop, 95 % intervals: (4 loops .*); (4 loops .*)\.$", sentence)
+    few, many = (each.partition("FLOPs a run ")[2] for each in told.groups())
+    assert float(many.rstrip(")")) == pytest.approx(4 * float(few.rstrip(")")), rel=0.01)
+    assert all(re.match(r"4 loops [+-][\d.]+ % \[.*tokens a run \S+ \(1 loop\), \S+ \(4 loops\)", each)
+               for each in told.groups())  # fmt: skip
+    scale_tokens(tmp_path / "output/seed0/exp1-wangchan-ut4-equal-flops-0.7", 1.5)
+    write_report(tmp_path)
+    (told,) = re.findall(
+        r"At equal FLOPs, against 1 loop, 95 % intervals: (.*)\.$", verdicts(tmp_path)["thai_text"]["sentence"]
+    )
+    assert told.count("4 loops [") == 0 and told.count("FLOPs a run") == 1, "it took more than the runs of one loop"
     assert [row["arm"] for row in table(tmp_path, "arms")] == ["equal-flops", "rank", "rank", "tuned"]
     set_config(tmp_path / "output/seed1/exp1-wangchan-ut4-tuned-0.0004", learning_rate=1e-4)  # unlike its own depth
     reader, found = read(tmp_path)

@@ -12,7 +12,17 @@ from collections import defaultdict
 
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.verdict import stats
-from ouro.verdict.panels import MEASURED_ALIKE, STUDY, Key, Panel, paired, signed, trained_as, unlike
+from ouro.verdict.panels import (
+    MEASURED_ALIKE,
+    STUDY,
+    Key,
+    Panel,
+    paired,
+    signed,
+    trained_as,
+    unlike,
+    why_unlike,
+)
 from ouro.verdict.stats import ALPHA, SEEDS, Estimate
 from ouro.verdict.study import ASPECTS, BASE, TEXTS, Metric, Reader, Result, Run, depth_text
 
@@ -20,6 +30,7 @@ import numpy as np
 
 PARALLEL = {"thai_text": ("parallel_text_thai", "parallel_text_english"), "thai_exams": LANGUAGES}
 WORDS = TEXTS["words"]
+AS_MANY = 0.05  # by how much the operations of two runs may differ that are set beside each other at equal FLOPs
 
 
 @dataclasses.dataclass
@@ -194,13 +205,25 @@ def by_depth(texts: dict[int, str]) -> str:
 
 
 def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
-    """The second line: U of the arm whose runs took as many operations at each depth. It prints no word."""
-    panel = found.get(key._replace(arm="equal-flops"))
-    if panel is None or not panel.depths():
+    """The second line: U of runs that took as many operations, of which some are of the arm of that name and the others
+    may be the study's own. It prints no word."""
+    arm = key._replace(arm="equal-flops")
+    if arm not in found:
         return ""
-    worth = [f"{depth_text(k)} {signed(panel.metric, panel.worth(k))}" for k in panel.depths()]
-    told = spent(panel, [1, *panel.depths()], runs)
-    return f" At equal FLOPs, against 1 loop: {'; '.join(worth)} (95 % intervals; {told})."
+    told = []
+    for many, one in ((found[arm], found[key]), (found[key], found[arm]), (found[arm], found[arm])):
+        for k in (depth for depth in many.trained if depth > 1):
+            mine = [r for r in many.results if r.trained == k] + [r for r in one.results if r.trained == 1]
+            panel = Panel(mine)
+            if not panel.depths() or why_unlike(arm, mine, runs):
+                continue
+            costs = [[runs[s["run"]].flops(s) or np.nan for s in panel.sources[depth, depth]] for depth in (1, k)]
+            if abs(np.mean(costs[1]) / np.mean(costs[0]) - 1) <= AS_MANY:
+                worth = signed(panel.metric, panel.worth(k))
+                told.append(f"{depth_text(k)} {worth} ({spent(panel, [1, k], runs)})")
+    if not told:
+        return " At equal FLOPs: no runs of two depths took as many operations."
+    return f" At equal FLOPs, against 1 loop, 95 % intervals: {'; '.join(told)}."
 
 
 def what_is_missing(panel: Panel) -> list[str]:
