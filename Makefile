@@ -88,7 +88,7 @@ report: env  ## the answer from all runs and scores there are: RESULTS.md, repor
 	@$(PY) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
 power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
-	@$(RUN) report.py --power --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
+	@$(PY) report.py --power --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
 
 chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=… ARGS="…"]
 	@$(need-exp)$(PY) tools/chat.py --exp "$$EXP" $(MORE)

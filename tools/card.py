@@ -25,12 +25,12 @@ USE_MERGED = """
 
 `modeling_ouro.py` in this folder is the model, since transformers has no Ouro. PLACE is this folder or repository.
 
-* **transformers** ({transformers}): 
+* **transformers** ({transformers}):
   `AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")`
 * **lm-evaluation-harness** ({lm-eval}):
   `lm_eval --model hf --model_args pretrained=PLACE,trust_remote_code=True,dtype=bfloat16 --tasks …`
-* **vLLM** ({vLLM}): `pip install {wheel}`, a plugin that is in this folder, then `vllm serve PLACE`;
-  at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
+* **vLLM** ({vLLM}): `pip install {wheel}`, a plugin that is in this folder, then
+  `vllm serve PLACE`; at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
 """
 USE_ADAPTER = """
 ## How it is applied

@@ -558,7 +558,6 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         total_ut_steps: int | None = None,
         exit_at_step: int | None = None,
