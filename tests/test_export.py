@@ -472,6 +472,18 @@ def test_vllm_serves_the_merged_model_too(export, run):
     assert json.loads(option(merged, "--hf-overrides")) == {"total_ut_steps": 1}
 
 
+def test_what_is_printed_last_is_run_as_it_stands_where_vllm_is(export, refused, run, monkeypatch):
+    run(NF4)
+    ran = []
+    monkeypatch.setattr(exporting.os, "execvp", lambda *command: ran.append(command))
+    monkeypatch.setattr(exporting.shutil, "which", lambda _: None)
+    assert "there is no vllm in PATH" in refused(NF4, "serve", "--run") and not ran
+    monkeypatch.setattr(exporting.shutil, "which", lambda name: name)
+    printed = export("serve", NF4, "--run")
+    ((_, (*_, command)),) = ran
+    assert command.startswith("PYTHONPATH=") and printed.endswith(f"{command}\n")
+
+
 def test_a_dora_adapter_is_served_merged_or_not_at_all(export, refused, run):
     run(DORA)
     assert f"vLLM cannot serve adapters with DoRA: make merge EXP={DORA}" in refused(DORA, "serve")
