@@ -19,14 +19,15 @@ from pathlib import Path
 from ouro.data.sources import read_file
 from ouro.data.thai import reply_tokens
 from ouro.evaluate import benchmarks, judge, results, tables
-from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task
+from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
-from ouro.evaluate.models import ModelUnderTest, Weights, find_models, fingerprint
+from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
 from ouro.files import UserError, call, file_sha256, place
 from ouro.model.cost import forward_flops
-from ouro.model.loading import read_config
+from ouro.model.loading import model_files, read_config
 from ouro.settings import Resolved, Settings, resolve
+from ouro.train.run_folder import check_base
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,13 +124,19 @@ def find_jobs(
     """What is to be scored: whatever has no current result.
 
     Raises:
-        UserError: results of all items would be replaced by those of some.
+        UserError: results of all items would be replaced by those of some, or a run was trained on another base.
     """
     options, s = run.options, run.settings
+    loaded = {}
     if not weights.endpoint:  # main is looked up once: what is loaded later is of this commit
         weights.revision = read_config(weights.path, weights.revision)._commit_hash or weights.revision
-    base = {"model": weights.path, "model_revision": weights.revision, "precision": weights.precision}
-    known = base | {"weights": fingerprint(weights.path, weights.revision), "double_quant": weights.double_quant,
+        loaded = model_files(weights.path, weights.revision)
+        for model in models:
+            if model.folder:
+                check_base(model.folder, weights.path, loaded)
+    base = {"model": weights.path, "model_revision": weights.revision, "precision": weights.precision,
+            "weights": digest([*loaded.items()])}  # fmt: skip
+    known = base | {"double_quant": weights.double_quant,
                     "normalise_thai": s.normalise_thai, "system_prompt": s.system_prompt}  # fmt: skip
     jobs = []
     for model in models:

@@ -23,7 +23,7 @@ from ouro.data.cache import NoSplit, prepare
 from ouro.data.report import print_report, save_report
 from ouro.data.sources import entry_of
 from ouro.evaluate.benchmarks import table, task_names
-from ouro.files import UserError, call, explain, write_json
+from ouro.files import UserError, call, explain, read_json, write_json
 from ouro.model.cost import check_share, matrix_rate
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Resolved, Settings, resolve
@@ -33,7 +33,17 @@ from ouro.train.collate import collate
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
 from ouro.train.machine import check_device, planned_memory, shard_frozen_weights, trainer_arguments, unused
 from ouro.train.processes import LOCAL_RANK, RANK, WORLD_SIZE, among_others, leave, print0, speaks, wait_for_data
-from ouro.train.run_folder import claim, continue_from, hold, in_short, manifest, save_adapter, step_of
+from ouro.train.run_folder import (
+    changed_inputs,
+    claim,
+    continue_from,
+    hold,
+    in_short,
+    inputs,
+    manifest,
+    save_adapter,
+    step_of,
+)
 from ouro.train.stopping import STOPPED, Stopped, Stopper
 from ouro.train.time_limit import time_limit
 from ouro.train.trainer import LoopTrainer, Metrics, Refresh
@@ -116,12 +126,14 @@ def train(run: Resolved) -> Path:
         state = claim(folder, run)
         if state == "complete":
             print0(f"{folder} is complete already; --overwrite trains it again")
+            if RANK == 0 and (changed := changed_inputs(read_json(folder / "manifest.json"), inputs(s, report))):
+                print(f"  it was trained on {changed}")
             return folder
         begun = state != "new"
         if RANK == 0:
             print_report(report, rows=1)
             if begun:
-                continue_from(state, report)
+                continue_from(state, s, report)
             save_report(folder / "data_report.json", report)
         start_logger(run, folder)
         model, flops, memory = build_model(s, device)

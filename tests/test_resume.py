@@ -16,6 +16,7 @@ from pathlib import Path
 
 import train_qlora
 from ouro import files
+from ouro.data import cache
 from ouro.files import UserError, latest, read_yaml
 from ouro.model.loading import load_ouro
 from ouro.train import processes, run_folder, stopping, trainer
@@ -466,17 +467,74 @@ def test_a_damaged_record_is_one_message_before_a_step_and_nothing_is_lost(stopp
     assert contents(run) == before
 
 
-def test_a_run_is_not_continued_on_other_data(tmp_path):
-    pairs = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(8)]
-    data = ["--dataset", "pairs", "--dataset_path", write_jsonl(tmp_path / "rows.jsonl", *pairs), "--eval_steps", "0"]
-    assert one_step(tmp_path / "out", *data) == 1
-    before = contents(tmp_path / "out/smoke")
-    write_jsonl(tmp_path / "rows.jsonl", *pairs[1:], pairs[0])
-    with pytest.raises(UserError, match=r"began with data_revision sha256:\w+, and this is sha256:\w+: bring it back"):
-        one_step(tmp_path / "out", *data)
-    assert before == contents(tmp_path / "out/smoke")
-    write_jsonl(tmp_path / "rows.jsonl", *pairs)
-    assert one_step(tmp_path / "out", *data) == 2
+ROWS = [
+    {"prompt": f"question {n}", "completion": " ".join(f"{n}th answer, part {i}" for i in range(9))} for n in range(8)
+]
+
+
+def other_rows(place: Path) -> None:
+    write_jsonl(place / "rows.jsonl", *ROWS[1:], ROWS[0])
+
+
+def other_weights(place: Path) -> None:
+    change(place / "model/config.json", b'"init_seed": 0', b'"init_seed": 7')
+
+
+def other_template(place: Path) -> None:
+    change(place / "model/tokenizer_config.json", b"You are a helpful assistant.", b"Answer in English.")
+
+
+def rows_left_out(place: Path) -> None:
+    (place / "items").write_text(ROWS[3]["completion"])
+
+
+@pytest.mark.parametrize(
+    ("alter", "told"),
+    [
+        (other_rows, r"data_revision sha256:\w+, and this is sha256:\w+; rows_sha256 \w+, and this is \w+"),
+        (other_weights, "another config.json of the model"),
+        (other_template, "another tokenizer_config.json of the model; rows_sha256"),
+        (rows_left_out, r"rows_sha256 \w+, and this is \w+"),
+    ],
+)
+def test_a_run_is_continued_and_used_with_what_it_was_begun_with_alone(tmp_path, monkeypatch, capsys, alter, told):
+    place, run = tmp_path / "there", tmp_path / "out/smoke"
+    place.mkdir()
+    write_jsonl(place / "rows.jsonl", *ROWS)
+    shutil.copytree("sample/ouro-tiny", place / "model")
+    (place / "items").touch()
+    monkeypatch.setattr(cache, "benchmark_items", lambda s: [("exam, item 1", (place / "items").read_text())])
+    argv = ["--dataset", "pairs", "--dataset_path", str(place / "rows.jsonl"), "--eval_steps", "0",
+            "--model_name_or_path", str(place / "model"), "--max_steps", "2"]  # fmt: skip
+    assert one_step(tmp_path / "out", *argv) == 1
+    before = contents(run)
+    shutil.copytree(place, tmp_path / "kept")
+    alter(place)
+    with pytest.raises(UserError, match=f"began with {told}.*: bring it back"):
+        six(tmp_path / "out", *argv)
+    assert contents(run) == before
+    place.rename(tmp_path / "other")
+    shutil.copytree(tmp_path / "kept", place)
+    six(tmp_path / "out", *argv)
+    alter(place)
+    capsys.readouterr()
+    six(tmp_path / "out", *argv)
+    assert re.search(f"is complete already; .*\n  it was trained on {told}", capsys.readouterr().out)
+    if "of the model" in told:
+        with pytest.raises(UserError, match="was trained on another .*: bring it back"):
+            run_folder.finished_run(resolved(*SIX, *argv, "--output_dir", str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("steps", [["--max_steps", "2"], ["--max_steps", "-1", "--num_train_epochs", "0.1"]])
+def test_a_run_killed_with_all_its_steps_only_writes_its_end(tmp_path, monkeypatch, capsys, steps):
+    argv = [*steps, "--lr_scheduler_type", "constant_with_warmup", "--eval_steps", "0"]
+    whole = six(tmp_path / "whole", *argv)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_qlora, "save_adapter", lambda *args: signal.raise_signal(signal.SIGINT))
+        six(tmp_path / "parts", *argv)
+    capsys.readouterr()
+    assert_same_run(six(tmp_path / "parts", *argv), whole)
+    assert "step " not in capsys.readouterr().out.partition("continuing from")[2].replace("steps", "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def build_cache(
             partial = Path(f"{mark.name}.d")
             partial.mkdir()
             write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, budget, quiet)
-            report = data_report(tally, Rows(partial / "rows.arrow"), tokenizer, s.max_length)
+            rows = Rows(partial / "rows.arrow")
+            report = data_report(tally, rows, tokenizer, s.max_length) | {"rows_sha256": rows_sha256(rows)}
             report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
                                  "rows": tally.overlap}  # fmt: skip
             write_json(partial / "report.json", report)
@@ -185,6 +186,16 @@ def build_cache(
     except OSError as error:  # a full disk does not say which
         error.filename = error.filename or str(folder.parent)
         raise
+
+
+def rows_sha256(rows: Rows) -> str:
+    """Of all tokens and labels, in their order: what is learned from, whatever it was made of."""
+    digest = hashlib.sha256()
+    for ids, labels in map(rows.row, range(len(rows))):
+        digest.update(len(ids).to_bytes(8))
+        digest.update(ids)
+        digest.update(labels)
+    return digest.hexdigest()
 
 
 def write_rows(

@@ -68,14 +68,6 @@ class ModelUnderTest:
         }
 
 
-def fingerprint(path: str, revision: str | None) -> str:
-    """Of a model on the Hub its commit, of a folder its files' contents."""
-    if not Path(path).is_dir():
-        return f"{path} {revision}"
-    files = sorted(f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".txt"))
-    return digest([[file.name, file_sha256(file)] for file in files])
-
-
 @dataclass
 class Weights:
     """What is loaded once for all models under test: an Ouro base, a baseline, or nothing where a server has it."""

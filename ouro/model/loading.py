@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import UserError, from_json
+from ouro.files import UserError, file_sha256, from_json
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -73,6 +73,14 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
             if type(number := found.get(name, 1)) not in (int, float) or not 0 <= number < math.inf:
                 raise ValueError(f"config.json: {name} must be a number, found {number!r:.99}")
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def model_files(path: str, revision: str | None) -> dict[str, str]:
+    """What a model is: of one on the Hub its commit, of a folder the SHA-256 of each file that is read of it."""
+    if not Path(path).is_dir():
+        return {"commit": read_config(path, revision)._commit_hash or revision or "unknown"}
+    files = (f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".txt"))
+    return {file.name: file_sha256(file) for file in sorted(files)}
 
 
 def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:

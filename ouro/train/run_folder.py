@@ -36,7 +36,7 @@ from ouro.files import (
     write_json,
     yaml_line,
 )
-from ouro.model.loading import frozen_kind
+from ouro.model.loading import frozen_kind, model_files
 from ouro.settings import FIELDS, Resolved, Settings, parse
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
 
@@ -50,7 +50,6 @@ from transformers import PreTrainedTokenizerBase
 LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
 
 
-BEGUN_WITH = ("data_revision", "tokenizer_sha256")  # of manifest.json: a run is continued with the same
 # What progress.json of a checkpoint holds: LoopTrainer's state beside transformers' own.
 PROGRESS = ("sums", "tokens", "logged_step", "processes", "recent", "rates", "since_log")
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
@@ -81,7 +80,7 @@ def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, objec
 
 
 def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings]:
-    """The folder of a trained run, and the settings it was trained with.
+    """The folder of a trained run, and the settings it was trained with: of a model on the Hub with the commit.
 
     Raises:
         UserError: it is not trained yet; the message holds the command that does it.
@@ -96,16 +95,31 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
         command += ("--seed", seed.removeprefix("seed")) if seed else ()
         command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
         raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: {shlex.join(command)}")
-    return folder, recorded_settings(folder)
+    trained = recorded_settings(folder)
+    if trained.model_revision is None and (folder / "manifest.json").exists():  # what is newest now may be another
+        trained.model_revision = read_json(folder / "manifest.json").get("model_files", {}).get("commit")
+    return folder, trained
+
+
+def check_base(folder: Path, path: str, files: dict[str, str]) -> None:
+    """That the base of a trained run, which is at `path` and has these `model_files`, is the one it was trained on.
+
+    Raises:
+        UserError: it is another, beside which the adapter means nothing; or the manifest is damaged.
+    """
+    record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    if changed := changed_inputs(record, {"model_files": files}):
+        raise UserError(f"{folder} was trained on {changed} {path}: bring it back")
 
 
 def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
     """A run's folder, the settings it was trained with, and its adapter.
 
     Raises:
-        UserError: it is not trained, or the adapter is damaged.
+        UserError: it is not trained, the adapter is damaged, or its base is another one now.
     """
     folder, trained = run_settings(run)
+    check_base(folder, trained.model_name_or_path, model_files(trained.model_name_or_path, trained.model_revision))
     return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
 
 
@@ -163,6 +177,12 @@ def set_aside(checkpoint: Path) -> None:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def holds_all_steps(checkpoint: Path) -> bool:
+    """Whether no step is left after it: the run was ended before it wrote its adapter and `completed`."""
+    state = read_json(checkpoint / "trainer_state.json", "global_step", "max_steps")
+    return state["global_step"] >= state["max_steps"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -284,29 +304,44 @@ def empty(folder: Path, all_of_it: bool) -> None:
             remove(path)
 
 
-def continue_from(checkpoint: Path, report: dict) -> None:
+def inputs(s: Settings, report: dict) -> dict:
+    """What a run learns from, for its manifest: whatever else has changed, with the same it is the same run."""
+    files = model_files(s.model_name_or_path, s.model_revision)
+    return {"model_files": files} | {
+        name: report[name] for name in ("tokenizer_sha256", "data_revision", "rows_sha256")
+    }
+
+
+def changed_inputs(record: dict, found: dict) -> str:
+    """In what the inputs that a manifest has are not those found now; empty if in nothing."""
+    told = []
+    for name, new in found.items():
+        old = record.get(name, new)
+        if isinstance(new, dict):
+            names = [file for file in sorted({**old, **new}) if old.get(file) != new.get(file)]
+            told += [f"another {', '.join(names)} of the model"] if names else []
+        elif old != new:
+            told.append(f"{name} {old}, and this is {new}")
+    return "; ".join(told)
+
+
+def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     """Takes back what the run recorded after its checkpoint, and records that it was continued.
 
     Raises:
-        UserError: the training data or the tokenizer are not those that the run began with, or what it recorded is
-            damaged.
+        UserError: model, data or tokenizer are not those that the run began with, or what it recorded is damaged.
     """
     folder, step = checkpoint.parent, step_of(checkpoint)
+    advice = "bring it back, use another --output_dir, or --overwrite to delete that run"
+    found = inputs(s, report)
     try:
-        record = read_json(
-            folder / "manifest.json", "data_revision", "tokenizer_sha256", "packages", "git_commit", "gpu"
-        )
+        record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu")
         progress = read_json(checkpoint / "progress.json", *PROGRESS)
         kept = logged(folder / "metrics.jsonl", step, progress["logged_step"])
     except UserError as error:
-        raise UserError(
-            f"{error}\nbring it back, use another --output_dir, or --overwrite to delete that run"
-        ) from None
-    for name in BEGUN_WITH:
-        if record[name] != report[name]:
-            raise UserError(
-                f"{folder} began with {name} {record[name]}, and this is {report[name]}: bring it back, or --overwrite"
-            )
+        raise UserError(f"{error}\n{advice}") from None
+    if changed := changed_inputs(record, found):
+        raise UserError(f"{folder} began with {changed}: {advice}")
     print(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
         print(
@@ -372,11 +407,10 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
         "processes": WORLD_SIZE,
         "model": run.settings.model_name_or_path,
         "model_commit": getattr(model.config, "_commit_hash", None),
-        "tokenizer_sha256": report["tokenizer_sha256"],
+        **inputs(run.settings, report),
         "arm": run.settings.arm,
         "language": report["language"],
         "data": report["source"],
-        "data_revision": report["data_revision"],
         "seed": run.settings.seed,
         "started": now(),
     }

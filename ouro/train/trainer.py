@@ -9,6 +9,7 @@ import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 from ouro.data.batches import EpochOrder, Rows
 from ouro.files import UserError, sync_folder, write_json
@@ -18,7 +19,17 @@ from ouro.model.lora import refresh
 from ouro.settings import Settings
 from ouro.train.collate import collate
 from ouro.train.processes import RANK, WORLD_SIZE, print0
-from ouro.train.run_folder import checkpoints, in_short, remove, seal, set_aside, step_of, sync_file, writing
+from ouro.train.run_folder import (
+    checkpoints,
+    holds_all_steps,
+    in_short,
+    remove,
+    seal,
+    set_aside,
+    step_of,
+    sync_file,
+    writing,
+)
 from ouro.train.stopping import Stopper
 
 import torch
@@ -270,8 +281,11 @@ class LoopTrainer(SFTTrainer):
                     remove(other)
         self.accelerator.wait_for_everyone()
 
-    def train(self, resume_from_checkpoint: str | None = None):
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
         since_log = 0.0  # seconds from the last logged step to the checkpoint
+        if resume_from_checkpoint and holds_all_steps(Path(resume_from_checkpoint)):
+            self._load_from_checkpoint(resume_from_checkpoint)  # all that is left is to write the adapter
+            return
         if resume_from_checkpoint:
             progress = json.loads((Path(resume_from_checkpoint) / "progress.json").read_text())
             if RANK == 0:
@@ -283,7 +297,11 @@ class LoopTrainer(SFTTrainer):
         self._unmeasured = self.held_out is not None and not resume_from_checkpoint
         self._logged_at = time.perf_counter() - since_log
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint)
+            super().train(resume_from_checkpoint=resume_from_checkpoint)
+        except UnpicklingError:  # torch.load reads no code; its own message tells how to run it
+            raise UserError(
+                f"{resume_from_checkpoint} holds what no training writes: delete it, or --overwrite"
+            ) from None
         except torch.OutOfMemoryError as error:
             s, layers = self.settings, self.accelerator.unwrap_model(self.model).get_base_model().model.layers
             raise UserError(

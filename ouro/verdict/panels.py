@@ -23,8 +23,8 @@ from ouro.verdict.study import ASPECTS, BASE, METRICS, Metric, Reader, Result, R
 import numpy as np
 from scipy.special import stdtrit
 
-MEASURED_ALIKE = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
-                  "prompt_sha256", "judge", "replies")  # fmt: skip
+MEASURED_ALIKE = ("model", "model_revision", "precision", "weights", "metric", "protocol", "benchmark_revision",
+                  "split", "limit", "prompt_sha256", "judge", "replies")  # fmt: skip
 SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
 ARMS = {  # arm: settings that may differ between depths; settings whose values are studies of their own
     "equal-tokens": ((), ()),
@@ -165,6 +165,8 @@ def trained_as(run: Run) -> dict[str, str]:
     """Data and settings of a run, as far as they must not differ between depths and seeds."""
     told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}
     found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}
+    files = json.dumps(run.manifest.get("model_files"), sort_keys=True)
+    found |= {"model's files": hashlib.sha256(files.encode()).hexdigest()[:12]}
     found |= {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
     rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
     return found | {"rows per step": str(run.config.get("rows_per_step", rows))}

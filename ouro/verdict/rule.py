@@ -126,7 +126,7 @@ def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, 
     settings = {}
     for panel in (thai, english):
         study = adapters(panel)[0].study
-        told = trained_as(runs[study["run"]]) | {name: str(study.get(name)) for name in MEASURED_ALIKE[:3]}
+        told = trained_as(runs[study["run"]]) | {name: str(study.get(name)) for name in MEASURED_ALIKE[:4]}
         settings[study["run"]] = {k: v for k, v in told.items() if k not in ("data report", "max_tokens")}
     if why := unlike(settings):
         return None, f"English adapters trained alike ({'; '.join(why)})"
