@@ -57,7 +57,8 @@ def rate_file(file: Path, grader: Server, again: bool = False) -> None:
         with Cache(cache_of(file)) as saved:
             numbers, lines = rate_replies(questions, replies, by, saved, name)
         rated = study | numbers | {"key": result_key(study["generation_key"], by)}
-        save(file, result | {"results": harness_rows(rated), "study": rated}, lines)
+        unrated = result | {"study": study | {"key": None, "judge": None, "value": None}}
+        save(file, result | {"results": harness_rows(rated), "study": rated}, lines, unrated)
 
     if again:  # the replies stay, unrated: after an interruption the command goes on without --again
         set_aside([file])

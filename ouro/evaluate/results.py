@@ -79,8 +79,11 @@ def read_study(file: Path) -> dict | None:
         return None
 
 
-def save(file: Path, content: dict, lines: list[dict]) -> None:
+def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = None) -> None:
     """Writes a result and the lines of its items. The only place that writes results.
+
+    meanwhile: what stands there until both are written, so that no interruption leaves old numbers beside new items;
+    nothing where all can be computed again.
 
     Raises:
         UserError: a full disk, a folder that cannot be written, or a number that is NaN or infinite.
@@ -93,8 +96,11 @@ def save(file: Path, content: dict, lines: list[dict]) -> None:
             text += json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise UserError(f"{file} is not saved: {where}: a number in it is NaN or infinite") from None
-    file.unlink(missing_ok=True)  # an interruption between the two writes would leave old numbers beside new items
     try:
+        if meanwhile is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_json(file, meanwhile)
         write_atomic(file.with_suffix(".items.jsonl"), text)
         write_json(file, content)  # last: its presence says that the items are there
     except OSError as error:
