@@ -235,16 +235,21 @@ def lock(file: IO) -> bool:
     return True
 
 
-@contextmanager
-def unfinished(path: Path) -> Iterator[IO]:
-    """A new file beside `path`, open, to be renamed to it; a folder can be made under its name and ".d". Neither is
-    left. No other process has this name, be it in another container, and what one that was killed left there goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def remove_left(path: Path) -> None:
+    """Removes what processes that were killed left beside `path` while they made it."""
     for left in [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.") and p.suffix == ".tmp"]:
         with suppress(OSError), open(left, "r+b") as opened:  # an error: no locks here, or it is gone
             if lock(opened):  # its process is gone
                 shutil.rmtree(f"{left}.d", ignore_errors=True)
                 left.unlink()
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[IO]:
+    """A new file beside `path`, open, to be renamed to it; a folder can be made under its name and ".d". Neither is
+    left. No other process has this name, be it in another container, and what one that was killed left there goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left(path)
     while True:
         with open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb") as file:
             with suppress(OSError):

@@ -30,6 +30,7 @@ from ouro.files import (
     file_sha256,
     message,
     read_json,
+    remove_left,
     seal,
     sealed_files,
     sync_folder,
@@ -153,6 +154,7 @@ def merge(run: Resolved) -> None:
             f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
         ]:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
+        remove_left(target)
         print(f"{target} is there already")
         return
     model = merged_model(trained, adapter, revision, loops)

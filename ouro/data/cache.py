@@ -28,7 +28,7 @@ from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
 from ouro.data.sources import Source, benchmark_items, count_rows, find_source, read_file, speaks_of_training
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
-from ouro.files import UserError, damage, seal, unfinished, write_json
+from ouro.files import UserError, damage, remove_left, seal, unfinished, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -286,7 +286,9 @@ def prepare(
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(s.cache_dir) / f"{s.dataset}-{split}-{short}"
     cached = folder.exists()
-    if builder and not cached:
+    if builder and cached:
+        remove_left(folder)
+    elif builder:
         build_cache(folder, source, split, s, tokenizer, items, budget, quiet)
     while not folder.exists():
         if not wait:

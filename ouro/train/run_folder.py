@@ -101,14 +101,17 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
     return folder, trained
 
 
-def check_base(folder: Path, path: str, files: dict[str, str]) -> None:
-    """That the base of a trained run, which is at `path` and has these `model_files`, is the one it was trained on.
+def check_base(folder: Path, path: str, files: dict[str, str] | None = None) -> None:
+    """That the base of a trained run is the one it was trained on; one on the Hub is, by the commit of `run_settings`.
+
+    files: the `model_files` of what is at `path`, where they are known.
 
     Raises:
         UserError: it is another, beside which the adapter means nothing; or the manifest is damaged.
     """
     record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    if changed := changed_inputs(record, {"model_files": files}):
+    found = {"model_files": files or model_files(path, None)} if "model_files" in record and Path(path).is_dir() else {}
+    if changed := changed_inputs(record, found):
         raise UserError(f"{folder} was trained on {changed} {path}: bring it back")
 
 
@@ -119,7 +122,7 @@ def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
         UserError: it is not trained, the adapter is damaged, or its base is another one now.
     """
     folder, trained = run_settings(run)
-    check_base(folder, trained.model_name_or_path, model_files(trained.model_name_or_path, trained.model_revision))
+    check_base(folder, trained.model_name_or_path)
     return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
 
 
