@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
@@ -98,28 +99,42 @@ def count_events(kill_at: int, place: str) -> list[int]:
     return count
 
 
+def run_here(program: Program, main: Callable[[], None], kill_at: int, place: str) -> None:
+    """Runs a program in this process, which then ends; its number of events is in place/events-RANK."""
+    from ouro.files import call
+
+    log = os.open(f"{place}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.argv = [program.script, *program.arguments]
+    count, leave = count_events(kill_at, f"{place}/now"), os._exit
+
+    def end(code: int) -> None:
+        sys.stdout.flush()
+        (Path(place) / f"events-{os.environ.get('RANK', 0)}").write_text(str(count[0]))
+        leave(code)
+
+    os._exit = end  # by which processes of a group leave
+    code = 0
+    try:
+        call(main)
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    end(code)
+
+
 def serve(orders: Connection, environment: dict[str, str]) -> None:
     """A process that has imported everything, and forks a copy for each order: (program, kill_at, place, variables)."""
     os.environ.update(environment)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from ouro.files import call
-
     mains = {program.script: main_of(program.script) for program in programs(Path()).values()}
     while order := orders.recv():
         program, kill_at, place, variables = order
         if (child := os.fork()) == 0:
             os.environ.update(variables)
-            log = os.open(f"{place}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1), os.dup2(log, 2)
-            sys.argv = [program.script, *program.arguments]
-            code, count = 0, count_events(kill_at, f"{place}/now")
-            try:
-                call(mains[program.script])
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            sys.stdout.flush()
-            (Path(place) / f"events-{os.environ.get('RANK', 0)}").write_text(str(count[0]))
-            os._exit(code)
+            run_here(program, mains[program.script], kill_at, place)
         orders.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
@@ -127,8 +142,10 @@ def server(**environment: str) -> Connection:
     here, there = Pipe()
     if os.fork() == 0:
         here.close()
-        serve(there, environment)
-        os._exit(0)
+        try:
+            serve(there, environment)
+        finally:  # also where the storm has ended
+            os._exit(0)
     there.close()
     return here
 
