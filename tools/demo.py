@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 import evaluate
 import report
 import train_qlora
-from ouro.files import UserError, call
+from ouro.files import Parser, UserError, call, latest
 from ouro.settings import resolve
 
 import torch
@@ -109,7 +109,8 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
 
 
 def main() -> None:
-    arguments = ("--config", CONFIG, *sys.argv[1:])
+    _, own = Parser(add_help=False, allow_abbrev=False).parse_known_args()  # of make's --args=… the words
+    arguments = ("--config", CONFIG, *own)
     s = resolve(__doc__, list(arguments)).settings
     count = os.environ.get("DEMO_SEEDS") or "3"
     if not count.isdecimal() or int(count) < 1:
@@ -128,7 +129,9 @@ def main() -> None:
     training = [Step("base", 4, evaluate.main, [(*arguments, *options, "--base") for options in SCORES])]
     for name, exp, seed in runs:
         place = ("--exp", exp, "--seed", f"{seed}", "--output_dir", f"{s.output_dir}/seed{seed}")
-        training.append(Step(f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [(*arguments, *place)]))
+        training.append(
+            Step(f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [tuple(latest([*arguments, *place]))])
+        )
     scoring = [
         Step(f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored[exp]])
         for name, exp, _ in runs
