@@ -8,7 +8,7 @@ configs/datasets.yaml names the training sets; a Hub id and a local copy of the 
 A row becomes a chat in the model's own template, of which the assistant's turns and their end-of-turn tokens are
 trained. The rows are kept, memory-mapped, in CACHE_DIR/<dataset>-<split>-<key>/; the key covers data, tokenizer,
 template, settings and code, so that no change to any of them can serve old rows. This command also writes the report
-to OUTPUT_DIR/data-report/<dataset>.json.
+to OUTPUT_DIR/data-report/<dataset>.json, and says how such rows would go through this machine's GPU.
 """
 
 from pathlib import Path
@@ -19,14 +19,19 @@ from ouro.data.sources import entry_of
 from ouro.files import call
 from ouro.model.loading import load_tokenizer
 from ouro.settings import resolve
+from ouro.train.machine import plan_steps
+
+import torch
 
 
 def main() -> None:
     s = resolve(__doc__).settings
     entry_of(s.dataset)  # a wrong name is said before the model is asked for
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
-    _, report = prepare(s, tokenizer)
+    rows, report = prepare(s, tokenizer)
     print_report(report)
+    if torch.cuda.is_available():
+        plan_steps(s, rows, torch.cuda.current_device())
     path = Path(s.output_dir) / "data-report" / f"{s.dataset}.json"
     save_report(path, report)
     print(f"file: {path}")

@@ -13,9 +13,10 @@ step, save and exit with code 75: run it again. Any other failure is 1 or, with 
 """
 
 import argparse
+import json
+import math
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 
 from ouro.data.batches import Rows
@@ -24,14 +25,13 @@ from ouro.data.report import print_report, save_report
 from ouro.data.sources import entry_of
 from ouro.evaluate.benchmarks import table, task_names
 from ouro.files import UserError, call, explain, read_json, write_json
-from ouro.model.cost import check_share, matrix_rate
+from ouro.model.cost import Memory, matrix_rate
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train import processes
 from ouro.train.build import build, check_frozen
-from ouro.train.collate import collate
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
-from ouro.train.machine import check_device, planned_memory, shard_frozen_weights, trainer_arguments, unused
+from ouro.train.machine import capture_graphs, check_device, plan_steps, shard_frozen_weights, trainer_arguments, unused
 from ouro.train.processes import LOCAL_RANK, RANK, WORLD_SIZE, among_others, leave, print0, speaks, wait_for_data
 from ouro.train.run_folder import (
     changed_inputs,
@@ -46,12 +46,11 @@ from ouro.train.run_folder import (
 )
 from ouro.train.stopping import STOPPED, Stopped, Stopper
 from ouro.train.time_limit import time_limit
-from ouro.train.trainer import LoopTrainer, Metrics, Refresh
+from ouro.train.trainer import Guards, LoopTrainer, Metrics
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
@@ -60,7 +59,6 @@ from trl import SFTConfig
 def check(run: Resolved, folder: Path) -> tuple[str | int, SFTConfig]:
     """Refuses what would waste the run, before anything is read or written; the device and TRL's arguments."""
     s = run.settings
-    check_share(s, WORLD_SIZE)
     entry_of(s.dataset)
     task_names(s.tasks, table()["tasks"])  # else evaluation would find out, after the training
     device = check_device(s)
@@ -78,15 +76,15 @@ def print_settings(run: Resolved, folder: Path, device: str | int) -> None:
         print0(line)
 
 
-def load_data(s: Settings) -> tuple[PreTrainedTokenizerBase, Rows, Subset | None, dict]:
+def load_data(s: Settings) -> tuple[PreTrainedTokenizerBase, Rows, tuple[Rows, list[int]] | None, dict]:
     """The tokenizer, the rows to train, those that the held-out loss is measured on, and the data report."""
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     rows, report = prepare(s, tokenizer, builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
     return tokenizer, rows, held_out_rows(s, tokenizer) if s.eval_steps else None, report
 
 
-def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | None:
-    """`eval_rows` of the held-out rows, evenly spaced; None if there are none."""
+def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list[int]] | None:
+    """The held-out rows, and the numbers of `eval_rows` of them, evenly spaced; None if there are none."""
     split = "development" if s.development else "held_out"
     try:
         rows, _ = prepare(s, tokenizer, split, builder=LOCAL_RANK == 0, quiet=RANK > 0, wait=wait_for_data)
@@ -97,18 +95,23 @@ def held_out_rows(s: Settings, tokenizer: PreTrainedTokenizerBase) -> Subset | N
         print0(f"no held-out loss: {why}")
         return None
     count = min(s.eval_rows, len(rows))
-    return Subset(rows, [i * len(rows) // count for i in range(count)])
+    return rows, [i * len(rows) // count for i in range(count)]
 
 
-def build_model(s: Settings, device: str | int) -> tuple[PeftModel, float | None, dict]:
-    """The model, the GPU's rate of bf16 products in FLOP/s (None if that is not used), and the plan of its memory."""
-    free = None if device == "cpu" else torch.cuda.mem_get_info()[0]
+def build_model(s: Settings, device: str | int, memory: Memory) -> tuple[PeftModel, float | None]:
+    """The model, and the GPU's rate of bf16 products in FLOP/s (None if that is not used)."""
     try:
-        model = build(s, device)
+        model = build(s, device, memory)
         flops = matrix_rate(device) if s.bf16 and device != "cpu" else None
     except torch.OutOfMemoryError as error:
         raise UserError(f"{in_short(error)}: does another process use this GPU (nvidia-smi)?") from None
-    return model, flops, planned_memory(s, model, free)
+    return model, flops
+
+
+def planned_before(folder: Path) -> int | None:
+    """Tokens of a pass, by the manifest of a run that is continued: other ones would round otherwise."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text(encoding="utf-8")).get("pass_tokens") if manifest.exists() else None
 
 
 def train(run: Resolved) -> Path:
@@ -136,9 +139,10 @@ def train(run: Resolved) -> Path:
                 continue_from(state, s, report)
             save_report(folder / "data_report.json", report)
         start_logger(run, folder)
-        model, flops, memory = build_model(s, device)
+        steps, memory, planned = plan_steps(s, rows, device, planned_before(folder) if begun else None)
+        model, flops = build_model(s, device, memory)
         if RANK == 0 and not begun:
-            write_json(folder / "manifest.json", manifest(run, model, report, flops, memory))
+            write_json(folder / "manifest.json", manifest(run, model, report, flops, planned))
 
         stopper = Stopper(run.options.time_limit)
         trainer = LoopTrainer(
@@ -148,12 +152,11 @@ def train(run: Resolved) -> Path:
             flops=flops,
             stopper=stopper,
             args=arguments,
-            train_dataset=rows,
-            # Packed batches all have one size: kernels are compiled for it and its layers replayed.
-            data_collator=partial(collate, width=s.max_length) if s.packing else collate,
+            train_dataset=steps,
             processing_class=tokenizer,
-            callbacks=[Refresh(), Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0)],
+            callbacks=[Metrics(folder / "metrics.jsonl", s.eval_steps if held_out else 0)],
         )
+        trainer.add_callback(Guards(trainer))
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         if begun and s.report_to == "tensorboard":
@@ -163,6 +166,9 @@ def train(run: Resolved) -> Path:
         if s.fsdp and WORLD_SIZE > 1:
             shard_frozen_weights(trainer.model)
 
+        at, epochs = step_of(state) if begun else 0, s.num_train_epochs * len(steps)
+        last = s.max_steps if s.max_steps > 0 else math.ceil(epochs)
+        capture_graphs(trainer.model, steps, at, last, s.lora_dropout > 0, quiet=RANK > 0)
         trainer.train(resume_from_checkpoint=str(state) if begun else None)
         if trainer.state.global_step < trainer.state.max_steps:
             raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")

@@ -17,6 +17,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 # PyThaiNLP makes a folder in the home folder when it is imported, which may be read-only.
 os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
+# All graphs of a run compute in one memory. Without this it is made of pieces as large as the first graph's tensors,
+# into which those of a pass of another size do not fit.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # What other programs' users set for accelerate, torch and CUDA: it would change numbers, or the library that computes
 # them, beside the settings. `call` says what was taken out; a setting of ours takes its place where there is one.
 FOREIGN = (

@@ -106,15 +106,14 @@ class Settings:
         "the test split stays unseen",
     )
     drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
-    max_length: int = setting(4096, "longest row in tokens; length_policy says what happens to longer ones", at_least=8)
+    max_length: int = setting(
+        16384, "longest row in tokens; length_policy says what becomes of longer ones", at_least=8
+    )
     length_policy: str = setting(
-        "drop",
+        "truncate_prompt",
         "rows longer than max_length: leave out (drop), shorten the question (truncate_prompt), train in pieces, each "
         "after what fits of the text before it (split), lose the answer's end (truncate), or refuse to start (error)",
         one_of=("drop", "truncate_prompt", "split", "truncate", "error"),
-    )
-    packing: bool = setting(
-        False, "several rows in one of max_length, apart in attention and positions; false: batches of like length"
     )
     cache_dir: str = free_setting("cache", "tokenised rows are kept here")
     # floors below which training is refused
@@ -127,8 +126,10 @@ class Settings:
     # optimisation
     num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
-    per_device_train_batch_size: int = run_setting(1, "rows per GPU and pass", at_least=1, at_most=4096)
-    gradient_accumulation_steps: int = run_setting(32, "passes a step, of all GPUs together", at_least=1, at_most=10**5)
+    rows_per_step: int = setting(32, "rows of an optimizer step, on any number of GPUs", at_least=1, at_most=10**6)
+    pass_tokens: int | None = run_setting(
+        None, "tokens of short rows that go through the model at once; none: as the GPU's memory allows", at_least=64
+    )
     learning_rate: float = setting(
         2e-4, "peak learning rate; tuned: the best of the arm `rates` at this depth", at_least=0, at_most=1e30
     )
@@ -143,8 +144,8 @@ class Settings:
     )
     activation_checkpointing: str = run_setting(
         "auto",
-        "how many layers are recomputed in the backward pass, for less memory and more time; auto: as few as the GPU's "
-        "free memory allows by the estimate of ouro/model/cost.py",
+        "how many layers are computed twice, for less memory and more time; auto: for each pass as "
+        "few layer calls as the GPU's free memory allows by the estimate of ouro/model/cost.py",
         one_of=("auto", "none", "full"),
         or_number=True,
     )
@@ -180,6 +181,10 @@ class Settings:
     report_to: str = free_setting("none", "where else metrics go", one_of=("none", "tensorboard", "wandb"))
 
 
+REPLACED = dict.fromkeys(  # settings of TRL's that are none here, and what to write instead
+    ("per_device_train_batch_size", "gradient_accumulation_steps", "packing"),
+    "rows_per_step says how many rows a step has; how they go through the model is the machine's affair (pass_tokens)",
+)
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=folder, …"}
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 LEARNING = tuple(name for name, field in FIELDS.items() if field.metadata["changes"] == "learning")
@@ -293,6 +298,8 @@ def resolve(
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.upper(), help=text)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
+        if (name := unknown[0].lstrip("-").partition("=")[0]) in REPLACED:
+            raise UserError(f"command line: {name} is not a setting here: {REPLACED[name]}")
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
         raise UserError(f"command line: unknown argument {unknown[0]!r}{nearest(unknown[0].lstrip('-'), known)}")
 
@@ -322,6 +329,8 @@ def resolve(
     values, origins = {}, dict.fromkeys(FIELDS, "default")
     for origin, source in sources:
         for name, value in source.items():
+            if name in REPLACED:
+                raise UserError(f"{origin}: {name} is not a setting here: {REPLACED[name]}")
             if name not in FIELDS:
                 raise UserError(f"{origin}: unknown setting {name!r}{nearest(str(name), FIELDS)}")
             tuned = name == "learning_rate" and value == TUNED

@@ -23,7 +23,7 @@ from conftest import PATIENCE
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory(prefix="ouro-thai-cache-")  # tokenised rows, for all tests of this process
 SMALL = ["--config", "tests/smoke.yaml", "--report_to", "none", "--overlap", "none", "--cache_dir", CACHE.name]
-MEASURED = ("tokens_per_second", "padded_tokens_per_second", "memory_gib")  # what differs when a run is repeated
+MEASURED = ("tokens_per_second", "padded_tokens_per_second", "seconds", "memory_gib")  # differs when a run is repeated
 
 
 def write_jsonl(path: Path, *rows: dict) -> str:
@@ -75,20 +75,21 @@ def port() -> str:
         return str(opened.getsockname()[1])
 
 
-def in_two_processes(*command: str) -> tuple[list[int], list[str]]:
-    """Runs python with these arguments twice, as torchrun does; the exit codes, and what was printed."""
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def in_processes(count: int, *command: str) -> tuple[list[int], list[str]]:
+    """Runs python with these arguments so many times, as torchrun does; the exit codes, and what was printed."""
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    places |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}  # training sets some
-    both = [
+    started = [
         subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env=environment | places | {"RANK": rank, "LOCAL_RANK": rank},
+            env=environment | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in "01"
+        for rank in range(count)
     ]  # fmt: skip
     try:
-        printed = [process.communicate(timeout=PATIENCE)[0] for process in both]
+        printed = [process.communicate(timeout=PATIENCE)[0] for process in started]
     finally:
-        for process in both:
+        for process in started:
             process.kill()
-    return [process.returncode for process in both], printed
+    return [process.returncode for process in started], printed

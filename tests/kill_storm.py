@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-TIMES = ("tokens_per_second", "padded_tokens_per_second", "memory_gib")  # of metrics.jsonl
+TIMES = ("tokens_per_second", "padded_tokens_per_second", "seconds", "memory_gib")  # of metrics.jsonl
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SETTINGS = ["--config", "tests/smoke.yaml", "--overlap", "none", "--report_to", "none", "--total_ut_steps", "1",
             "--max_length", "256", "--length_policy", "truncate", "--min_end_survival", "0", "--max_too_long_share",
@@ -53,7 +53,7 @@ def programs(place: Path) -> dict[str, Program]:
     score += ["--tasks", "thai_exam,thai_text,mt_bench_thai"]
     replies = str(now / "results/smoke/mt_bench_thai-ut1.json")
     constant = ["--lr_scheduler_type", "constant_with_warmup"]
-    epochs = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--num_train_epochs"]
+    epochs = ["--rows_per_step", "16", "--num_train_epochs"]
     demo = ["--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2", "--max_new_tokens", "1"]
     return {
         "training": Program("train_qlora.py", [*train, "--max_steps", "4"]),

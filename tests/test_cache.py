@@ -73,7 +73,9 @@ def world(tmp_path):
     write_set(tmp_path / "data/test.jsonl", TEST)
     shutil.copytree(ROOT / "sample/thai_exam", tmp_path / "exam")
     s = plain(tmp_path / "data", tmp_path / "cache")
-    s = replace(s, max_length=120, overlap="thai_exam", paths={"thai_exam": str(tmp_path / "exam")})
+    s = replace(
+        s, max_length=120, length_policy="drop", overlap="thai_exam", paths={"thai_exam": str(tmp_path / "exam")}
+    )
     return SimpleNamespace(folder=tmp_path, s=s, tokenizer=load_tokenizer(MODEL))
 
 
@@ -226,9 +228,8 @@ def test_training_rows_and_held_out_rows_are_two_caches(world):
 
 SAME_ROWS = {
     "learning_rate": {"learning_rate": 1.0},
-    "per_device_train_batch_size": {"per_device_train_batch_size": 7},
-    "gradient_accumulation_steps": {"gradient_accumulation_steps": 3},
-    "packing": {"packing": True},
+    "rows_per_step": {"rows_per_step": 7},
+    "pass_tokens": {"pass_tokens": 512},
     "seed": {"seed": 1},
     "output_dir": {"output_dir": "elsewhere"},
     "total_ut_steps": {"total_ut_steps": 2},
@@ -252,7 +253,7 @@ def test_an_identical_copy_elsewhere_reads_the_cache_and_names_rows_of_its_own(w
     assert (contents(read), other["cache"], other["from_cache"]) == (rows, report["cache"], True)
     assert other["source"] == str(copy) and report["first_dropped"]
     assert str(world.folder / "data") not in json.dumps(other)
-    assert [read.places(i) for i in range(len(read))] == [[f"train.jsonl, line {line}"] for line in (1, 2, 3, 4, 6, 8)]
+    assert [read.place(i) for i in range(len(read))] == [f"train.jsonl, line {line}" for line in (1, 2, 3, 4, 6, 8)]
     with pytest.raises(UserError, match=str(copy)):
         prepared(world, dataset_path=str(copy), max_empty_share=0)
 
@@ -445,7 +446,7 @@ def test_a_damaged_cache_is_refused_by_name(world, monkeypatch, capsys, name, da
     else:
         path.unlink()
     argv = ["--model_name_or_path", MODEL, "--paths", f"thai_exam={world.s.paths['thai_exam']}"]
-    for key in ("dataset", "dataset_path", "overlap", "cache_dir", "max_length", "max_empty_share"):
+    for key in ("dataset", "dataset_path", "overlap", "cache_dir", "max_length", "length_policy", "max_empty_share"):
         argv += [f"--{key}", str(getattr(world.s, key))]
     monkeypatch.setattr(sys, "argv", ["data_config.py", *argv, "--output_dir", str(world.folder / "out")])
     with pytest.raises(SystemExit) as end:

@@ -24,7 +24,7 @@ from conftest import PATIENCE
 from helpers import ROOT, metrics, repeatable, write_jsonl
 
 STUDY = ("exp1-wangchan-ut4", "exp2-wangchan-ut1", "exp3a-wangchan-ut2", "exp3b-wangchan-ut3")
-SMALL = "--overlap none --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_steps 0"
+SMALL = "--overlap none --rows_per_step 4 --eval_steps 0"
 SMALL += " --model_name_or_path sample/ouro-tiny"
 # Variables of a shell in `salloc --mem-per-cpu=4G`, and of users' own profiles, none of which may reach a job.
 SESSION = {"SLURM_JOB_ID": "77", "SLURM_MEM_PER_CPU": "4096", "SLURM_GPUS": "1", "SLURM_CPU_BIND": "mask_cpu:0x1"}
@@ -549,7 +549,6 @@ def test_each_seed_and_each_state_of_a_run_is_told_apart(on_a_cluster, monkeypat
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"processes": 8}, "gradient_accumulation_steps = 2 forward passes a step cannot be shared by 8 processes"),
         ({"seeds": ["0,1,2"]}, "seeds are separated by spaces: '0 1 2', not '0,1,2'"),
         ({"seeds": ["0", "1", "0"]}, "seed 0 is named twice"),
         ({"TIME": "12h"}, "TIME = 12h"),

@@ -241,7 +241,7 @@ def test_the_refusal_of_long_rows_names_settings_that_keep_them(prepared):
     asked, told = ROW | {"Instruction": "ยาว" * 300}, ROW | {"Output": "ยาว" * 300}
     rows = [*[ROW] * 7, asked, asked, told]
     with pytest.raises(UserError, match="3 of 10 rows .* max_length = 200") as caught:
-        prepared("wangchan", rows, max_length=200, max_too_long_share=0)
+        prepared("wangchan", rows, max_length=200, length_policy="drop", max_too_long_share=0)
     ways = re.findall(r"--(\w+) ([\w.]+) ", str(caught.value))
     names = ["max_length", *["length_policy"] * 3, "max_too_long_share"]
     assert [name for name, _ in ways] == names and "truncate_prompt shortens the question of 2, leaves out 1" in str(
@@ -249,9 +249,11 @@ def test_the_refusal_of_long_rows_names_settings_that_keep_them(prepared):
     )
     kept = {}
     for name, value in ways:
-        given = {"max_length": 200, "max_too_long_share": 0.1 if value == "truncate_prompt" else 0} | {
-            name: value if name == "length_policy" else float(value) if "." in value else int(value)
-        }
+        given = {
+            "max_length": 200,
+            "length_policy": "drop",
+            "max_too_long_share": 0.1 if value == "truncate_prompt" else 0,
+        } | {name: value if name == "length_policy" else float(value) if "." in value else int(value)}
         if value != "truncate":
             kept[name, value] = prepared("wangchan", rows, **given)[1]["rows_kept"]
     assert list(kept.values()) == [10, 9, 10, 7], kept
@@ -348,7 +350,7 @@ def test_lengths_in_the_report_are_those_of_the_tokenised_rows(prepared, tokeniz
     assert (report["tokens"], report["trained_tokens"]) == (sum(lengths), answers)
     assert report["trained_share"] == answers / sum(lengths)
     limit = lengths[50]
-    got, report = prepared("wangchan", rows, max_length=limit, **UNBOUNDED)
+    got, report = prepared("wangchan", rows, max_length=limit, length_policy="drop", **UNBOUNDED)
     histogram = report["histogram"]  # rows that the policy drops are in it
     assert sum(histogram["rows"]) == 101 and histogram["edges"][-1] == lengths[-1]
     assert report["tokens"] == int(got.lengths.sum()) == sum(n for n in lengths if n <= limit)

@@ -11,20 +11,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ouro.model import loading
-from ouro.train import processes, stopping, trainer
+from ouro.train import build, processes, stopping, trainer
 
 import pytest
-from helpers import assert_same_run, in_two_processes, trained
+from helpers import assert_same_run, in_processes, trained
 from torch.distributed.tensor import DTensor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_the_repository")]
 # One row of five is left for the last pass of the held-out loss: one process has none.
-TWO = ["--total_ut_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4",
-       "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1", "--eval_steps", "2",
-       "--eval_rows", "5"]  # fmt: skip
+# Three rows a step, apart: one process makes two passes, the other one. No dropout: each process draws PEFT's own,
+# also for a pass that is added.
+TWO = ["--total_ut_steps", "2", "--rows_per_step", "3", "--pass_tokens", "64", "--max_steps", "2", "--save_steps", "1"]
+TWO += ["--lora_dropout", "0", "--logging_steps", "1", "--eval_steps", "2", "--eval_rows", "5"]
 KINDS = {
     "nf4": [],  # all layers recomputed
-    "fp32": ["--use_qlora", "false", "--activation_checkpointing", "none", "--packing", "true", "--max_length", "512"],
+    "fp32": ["--use_qlora", "false", "--activation_checkpointing", "none", "--max_length", "512"],
 }
 
 
@@ -38,6 +39,10 @@ def frozen_bytes(model) -> int:
     return total
 
 
+def pefts_own(model, plan, largest: int, **_) -> None:
+    model.get_base_model().recompute_layers(plan(largest).recomputed // 2)
+
+
 def process(folder: Path) -> None:
     """Trains each kind plainly, with fsdp, and with fsdp stopped after its first step; writes down what it held."""
     held, measure = {}, trainer.LoopTrainer.held_out_loss
@@ -49,8 +54,9 @@ def process(folder: Path) -> None:
         return losses
 
     trainer.LoopTrainer.held_out_loss = measured
-    # With fsdp the layers are PEFT's, so here they are without it too: groups have other dropout masks.
+    # With fsdp the layers are PEFT's, so here they are without it too.
     loading.fuse = lambda *_: None
+    build.run_by_plan = pefts_own
     for kind, argv in KINDS.items():
         for way in ("ddp", "fsdp", "stopped"):
             name = f"{kind} {way}"
@@ -67,7 +73,7 @@ def process(folder: Path) -> None:
 def runs(tmp_path_factory, in_the_repository):
     """The folder of all runs, and the bytes that each process held in them."""
     folder = tmp_path_factory.mktemp("fsdp")
-    codes, printed = in_two_processes(__file__, str(folder))
+    codes, printed = in_processes(2, __file__, str(folder))
     assert codes == [0, 0], "\n".join(text[-3000:] for text in printed)
     return folder, [json.loads((folder / f"held-{rank}.json").read_text()) for rank in "01"]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import median
 
 import train_qlora
-from ouro.data.batches import EpochOrder, Rows
+from ouro.data.batches import Passes, Rows, Steps
 from ouro.data.cache import prepare
 from ouro.files import UserError, call, latest
 from ouro.model import cost, loading
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings
-from ouro.train import build, collate, machine, processes, trainer
+from ouro.train import build, machine, processes, trainer
 from ouro.train.trainer import LoopTrainer
 
 import pytest
@@ -29,10 +29,11 @@ from bitsandbytes.nn import Params4bit
 from helpers import ROOT, SMALL, metrics, resolved, trained, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from training_sets import Lengths
 
 MODEL = "sample/ouro-tiny"
 PLAIN = ["--use_qlora", "false", "--optim", "adamw_torch", "--activation_checkpointing", "none"]
-TWO_BY_TWO = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+FOUR = ["--rows_per_step", "4"]
 RARE = "๛"  # a sign that is in one row only
 
 
@@ -49,16 +50,13 @@ def prepared(*argv: str) -> Rows:
     return prepare(resolved(*argv).settings, load_tokenizer(MODEL), quiet=True)[0]
 
 
-def items_of(rows: Rows, step: int, per_step: int) -> list[int]:
-    """The items of a step, counted from 1, in an order made anew."""
-    order = EpochOrder(rows.sizes, per_step, seed=42, grouped=rows.packs is None)
-    per_epoch = math.ceil(len(rows) / per_step)
-    order.set_epoch((step - 1) // per_epoch)
-    return list(order)[(step - 1) % per_epoch * per_step :][:per_step]
+def rows_of(rows: Rows, step: int, per_step: int) -> list[int]:
+    """The rows of a step, counted from 1, in an order made anew."""
+    return Steps(rows, per_step, 42, Passes(64), None, None).rows_of(step - 1)
 
 
 def places_of(rows: Rows, step: int, per_step: int) -> set[str]:
-    return {place for i in items_of(rows, step, per_step) for place in rows.places(i)}
+    return {rows.place(i) for i in rows_of(rows, step, per_step)}
 
 
 def named_rows(told: object) -> set[str]:
@@ -137,7 +135,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
     continues, and ends at the same step."""
     data, place, rows = with_a_bad_row
     model = ["--model_name_or_path", str(broken_model(tmp_path / "model", value))]
-    argv = [*data, *model, *PLAIN, *TWO_BY_TWO, "--max_steps", "8", "--eval_steps", "0", "--save_steps", str(saving)]
+    argv = [*data, *model, *PLAIN, *FOUR, "--max_steps", "8", "--eval_steps", "0", "--save_steps", str(saving)]
     argv += ["--logging_steps", "10", "--output_dir", str(tmp_path / "out")]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["train_qlora.py", *latest([*SMALL, *argv])])
@@ -155,19 +153,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
         assert [line["step"] for line in metrics(run)] == [1]
 
 
-@pytest.mark.parametrize(("packing", "saving"), [("false", "4"), ("true", "1")])
-def test_an_absurd_learning_rate_stops_within_two_steps(tmp_path, with_a_bad_row, saving, packing):
-    """With the 8-bit optimiser of the study; packs are named by their rows."""
+@pytest.mark.parametrize("saving", ["4", "1"])
+def test_an_absurd_learning_rate_stops_within_two_steps(tmp_path, with_a_bad_row, saving):
+    """With the 8-bit optimiser of the study."""
     data, *_ = with_a_bad_row
-    data = [*data, "--packing", packing, "--max_length", "110"]
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--max_steps", "12", "--save_steps", saving, "--eval_steps", "0"]
+    argv = [*data, *PLAIN, *FOUR, "--max_steps", "12", "--save_steps", saving, "--eval_steps", "0"]
     argv += ["--optim", "paged_adamw_8bit", "--learning_rate", "1e30", "--warmup_ratio", "0", "--logging_steps", "10"]
     with pytest.raises(UserError, match=r"step \d+: the loss is .*lower learning_rate") as error:
         trained(tmp_path, *argv)
     step, rows = int(re.match(r"step (\d+)", str(error.value))[1]), prepared(*data)
     assert step <= 3, "the first update is that of step 1"
     assert named_rows(error.value) == places_of(rows, step, 4)
-    assert (packing == "true") == (rows.packs is not None) == (len(named_rows(error.value)) > 4)
     assert checkpoints(tmp_path / "smoke") == [f"checkpoint-{k}" for k in range(1, step) if saving == "1"]
     for name in checkpoints(tmp_path / "smoke"):
         assert_finite(tmp_path / "smoke" / name)
@@ -209,7 +205,7 @@ def test_a_real_spike_stops_the_run_at_the_step_and_with_the_median_that_a_recou
     """At learning rate 0 the losses are those of the rows; the epochs, of 7 steps, end within the 50 steps."""
     data = pairs(tmp_path / "data.jsonl", QUESTIONS[:8])
     argv = [*data, *PLAIN, "--learning_rate", "0", "--lora_dropout", "0", "--eval_steps", "0", "--logging_steps", "1"]
-    argv += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "70"]
+    argv += ["--rows_per_step", "1", "--max_steps", "70"]
     with pytest.raises(UserError, match="max_loss_spike") as error:
         trained(tmp_path, *argv, "--max_loss_spike", "1.01")
     losses = [line["loss"] for line in metrics(tmp_path / "smoke")]  # up to the step before, or with the step
@@ -244,7 +240,7 @@ def kept(monkeypatch) -> list[LoopTrainer]:
 def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, kept, count):
     """Also where an epoch is one step."""
     data = pairs(tmp_path / "data.jsonl", QUESTIONS[:count])
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--num_train_epochs", "3", "--eval_steps", "0"]
+    argv = [*data, *PLAIN, *FOUR, "--num_train_epochs", "3", "--eval_steps", "0"]
     lines, rows = metrics(trained(tmp_path, *argv)), prepared(*data)
     assert len(lines) == 3 * math.ceil(len(rows) / 4)
     for step in range(1, len(lines) + 1):
@@ -273,7 +269,7 @@ def test_a_collapse_is_beyond_a_threshold_and_not_after_collapse_steps(step, los
 
 def test_rows_with_nothing_to_learn_stop_the_run_early_and_not_after_collapse_steps(tmp_path):
     data = pairs(tmp_path / "data.jsonl", [(question, "ก") for question, _ in QUESTIONS])
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--learning_rate", "2e-3", "--eval_steps", "0", "--save_steps", "1"]
+    argv = [*data, *PLAIN, *FOUR, "--learning_rate", "2e-3", "--eval_steps", "0", "--save_steps", "1"]
     argv += ["--max_steps", "30", "--logging_steps", "1", "--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
     with pytest.raises(UserError, match=r"step \d+: collapsed, there is nothing to learn: loss [\d.]+ \(min_loss") as e:
         trained(tmp_path / "a", *argv, "--min_loss", "0.5")
@@ -343,7 +339,7 @@ def cross_entropy(adapter: Path | None, loops: int, documents) -> tuple[float, i
 
 def test_the_held_out_loss_is_the_cross_entropy_of_the_held_out_rows_after_each_loop(tmp_path):
     argv = [*PLAIN, "--total_ut_steps", "2", "--dataset", "sample"]
-    steps = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+    steps = ["--max_steps", "2", "--rows_per_step", "2"]
     run = trained(tmp_path, *argv, *steps, "--eval_rows", "5", "--eval_steps", "1", "--warmup_ratio", "0")
     s, tokenizer = resolved(*argv).settings, load_tokenizer(MODEL)
     held_out, _ = prepare(s, tokenizer, "held_out", quiet=True)
@@ -367,7 +363,7 @@ def test_the_held_out_loss_is_the_cross_entropy_of_the_held_out_rows_after_each_
 
 def test_measuring_the_held_out_loss_does_not_disturb_training(tmp_path, capsys):
     """The dropout masks and the NF4 weights of the steps after it are what they would have been."""
-    argv = ["--max_steps", "4", *TWO_BY_TWO, "--lora_dropout", "0.3", "--total_ut_steps", "1"]
+    argv = ["--max_steps", "4", *FOUR, "--lora_dropout", "0.3", "--total_ut_steps", "1"]
     argv += ["--dataset", "sample", "--eval_rows", "2", "--logging_steps", "1", "--warmup_ratio", "0"]
     without, measured = (trained(tmp_path / steps, *argv, "--eval_steps", steps) for steps in ("0", "2"))
     a, b = metrics(without), metrics(measured)
@@ -382,7 +378,7 @@ def test_measuring_the_held_out_loss_does_not_disturb_training(tmp_path, capsys)
 
 def test_a_measurement_is_logged_when_it_is_due_whatever_logging_steps_says(tmp_path):
     data = pairs(tmp_path / "data.jsonl", [(f"ถาม {i}", f"ตอบ {i}") for i in range(60)])
-    argv = [*data, *PLAIN, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    argv = [*data, *PLAIN, "--rows_per_step", "1"]
     run = trained(tmp_path, *argv, "--max_steps", "7", "--logging_steps", "5", "--eval_steps", "3")
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 3, 5, 6, 7]
@@ -396,7 +392,7 @@ def test_without_a_held_out_part_one_line_says_so_and_training_goes_on(tmp_path,
         data = ["--dataset", "sample", "--dataset_path", str(tmp_path / "data.jsonl")]
     else:
         data = pairs(tmp_path / "data.jsonl", QUESTIONS[:3])
-    argv = [*data, *PLAIN, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    argv = [*data, *PLAIN, "--rows_per_step", "1"]
     run = trained(tmp_path, *argv, "--max_steps", "1", "--eval_steps", "1")
     assert (run / "completed").exists() and "held_out_loss" not in metrics(run)[0]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no held-out loss: ")]
@@ -410,7 +406,7 @@ def test_without_a_held_out_part_one_line_says_so_and_training_goes_on(tmp_path,
 
 def test_each_line_of_the_log_is_the_mean_over_its_steps_and_a_recount_of_their_rows(tmp_path):
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--lora_dropout", "0", "--lr_scheduler_type", "constant", "--eval_steps", "0"]
+    argv = [*data, *PLAIN, *FOUR, "--lora_dropout", "0", "--lr_scheduler_type", "constant", "--eval_steps", "0"]
     argv += ["--warmup_ratio", "0", "--learning_rate", "1e-2"]
     each = metrics(trained(tmp_path / "each", *argv, "--max_steps", "10", "--logging_steps", "1"))
     third = metrics(trained(tmp_path / "third", *argv, "--max_steps", "10", "--logging_steps", "3"))
@@ -418,10 +414,10 @@ def test_each_line_of_the_log_is_the_mean_over_its_steps_and_a_recount_of_their_
     assert [line["step"] for line in each] == list(range(1, 11))
     assert [line["step"] for line in third] == [1, 3, 6, 9, 10]
     rows = prepared(*data)
-    assert any(-1 in items_of(rows, step, 4) for step in (4, 5, 6)), "a step with fillers is among them"
+    assert any(len(rows_of(rows, step, 4)) < 4 for step in (4, 5, 6)), "an epoch's last step is among them"
     tokens, correct, trained_tokens = [], [], []
     for line in each:
-        documents = [doc for i in items_of(rows, line["step"], 4) for doc in rows[i]]
+        documents = [rows.row(i) for i in rows_of(rows, line["step"], 4)]
         tokens.append(sum(len(ids) for ids, _ in documents))
         trained_tokens.append(sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents))
         correct.append(line["mean_token_accuracy"] * trained_tokens[-1])
@@ -435,7 +431,7 @@ def test_each_line_of_the_log_is_the_mean_over_its_steps_and_a_recount_of_their_
         accuracy = sum(map(round, correct[span])) / sum(trained_tokens[span])
         assert line["mean_token_accuracy"] == pytest.approx(accuracy, abs=6e-5)
         assert line["num_tokens"] == sum(tokens[: line["step"]])
-    seventh = [doc for i in items_of(rows, 7, 4) for doc in rows[i]]
+    seventh = [rows.row(i) for i in rows_of(rows, 7, 4)]
     total, right, count = cross_entropy(before, 1, seventh)
     assert each[6]["mean_token_accuracy"] == round(right / count, 4) > 0
     assert each[6]["loss"] == pytest.approx(total / count, abs=1e-4)
@@ -446,13 +442,13 @@ def test_model_flop_use_is_what_the_rows_take_of_the_rate_measured(tmp_path, mon
     made = LoopTrainer.__init__
     monkeypatch.setattr(LoopTrainer, "__init__", lambda *args, **kwargs: made(*args, **kwargs | {"flops": 1e6}))
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--total_ut_steps", "2", "--loss", "all"]
+    argv = [*data, *PLAIN, *FOUR, "--eval_steps", "0", "--total_ut_steps", "2", "--loss", "all"]
     lines = metrics(trained(tmp_path, *argv, "--max_steps", "4", "--logging_steps", "2", "--r", "8"))
     rows, config, step = prepared(*argv), load_ouro(MODEL).config, 0
     assert [line["step"] for line in lines] == [1, 2, 4]
     for line in lines:
         taken = range(step + 1, line["step"] + 1)
-        documents = [doc for k in taken for i in items_of(rows, k, 4) for doc in rows[i]]
+        documents = [rows.row(i) for k in taken for i in rows_of(rows, k, 4)]
         tokens, step = sum(len(ids) for ids, _ in documents), line["step"]
         pairs_of = sum(len(ids) * (len(ids) + 1) // 2 for ids, _ in documents)
         targets = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
@@ -469,7 +465,7 @@ def test_model_flop_use_is_what_the_rows_take_of_the_rate_measured(tmp_path, mon
 
 def test_lora_plus_gives_b_its_own_learning_rate_and_both_their_weight_decay(tmp_path, kept):
     data = pairs(tmp_path / "data.jsonl", QUESTIONS[:4])
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--lr_scheduler_type", "constant", "--learning_rate", "0.1", "--max_steps", "1"]
+    argv = [*data, *PLAIN, *FOUR, "--lr_scheduler_type", "constant", "--learning_rate", "0.1", "--max_steps", "1"]
     ways = {"plain": ["0", "1"], "plus": ["0", "4"], "decayed": ["0.5", "4"]}
     weights = {}
     for way, (decay, ratio) in ways.items():
@@ -495,17 +491,17 @@ def test_lora_plus_gives_b_its_own_learning_rate_and_both_their_weight_decay(tmp
 
 def test_without_clipping_the_gradients_norm_is_watched_all_the_same(tmp_path, monkeypatch):
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--max_steps", "2", "--logging_steps", "1"]
+    argv = [*data, *PLAIN, *FOUR, "--eval_steps", "0", "--max_steps", "2", "--logging_steps", "1"]
     runs = [trained(tmp_path / norm, *argv, "--max_grad_norm", norm) for norm in ("0", "1e9")]
     a, b = ((run / "final_adapter/adapter_model.safetensors").read_bytes() for run in runs)
     assert a == b and [[line["grad_norm"] for line in metrics(run)] for run in runs][0][1] > 0
 
-    def spoil(trainer, inputs) -> int:  # called after each backward pass
-        if trainer.state.global_step == 1:
-            next(p for p in trainer.model.parameters() if p.grad is not None).grad.fill_(math.inf)
-        return 0
+    def spoil(parameters) -> None:  # called after the backward passes
+        if steps.append(1) or len(steps) == 2:
+            next(p for p in parameters if p.grad is not None).grad.fill_(math.inf)
 
-    monkeypatch.setattr(LoopTrainer, "floating_point_ops", spoil)
+    steps = []
+    monkeypatch.setattr(trainer, "add_over_processes", spoil)
     with pytest.raises(UserError, match=r"^step 2: the loss is \d[\d.]*, the gradient's norm inf"):
         trained(tmp_path / "spoilt", *argv, "--max_grad_norm", "0")
 
@@ -526,9 +522,10 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
     run, rows = resolved("--optim", "adamw_torch"), prepared("--dataset", "sample")
     arguments = machine.trainer_arguments(run, tmp_path, use_cpu=True)
     arguments.bf16 = True
+    steps = machine.plan_steps(run.settings, rows, "cpu")[0]
     trainer = LoopTrainer(
-        model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments, train_dataset=rows,
-        data_collator=collate.collate, processing_class=load_tokenizer(MODEL),
+        model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments,
+        train_dataset=steps, processing_class=load_tokenizer(MODEL),
     )  # fmt: skip
     assert {name: p.dtype for name, p in trainer.model.named_parameters()} == before
     assert {str(dtype) for name, dtype in before.items() if "lora_" in name} == {"torch.float32"}
@@ -540,8 +537,8 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
 def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
     """Else transformers splits each batch over all of them, in this process."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = machine.trainer_arguments(resolved(*TWO_BY_TWO), tmp_path, use_cpu=False)
-    assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size == 2
+    arguments = machine.trainer_arguments(resolved(*FOUR), tmp_path, use_cpu=False)
+    assert arguments.n_gpu == arguments.train_batch_size == arguments.gradient_accumulation_steps == 1
 
 
 def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
@@ -618,24 +615,44 @@ def test_a_machine_that_cannot_do_what_is_asked_is_refused(tmp_path, monkeypatch
         machine.check_device(Settings())
 
 
-def test_the_plan_of_the_memory_is_printed_and_kept(tmp_path, monkeypatch, capsys):
-    s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False, activation_checkpointing="3")
-    model, free = build.build(s, "cpu"), 78 * 2**30
-    monkeypatch.setattr(machine, "training_memory", lambda s, config, count: (70 + count / 10) * 2**30)
-    planned = machine.planned_memory(s, model, free)
-    assert planned == {"recomputed_layers": 3, "estimated_gib": 70.3}
-    assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed; estimate 70.3 GiB of 78.0 free\n"
-    s.torch_compile = False  # of which there is no estimate
-    assert machine.planned_memory(s, model, free) == {"recomputed_layers": 3, "estimated_gib": None}
-    assert capsys.readouterr().out == "memory: 3 of 4 layers recomputed\n"
+def test_the_plans_of_the_passes_are_printed_and_kept(monkeypatch, capsys):
+    """Of the published model's sizes on a GPU of 80 GB, with the longest row first."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
+    s = Settings(use_qlora=False, rows_per_step=4, model_name_or_path="ByteDance/Ouro-2.6B")
+    steps, memory, told = machine.plan_steps(s, Lengths([300, 9000, 15000, 700, 5000]), 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"passes: of {told['pass_tokens']:,} tokens where rows are shorter, ")
+    assert memory.largest == told["plans"][-1]["tokens"] == 15360 and memory.shapes == told["pass_shapes"]
+    assert len(told["plans"]) == len(lines) - 1 >= 3
+    for plan, line in zip(told["plans"], lines[1:], strict=True):
+        assert line == (
+            f"memory: a pass of {plan['tokens']:>6,} tokens computes {plan['recomputed']} of 192 layer calls twice; "
+            f"estimate {plan['estimated_gib']} GiB of 78.0 free"
+        )
+    assert told["plans"][-1]["recomputed"] > told["plans"][0]["recomputed"]
+    recorded = machine.plan_steps(s, Lengths([300, 9000]), 0, recorded=1234)
+    assert recorded[0].passes.tokens == recorded[2]["pass_tokens"] == 1234, (
+        "a run goes on with the passes it began with"
+    )
+
+
+def test_where_the_graphs_of_all_widths_do_not_fit_the_widths_are_fewer(monkeypatch):
+    """Rows of all lengths by the defaults, on a card of 10 GB."""
+    monkeypatch.setattr(machine, "host_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9.3 * 2**30, 10 * 2**30))
+    s = Settings(rows_per_step=1, model_name_or_path="ByteDance/Ouro-2.6B")
+    steps, memory, told = machine.plan_steps(s, Lengths(range(1000, 16385, 50)), 0)
+    assert memory.plan(memory.largest) and steps.passes.grain == 512 and told["pass_shapes"] < 40
+    assert not replace(memory, shapes=60).plan(memory.largest), "as with the finest grain"
 
 
 def test_deterministic_asks_for_sums_in_one_order_and_does_not_only_warn():
     s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False)
-    build.build(s, "cpu")
+    memory = cost.Memory(s, cost.sizes(s), None)
+    build.build(s, "cpu", memory)
     assert not torch.are_deterministic_algorithms_enabled()
     try:
-        build.build(replace(s, deterministic=True), "cpu")
+        build.build(replace(s, deterministic=True), "cpu", memory)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -649,23 +666,20 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.
 
 
 def test_a_gpu_that_is_full_in_a_step_is_said_with_what_can_be_lowered(tmp_path, monkeypatch):
-    step = LoopTrainer.compute_loss
-
-    def full(self, *args, **kwargs):
-        if self.state.global_step == 1:
+    def full(parameters) -> None:
+        if steps.append(1) or len(steps) == 2:
             raise torch.OutOfMemoryError(FULL)
-        return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(LoopTrainer, "compute_loss", full)
+    steps = []
+    monkeypatch.setattr(trainer, "add_over_processes", full)
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    argv = [*data, *PLAIN, *TWO_BY_TWO, "--activation_checkpointing", "1", "--eval_steps", "0", "--save_steps", "1"]
+    argv = [*data, *PLAIN, *FOUR, "--eval_steps", "0", "--save_steps", "1", "--max_steps", "2", "--max_length", "512"]
     with pytest.raises(UserError) as error:
-        trained(tmp_path, *argv, "--max_steps", "2", "--max_length", "512")
+        trained(tmp_path, *argv)
     assert str(error.value).splitlines() == [
         "step 2: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.",
-        "per_device_train_batch_size = 2, max_length = 512, 1 of 4 layers recomputed: set activation_checkpointing to "
-        "full, or a smaller batch (and gradient_accumulation_steps larger by as much); the same command continues from "
-        "the last good checkpoint",
+        "set activation_checkpointing to full, or lower max_length (512); the same command continues from the last "
+        "good checkpoint",
     ]
     assert checkpoints(tmp_path / "smoke") == ["checkpoint-1"]
 
@@ -677,7 +691,7 @@ def test_a_gpu_that_is_full_while_saving_is_no_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "seal", full)
     data = pairs(tmp_path / "data.jsonl", QUESTIONS)
     with pytest.raises(UserError, match="^step 2: CUDA out of memory"):
-        trained(tmp_path, *data, *PLAIN, *TWO_BY_TWO, "--eval_steps", "0", "--max_steps", "1")
+        trained(tmp_path, *data, *PLAIN, *FOUR, "--eval_steps", "0", "--max_steps", "1")
 
 
 def test_a_gpu_that_is_full_before_the_first_step_is_said(tmp_path, monkeypatch):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from ouro.data.batches import noise
 from ouro.files import UserError
 from ouro.model import loading
 from ouro.model.fp8 import by_row
-from ouro.model.lora import Group, fuse, refresh
+from ouro.model.lora import GOLDEN, Group, dropout, fuse, hashed, refresh, signed
 from ouro.model.nf4 import nf4_state, nf4_weight
 from ouro.train import build
 
@@ -58,10 +59,10 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 
 @pytest.mark.parametrize("recomputed", [1, 2])
-def test_recomputed_layers_change_no_gradient_and_draw_the_same_dropout_again(recomputed):
+def test_recomputed_layers_of_pefts_own_change_no_gradient_and_draw_the_same_dropout_again(recomputed):
     results = []
     for count in (0, recomputed):
-        model = fused(lora_dropout=0.4)
+        model = adapted(lora_dropout=0.4)
         model.recompute_layers(count)
         layers = model.get_base_model().model.layers
         assert [layer.gradient_checkpointing for layer in layers] == [n < count for n in range(2)]
@@ -125,25 +126,24 @@ def group_of(*outs: int, width: int = 64, kind: str = "bf16", dtype=torch.float6
             common = {"r": 4, "lora_alpha": 6, "target_modules": r"p\d", "init_lora_weights": False}
             models.append(get_peft_model(layers, LoraConfig(**common | config)).base_model.model)
     one, other = models
-    one["p0"].group = group = Group(list(one.values()), kind)
+    one["p0"].group = group = Group(list(one.values()), kind, number=3)
     refresh(one)
     return group.train(), other
 
 
-def test_dropout_masks_like_peft_with_that_mask(monkeypatch):
+def test_dropout_masks_like_peft_with_that_mask():
     """PEFT's layers, their dropout replaced by the mask that the group has drawn."""
     group, peft = group_of(5, 7, lora_dropout=0.4)
-    x = torch.randn(6, 64, dtype=torch.float64)
-    torch.manual_seed(2)
-    kept = (torch.rand(6, 64) >= 0.4).double() / 0.6  # as the group draws it
+    x, noise = torch.randn(6, 64, dtype=torch.float64), drawn(6)
+    kept = mask(noise, group.salt, 64, 0.4).double() / 0.6
     for layer in peft.values():
         layer.lora_dropout["default"].forward = lambda inputs: inputs * kept
-    assert all(torch.equal(*ys) for ys in zip(group.eval()(x), group.eval()(x), strict=True))
-    group.train()
+    assert all(torch.equal(*ys) for ys in zip(group.eval()(x), group.eval()(x, noise), strict=True))
+    with pytest.raises(ValueError, match="dropout is drawn from noise, a number a token"):
+        group.train()(x)
     results = []
-    for layers in (group, lambda inputs: [layer(inputs) for layer in peft.values()]):
+    for layers in (lambda inputs: group(inputs, noise), lambda inputs: [layer(inputs) for layer in peft.values()]):
         inputs = x.clone().requires_grad_()
-        torch.manual_seed(2)
         ys = layers(inputs)
         sum((y**2).sum() for y in ys).backward()
         results.append((*ys, inputs.grad))
@@ -152,6 +152,54 @@ def test_dropout_masks_like_peft_with_that_mask(monkeypatch):
         assert_close(ours, theirs)
     for ours, theirs in zip(group.parameters_of(), adapters, strict=True):
         assert_close(ours.grad, theirs.grad, 1e-6)  # the gradients of adapters are rounded to fp32
+
+
+def drawn(tokens: int, row: int = 7) -> Tensor:
+    return torch.from_numpy(noise(42, 3, row, tokens))
+
+
+def mask(noise: Tensor, salt: Tensor, columns: int, p: float) -> Tensor:
+    """Which numbers dropout keeps, bool (tokens, columns)."""
+    return dropout(torch.ones(len(noise), columns), hashed(noise ^ salt), p) != 0
+
+
+def assert_independent(series: Tensor) -> None:
+    """Rows of bool (many, n): no two have more in common than chance gives (correlations are about normal)."""
+    x = series.double()
+    x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    r = (x @ x.T / x.shape[1])[*torch.triu_indices(len(x), len(x), 1)] * x.shape[1] ** 0.5
+    assert r.abs().max() < 6 and abs(r.square().mean() - 1) < 6 * (2 / len(r)) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3])
+def test_dropout_leaves_out_its_share_each_number_for_itself(p):
+    """Between tokens, columns, loops, and all groups of all layers of the published model."""
+    salts = [torch.tensor(signed(number * GOLDEN), dtype=torch.int32) for number in range(4 * 48)]
+    one = mask(drawn(2048), salts[5], 2048, p)
+    counted = torch.stack((one.sum(1), one.sum(0))).double()
+    assert abs(one.double().mean() - (1 - p)) < 5 * (p * (1 - p) / one.numel()) ** 0.5
+    variance = 2048 * p * (1 - p)  # of a token's or a column's count
+    assert (counted - 2048 * (1 - p)).abs().max() < 6 * variance**0.5
+    assert abs(counted.var(1) / variance - 1).max() < 6 * (2 / 2048) ** 0.5
+    assert_independent(one[:512])
+    assert_independent(one.T[:512])
+    assert_independent(torch.stack([mask(drawn(256) + loop, salts[5], 128, p).flatten() for loop in range(4)]))
+    assert_independent(torch.stack([mask(drawn(256), salt, 128, p).flatten() for salt in salts]))
+    assert_independent(torch.stack([mask(drawn(256, row), salts[5], 128, p).flatten() for row in range(64)]))
+
+
+def test_the_groups_of_a_model_and_its_loops_drop_other_numbers():
+    model = fused(lora_dropout=0.3, loops=2)
+    groups = [module for module in model.modules() if isinstance(module, Group)]
+    assert len({int(group.salt) for group in groups}) == len(groups) == 4 * 2
+    seen = []
+    for group in groups:
+        group.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    batch = rows([0], [4]) | {"noise": drawn(12).view(2, 6)}
+    model(**batch)
+    assert len(seen) == 2 * len(groups)
+    for at, given in enumerate(seen):
+        assert torch.equal(given, batch["noise"] + at // len(groups))
 
 
 # NF4
@@ -215,7 +263,7 @@ def test_fp8_values_and_gradients_are_close_to_exact_ones(scaled_mm, p):
         torch.manual_seed(1)
         x = (torch.randn(40, 64) * torch.logspace(-2, 2, 40)[:, None]).requires_grad_()
         dys = [torch.randn(40, out) for out in (48, 32)]
-        ys = group(x)
+        ys = group(x, drawn(40))
         sum((y * dy).sum() for y, dy in zip(ys, dys, strict=True)).backward()
         results.append([*ys, x.grad, *(parameter.grad for parameter in group.parameters_of())])
     for number, (y, exact) in enumerate(zip(*results, strict=True)):
@@ -252,16 +300,15 @@ def test_compiled_layers_give_the_same_gradients_from_one_translation(monkeypatc
     eager, compiled = (fused(size=size, loops=2, lora_dropout=0.3, r=2) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # Random numbers as without the compiler; the patch of dynamo's settings puts back what compile_layers sets;
-    # and kernels without vector instructions: half the time to translate
-    patches = torch._inductor.config.patch({"fallback_random": True, "force_disable_caches": True, "cpp.simdlen": 1})
+    # The patch of dynamo's settings puts back what compile_layers sets; kernels without vector instructions: half the
+    # time to translate
+    patches = torch._inductor.config.patch({"force_disable_caches": True, "cpp.simdlen": 1})
     with patches, torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         compiled.compile_layers()
         for shape in ((2, 9), (3, 14), (2, 23)):
             ids, results = tokens(*shape), []
             for model in (eager, compiled):
-                torch.manual_seed(1)
-                loss = model(input_ids=ids, labels=ids).loss
+                loss = model(input_ids=ids, labels=ids, noise=drawn(ids.numel()).view_as(ids)).loss
                 loss.backward()
                 results.append((loss.detach(), gradients(model)))
             assert_close(results[1][0], results[0][0], 1e-5)
@@ -280,8 +327,8 @@ def test_dora_is_refused_by_fuse():
         fuse(adapted(use_dora=True), "bf16")
 
 
-ARGV = ["--total_ut_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
-        "--eval_steps", "0", "--warmup_ratio", "0", "--activation_checkpointing", "2"]  # fmt: skip
+ARGV = ["--total_ut_steps", "2", "--rows_per_step", "2", "--eval_steps", "0", "--warmup_ratio", "0"]
+ARGV += ["--activation_checkpointing", "2"]
 
 
 def adapter(run: Path) -> dict[str, Tensor]:
@@ -294,6 +341,7 @@ def test_training_ends_with_the_adapter_that_pefts_layers_give(tmp_path, monkeyp
     ours = adapter(trained(tmp_path / "ours", *argv))
     fused_kinds = []
     monkeypatch.setattr(loading, "fuse", lambda model, kind: fused_kinds.append(kind))
+    monkeypatch.setattr(build, "run_by_plan", lambda *_, **__: None)
     theirs = adapter(trained(tmp_path / "theirs", *argv))
     assert fused_kinds == ["nf4" if nf4 == "true" else "bf16"]
     assert ours.keys() == theirs.keys()
@@ -320,10 +368,4 @@ def test_dora_trains_by_pefts_own_layers(tmp_path):
 def test_fp8_is_refused_where_it_cannot_be(monkeypatch, argv, message):
     monkeypatch.setattr(build, "has_fp8", lambda: False)
     with pytest.raises(UserError, match=message):
-        build.build(resolved("--frozen_weights", "fp8", *argv).settings, "cpu")
-
-
-def test_as_many_layers_are_recomputed_as_asked():
-    model = build.build(resolved("--activation_checkpointing", "3").settings, "cpu")
-    recomputed = [layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
-    assert recomputed == [True] * 3 + [False] * (len(recomputed) - 3) and len(recomputed) > 3
+        build.build(resolved("--frozen_weights", "fp8", *argv).settings, "cpu", None)

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 from ouro.cluster.plan import predict, typical_lengths
+from ouro.data.batches import Passes
 from ouro.data.chats import Tokens, split_row
 from ouro.data.sources import HubSession, Unreachable, cache_only
 from ouro.files import UserError, read_yaml
-from ouro.model.cost import GPUS, REACHED, layers_to_recompute, sizes, training_flops, training_memory
+from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, sizes, training_flops
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
 from ouro.settings import DATASETS, Settings, resolve
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 GIB = 2**30
 SEQ = 2048
 OURO = OuroConfig()
-LORA = Settings(use_qlora=False, max_length=SEQ, per_device_train_batch_size=4, optim="adamw_torch_fused")
+LORA = Settings(use_qlora=False, optim="adamw_torch_fused")
 
 
 def flops_a_token(loops: int) -> float:
@@ -61,60 +62,48 @@ def test_flops_are_those_that_torch_counts(size):
     )
 
 
-def memory(recomputed: int = 0, **changes) -> float:
-    return training_memory(dataclasses.replace(LORA, **changes), OURO, recomputed)
+def memory(free: float | None = None, largest: int = 16384, host: float = 64, **changes) -> Memory:
+    """Of the published model; free and host: GiB."""
+    s = dataclasses.replace(LORA, **changes)
+    config = OuroConfig(total_ut_steps=s.total_ut_steps)
+    return Memory(s, config, None if free is None else free * GIB, host * GIB, largest)
 
 
-def test_memory_grows_with_tokens_loops_and_dropout_and_falls_with_recomputed_layers():
-    plain = memory()
-    assert memory(max_length=2 * SEQ) == memory(per_device_train_batch_size=8) > plain  # tokens are what counts
-    assert memory(total_ut_steps=1) < memory(total_ut_steps=2) < plain
-    assert memory(lora_dropout=0.0) < plain < memory(r=64)
-    assert memory(use_qlora=True) < plain < memory(bf16=False)
-    by_layers = [memory(recomputed) for recomputed in range(1, 49)]
-    assert by_layers == sorted(by_layers, reverse=True) and by_layers[0] > 2 * by_layers[-1]
-    assert len(set(by_layers)) == 48
+def test_memory_grows_with_tokens_loops_and_rank_and_falls_with_what_is_computed_twice_or_waits():
+    plain = memory().of(8192, Plan(96))
+    assert memory().of(8192 + 64, Plan(96)) > plain and memory(r=64).of(8192, Plan(96)) > plain
+    assert memory(total_ut_steps=2).of(8192, Plan()) < memory().of(8192, Plan())
+    assert (
+        memory(use_qlora=True).of(8192, Plan(192))
+        < memory().of(8192, Plan(192))
+        < memory(bf16=False).of(8192, Plan(192))
+    )
+    assert memory(lora_dropout=0.5).of(8192, Plan(96)) == plain, "a mask is never stored"
+    needs = [memory().of(8192, Plan(count)) for count in range(193)]
+    least = needs.index(min(needs))  # the last few cost a state each, and free nothing: one layer is always computed
+    assert needs[: least + 1] == sorted(needs[: least + 1], reverse=True) and least > 180 and needs[0] > 2 * needs[-1]
+    waits = [memory().of(8192, Plan(192, count)) for count in range(3, 193)]
+    assert waits == sorted(waits, reverse=True) and waits[0] < needs[-1]
 
 
 def test_memory_is_at_least_the_weights_and_the_states_that_must_be_kept():
-    """Counted anew: frozen weights, adapters with Adam's two numbers in fp32, and each layer's input in each loop."""
+    """Counted anew: frozen weights, adapters with Adam's two numbers in fp32, and each layer call's input."""
     parameters = 48 * (4 * 2048**2 + 3 * 2048 * 5632)
     ends = 2 * 49152 * 2048
     adapters = 48 * 16 * (4 * (2048 + 2048) + 3 * (2048 + 5632))
-    states = 4 * 48 * 4 * SEQ * 2048 * 2
+    states = 192 * 8192 * 2048 * 2
+    all_twice = memory(largest=8192).of(8192, Plan(192))
     least = 2 * (parameters + ends) + 16 * adapters + states
-    assert least < memory(48) < least + 3 * GIB
-    saved = memory(48) - memory(48, use_qlora=True)
-    assert saved == pytest.approx(parameters * (2 - 0.5 - (1 + 4 / 256) / 64), rel=1e-9)
-    double = memory(48, use_qlora=True, bnb_4bit_use_double_quant=False) - memory(48, use_qlora=True)
-    assert double / parameters * 8 == pytest.approx(0.373, abs=1e-3)  # bits a weight, QLoRA's own figure
-
-
-@pytest.mark.parametrize(
-    ("loops", "batch", "recomputed", "changes", "measured"),
-    [
-        (4, 4, 0, {"lora_dropout": 0.0}, 116.1),  # without graphs
-        (1, 8, 0, {"lora_dropout": 0.0, "packing": True}, 63.1),
-        (4, 4, 0, {"lora_dropout": 0.0, "packing": True}, 118.7),
-        (4, 3, 0, {"packing": True}, 131.1),
-        (1, 8, 0, {"packing": True}, 89.9),
-        (4, 1, 48, {"use_qlora": True, "optim": "paged_adamw_8bit", "packing": True}, 4.4),
-        (4, 3, 48, {"use_qlora": True, "optim": "paged_adamw_8bit", "packing": True}, 8.3),
-    ],
-)
-def test_memory_is_within_a_tenth_of_the_measured_peak(loops, batch, recomputed, changes, measured):
-    """Peaks in GiB that `bench.py train` found on an H200."""
-    size = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "max_length": 2048}
-    assert memory(recomputed, **size, **changes) / GIB == pytest.approx(measured, rel=0.1)
-
-
-def layers(asked: str, free: float | None, compiled: bool = True) -> int:
-    return layers_to_recompute(dataclasses.replace(LORA, activation_checkpointing=asked), OURO, free, compiled)
+    assert least < all_twice < least + 6 * GIB
+    assert all_twice - memory(largest=8192).of(8192, Plan(192, 192)) == pytest.approx(states * 190 / 192)
+    single, double = (memory(use_qlora=True, bnb_4bit_use_double_quant=q).fixed() for q in (False, True))
+    assert (single - double) / parameters * 8 == pytest.approx(0.373, abs=1e-3)  # bits a weight, QLoRA's own figure
 
 
 @pytest.mark.parametrize(("asked", "count"), [("none", 0), ("full", 48), ("0", 0), ("7", 7), ("48", 48)])
-def test_a_named_number_of_layers_is_taken(asked, count):
-    assert layers(asked, None) == layers(asked, 80 * GIB) == count
+def test_a_named_number_of_layers_is_taken_in_every_loop(asked, count):
+    for free in (None, 5, 80):
+        assert memory(free, activation_checkpointing=asked, total_ut_steps=3).plan(4096) == Plan(3 * count)
 
 
 def test_what_is_no_number_of_layers_is_refused():
@@ -122,38 +111,67 @@ def test_what_is_no_number_of_layers_is_refused():
         with pytest.raises(UserError, match="activation_checkpointing must be one of auto, none, full, a number, got"):
             resolve("", ["--activation_checkpointing", asked])
     with pytest.raises(UserError, match="activation_checkpointing = 49, and the model has 48 layers"):
-        layers("49", None)
+        passes_for(memory(activation_checkpointing="49"))
 
 
-def test_auto_recomputes_as_few_layers_as_fit():
-    assert layers("auto", 10_000 * GIB) == 0
-    seen = []
-    for free in (24, 32, 48, 64, 80, 120):
-        count = layers("auto", free * GIB)
-        seen.append(count)
-        assert memory(count) <= 0.92 * free * GIB
-        assert count == 0 or memory(count - 1) > 0.92 * free * GIB
-    assert seen == sorted(seen, reverse=True) and len(set(seen)) >= 4
-    exact = memory(20) / 0.92
-    assert layers("auto", exact * 1.0001) == 20 and layers("auto", exact * 0.9999) == 21
+@pytest.mark.parametrize(("use_qlora", "frees"), [(False, (16, 20, 32, 48, 78.6, 140)), (True, (9.3, 12, 24, 80))])
+def test_auto_computes_twice_and_copies_as_little_as_fits_and_more_for_a_longer_pass(use_qlora, frees):
+    for free in frees:
+        planned = []
+        for size in (512, 2048, 4096, 8192, 16384):
+            m = memory(free, use_qlora=use_qlora)
+            plan, usable = m.plan(size), free * GIB * 0.97 - 0.3 * GIB
+            if plan is None:
+                assert m.of(size, Plan(192, 192)) > usable
+                break
+            assert m.of(size, plan) <= usable
+            if plan.waiting > 3:
+                assert m.of(size, Plan(192, plan.waiting - 1)) > usable and plan.recomputed == 192
+            elif plan.waiting:
+                assert m.of(size, Plan(192)) > usable
+            elif plan.recomputed:
+                assert m.of(size, Plan(plan.recomputed - 1)) > usable
+            planned.append((plan.recomputed, plan.waiting))
+        assert planned == sorted(planned) and planned
+    assert memory(10**6).plan(16384) == Plan()
 
 
 def test_auto_without_a_gpu_or_the_compiler():
     """The estimate is of compiled layers."""
-    assert layers("auto", None) == layers("auto", None, compiled=False) == 0
-    assert layers("auto", 10_000 * GIB, compiled=False) == 48
+    assert memory().plan(8192) == Plan() and passes_for(memory()) == Passes(2048, grain=1)
+    plain = dataclasses.replace(memory(10**6), compiled=False)
+    assert plain.plan(8192) == Plan(192) and passes_for(plain) == Passes(2048, grain=1)
+    assert passes_for(memory(pass_tokens=777)) == Passes(777, grain=1)
+    assert passes_for(memory(140, pass_tokens=777)) == Passes(777)
 
 
-def test_auto_refuses_what_does_not_fit_with_figures():
-    need = f"about {memory(48) / GIB:.1f} GiB of GPU memory are needed, 9.2 GiB can be used; lower max_length"
-    with pytest.raises(UserError, match=need):
-        layers("auto", 10 * GIB)
+@pytest.mark.parametrize(("config", "free", "host"), [("a100", 78.6, 32), ("default", 9.3, 16)], ids=["80 GB", "10 GB"])
+def test_the_studys_longest_rows_fit_the_cards_that_its_configurations_are_for(config, free, host):
+    s = resolve("", ["--config", f"configs/{config}.yaml"]).settings
+    assert s.activation_checkpointing == "auto" and s.total_ut_steps == 4 and s.max_length == 16384
+    m = Memory(s, OURO, free * GIB, host * GIB, s.max_length)
+    passes = passes_for(m)
+    assert (m.plan(16384).waiting > 0) == s.use_qlora
+    if s.use_qlora:  # all is computed twice in any case: as much at once as fits
+        assert passes.tokens >= 4096 and m.plan(passes.tokens)
+    else:  # as much as needs nothing twice
+        assert m.plan(passes.tokens) == Plan() != m.plan(passes.tokens + 512)
 
 
-def test_the_default_configuration_fits_a_card_of_10_gb_at_one_loop():
-    settings = resolve("", ["--config", "configs/default.yaml", "--exp", "exp2-wangchan-ut1"]).settings
-    assert settings.activation_checkpointing == "auto" and settings.max_length == 16384
-    assert 0 < layers_to_recompute(settings, OURO, 9.3 * GIB) <= 48
+def test_what_does_not_fit_is_refused_with_the_length_that_does():
+    for free, host in ((9.3, 1), (6, 64)):
+        m = memory(free, host=host, use_qlora=True)
+        with pytest.raises(UserError, match=r"rows of 16384 tokens need about [\d.]+ GiB with all layers") as error:
+            passes_for(m)
+        assert f"{free:.1f} GiB of GPU memory are free, and {host:.1f} of the CPU's for what can wait" in str(
+            error.value
+        )
+        length = int(str(error.value).rpartition("set max_length to ")[2])
+        assert 1000 < length < 16384 and passes_for(dataclasses.replace(m, largest=length))
+        with pytest.raises(UserError):
+            passes_for(dataclasses.replace(m, largest=length + 256))
+    with pytest.raises(UserError, match="can wait there: set use_qlora$"):
+        passes_for(memory(5))
 
 
 def sample(cache, *argv: str) -> Settings:
@@ -164,10 +182,10 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
     s = sample(tmp_path / "cache", "--num_train_epochs", "2")
     rows = Path("sample/wangchan/train.jsonl").read_text().count("\n")
     most = predict(s, "H100", 1)
-    assert most.at_most and most.tokens == rows * s.max_length
+    assert most.said == "at most " and most.tokens == rows * s.max_length
     assert not (tmp_path / "cache").exists(), "nothing is tokenised for a prediction"
     made = predict(s, "H100", 1, tokenise=True)
-    assert made == predict(s, "H100", 1) and not made.at_most
+    assert made == predict(s, "H100", 1) and not made.said
     assert 0 < made.tokens < most.tokens / 2 and 0 < made.hours < most.hours / 2
     assert made.steps == most.steps == 2 * -(-rows // (2 * 2))
 
@@ -195,10 +213,10 @@ def test_the_study_on_the_hub_is_predicted_without_asking_it(tmp_path, monkeypat
     monkeypatch.setenv("TIME", "24:00:00")
     monkeypatch.setenv("GRACE", "300")
     assert re.fullmatch(r"about \d+\.\d", predicted.told())
-    assert predict(dataclasses.replace(s, dataset="r1"), "H100", 4).at_most, "no table of its lengths"
+    assert predict(dataclasses.replace(s, dataset="r1"), "H100", 4).said == "at most ", "no table of its lengths"
     with pytest.raises(UserError, match="no figures of a GPU 'H10O'; did you mean 'H100'"):
         predict(s, "H10O", 4)
-    with pytest.raises(UserError, match="RTX3080, 10 GiB: about .* GiB of GPU memory are needed"):
+    with pytest.raises(UserError, match="RTX3080, 10 GiB: rows of 16384 tokens need about .* GiB"):
         predict(s, "RTX3080", 4)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"no model in {tmp_path}: .*not a valid JSON"):

@@ -28,7 +28,7 @@ from helpers import (
     ROOT,
     SMALL,
     assert_same_run,
-    in_two_processes,
+    in_processes,
     metrics,
     port,
     repeatable,
@@ -40,9 +40,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
-SIX = ["--total_ut_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
-       "--eval_rows", "4", "--max_steps", "6", "--save_steps", "2", "--logging_steps", "2",
-       "--eval_steps", "3"]  # fmt: skip
+SIX = ["--total_ut_steps", "1", "--rows_per_step", "4", "--pass_tokens", "1000", "--eval_rows", "4", "--max_steps", "6"]
+SIX += ["--save_steps", "2", "--logging_steps", "2", "--eval_steps", "3"]
 STATE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 # A process takes 10 s to import all this. These come from a server that has, but has computed nothing; train_qlora.py
 # itself they run afresh, as a user types it.
@@ -694,11 +693,11 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_the_run_goes_on_after(whole,
 # ----------------------------------------------------------------------------------------------------------------------
 # two processes
 
-TWO = ["--max_steps", "4", "--lora_dropout", "0", "--eval_rows", "5"]
+TWO = ["--max_steps", "4", "--eval_rows", "5"]
 
 
 def both(folder: Path, *argv: str) -> tuple[list[int], list[str]]:
-    return in_two_processes("train_qlora.py", *latest([*SMALL, *SIX, "--output_dir", str(folder), *argv]))
+    return in_processes(2, "train_qlora.py", *latest([*SMALL, *SIX, "--output_dir", str(folder), *argv]))
 
 
 def torchrun(output: Path, argv: list[str], number: int) -> str:
@@ -758,7 +757,10 @@ def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(tmp_pat
     shutil.rmtree(run)
     shutil.copytree(tmp_path / "stopped", run)
     alone = Script(folder, *TWO)
-    assert alone.code() == 0 and "with 1 process after 2: the same rows in each step" in alone.printed
+    assert (
+        alone.code() == 0
+        and "with 1 process after 2: the same rows in each step, but another order of sums" in alone.printed
+    )
     assert_close_runs(run, one)
 
 
@@ -769,7 +771,7 @@ def test_what_one_process_began_two_continue_and_their_time_limit_stops_them_tog
     for limit, codes, step in (["--time_limit", "0"], [75, 75], 2), ([], [0, 0], 4):
         ended, printed = both(tmp_path / "parts", *TWO, *limit)
         assert ended == codes and metrics(run)[-1]["step"] == step and printed[1].count("step ") == 0, printed
-        told = "with 2 processes after 1: the same rows in each step, but other dropout masks"
+        told = "with 2 processes after 1: the same rows in each step, but another order of sums"
         assert (told in printed[0]) == (step == 2), "the second time they continue what two have stopped"
     assert [entry["processes"] for entry in json.loads((run / "manifest.json").read_text())["continued"]] == [2, 2]
     assert_close_runs(run, one)
@@ -777,9 +779,9 @@ def test_what_one_process_began_two_continue_and_their_time_limit_stops_them_tog
 
 @pytest.mark.slow
 def test_of_two_processes_that_fail_alike_the_first_speaks_and_neither_hangs(stopped, tmp_path):
-    codes, printed = both(tmp_path / "run", "--gradient_accumulation_steps", "3")
+    codes, printed = both(tmp_path / "run", "--dataset", "nowhere")
     assert codes == [2, 2] and printed[1] == "" and not (tmp_path / "run").exists()
-    assert printed[0].startswith("error: gradient_accumulation_steps = 3 ")
+    assert printed[0].startswith("error: unknown dataset 'nowhere'")
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "q", "completion": "a"}\n{"prompt"\n')

@@ -71,7 +71,7 @@ def test_every_experiment_resolves_on_every_machine(name, exp):
     if s.arm == "equal-tokens":
         assert (s.r, s.num_train_epochs) == (16, 3) and (s.max_tokens is None) == (exp[:4] not in ("exp6", "exp7"))
     if name != "smoke":
-        assert s.per_device_train_batch_size * s.gradient_accumulation_steps == 32
+        assert s.rows_per_step == 32 and s.max_length == 16384
         assert (s.learning_rate == 2e-4) == (s.arm != "rates" or "-x1-" in exp)
 
 
@@ -140,6 +140,10 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
     [
         ("learning_rat: 1", [], "machine.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ("zzz: 1", [], "machine.yaml: unknown setting 'zzz'; known: activation_checkpointing, "),
+        ("packing: true", [], f"machine.yaml: packing is not a setting here: {settings.REPLACED['packing']}"),
+        ("gradient_accumulation_steps: 4", [], "gradient_accumulation_steps is not a setting here: rows_per_step says"),
+        ("", ["--per_device_train_batch_size=1"], "command line: per_device_train_batch_size is not a setting here: r"),
+        ("", ["--packing", "true"], "command line: packing is not a setting here: rows_per_step says how many rows"),
         ("r: many", [], "machine.yaml: r must be a whole number, got 'many'"),
         ("r: 1.5", [], "r must be a whole number, got 1.5"),
         ("r: true", [], "r must be a whole number, got True"),

@@ -44,7 +44,7 @@ def smoke(tmp_path_factory, in_the_repository):
     argv = ["--overlap", "thai_exam", "--activation_checkpointing", "none", "--output_dir", str(folder)]
     argv = latest([*SMALL, *argv])
     commands = {
-        train_qlora: [*argv, "--max_steps", "10", "--gradient_accumulation_steps", "1", "--overwrite"],
+        train_qlora: [*argv, "--max_steps", "10", "--rows_per_step", "2", "--overwrite"],
         evaluate: [*argv, "--results_dir", str(folder / "results"), "--limit", "2", "--tasks", "thai_exam,thai_text"],
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

@@ -19,6 +19,7 @@ from ouro.files import ROOT
 from ouro.model.modeling_ouro import IGNORE
 from ouro.settings import Settings
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -28,6 +29,16 @@ ROW = {"ID": "1", "Domain": "Legal", "Instruction": "ถามว่าอะไ
 THOUGHT = {"problem": "โจทย์", "solution": "เฉลย", "reannotated_assistant_content": "<think>\nคิด\n</think>\n\nตอบ",
            "id": 1, "source": "olympiads", "verified": None, "quality_metrics": None}  # fmt: skip
 UNBOUNDED = {"max_too_long_share": 1, "min_end_survival": 0, "min_trained_share": 0}
+
+
+class Lengths:
+    """Rows of which only the lengths are known, all their tokens trained."""
+
+    def __init__(self, lengths):
+        self.lengths = self.trained = np.array(lengths, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 def write(path: Path, rows: list | str | bytes | pa.Table) -> None:

@@ -1,7 +1,6 @@
 """Speed and memory, measured, as the tables of docs/speed.md; each says what it was measured on.
 
-    python tools/bench.py train --config configs/a100.yaml [--only nf4]   # steps of training, beside stock PEFT
-    python tools/bench.py trainer --config configs/a100.yaml [--count 2]  # train_qlora.py itself, on 1 GPU and on all
+    python tools/bench.py train [--only "nf4, 10 GB"] [--count 2]         # train_qlora.py itself, rows of real lengths
     python tools/bench.py generate --config configs/a100.yaml             # tokens/s of generation
     python tools/bench.py score --config configs/a100.yaml                # questions/s of evaluate.py, all depths
     python tools/bench.py plan --config configs/a100.yaml --gpu H100 --count 4    # predicted: needs no GPU
@@ -11,7 +10,6 @@ The weights are random, of the sizes of model_name_or_path. All settings of the 
 
 import argparse
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -35,25 +33,16 @@ from ouro.files import ROOT, UserError, call, code_version, read_yaml
 from ouro.model import generate as generation
 from ouro.model.cost import (
     GPUS,
-    check_share,
     layer_weights,
-    layers_to_recompute,
     matrix_rate,
     sizes,
-    training_flops,
-    training_memory,
 )
 from ouro.model.generate import Decoder, generate
-from ouro.model.graphs import peak_memory
-from ouro.model.loading import load_ouro, load_tokenizer
-from ouro.model.lora import refresh
-from ouro.model.modeling_ouro import PROJECTIONS, OuroForCausalLM
+from ouro.model.loading import load_tokenizer
+from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import EXPERIMENTS, Resolved, Settings, resolve
-from ouro.train.build import build
 
-import bitsandbytes.optim
 import torch
-from peft import LoraConfig, get_peft_model
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -105,198 +94,122 @@ def need_gpus(run: Resolved, count: int = 1) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train, trainer
+# train
 
-BF16 = {"use_qlora": False, "optim": "adamw_torch_fused", "activation_checkpointing": "none"}
-NF4 = {"use_qlora": True, "optim": "paged_adamw_8bit", "activation_checkpointing": "full"}
-TRAIN = {  # row: settings, and the batch by loops
-    "stock bf16": (BF16 | {"lora_dropout": 0, "loss": "mixture"}, {4: (8,), 1: (8,)}),
-    "bf16": (BF16 | {"lora_dropout": 0}, {4: (4,), 1: (8,)}),
-    "bf16 documents": (BF16 | {"lora_dropout": 0}, {4: (4,), 1: (8,)}),
-    "bf16 unpacked": (BF16 | {"lora_dropout": 0, "packing": False}, {4: (4,), 1: (8,)}),
-    "bf16, dropout": (BF16, {4: (3,), 1: (8,)}),
-    "bf16 recomputed": (BF16 | {"activation_checkpointing": "full"}, {4: (8,), 1: (8,)}),
-    "fp8": (BF16 | {"lora_dropout": 0, "frozen_weights": "fp8"}, {4: (4,), 1: (8,)}),
-    "stock nf4": (NF4 | {"loss": "mixture"}, {4: (1, 2)}),
-    "nf4": (NF4, {4: (1, 3, 4)}),
+BF16 = {"use_qlora": False, "optim": "adamw_torch_fused"}
+NF4 = {"use_qlora": True, "optim": "paged_adamw_8bit"}
+FP8 = BF16 | {"frozen_weights": "fp8"}
+REAL = 16384  # max_length where rows are as long as the real ones
+TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all), tokens a row (or REAL), depths
+    "bf16, 80 GB": (BF16, 78.6, REAL, (4, 1)),
+    "bf16, 80 GB, rows to 8,192": (BF16 | {"max_length": 8192, "length_policy": "drop"}, 78.6, REAL, (4,)),
+    "bf16": (BF16, None, REAL, (4,)),
+    "bf16, no dropout": (BF16 | {"lora_dropout": 0}, None, REAL, (4,)),
+    "fp8, 80 GB": (FP8, 78.6, REAL, (4,)),
+    "nf4, 10 GB": (NF4, 9.3, REAL, (4, 1)),
+    "bf16, rows of 2,048": (BF16 | {"lora_dropout": 0}, None, 2048, (4, 1)),
+    "fp8, rows of 2,048": (FP8 | {"lora_dropout": 0}, None, 2048, (4,)),
 }
-DOCUMENTS = 4  # of a row, where it has several
-SMALL_CARD = 9.3 * 2**30  # what a 10 GB card leaves a process; the rows with NF4 may use no more
-SPELL = 15  # seconds of steps that are timed: a GPU that has just been idle is faster
 
 
-def stock(s: Settings) -> torch.nn.Module:
-    """The usual recipe: PEFT's layers, each recomputed, nothing compiled, the published loss."""
-    model = load_ouro(s.model_name_or_path, dtype=torch.bfloat16, nf4=s.use_qlora, device="cuda")
-    model.gradient_checkpointing_enable()
-    config = LoraConfig(r=s.r, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, target_modules=PROJECTIONS)
-    return get_peft_model(model, config)
+def real_length(chance: random.Random) -> int:
+    """Tokens of a row of WangchanThaiInstruct: a mixture of short answers, open questions (half of the rows) and rows
+    with an input, fitted to the predecessor's logs, the cards' bytes and ten real rows."""
+    kind = chance.random()
+    if kind < 0.03:
+        return int(100 + 1500 * chance.random())
+    middle, spread = (2700, 0.17) if kind < 0.515 else (8032, 0.5)
+    return int(middle * math.exp(spread * chance.gauss(0, 1)))
 
 
-def measure(s: Settings, usual: bool = False, documents: int = 1, before: float = 0) -> tuple[float, float, float]:
-    """Tokens/s, peak GiB and seconds of the first two steps of the bare loop: `s` on sequences of max_length, each of
-    so many documents; after so many seconds of steps that are not timed."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch._dynamo.reset()
-    torch.cuda.reset_peak_memory_stats()
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1, SMALL_CARD / whole) if s.use_qlora else 1.0)
-    model = stock(s) if usual else build(s, 0)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if s.optim == "paged_adamw_8bit":
-        optimizer = bitsandbytes.optim.PagedAdamW8bit(trained, lr=1e-5)
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    ids = torch.randint(3, model.config.vocab_size, (s.per_device_train_batch_size, s.max_length), device="cuda")
-    batch = {"input_ids": ids, "labels": ids, "objective": s.loss, "total_ut_steps": s.total_ut_steps}
-    if documents > 1:
-        batch["position_ids"] = (torch.arange(s.max_length, device="cuda") % (s.max_length // documents)).expand_as(ids)
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            refresh(model)
-
-    first = seconds(lambda: steps(2))
-    one = seconds(lambda: steps(1))
-    count = max(4, round(SPELL / one))
-    steps(round(before / one))
-    torch.cuda.synchronize()
-    speed = count * ids.numel() / seconds(lambda: steps(count))
-    return speed, peak_memory(model) / 2**30, first
-
-
-def times_stock(speed: float, loops: int, batch: int, known: dict[tuple[int, int], float]) -> str:
-    """Beside stock at the same batch, else at its best; known: (loops, batch) -> tokens/s."""
-    best = max((other for (depth, _), other in known.items() if depth == loops), default=None)
-    compared = known.get((loops, batch), best)
-    return f"{speed / compared:.2f}" if compared else ""
-
-
-def bench_train(run: Resolved) -> None:
-    s, only, depths = run.settings, run.options.only or TRAIN, run.options.loops
-    wanted = [
-        (name, loops, batch)
-        for name, (_, batches) in TRAIN.items()
-        for loops in batches
-        for batch in batches[loops]
-        if name in only and loops in depths
-    ]
-    if not wanted:
-        raise UserError(f"no such row has {' or '.join(map(str, depths))} loops: the table has 4 and 1, nf4 4 alone")
-    need_gpus(run)
-    seq, rate, config = s.max_length, matrix_rate("cuda"), sizes(s)
-    title(f"products of bf16: {rate / 1e12:.0f} TFLOP/s; sequences of {seq:,}; LoRA r {s.r}",
-          "loops", "batch", "tok/s", "x stock", "FLOP use", "GiB", "estimate", "first steps")  # fmt: skip
-    known: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}  # stock, NF4 or not: times_stock's
-    with tempfile.TemporaryDirectory() as folder:
-        save_random(s, Path(folder))
-        for name, loops, batch in wanted:
-            documents, usual = DOCUMENTS if "documents" in name else 1, name.startswith("stock")
-            batch = run.options.batch or batch
-            changes = {"packing": True} | TRAIN[name][0] | {"total_ut_steps": loops, "model_name_or_path": folder}
-            row = dataclasses.replace(s, **changes, per_device_train_batch_size=batch)
-            try:
-                speed, peak, first = measure(row, usual, documents)
-            except torch.OutOfMemoryError:
-                line(name, loops, batch, "out of memory")
-                continue
-            if usual:
-                known[row.use_qlora][loops, batch] = speed
-            times = times_stock(speed, loops, batch, known[row.use_qlora])
-            pairs = seq * (seq // documents + 1) / 2
-            use = speed * training_flops(config, loops, s.r, seq, pairs, seq) / seq / rate
-            estimate = ""
-            if not usual:
-                estimate = f"{training_memory(row, config, layers_to_recompute(row, config, None)) / 2**30:.1f}"
-            line(name, loops, batch, f"{speed:,.0f}", times, f"{use:.1%}", f"{peak:.1f}",
-                 estimate, f"{first:.1f} s")  # fmt: skip
-
-
-def write_full_rows(path: Path, count: int, length: int, tokenizer) -> None:
-    """Rows of exactly `length` tokens, no two alike."""
+def write_rows(path: Path, count: int, length: int, tokenizer) -> None:
+    """Rows of exactly `length` tokens, or REAL: of real lengths; no two alike."""
     chance = random.Random(0)
     words = [word for word in (f" {chr(c)}" for c in range(97, 123)) if len(tokenizer(word).input_ids) == 1]
 
     def row(number: int) -> dict:
+        wanted = min(REAL, real_length(chance)) if length == REAL else length
         chat = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "a"}]
-        more = length - len(tokenizer.apply_chat_template(chat))
-        return {"prompt": str(number), "completion": "a" + "".join(chance.choices(words, k=more))}
+        more = wanted - len(tokenizer.apply_chat_template(chat))
+        question = more // 2 if length == REAL else 0
+        asked = str(number) + "".join(chance.choices(words, k=question))
+        return {"prompt": asked, "completion": "a" + "".join(chance.choices(words, k=more - question))}
 
     path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(count)), encoding="utf-8")
 
 
-def train_beside(run: Resolved, folder: Path, name: str, processes: int, gpu: int | None = None, **changes) -> list:
-    """Runs train_qlora.py with these settings (on that GPU alone) and gives its metrics, line by line; its output goes
-    to `folder`.
+def train_beside(run: Resolved, folder: Path, processes: int, gib: float | None, gpu: int | None = None, **changes):
+    """Runs train_qlora.py with these settings (on that GPU alone, of which it may use so many GiB) and gives its
+    metrics, line by line, and its manifest; its output goes to `folder`.
 
     Raises:
         UserError: it failed.
     """
-    values = {"model_name_or_path": folder / "model", "output_dir": folder / name, "report_to": "none"}
+    output = Path(tempfile.mkdtemp(dir=folder))
+    values = {"model_name_or_path": folder / "model", "output_dir": output, "report_to": "none"}
     values |= {"overlap": "none", "eval_steps": 0, "save_steps": 10**6, "logging_steps": 1, "min_loss": 0} | changes
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    script = ["tools/capped.py", str(gib), "train_qlora.py"] if gib else ["train_qlora.py"]
     config = ["--config", run.config] if run.config else []
     settings = [f"--{key}={value}" for key, value in values.items()]
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     one = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
     done = subprocess.run(
-        [sys.executable, *start, "train_qlora.py", *config, *settings],
+        [sys.executable, *start, *script, *config, *settings],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | one,
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"train_qlora.py failed:\n{done.stdout[-3000:]}")
-    (metrics,) = (folder / name).glob("*/metrics.jsonl")
-    return [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
+    (metrics,) = output.glob("*/metrics.jsonl")
+    lines = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
+    return lines, json.loads(metrics.with_name("manifest.json").read_text(encoding="utf-8"))
 
 
-def bench_trainer(run: Resolved) -> None:
-    """train_qlora.py's own tokens/s, over steps of 32 rows of one length, without dropout; beside the bare loop."""
-    s, count = run.settings, run.options.count
+def bench_train(run: Resolved) -> None:
+    """train_qlora.py's own tokens/s, of rows and not of padding, everything it does included; after the first steps."""
+    s, count, only = run.settings, run.options.count, run.options.only or TRAIN
     need_gpus(run, count)
-    title(f"rows of {s.max_length:,}", "loops", "batch", "tok/s", "x bare loop", "x one GPU", "FLOP use", "GiB",
-          count=count)  # fmt: skip
-    for loops in run.options.loops:
-        batch, steps = run.options.batch or {4: 4}.get(loops, 8), 5 + 20 // loops
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            save_random(s, folder / "model")
-            tokenizer = load_tokenizer(str(folder / "model"), None)
-            # more than the steps take, as some are held out: an epoch's last step may be half empty, and looks slow
-            write_full_rows(folder / "rows.jsonl", 40 * steps, s.max_length, tokenizer)
-            both = {"total_ut_steps": loops, "per_device_train_batch_size": batch, "lora_dropout": 0, "packing": True}
-            both |= {"frozen_weights": run.options.frozen}
-            path = str(folder / "model")
-            bare, peak, _ = measure(dataclasses.replace(s, **both, model_name_or_path=path), before=2 * SPELL)
-            gc.collect()
-            torch.cuda.empty_cache()
-            both |= {"dataset": "pairs", "dataset_path": folder / "rows.jsonl", "cache_dir": s.cache_dir}
-            both |= {"max_length": s.max_length, "gradient_accumulation_steps": 32 // batch, "max_steps": steps}
-            both |= {"logging_steps": 5}
+    title(f"train_qlora.py, steps of {s.rows_per_step} rows", "loops", "GPUs", "tok/s", "x one GPU", "FLOP use",
+          "padding", "GiB", "estimate", count=count)  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        save_random(s, folder / "model")
+        tokenizer = load_tokenizer(str(folder / "model"), None)
+        for length in (REAL, 2048):
+            write_rows(folder / f"{length}.jsonl", s.rows_per_step * 9, length, tokenizer)
+        for name, (changes, gib, length, depths) in TRAIN.items():
+            for loops in (depth for depth in depths if name in only and depth in run.options.loops):
+                both = {"max_length": length} | changes | {"total_ut_steps": loops, "dataset": "pairs"}
+                both |= {"dataset_path": folder / f"{length}.jsonl", "cache_dir": s.cache_dir, "max_steps": 7}
+                bench_row(run, folder, name, loops, gib, both)
 
-            def trained(processes: int, gpu: int | None = None, folder=folder, both=both) -> tuple[float, str, str]:
-                name = f"{processes}-{gpu}"
-                lines = train_beside(run, folder, name, processes, gpu, **both)[2:]  # after five steps
-                speed = len(lines) / sum(1 / row["tokens_per_second"] for row in lines)
-                memory = max(row["memory_gib"] for row in lines)
-                return speed, f"{lines[-1].get('model_flop_use', 0):.1%}", f"{memory:.1f}"
 
-            line("bare loop, GPU 0", loops, batch, f"{bare:,.0f}", "", "", "", f"{peak:.1f}")
-            with ThreadPoolExecutor(count) as pool:  # each by itself, at once: cards differ by a few percent
-                alone = list(pool.map(partial(trained, 1), range(count)))
-            for gpu, (speed, *rest) in enumerate(alone):
-                beside = "" if gpu else f"{speed / bare:.3f}"
-                line(f"train_qlora.py, GPU {gpu}", loops, batch, f"{speed:,.0f}", beside, "", *rest)
-            if count > 1:
-                speed, *rest = trained(count)
-                beside = f"{speed / statistics.mean(one for one, *_ in alone):.3f}"
-                line(f"train_qlora.py, {count} GPUs", loops, batch, f"{speed:,.0f}", "", beside, *rest)
+def bench_row(run: Resolved, folder: Path, name: str, loops: int, gib: float | None, settings: dict) -> None:
+    """A line for each GPU by itself, all at once, as cards differ by a few percent, and one for all together."""
+    count = run.options.count
+
+    def trained(processes: int, gpu: int | None = None) -> tuple[float, tuple]:
+        lines, manifest = train_beside(run, folder, processes, gib, gpu, **settings)
+        lines = lines[2:]  # without the first two steps
+        spent = sum(row["seconds"] for row in lines)
+        speed = sum(row["tokens_per_second"] * row["seconds"] for row in lines) / spent
+        use = sum(row.get("model_flop_use", 0) * row["seconds"] for row in lines) / spent
+        padding = 1 - sum((1 - row["padding"]) * row["seconds"] for row in lines) / spent
+        memory = max(row["memory_gib"] for row in lines)
+        estimate = max((plan["estimated_gib"] for plan in manifest.get("plans", ())), default=0)
+        return speed, (f"{use:.1%}", f"{padding:.1%}", f"{memory:.1f}", f"{estimate:.1f}")
+
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            alone = list(pool.map(partial(trained, 1), range(count)))
+    except UserError as error:
+        return line(name, loops, str(error).strip().splitlines()[-1])
+    for gpu, (speed, rest) in enumerate(alone):
+        line(name, loops, f"GPU {gpu}", f"{speed:,.0f}", "", *rest)
+    if count > 1:
+        speed, rest = trained(count)
+        line(name, loops, count, f"{speed:,.0f}", f"{speed / statistics.mean(one for one, _ in alone):.3f}", *rest)
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,18 +218,17 @@ def bench_trainer(run: Resolved) -> None:
 
 def bench_plan(run: Resolved) -> None:
     gpu, count = run.options.gpu, run.options.count
-    check_share(run.settings, count)
     print(f"{count} x {gpu}, {run.config or 'the defaults'}: predicted, from counted operations")
-    line("", "loops", "recomputed", "GiB", "tokens/epoch", "steps", "hours", "GPU-hours")
+    line("", "loops", "twice", "GiB", "tokens/epoch", "steps", "hours", "GPU-hours")
     for name, changes in read_yaml(EXPERIMENTS).items():
         if run.options.exp not in (None, name):
             continue
         mine = {n: x for n, x in changes.items() if not run.origins[n].startswith(("command line", "environment"))}
         s = dataclasses.replace(run.settings, **mine)
         p = predict(s, gpu, count, tokenise=True)
-        said = f"  at most: {s.dataset} is not here (make fetch)" if p.at_most else ""
-        line(name, s.total_ut_steps, p.recomputed, f"{p.memory / 2**30:.1f}", f"{p.tokens:,.0f}", f"{p.steps:,}",
-             f"{p.hours:.1f}", f"{p.hours * count:.1f}{said}")  # fmt: skip
+        said = f"  {p.said.strip()}: {s.dataset} is not here (make fetch)" if p.said else ""
+        line(name, s.total_ut_steps, f"{p.recomputed:.0%}", f"{p.memory / 2**30:.1f}", f"{p.tokens:,.0f}",
+             f"{p.steps:,}", f"{p.hours:.1f}", f"{p.hours * count:.1f}{said}")  # fmt: skip
 
 
 PROMPT, NEW = 128, 256  # tokens of `bench.py generate`
@@ -406,18 +318,16 @@ def bench_score(run: Resolved) -> None:
         line(kind, f"{2 * number / spent:.1f}", f"{read / spent:,.0f}", share, f"{first:.1f}")
 
 
-WHAT = {"train": bench_train, "trainer": bench_trainer, "plan": bench_plan, "generate": bench_generate,
-        "score": bench_score}  # fmt: skip
+WHAT = {"train": bench_train, "plan": bench_plan, "generate": bench_generate, "score": bench_score}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="what to measure, or predict")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="plan: the GPU")
-    parser.add_argument("--count", type=int, default=1, help="plan, trainer: how many of them")
-    parser.add_argument("--frozen", choices=("auto", "fp8"), default="auto", help="trainer: frozen_weights")
+    parser.add_argument("--count", type=int, default=1, help="plan, train: how many of them")
     parser.add_argument("--only", nargs="+", choices=TRAIN, help="train: these rows of the table")
-    parser.add_argument("--batch", type=int, help="train, trainer: the batch of all rows; generate: instead of 64")
-    parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train, trainer, generate: these depths")
+    parser.add_argument("--batch", type=int, help="generate: instead of 64")
+    parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train, generate: these depths")
 
 
 def main() -> None:

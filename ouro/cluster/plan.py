@@ -9,32 +9,30 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from ouro.data.batches import pack
+from ouro.data.batches import Passes
 from ouro.data.cache import prepare
 from ouro.data.sources import cache_only, count_rows, find_source
 from ouro.files import UserError, nearest, read_yaml
-from ouro.model.cost import GPUS, HOPPER, REACHED, layers_to_recompute, sizes, training_flops, training_memory
+from ouro.model.cost import GPUS, HOPPER, REACHED, Memory, passes_for, sizes, training_flops
 from ouro.model.loading import load_tokenizer
 from ouro.settings import DATASETS, Settings
 from ouro.train.time_limit import seconds
 
 import numpy as np
 
+HOST = 16 * 2**30  # bytes of the CPU's memory that a run may pin: half of 32 GB
+
 
 @dataclass
 class Prediction:
     """Of a whole run."""
 
-    recomputed: int  # layers
+    recomputed: float  # the share of layer calls that are computed twice
     memory: float  # bytes on each GPU, at the peak
     tokens: float  # of an epoch
     steps: int
     hours: float
     said: str  # before the hours: "", or what they rest on where the rows are not tokenised here, see `epoch_of`
-
-    @property
-    def at_most(self) -> bool:
-        return self.said == "at most "
 
     def left(self, done: int = 0) -> float:
         """The hours of the steps after `done`."""
@@ -63,20 +61,27 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
         raise UserError(f"frozen_weights: fp8 needs a Hopper GPU ({' or '.join(HOPPER)}), not {gpu}; set it to auto")
     peak, memory = GPUS[gpu]
     config = sizes(s)
+    config.total_ut_steps = s.total_ut_steps
+    lengths, share, said = epoch_of(s, tokenise)
+    width = Passes(1).width
+    plans = Memory(s, config, (0.99 * memory - 0.6) * 2**30, HOST, width(int(lengths.max(initial=1))))
     try:
-        recomputed = layers_to_recompute(s, config, memory * 2**30)
+        passes_for(plans)
     except UserError as error:
         raise UserError(f"{gpu}, {memory} GiB: {error}") from None
-    lengths, share, said = epoch_of(s, tokenise)
-    tokens, pairs = float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
-    rows = len(pack(lengths, s.max_length)) if s.packing else len(lengths)
-    per_epoch = max(1, -(-rows // (s.per_device_train_batch_size * s.gradient_accumulation_steps)))
+    tokens, heads = float(lengths.sum()), s.total_ut_steps if s.loss == "all" else 1
+    per_epoch = max(1, -(-len(lengths) // s.rows_per_step))
     steps = s.max_steps if s.max_steps >= 0 else math.ceil(s.num_train_epochs * per_epoch)
-    heads = s.total_ut_steps if s.loss == "all" else 1
-    flops = training_flops(config, s.total_ut_steps, s.r, tokens, pairs, heads * share * tokens) * steps / per_epoch
-    flops *= 1 + 0.5 * recomputed / config.num_hidden_layers  # the forward pass is half of both, and runs again
-    hours = flops / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
-    return Prediction(recomputed, training_memory(s, config, recomputed), tokens, steps, hours, said)
+    widths, counts = np.unique([width(int(n)) for n in lengths], return_counts=True)
+    flops = recomputed = 0.0
+    for n, rows in zip(widths.tolist(), counts.tolist(), strict=True):
+        again = plans.plan(n).recomputed / plans.calls
+        done = training_flops(config, s.total_ut_steps, s.r, n, n * (n + 1) / 2, heads * share * n)
+        flops += rows * done * (1 + 0.5 * again)  # the forward pass is half of both, and runs again
+        recomputed += again * rows * n / float((widths * counts).sum())
+    hours = flops * steps / per_epoch / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
+    largest = int(widths[-1])
+    return Prediction(recomputed, plans.of(largest, plans.plan(largest)), tokens, steps, hours, said)
 
 
 def epoch_of(s: Settings, tokenise: bool) -> tuple[np.ndarray, float, str]:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from ouro.cluster.plan import predict
 from ouro.files import Parser, UserError, call, latest, nearest, read_yaml
-from ouro.model.cost import check_share
 from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
 
@@ -78,8 +77,8 @@ def plan(
     folder above, so that all seeds share the base's scores.
 
     Raises:
-        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice or with a comma, steps that
-            the processes cannot share, or too small a GPU.
+        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice or with a comma, or too
+            small a GPU.
     """
     for kind, names in (("experiment", exps), ("seed", seeds)):
         if commas := [name for name in names if "," in name]:
@@ -91,7 +90,6 @@ def plan(
         chosen = ["--seed", seed] if seed else []
         run = resolve(__doc__, [*argv, "--exp", exp, *chosen])
         s = run.settings
-        check_share(s, processes)
         above, name = (f"seed{s.seed}/", f"{exp}-seed{s.seed}") if seed else ("", exp)
         folder, scores = (Path(place, above, exp).absolute() for place in (s.output_dir, s.results_dir))
 

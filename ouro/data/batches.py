@@ -1,8 +1,14 @@
-"""Token rows on disk -> batches: memory-mapped rows, packs of them, the order of an epoch, what is padding."""
+"""Token rows on disk -> the rows of a step -> passes, of what goes through the model at once -> each process's share.
 
+The rows of a step are a function of the seed alone. How they go through the model is the machine's affair, and changes
+only the rounding.
+"""
+
+import dataclasses
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +25,9 @@ def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
 
 
 class Rows:
-    """Tokenised rows in a memory-mapped file; an item is a list of documents: (input_ids, labels), int64 (tokens,).
+    """Tokenised rows in a memory-mapped file.
 
-    A document is a row. An item has one, or, once `packs` is set to lists of row numbers, those of one list. Item -1
-    has none: it fills the last step of an epoch.
+    lengths: tokens of each row. trained: of those, how many are predicted in training.
     """
 
     def __init__(self, file: Path):
@@ -34,105 +39,204 @@ class Rows:
             for name in ("input_ids", "trained")
         ]
         ids = self._columns[0]
-        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in ids] or [np.zeros(0, int)])  # tokens per row
+        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in ids] or [np.zeros(0, int)])
         self._starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in ids)])
-        self.packs: list[list[int]] | None = None
 
     def __len__(self) -> int:
-        return len(self.lengths) if self.packs is None else len(self.packs)
+        return len(self.lengths)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """Tokens per item."""
-        return self.lengths if self.packs is None else np.array([self.lengths[pack].sum() for pack in self.packs])
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _values(self, index: int) -> tuple[np.ndarray, ...]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         batch = int(np.searchsorted(self._starts, index, "right")) - 1
         at = index - self._starts[batch]
-        ids, trained = (v[o[at] : o[at + 1]] for v, o in (column[batch] for column in self._columns))
+        return tuple(v[o[at] : o[at + 1]] for v, o in (column[batch] for column in self._columns))
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels), int64 (tokens,)."""
+        ids, trained = self._values(index)
         ids = ids.astype(np.int64)
         return ids, np.where(trained_mask(len(ids), trained), ids, IGNORE)
 
-    def _rows(self, index: int) -> list[int]:
-        if not -1 <= index < len(self):
-            raise IndexError(index)
-        return [] if index < 0 else [index] if self.packs is None else self.packs[index]
+    @cached_property
+    def trained(self) -> np.ndarray:
+        bounds = (self._values(index)[1].clip(min=1) for index in range(len(self)))  # before a first token is nothing
+        return np.array([int((stretch[1::2] - stretch[::2]).sum()) for stretch in bounds], np.int64)
 
-    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [self.row(i) for i in self._rows(index)]
-
-    def places(self, index: int) -> list[str]:
-        """Where the rows of an item stand in the training set."""
-        return [self._places[i].as_py() for i in self._rows(index)]
+    def place(self, index: int) -> str:
+        """Where a row stands in the training set."""
+        return self._places[index].as_py()
 
 
-def pack(lengths: np.ndarray, limit: int) -> list[list[int]]:
-    """Rows put together so that each pack has at most `limit` tokens: best-fit decreasing, the same each time.
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How a machine puts rows together into passes, of what goes through the model at once.
 
-    At most 11/9 of the fewest packs possible, plus one (Johnson 1973); with rows far shorter than `limit`, nearly none
-    too many.
+    tokens: so many that shorter rows fill together. alone: longer rows stand apart from others: several of one width
+    are rows of a batch, each with causal attention, the fastest kind; the others are documents of one row. grain: a
+    width is a multiple of 1/16 of the power of two below it, and of this; 1: a width is that of the rows, not rounded.
     """
+
+    tokens: int
+    alone: int = 1024
+    grain: int = 64
+
+    def width(self, n: int) -> int:
+        if self.grain == 1:
+            return n
+        step = max(self.grain, 1 << max(0, (n - 1).bit_length() - 5))
+        return -(-n // step) * step
+
+    def of(self, lengths: dict[int, int], processes: int = 1) -> "list[Pass]":
+        """The passes of these rows (number -> tokens), the longest first; enough of them for so many processes."""
+        tokens = min(self.tokens, max(-(-sum(lengths.values()) // processes), 1))
+        widths: dict[int, list[int]] = defaultdict(list)
+        short = {row: n for row, n in lengths.items() if n <= min(self.alone, tokens)}
+        for row, n in lengths.items():
+            if row not in short:
+                widths[self.width(n)].append(row)
+        passes = []
+        for width, rows in widths.items():
+            count = max(1, tokens // width)
+            passes += [Pass(tuple(rows[at : at + count]), width, False) for at in range(0, len(rows), count)]
+        for rows in pack(short, tokens):
+            passes.append(Pass(tuple(rows), self.width(sum(short[row] for row in rows)), len(rows) > 1))
+        return sorted(passes, key=lambda p: (-p.tokens, p.rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Rows that go through the model at once: of one batch, padded to `width`, or, `packed`, end to end in one row."""
+
+    rows: tuple[int, ...]
+    width: int
+    packed: bool
+
+    @property
+    def tokens(self) -> int:
+        """With the padding."""
+        return self.width if self.packed else self.width * len(self.rows)
+
+
+def pack(lengths: dict[int, int], limit: int) -> list[list[int]]:
+    """Rows put together so that each pack has at most `limit` tokens, a longer row by itself: best-fit decreasing, the
+    same each time; at most 11/9 of the fewest packs possible, plus one (Johnson 1973)."""
     packs: list[list[int]] = []
-    spaces: list[int] = []  # distinct free spaces, sorted
-    having: dict[int, list[int]] = defaultdict(list)  # free space -> packs that have it
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        n = int(lengths[row])
-        at = bisect_left(spaces, n)
+    spaces: list[tuple[int, int]] = []  # (free space, pack), sorted
+    for row, n in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
+        at = bisect_left(spaces, (n, -1))
         if at == len(spaces):
             packs.append([])
-            chosen, left = len(packs) - 1, limit - n
+            left, chosen = limit - n, len(packs) - 1
         else:
-            chosen, left = having[spaces[at]].pop(), spaces[at] - n
-            if not having[spaces[at]]:
-                del spaces[at]
+            space, chosen = spaces.pop(at)
+            left = space - n
         packs[chosen].append(row)
         if left > 0:
-            if not having[left]:
-                insort(spaces, left)
-            having[left].append(chosen)
+            insort(spaces, (left, chosen))
     return packs
 
 
-class EpochOrder:
-    """The order of items in each epoch: a pure function of (seed, epoch), the same for any number of processes.
+def shares(passes: list[Pass], processes: int, cost: Callable[[Pass], float]) -> list[list[Pass]]:
+    """The passes of each process: the dearest first, each to the process with the least to do (Graham 1969, LPT)."""
+    given: list[list[Pass]] = [[] for _ in range(processes)]
+    load = [0.0] * processes
+    for each in sorted(passes, key=lambda p: (-cost(p), p.rows)):
+        least = load.index(min(load))
+        given[least].append(each)
+        load[least] += cost(each)
+    return given
 
-    Shuffled; then, unless they are packs, in spans of 16 steps sorted by length and cut into steps, which are shuffled:
-    a step's rows are of like length, so little of a batch is padding and no process waits long for another. The step
-    with the longest row comes first: memory runs out at once or not at all. The last step is filled with empty items
-    (-1): no row is dropped or repeated, all processes have as many batches, and every step is whole.
+
+class Steps:
+    """The steps of an epoch, each with its share for this process: what `DataLoader` reads.
+
+    The rows of step n, counted over all epochs, are a function of (seed, n) alone, on any hardware; each row comes
+    once an epoch, and an epoch's last step may have fewer. An item is {"passes": batches of `collate`, "trained":
+    tokens that the whole step trains, in all processes, "seen", "pairs", "padded": tokens of this share, pairs of a
+    token and one it attends to, tokens and padding}.
+
+    even: each process makes as many passes as the others, if need be some that train nothing and count nothing.
     """
 
-    def __init__(self, sizes: np.ndarray, rows_per_step: int, seed: int, grouped: bool):
-        self.sizes, self.step, self.seed, self.grouped, self.epoch = sizes, rows_per_step, seed, grouped, 0
+    def __init__(
+        self, rows: Rows, per_step: int, seed: int, passes: Passes, collate: Callable[[list, Pass, int], dict],
+        cost: Callable[[Pass], float], processes: int = 1, rank: int = 0, even: bool = False,
+    ):  # fmt: skip
+        self.rows, self.per_step, self.seed, self.epoch = rows, per_step, seed, 0
+        self.passes, self.collate, self.cost = passes, collate, cost
+        self.processes, self.rank, self.even = processes, rank, even
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.sizes) // self.step) * self.step
+        return -(-len(self.rows) // self.per_step)
 
-    def __iter__(self) -> Iterator[int]:
-        chance = np.random.default_rng([self.seed, self.epoch])
-        order = chance.permutation(len(self.sizes))
-        whole = len(order) // self.step * self.step
-        if self.grouped and whole:
-            longest = int(np.argmax(self.sizes[order]))
-            if longest >= whole:  # it would be in the last step, which is not full
-                order[[0, longest]] = order[[longest, 0]]
-            spans = np.split(order[:whole], range(16 * self.step, whole, 16 * self.step))
-            spans = [part[np.argsort(-self.sizes[part], kind="stable")] for part in spans]
-            steps = np.concatenate(spans).reshape(-1, self.step)
-            steps = steps[chance.permutation(len(steps))]
-            longest = int(self.sizes[steps].max(1).argmax())
-            steps[[0, longest]] = steps[[longest, 0]]
-            order = np.concatenate([steps.reshape(-1), order[whole:]])
-        return iter(order.tolist() + [-1] * (len(self) - len(order)))
+    def rows_of(self, step: int) -> list[int]:
+        """Numbers of the rows of a step, counted from 0 over all epochs."""
+        epoch, at = divmod(step, len(self))
+        order = self._order(epoch)
+        return order[at * self.per_step : (at + 1) * self.per_step].tolist()
+
+    def shares_of(self, step: int) -> list[list[Pass]]:
+        """The passes of each process in a step."""
+        lengths = {row: int(self.rows.lengths[row]) for row in self.rows_of(step)}
+        return shares(self.passes.of(lengths, self.processes), self.processes, self.cost)
+
+    def __getitem__(self, at: int) -> dict:
+        step = self.epoch * len(self) + at
+        given = self.shares_of(step)
+        mine, most = given[self.rank], max(map(len, given))
+        batches = [self._batch(each, step) for each in mine]
+        if self.even and len(mine) < most:
+            batch = self._batch(min(sum(given, []), key=lambda each: each.tokens), step)
+            batches += [batch | {"trained": batch["trained"][:0]}] * (most - len(mine))
+        lengths = np.array([self.rows.lengths[row] for each in mine for row in each.rows], np.int64)
+        return {
+            "passes": batches,
+            "trained": int(self.rows.trained[self.rows_of(step)].sum()),
+            "seen": int(lengths.sum()),
+            "pairs": int((lengths * (lengths + 1) // 2).sum()),
+            "padded": sum(each.tokens for each in mine),
+        }
+
+    def _batch(self, each: Pass, step: int) -> dict:
+        return self.collate([(row, *self.rows.row(row)) for row in each.rows], each, step)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            self._cached = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self._cached[1]
+
+    def shapes(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """(rows, width, documents) of the batches of steps first..last - 1, at most an epoch of them, the largest
+        first: what graphs are captured for. documents: 0 where each row is one."""
+        passes = [p for n in range(first, min(last, first + len(self))) for share in self.shares_of(n) for p in share]
+        found = {(1, p.width, len(p.rows) + 1) if p.packed else (len(p.rows), p.width, 0) for p in passes}
+        return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
+
+    def padding(self, count: int) -> float:
+        """The share of padding in the first `count` steps."""
+        passes = [p for n in range(count) for share in self.shares_of(n) for p in share]
+        real = sum(int(self.rows.lengths[row]) for p in passes for row in p.rows)
+        return 1 - real / max(sum(p.tokens for p in passes), 1)
 
 
-def padding(sizes: np.ndarray, order: Iterable[int], batch: int) -> float:
-    """The share of padding in batches of `batch` items taken in this order."""
-    ordered = np.array([0 if i < 0 else sizes[i] for i in order])
-    width = np.maximum.reduceat(ordered, np.arange(0, len(ordered), batch)).clip(min=1)
-    rows = np.full(len(width), batch)
-    rows[-1] = len(ordered) - batch * (len(width) - 1)
-    return 1 - float(ordered.sum() / (width * rows).sum())
+def noise(seed: int, step: int, row: int, length: int) -> np.ndarray:
+    """A random number for each token of a row in a step, int32 (length,): dropout is drawn from it (lora.py).
+
+    SplitMix64's mixing (Steele et al. 2014) of seed, step, row and position, one after the other.
+    """
+    with np.errstate(over="ignore"):
+        x = np.uint64(0)
+        for number in (seed, step, row):
+            x = _mixed(x + np.uint64(number) + np.uint64(0x9E3779B97F4A7C15))
+        x = _mixed(x + np.arange(length, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (x >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

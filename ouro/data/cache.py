@@ -10,7 +10,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from ouro.data.batches import EpochOrder, Rows, pack, padding
+from ouro.data.batches import Rows
 from ouro.data.chats import (
     Chat,
     Tokens,
@@ -303,15 +303,10 @@ def prepare(
               "tokenizer_sha256": key["tokenizer"], "rows_when_described": described,
               "settings": key["settings"], "max_tokens": budget, "note": source.entry.get("note"), "cache": str(folder),
               "from_cache": cached} | report  # fmt: skip
-    if split == "train":
-        if reasons := refusals(report, s):
-            if not quiet:
-                print_report(report)
-            raise UserError("\n".join(reasons))
-        packs = pack(rows.lengths, s.max_length)
-        report["padding"] = padding_shares(rows.lengths, packs, s)
-        if s.packing:
-            rows.packs = packs
+    if split == "train" and (reasons := refusals(report, s)):
+        if not quiet:
+            print_report(report)
+        raise UserError("\n".join(reasons))
     return rows, report
 
 
@@ -327,16 +322,3 @@ def token_budget(
     other = replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None, shuffle_answers=False)
     _, report = prepare(other, tokenizer, "train", builder, quiet, wait)
     return report["tokens"]
-
-
-def padding_shares(lengths: np.ndarray, packs: list[list[int]], s: Settings) -> dict:
-    """Which share of what goes through the model would be padding, by how the rows are put together."""
-    batch, step = s.per_device_train_batch_size, s.per_device_train_batch_size * s.gradient_accumulation_steps
-    shuffled, grouped = (EpochOrder(lengths, step, s.seed, grouped) for grouped in (False, True))
-    return {
-        "in_order_of_chance": round(padding(lengths, shuffled, batch), 4),
-        "batches_of_like_length": round(padding(lengths, grouped, batch), 4),
-        "packed": round(1 - int(lengths.sum()) / (len(packs) * s.max_length), 4),
-        "packs": len(packs),
-        "used": "packed" if s.packing else "batches_of_like_length",
-    }

@@ -300,10 +300,6 @@ def print_report(report: dict, rows: int = 3) -> None:
         print(f"    {label:<27}" + "".join(f"{limit[name]:>9,}" for limit in r["too_long"].values()))
     needed = (f"{length:,} ({policy})" for policy, length in r["max_length_needed"].items())
     line(f"{KEPT:.0%} are kept", f"from max_length {', '.join(needed)}")
-    if "padding" in r:
-        shares = {name: share for name, share in r["padding"].items() if name not in ("packs", "used")}
-        text = ", ".join(f"{name} {share:.1%}{'*' * (name == r['padding']['used'])}" for name, share in shares.items())
-        line("padding", f"{text.replace('_', ' ')}  (* used)")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
     for text in r["examples"][:rows]:
         print(f"  a row, what is trained {'in green' if colour else 'between ⟦ and ⟧'}:")

@@ -318,7 +318,8 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
     for column in columns:
         if column not in found:
             close = nearest(column, found).partition("; known")[0]
-            layouts = {name: columns_of(entry) for name, entry in read_yaml(DATASETS).items()}
+            entries = sorted(read_yaml(DATASETS).items(), key=lambda item: "hub_id" in item[1])  # one's own data first
+            layouts = {name: columns_of(entry) for name, entry in entries}
             fits = [name for name, layout in layouts.items() if {*layout} <= {*found}]
             if not fits or list(columns) not in layouts.values():  # nothing fits, or it is no training set
                 other = ""

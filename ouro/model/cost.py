@@ -1,11 +1,15 @@
-"""What a model costs, counted: floating-point operations and bytes of memory; and which layers to recompute.
+"""What a model costs, counted: floating-point operations and bytes of memory; and how passes fit in it.
 
 Operations are counted here alone: of a token that is read (forward_flops), of training (training_flops).
 """
 
+import dataclasses
+import math
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
+from ouro.data.batches import Pass, Passes
 from ouro.files import UserError
 from ouro.model.modeling_ouro import CHUNK, OuroConfig, OuroForCausalLM
 from ouro.settings import Settings
@@ -26,6 +30,15 @@ HOPPER = ("H100", "H200")
 # Of those TFLOP/s, what training reached on an H200 with everything it computes counted, recomputed layers too:
 # `bench.py train`, rows "bf16, dropout" (388 of 989) and "nf4" (batch 3: 361 of 989). With fp8 it is faster than bf16.
 REACHED = {"bf16": 0.39, "nf4": 0.36}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of the layer calls of a pass: how many, the first ones, are computed twice, and how many of those have their
+    state wait in the CPU's memory."""
+
+    recomputed: int = 0
+    waiting: int = 0
 
 
 def sizes(s: Settings) -> OuroConfig:
@@ -76,6 +89,14 @@ def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pai
     return loops * config.num_hidden_layers * (tokens * layer + pairs * attention) + trained * head
 
 
+def pass_flops(config: OuroConfig, s: Settings, each: Pass, plan: Plan) -> float:
+    """Of a pass, padding and what is computed twice included, by which a step is shared out; attention runs at about
+    half the rate of products, so its operations count twice."""
+    pairs = each.tokens * (each.width / (len(each.rows) if each.packed else 1)) / 2
+    flops = training_flops(config, s.total_ut_steps, s.r, each.tokens, 2 * pairs, each.tokens / 2)
+    return flops * (1 + 0.5 * plan.recomputed / (s.total_ut_steps * config.num_hidden_layers))
+
+
 def matrix_rate(device: str | int) -> float:
     """FLOP/s of bf16 products of 8192 x 8192 on this GPU: the rate that model-FLOP use is a share of."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -92,66 +113,128 @@ def matrix_rate(device: str | int) -> float:
     return 2 * 8192**3 / statistics.median(spent[2:])
 
 
-def training_memory(s: Settings, config: OuroConfig, recomputed: int) -> float:
-    """Bytes allocated on the GPU at the peak of training: the longest batch, layers compiled, `recomputed` of them.
+@dataclass
+class Memory:
+    """Bytes of GPU memory that training allocates, by the tokens of a pass, and the plans that fit. Compared with
+    measured peaks in `bench.py train`.
 
-    Counted: weights, adapters with gradients and optimizer, what the layers keep for the backward pass, and the larger
-    of two: what one recomputed layer takes, and what the loss takes. Where layers replay graphs (graphs.py) it is their
-    sum and a little more, because graphs keep their memory. Compared with measured peaks in `bench.py train`.
+    free: bytes of the GPU, None without one; host: of the CPU, for states that wait there; largest: tokens of the
+    largest pass; shapes: of passes, each with graphs of its own; compiled: the layers are.
     """
-    sizes, hidden, layers = product_sizes(config), config.hidden_size, config.num_hidden_layers
-    number = 2 if s.bf16 else 4
-    tokens = s.per_device_train_batch_size * s.max_length
-    weight = 0.5 + ((1 + 4 / 256) if s.bnb_4bit_use_double_quant else 4) / 64 if s.use_qlora else number
-    weights = layers * weight * sum(i * o for i, o in sizes) + 2 * number * config.vocab_size * hidden
-    # of each adapter parameter: itself, its gradient, its copy, and the optimizer's two numbers
-    adapters = layers * s.r * sum(i + o for i, o in sizes) * (4 + 4 + number + (2 if "8bit" in s.optim else 8))
-    inner = config.num_attention_heads * config.head_dim
-    # input and output of the norms around either sub-layer; q, k, v, attention's output and its copy; gate, up, product
-    inside = (5 * hidden + 5 * inner + 3 * config.intermediate_size) * number * tokens
-    if s.lora_dropout:  # of each input of LoRA a byte of mask and, as measured, itself after dropout
-        inside += (2 * hidden + inner + config.intermediate_size) * (1 + number) * tokens
-    state = hidden * number * tokens
-    kept = s.total_ut_steps * ((layers - recomputed) * inside + recomputed * state)
-    loss = 2 * CHUNK * config.vocab_size * number + 2 * state
-    if s.use_qlora and s.packing and s.torch_compile and recomputed:
-        decoded = 2 * hidden * config.intermediate_size * number  # gate and up
-        return weights + adapters + kept + loss + 2.4 * inside + 4 * decoded  # as measured
-    if s.packing and s.torch_compile and s.bf16 and not recomputed:
-        kept *= 1.03  # what the pool of the graphs cannot use, as measured
-    return weights + adapters + kept + max(inside if recomputed else 0, loss)
+
+    s: Settings
+    config: OuroConfig
+    free: float | None
+    host: float = 16 * 2**30
+    largest: int = 0
+    shapes: int = 0
+    compiled: bool = True
+
+    def __post_init__(self):
+        self.shapes = self.shapes or (12 if self.s.use_qlora else 40)  # until the rows' own are known
+
+    @property
+    def calls(self) -> int:
+        return self.s.total_ut_steps * self.config.num_hidden_layers
+
+    @property
+    def number(self) -> int:
+        return 2 if self.s.bf16 else 4
+
+    @property
+    def inside(self) -> float:
+        """What a layer call keeps for the backward pass, a token: input and output of the norms around either
+        sub-layer; q, k, v, attention's output and its copy; gate, up, product."""
+        c, inner = self.config, self.config.num_attention_heads * self.config.head_dim
+        return 1.03 * self.number * (5 * c.hidden_size + 5 * inner + 3 * c.intermediate_size)
+
+    @property
+    def state(self) -> float:
+        """A layer call's input, a token."""
+        return self.number * self.config.hidden_size
+
+    def fixed(self) -> float:
+        """Weights, adapters, the graphs and what they read and write, the loss."""
+        s, c, sizes, number = self.s, self.config, product_sizes(self.config), self.number
+        weight = 0.5 + ((1 + 4 / 256) if s.bnb_4bit_use_double_quant else 4) / 64 if s.use_qlora else number
+        weights = (
+            c.num_hidden_layers * weight * sum(i * o for i, o in sizes) + 2 * number * c.vocab_size * c.hidden_size
+        )
+        # of each adapter parameter: itself, its gradient, the graphs' three, its copy, the optimizer's two numbers
+        adapter = 20 + number + (2 if "8bit" in s.optim else 8)
+        adapters = c.num_hidden_layers * s.r * sum(i + o for i, o in sizes) * adapter
+        read = 1 if s.loss == "last" else s.total_ut_steps
+        loss = 2 * CHUNK * c.vocab_size * number + (3 + 2 * read) * self.state * self.largest
+        graphs = self.shapes * GRAPH * self.calls / 192 if self.compiled else 0
+        held_out = self.inside * self.largest if s.eval_steps else 0  # those passes run without graphs
+        return weights + adapters + graphs + max(loss, held_out)
+
+    def of(self, tokens: int, plan: Plan) -> float:
+        """The peak of passes of so many tokens."""
+        kept = (self.calls - plan.recomputed) * self.inside * tokens
+        states = (plan.recomputed - plan.waiting + (2 if plan.waiting else 0)) * self.state * tokens
+        decoded = 4 * 2 * self.config.hidden_size * self.config.intermediate_size * self.number * self.s.use_qlora
+        # A layer that is computed again is alone, but for its states: what is kept of later calls has been freed.
+        again = (2.6 if self.s.use_qlora else 1.8) * self.inside * tokens + decoded if plan.recomputed else 0
+        return self.fixed() + states + max(kept + 0.6 * self.inside * tokens, again)
+
+    def plan(self, tokens: int) -> Plan | None:
+        """That with the least to compute twice, and then to copy, that fits; None where none does."""
+        asked = self.s.activation_checkpointing
+        if asked == "auto" and (self.free is None or not self.compiled):
+            asked = "none" if self.free is None else "full"  # the estimate is of compiled layers
+        if asked != "auto":
+            layers = {"none": 0, "full": self.config.num_hidden_layers}.get(asked)
+            return Plan((int(asked) if layers is None else layers) * self.s.total_ut_steps)
+        usable = self.free * 0.97 - 0.3 * 2**30  # the rest is what the allocator loses, and the libraries' own
+        for recomputed in range(self.calls + 1):
+            if self.of(tokens, Plan(recomputed)) <= usable:
+                return Plan(recomputed)
+        room = int(self.host / max(2 ** math.ceil(math.log2(self.state * self.largest)), 1))  # pinned by powers of two
+        for waiting in range(3, min(self.calls, room) + 1):
+            if self.of(tokens, Plan(self.calls, waiting)) <= usable:
+                return Plan(self.calls, waiting)
+        return None
 
 
-def layers_to_recompute(s: Settings, config: OuroConfig, free: float | None, compiled: bool = True) -> int:
-    """How many layers the setting activation_checkpointing means, with so many bytes of GPU memory free (None: no GPU).
+GRAPH = 60 * 2**20  # bytes of a pair of graphs of 192 layer calls, as measured on an H200
+
+
+def fitting(memory: Memory) -> int:
+    """The longest row, of at most `memory.largest` tokens, that can be trained, in steps of 256."""
+    for tokens in range(memory.largest, 0, -256):
+        if dataclasses.replace(memory, largest=tokens).plan(tokens):
+            return tokens
+    return 0
+
+
+def passes_for(memory: Memory) -> Passes:
+    """How rows are put together here: as many tokens as need nothing computed twice; where all of it is in any case, as
+    with 4-bit weights, which are decoded anew for each pass, as many as fit.
 
     Raises:
-        UserError: more layers than there are, or, for `auto`, too little memory even with all layers recomputed.
+        UserError: the longest row does not fit, by the estimate, with all layers computed twice.
     """
-    layers, asked = config.num_hidden_layers, s.activation_checkpointing
-    if asked == "auto" and (free is None or not compiled):
-        asked = "none" if free is None else "full"  # the estimate is of compiled layers
-    if asked in ("none", "full"):
-        return {"none": 0, "full": layers}[asked]
-    if asked != "auto":
-        if int(asked) > layers:
-            raise UserError(f"activation_checkpointing = {asked}, and the model has {layers} layers")
-        return int(asked)
-    usable = 0.92 * free  # the rest is what the allocator loses, and the libraries' own
-    for count in range(layers + 1):
-        if training_memory(s, config, count) <= usable:
-            return count
-    need = training_memory(s, config, layers) / 2**30
-    raise UserError(
-        f"about {need:.1f} GiB of GPU memory are needed, {usable / 2**30:.1f} GiB can be used; lower max_length "
-        f"({s.max_length}) or per_device_train_batch_size ({s.per_device_train_batch_size}), or set use_qlora"
-    )
-
-
-def check_share(s: Settings, count: int) -> None:
-    """Raises UserError where so many processes cannot share the forward passes of a step."""
-    if s.gradient_accumulation_steps % count:
+    s, longest = memory.s, memory.largest
+    layers = memory.config.num_hidden_layers
+    if s.activation_checkpointing.isdecimal() and int(s.activation_checkpointing) > layers:
+        raise UserError(f"activation_checkpointing = {s.activation_checkpointing}, and the model has {layers} layers")
+    if memory.free is None or not memory.compiled:
+        return Passes(s.pass_tokens or 2048, grain=1)
+    if not memory.plan(longest):
+        least = memory.of(longest, Plan(memory.calls, memory.calls))
+        gib, fits = f"{memory.free / 2**30:.1f} GiB of GPU memory are free", fitting(memory)
         raise UserError(
-            f"gradient_accumulation_steps = {s.gradient_accumulation_steps} forward passes a step cannot be shared by "
-            f"{count} processes; use a multiple"
+            f"rows of {longest} tokens need about {least / 2**30:.1f} GiB with all layers computed twice; {gib}, and "
+            f"{memory.host / 2**30:.1f} of the CPU's for what can wait there: "
+            + (f"set max_length to {fits}" if fits else "set use_qlora")
         )
+    grid = Passes(1)
+    if s.pass_tokens:
+        return dataclasses.replace(grid, tokens=s.pass_tokens)
+    sizes = sorted({grid.width(n) for n in range(1024, 16384 + 1, 64)})
+    if s.use_qlora:
+        fit = [n for n in sizes if n <= grid.width(longest) or n <= 4096]
+        return dataclasses.replace(grid, tokens=max([n for n in fit if memory.plan(n)], default=longest), alone=10**9)
+    whole = [n for n in sizes if dataclasses.replace(memory, largest=max(n, longest)).plan(n) == Plan()]
+    return dataclasses.replace(grid, tokens=max(whole, default=2048))

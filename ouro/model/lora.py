@@ -8,8 +8,12 @@ PEFT computes y = W x + s B A x for each projection by itself: two thin products
 Here the projections of one input (q, k, v; o; gate, up; down) are one group, computed together. How the large product
 is made is another matter for each kind of frozen weights: bf16.py (and fp32), nf4.py, fp8.py.
 
-The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection.
+The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection,
+and the mask is a hash of the token's number (`noise`), loop, layer, group and column: nothing of it is stored, and a
+CPU, a GPU and any number of processes draw the same.
 """
+
+import math
 
 from ouro.model.bf16 import Bf16, add
 from ouro.model.fp8 import Fp8
@@ -25,50 +29,77 @@ KINDS = {"bf16": Bf16, "nf4": Nf4, "fp8": Fp8}
 ADAPTER = "default"  # PEFT's name for the one adapter of a run
 
 
-def dropout(x: Tensor, kept: Tensor, p: Tensor | float) -> Tensor:
-    """x (rows, columns) where `kept`, larger by 1 / (1 - p), and zero elsewhere."""
-    return torch.where(kept, x / (1 - p), 0).to(x.dtype)
+def signed(number: int) -> int:
+    """The number below 2**32 of the same 32 bits as an int32."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+GOLDEN, FIRST, SECOND = (signed(odd) for odd in (0x9E3779B1, 0x7FEB352D, 0x846CA68B))
+
+
+def shifted(h: Tensor, by: int) -> Tensor:
+    return (h >> by) & ((1 << (32 - by)) - 1)  # int32's own shift would repeat the sign
+
+
+def hashed(h: Tensor) -> Tensor:
+    """Each int32 mixed into another, so that any bit changes half of them (C. Wellons' lowbias32)."""
+    h = (h ^ shifted(h, 16)) * FIRST
+    h = (h ^ shifted(h, 15)) * SECOND
+    return h ^ shifted(h, 16)
+
+
+def dropout(x: Tensor, key: Tensor, p: float, zero: Tensor | float = 0.0) -> Tensor:
+    """x (rows, columns) with a share p of its numbers zero and the others larger by 1 / (1 - p); key: int32 (rows,),
+    hashed, one a row. The half of `hashed` that is left out here would cost time and improve nothing that shows.
+
+    zero: see `_Products.backward`."""
+    column = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * GOLDEN
+    h = (key[:, None] ^ column) * FIRST
+    h = (h ^ shifted(h, 15)) * SECOND
+    return torch.where(h >= round(p * 2**32) - 2**31, x / (1 - p + zero), 0).to(x.dtype)
 
 
 class _Products(torch.autograd.Function):
     """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
-    kept: bool (rows, in), what dropout leaves, or None where there is none. tensors: what the group keeps, copies of A
+    key: int32 (rows,), as of `dropout`, or None where there is none. tensors: what the group keeps, copies of A
     and B among it; and the parameters that those are copies of, here only to be given their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, kept, p, kind, outs, scale, *tensors):
+    def forward(ctx, x, key, p, kind, outs, scale, *tensors):
         frozen, weights = tensors[: -2 * len(outs)], KINDS[kind]
         a, bs = weights.factors(frozen, outs, x.shape[1])
 
         def low_rank(x: Tensor) -> Tensor:  # (rows, ranks): as many columns as the adapters' ranks together
-            return ((x if kept is None else dropout(x, kept, p)) @ a.t()) * scale
+            return ((x if key is None else dropout(x, key, p)) @ a.t()) * scale
 
         x, low, ys = weights.outputs(frozen, a, bs, x, low_rank)
-        ctx.save_for_backward(x, low, kept, *frozen)
+        ctx.save_for_backward(x, low, key, *frozen)
         ctx.constants = p, kind, outs, scale
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
         p, kind, outs, scale = ctx.constants
-        x, low, kept, *frozen = ctx.saved_tensors
+        x, low, key, *frozen = ctx.saved_tensors
         weights, rank = KINDS[kind], low.shape[1] // len(outs)
         a, bs = weights.factors(frozen, outs, x.shape[1])
         # Without this zero the compiler keeps 5 GB of decoded weights, and x after dropout, for the backward pass: the
-        # forward pass computes the same. What depends on the zero cannot be computed before the gradients are known.
-        zero = dys[0][0, 0].float() * 0
+        # forward pass computes the same. What depends on the zero cannot be computed before the gradients are known,
+        # and no compiler knows that no number is larger than infinity (of a product with 0 torch 2.11 does).
+        zero = (dys[0][0, 0] > math.inf).float()
         part = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1) * scale  # (rows, ranks)
-        dropped = x if kept is None else dropout(x, kept, p + zero)
+        key = None if key is None else key + zero.to(key.dtype)
+        dropped = x if key is None else dropout(x, key, p, zero)
         das = [da.float() for da in (part.t() @ dropped).split(rank)]
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(rank, 1), strict=True)]
         # The gradients are put beside each other in one matrix only here. If the thin products above read columns of
         # that matrix, the compiler writes it in a layout that takes four times as long.
-        if kept is None:
+        if key is None:
             dx = weights.input_gradient(frozen, a, dys, part, zero)
         else:
-            dx = add(weights.input_gradient(frozen, a, dys, None, zero), dropout(part @ a, kept, p))
+            dx = add(weights.input_gradient(frozen, a, dys, None, zero), dropout(part @ a, key, p))
         return dx, *[None] * (5 + len(frozen)), *das, *dbs
 
 
@@ -79,7 +110,7 @@ class Group(nn.Module):
     weights' dtype, which `refresh` brings up to date.
     """
 
-    def __init__(self, projections: list[LoraLayer], kind: str):
+    def __init__(self, projections: list[LoraLayer], kind: str, number: int):
         super().__init__()
         self.projections, self.kind = projections, kind  # a plain list: as submodules they would change their names
         bases = [p.get_base_layer() for p in projections]
@@ -88,11 +119,14 @@ class Group(nn.Module):
         self.rank, self.width = projections[0].r[ADAPTER], bases[0].in_features
         frozen = KINDS[kind].keep(bases, self.rank)
         self.count = len(frozen)
-        for number, tensor in enumerate(frozen):
-            self.register_buffer(f"frozen{number}", tensor, persistent=False)
+        for at, tensor in enumerate(frozen):
+            self.register_buffer(f"frozen{at}", tensor, persistent=False)
+        # As a tensor: with a number the compiler would translate every layer by itself.
+        salt = torch.tensor(signed(number * GOLDEN), dtype=torch.int32, device=frozen[0].device)
+        self.register_buffer("salt", salt, persistent=False)
 
     def frozen(self) -> list[Tensor]:
-        return [getattr(self, f"frozen{number}") for number in range(self.count)]
+        return [getattr(self, f"frozen{at}") for at in range(self.count)]
 
     def copies(self) -> list[Tensor]:
         """What is kept of each A (rank, in), then of each B (out, rank)."""
@@ -107,13 +141,16 @@ class Group(nn.Module):
         """PEFT's parameters: each A (rank, in), then each B (out, rank)."""
         return [adapter.weight for adapter in self.adapters()]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """noise: int32 of x's shape but the last; needed where there is dropout (ValueError)."""
         rows = x.reshape(-1, self.width)
-        kept = None
+        key = None
         if self.training and self.dropout:
-            kept = torch.rand(rows.shape, device=x.device) >= self.dropout
+            if noise is None:
+                raise ValueError("dropout is drawn from noise, a number a token: give it to the model's forward")
+            key = hashed(noise.flatten() ^ self.salt)
         constants = self.dropout, self.kind, self.outs, self.scale
-        ys = _Products.apply(rows, kept, *constants, *self.frozen(), *self.parameters_of())
+        ys = _Products.apply(rows, key, *constants, *self.frozen(), *self.parameters_of())
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
@@ -123,13 +160,15 @@ def fuse(model: PeftModel, kind: str) -> None:
     Raises:
         ValueError: an adapter whose products are not plain LoRA's (DoRA).
     """
+    number = 0
     for layer in model.get_base_model().model.layers:
         parts = dict(layer.self_attn.named_children()) | dict(layer.mlp.named_children())
         for names in GROUPS:
             projections = [parts[name] for name in names]
             if any(p.lora_variant for p in projections):
                 raise ValueError("DoRA's products are not plain LoRA's: leave this model as PEFT made it")
-            projections[0].group = Group(projections, kind)
+            projections[0].group = Group(projections, kind, number)
+            number += 1
     model.train(model.training)  # new modules are in training mode, with dropout: a model to be scored is not
     refresh(model)
 

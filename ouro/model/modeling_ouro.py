@@ -179,15 +179,15 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True) for p in pieces], dim=1).transpose(0, 1)
 
 
-def project(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+def project(x: Tensor, *projections: nn.Module, noise: Tensor | None = None) -> tuple[Tensor, ...]:
     """The outputs of several projections of one input x (..., in).
 
-    Where the first projection has an attribute `group`, that is called instead of all of them: a function of x that
-    returns the tuple of their outputs. So a program that trains or serves the model can compute the three projections
-    of attention, or the two of the MLP, as one product, and leave the modules and their names as they are.
+    Where the first projection has an attribute `group`, that is called instead of all of them: a function of x and
+    noise that returns the tuple of their outputs. So a program that trains or serves the model can compute the three
+    projections of attention, or the two of the MLP, as one product, and leave the modules and their names as they are.
     """
     group = getattr(projections[0], "group", None)
-    return tuple(projection(x) for projection in projections) if group is None else group(x)
+    return tuple(projection(x) for projection in projections) if group is None else group(x, noise)
 
 
 class OuroAttention(nn.Module):
@@ -200,16 +200,16 @@ class OuroAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, causal, documents, past_key_values, slot):
+    def forward(self, x, cos, sin, mask, causal, documents, past_key_values, slot, noise):
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj, noise=noise))
         # Rotated before they are transposed: the backward pass then needs no copy of the gradients of q and k to bring
         # them into the projections' layout.
         q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, slot)
         y = attend(q, k, v, mask, causal, documents)
-        return project(y.transpose(1, 2).flatten(2), self.o_proj)[0]
+        return project(y.transpose(1, 2).flatten(2), self.o_proj, noise=noise)[0]
 
 
 class OuroMLP(nn.Module):
@@ -219,9 +219,9 @@ class OuroMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return project(F.silu(gate) * up, self.down_proj)[0]
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj, noise=noise)
+        return project(F.silu(gate) * up, self.down_proj, noise=noise)[0]
 
 
 class OuroDecoderLayer(GradientCheckpointingLayer):
@@ -240,10 +240,10 @@ class OuroDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm_2 = OuroRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, causal=True, documents=None, past_key_values=None, slot=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, documents, past_key_values, slot)
+    def forward(self, x, cos, sin, mask=None, causal=True, documents=None, past_key_values=None, slot=None, noise=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, documents, past_key_values, slot, noise)
         x = x + self.input_layernorm_2(y)
-        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
+        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x), noise))
 
 
 class OuroPreTrainedModel(PreTrainedModel):
@@ -282,6 +282,7 @@ class OuroModel(OuroPreTrainedModel):
         use_cache: bool | None = None,
         total_ut_steps: int | None = None,
         documents: Tensor | None = None,
+        noise: Tensor | None = None,
         **kwargs,
     ) -> OuroModelOutput:
         """Runs the loops.
@@ -291,6 +292,7 @@ class OuroModel(OuroPreTrainedModel):
         total_ut_steps: loops to run instead of the config's number.
         documents: `document_bounds` of position_ids, so that the GPU need not be asked; without a mask or a cache.
         past_key_values, or `cache`: one with a slot for each (loop, layer), or empty.
+        noise: int32 (batch, seq), a random number a token, from which groups of projections (`project`) draw dropout.
 
         Raises:
             ValueError: arguments that contradict each other, or a cache filled at another depth.
@@ -327,16 +329,19 @@ class OuroModel(OuroPreTrainedModel):
             torch._dynamo.maybe_mark_dynamic(documents, 0)  # their number differs in each batch
         positions = torch.arange(past, past + seq, device=x.device)[None] if position_ids is None else position_ids
         cos, sin = self.rotations(positions, x.dtype)
-        states = self.run_loops(x, cos, sin, mask, causal, documents, loops, past_key_values)
+        states = self.run_loops(x, cos, sin, mask, causal, documents, loops, past_key_values, noise)
         return OuroModelOutput(last_hidden_state=states[-1], loop_hidden_states=states, **{CACHE: past_key_values})
 
-    def run_loops(self, x, cos, sin, mask, causal, documents, loops: int, past_key_values=None) -> tuple[Tensor, ...]:
+    def run_loops(
+        self, x, cos, sin, mask, causal, documents, loops: int, past_key_values=None, noise=None
+    ) -> tuple[Tensor, ...]:
         """The normed state after every loop, each (batch, seq, hidden), of x (batch, seq, hidden)."""
         states = []
         for loop in range(loops):
+            here = None if noise is None else noise + loop  # another dropout in each loop
             for index, layer in enumerate(self.layers):
                 if past_key_values is None:
-                    x = layer(x, cos, sin, mask, causal, documents)
+                    x = layer(x, cos, sin, mask, causal, documents, None, None, here)
                 else:
                     # Not through __call__: a compiled layer would be translated again for every slot and length, and
                     # use up the compiler's limit for training.

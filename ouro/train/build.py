@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from ouro.files import UserError
-from ouro.model.cost import layers_to_recompute
-from ouro.model.graphs import replay_layers, replay_loops
-from ouro.model.loading import frozen_kind, has_fp8, load_run_model
-from ouro.model.modeling_ouro import PROJECTIONS, compiling
+from ouro.model.cost import Memory
+from ouro.model.graphs import run_by_plan
+from ouro.model.loading import has_fp8, load_run_model
+from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import Settings
 from ouro.train.processes import WORLD_SIZE
 
@@ -27,8 +27,14 @@ def check_frozen(s: Settings) -> None:
         raise UserError("frozen_weights: fp8 needs a Hopper GPU (H100, H200) or a later one; set it to auto")
 
 
-def build(s: Settings, device: str | int) -> PeftModel:
-    """The model to train: frozen weights, new adapters, layers that compute together, are recomputed, are compiled.
+def is_compiled(s: Settings, device: str | int) -> bool:
+    """Whether the layers are: with fsdp its hooks would break their graph."""
+    return s.torch_compile and device != "cpu" and not (s.fsdp and WORLD_SIZE > 1)
+
+
+def build(s: Settings, device: str | int, memory: Memory) -> PeftModel:
+    """The model to train: frozen weights, new adapters, layers that compute together, are compiled, and run by the
+    plans of `memory`.
 
     Raises:
         UserError: no such model, or one that this machine cannot train as the settings say.
@@ -39,11 +45,10 @@ def build(s: Settings, device: str | int) -> PeftModel:
         torch.utils.deterministic.fill_uninitialized_memory = False  # only finds reads of it
     check_frozen(s)
     sharded = s.fsdp and WORLD_SIZE > 1
-    compiled = s.torch_compile and device != "cpu" and not sharded  # FSDP2's hooks would break the layers' graph
+    compiled = is_compiled(s, device)
     if compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(s.cache_dir).resolve() / "compiled"))
         AsyncCompile.warm_pool()  # the compiler's processes take ten seconds to start: while the model is loaded
-    free = None if device == "cpu" else torch.cuda.mem_get_info()[0]
     set_seed(s.seed)  # the trainer does so only after the adapter's first weights were drawn
     lora = LoraConfig(
         r=s.r,
@@ -58,13 +63,11 @@ def build(s: Settings, device: str | int) -> PeftModel:
     adapted = load_run_model(s, lora, device=device, total_ut_steps=s.total_ut_steps, fused=not sharded)
     adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
     model = adapted.get_base_model()
-    count = layers_to_recompute(s, model.config, free, compiled)
-    model.recompute_layers(count)
     if compiled:
-        model.compile_layers(one_size=s.packing)
-        if s.packing and s.bf16 and not s.use_dora:  # all batches have one size
-            if not count:
-                replay_loops(adapted)
-            elif frozen_kind(s) == "nf4":
-                replay_layers(adapted, s.per_device_train_batch_size * s.max_length, **compiling(one_size=True))
+        model.compile_layers(one_size=True)
+    if sharded or s.use_dora:  # PEFT's own layers
+        plan = memory.plan(memory.largest)
+        model.recompute_layers(plan.recomputed // s.total_ut_steps)
+    else:
+        run_by_plan(adapted, memory.plan, memory.largest, last=s.loss == "last", graphs=compiled)
     return adapted

@@ -1,31 +1,37 @@
-"""Rows -> a batch of tensors."""
+"""Rows of a pass -> a batch of tensors."""
 
+from ouro.data.batches import Pass, noise
 from ouro.model.modeling_ouro import IGNORE, document_bounds, document_starts, positions_trained
 
 import numpy as np
 import torch
 
 
-def collate(items: list[list[tuple[np.ndarray, np.ndarray]]], width: int = 1) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right, to `width` at least: input_ids, labels, attention_mask, all int64 (batch, seq), and
-    `trained`, the positions that predict (`positions_trained`). Where an item has several documents there are
-    position_ids too, which begin at 0 in each (and in the padding), and `documents`, their bounds. What the model would
-    compute of these by itself is computed here, where no GPU has to be waited for."""
-    width = max(width, *(sum(len(ids) for ids, _ in item) for item in items))
-    input_ids = torch.zeros(len(items), width, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORE)
-    mask, positions = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for i, item in enumerate(items):
-        at = 0
-        for ids, targets in item:
-            stretch = slice(at, at := at + len(ids))
-            input_ids[i, stretch], labels[i, stretch] = torch.from_numpy(ids), torch.from_numpy(targets)
-            positions[i, stretch] = torch.arange(len(ids))
-        mask[i, :at] = 1
-        positions[i, at:] = torch.arange(width - at)
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-    if all(len(item) < 2 for item in items):
-        return batch | {"trained": positions_trained(labels)}
+def collate(
+    rows: list[tuple[int, np.ndarray, np.ndarray]], how: Pass, step: int = 0, seed: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The arguments of OuroForCausalLM.forward for rows (number, input_ids, labels) in a pass, padded on the right.
+
+    input_ids, labels: int64 (batch, width). trained: the positions that predict (`positions_trained`). Where several
+    rows stand in one there are position_ids too, which begin at 0 in each (and in the padding), and `documents`, their
+    bounds. noise: int32 (batch, width), what dropout is drawn from, unless `seed` is None. All of this is computed
+    here, where no GPU has to be waited for.
+    """
+    batch = 1 if how.packed else len(rows)
+    input_ids = torch.zeros(batch, how.width, dtype=torch.long)
+    labels, positions = torch.full_like(input_ids, IGNORE), torch.zeros_like(input_ids)
+    drawn, at = torch.zeros(batch, how.width, dtype=torch.int32), 0
+    for i, (number, ids, targets) in enumerate(rows):
+        place = (0, slice(at, at + len(ids))) if how.packed else (i, slice(0, len(ids)))
+        input_ids[place], labels[place] = torch.from_numpy(ids), torch.from_numpy(targets)
+        if seed is not None:
+            drawn[place] = torch.from_numpy(noise(seed, step, number, len(ids)))
+        positions[place] = torch.arange(len(ids))
+        at += len(ids)
+    result = {"input_ids": input_ids, "labels": labels} | ({} if seed is None else {"noise": drawn})
+    if not how.packed:
+        return result | {"trained": positions_trained(labels)}
+    positions[0, at:] = torch.arange(how.width - at)
     starts = document_starts(positions)
-    batch |= {"position_ids": positions, "documents": document_bounds(starts)}
-    return batch | {"trained": positions_trained(labels, starts)}
+    result |= {"position_ids": positions, "documents": document_bounds(starts)}
+    return result | {"trained": positions_trained(labels, starts)}

@@ -1,5 +1,6 @@
 """What the settings ask of this machine: a device that can do it, TRL's arguments, memory, shares of several GPUs."""
 
+import dataclasses
 import math
 import os
 import platform
@@ -7,13 +8,17 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from functools import cache, partial
 from pathlib import Path
 
+from ouro.data.batches import Pass, Rows, Steps
 from ouro.files import UserError
-from ouro.model.cost import training_memory
+from ouro.model.cost import Memory, Plan, pass_flops, passes_for, sizes
 from ouro.settings import Resolved, Settings
-from ouro.train.processes import LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, print0
-from ouro.train.trainer import recomputed
+from ouro.train.build import is_compiled
+from ouro.train.collate import collate
+from ouro.train.processes import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, print0
+from ouro.train.run_folder import in_short
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -22,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from trl import SFTConfig
 
 
@@ -71,18 +77,18 @@ def unused(s: Settings, device: str | int) -> list[str]:
 def trainer_arguments(run: Resolved, folder: Path, use_cpu: bool) -> SFTConfig:
     """The settings as TRL's own."""
     s = run.settings  # `same`: the settings whose names and meanings are TRL's
-    same = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type")
+    same = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type")
     same += ("warmup_ratio", "weight_decay", "optim", "bf16", "seed", "logging_steps", "save_steps", "report_to")
     arguments = SFTConfig(
         **{name: getattr(s, name) for name in same},
         output_dir=str(folder),
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and masked already
         max_length=None,
-        gradient_accumulation_steps=s.gradient_accumulation_steps // WORLD_SIZE,
+        per_device_train_batch_size=1,  # an item of the data loader is this process's share of a step
+        gradient_accumulation_steps=1,
         max_grad_norm=s.max_grad_norm or math.inf,  # with 0 no norm is computed, and the guards watch it
         gradient_checkpointing=False,  # `build` has seen to it, layer by layer
         use_cpu=use_cpu,
-        accelerator_config={"non_blocking": not use_cpu},  # batches need not wait for the GPU on their way to it
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         label_names=["labels"],
@@ -118,12 +124,84 @@ def shard_frozen_weights(model: PeftModel) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shares)
 
 
-def planned_memory(s: Settings, model: PeftModel, free: int | None) -> dict:
-    """Layers recomputed and, for a GPU that had so many bytes free, GiB estimated at the peak; printed, too."""
-    layers, gib = model.get_base_model().model.layers, None
-    count, text = recomputed(layers), ""
-    if free and s.torch_compile and not (s.fsdp and WORLD_SIZE > 1):  # the estimate is of compiled layers
-        gib = round(training_memory(s, model.config, count) / 2**30, 1)
-        text = f"; estimate {gib} GiB of {free / 2**30:.1f} free"
-    print0(f"memory: {count} of {len(layers)} layers recomputed{text}")
-    return {"recomputed_layers": count, "estimated_gib": gib}
+def host_memory() -> float:
+    """Bytes of the CPU's memory that this process may pin for states: half of its share of what is free."""
+    text = Path("/proc/meminfo").read_text()
+    free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    return free / 2 / (LOCAL_WORLD_SIZE or 1)
+
+
+def plan_steps(s: Settings, rows: Rows, device: str | int, recorded: int | None = None) -> tuple[Steps, Memory, dict]:
+    """The steps of this process, the memory of their passes, and for the manifest what was planned; printed, too.
+
+    recorded: tokens of a pass by the manifest of a run that is continued: the same ones give the same bytes.
+
+    Raises:
+        UserError: the longest row does not fit.
+    """
+    config, free, host = sizes(s), None if device == "cpu" else torch.cuda.mem_get_info()[0], host_memory()
+    config.total_ut_steps = s.total_ut_steps
+    if WORLD_SIZE > 1:  # all processes must make the same passes
+        least = torch.tensor([free or 0, host], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        free, host = (free and least[0].item()), least[1].item()
+    longest = int(rows.lengths.max(initial=1))
+    memory = Memory(s, config, free, host, longest, compiled=is_compiled(s, device))
+    passes = passes_for(memory)
+    if recorded:
+        passes = dataclasses.replace(passes, tokens=recorded)
+
+    plan_of = cache(memory.plan)  # asked for every pass of an epoch, and the same while passes are shared out
+
+    def cost(each: Pass) -> float:
+        return pass_flops(config, s, each, plan_of(each.tokens) or Plan())
+
+    drawn = s.seed if s.lora_dropout else None
+    # With fsdp all processes take part in each pass: a layer's weights are gathered from all of them.
+    shared = cost, WORLD_SIZE, RANK, s.fsdp
+    count = -(-len(rows) // s.rows_per_step)
+    count = min(count, s.max_steps) if s.max_steps > 0 else count
+    while True:
+        steps = Steps(rows, s.rows_per_step, s.seed, passes, partial(collate, seed=drawn), *shared)
+        shapes = {shape[:2] for shape in steps.shapes(0, count)}
+        memory.largest, memory.shapes = max(passes.width(longest), passes.width(passes.tokens)), len(shapes)
+        if memory.plan(memory.largest):
+            break
+        if passes.grain > longest:
+            raise UserError(f"the graphs of {len(shapes)} shapes of passes leave too little memory: lower max_length")
+        passes = dataclasses.replace(passes, grain=2 * passes.grain)  # fewer widths have fewer graphs
+    told = {"pass_tokens": passes.tokens, "pass_shapes": len(shapes), "padding": round(steps.padding(count), 4)}
+    print0(f"passes: of {passes.tokens:,} tokens where rows are shorter, {told['padding']:.1%} padding")
+    if free is None or not memory.compiled:
+        return steps, memory, told
+    told["plans"] = []
+    for tokens in sorted({memory.largest, passes.tokens, *(n for n in (4096, 8192) if n < memory.largest)}):
+        plan, gib = memory.plan(tokens), round(memory.of(tokens, memory.plan(tokens)) / 2**30, 1)
+        told["plans"].append({"tokens": tokens, "estimated_gib": gib} | dataclasses.asdict(plan))
+        waiting = f", the states of {plan.waiting} in the CPU's memory" if plan.waiting else ""
+        print0(
+            f"memory: a pass of {tokens:>6,} tokens computes {plan.recomputed} of {memory.calls} layer calls twice"
+            f"{waiting}; estimate {gib} GiB of {free / 2**30:.1f} free"
+        )
+    return steps, memory, told
+
+
+def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool, quiet: bool) -> None:
+    """Captures the graphs of all passes of an epoch, the largest first: memory then runs out at once, or not at all.
+
+    Raises:
+        UserError: it ran out.
+    """
+    prepare = getattr(model.get_base_model().model, "prepare", None)
+    if not prepare:
+        return
+    for shape in tqdm(
+        steps.shapes(first, last), "compile, capture", unit=" shapes", disable=quiet or None, leave=False
+    ):
+        try:
+            prepare(*shape, noise)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"a pass of {shape[0]} x {shape[1]} tokens: {in_short(error)}\nset activation_checkpointing to full, "
+                "or max_length lower; does another process use this GPU (nvidia-smi)?"
+            ) from None

@@ -349,7 +349,7 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     if progress["processes"] != WORLD_SIZE:
         print(
             f"  with {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)} after {progress['processes']}: the same rows in "
-            "each step, but other dropout masks and another order of sums, so not the same bytes"
+            "each step, but another order of sums, so not the same bytes"
         )
     here = environment()
     before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))

@@ -1,5 +1,6 @@
 """The trainer: TRL's, with our objective, exact token metrics, an exact resume, and guards on the numbers."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,15 +8,18 @@ import shutil
 import statistics
 import time
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 
-from ouro.data.batches import EpochOrder, Rows
+from ouro.data.batches import Rows
 from ouro.files import UserError, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
+from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Settings
 from ouro.train.collate import collate
 from ouro.train.processes import RANK, WORLD_SIZE, print0
@@ -35,7 +39,9 @@ from ouro.train.stopping import Stopper
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import TrainerCallback
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
@@ -43,12 +49,11 @@ LOOP = "held_out_loss/loop"  # and the loop's number: a chart of TensorBoard or 
 
 
 class LoopTrainer(SFTTrainer):
-    """TRL's trainer around a looped model: our objective, no fp32 copies of frozen weights, exact token metrics, an
-    exact resume, and a stop with a reason when the numbers say that going on is a waste."""
+    """TRL's trainer around a looped model: our objective, exact token metrics, an exact resume, and a stop with a
+    reason when the numbers say that going on is a waste. Its data set is `Steps`."""
 
-    def __init__(
-        self, *args, settings: Settings, held_out: Rows | None, flops: float | None, stopper: "Stopper", **kwargs
-    ):
+    def __init__(self, *args, settings: Settings, held_out: tuple[Rows, list[int]] | None, flops: float | None,
+                 stopper: Stopper, **kwargs):  # fmt: skip
         self.settings, self.held_out, self.stopper = settings, held_out, stopper
         self.flops = flops  # of a GPU, per second
         # Sums of this process since the last logged step; float64 counts tokens exactly up to 2**53.
@@ -56,77 +61,78 @@ class LoopTrainer(SFTTrainer):
         self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
-        self._noted_step = 0
         self._unmeasured = False  # whether the base's held-out loss is still to be measured
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
         self._rates: list[float] = []
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=itemgetter(0), **kwargs)  # a batch is a step's share
 
     def _prepare_peft_model(self, model: PeftModel, peft_config: None, args: SFTConfig) -> PeftModel:
         # TRL's own version casts embeddings, norms and head of a 4-bit model to fp32 (0.4 GB for 2.6B), and only on a
         # GPU: a CPU test would run another model. What is needed, frozen weights and fp32 adapters, is there already.
         return model
 
-    def _get_train_sampler(self, train_dataset: Rows | None = None) -> EpochOrder:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * WORLD_SIZE
-        return EpochOrder(rows.sizes, per_step, self.args.seed, grouped=rows.packs is None)
+    def get_train_dataloader(self) -> DataLoader:
+        return Loader(self.train_dataset, collate_fn=self.data_collator, pin_memory=self.args.device.type == "cuda")
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # transformers' count goes through all parameters for each batch; ours is in `log`
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._unmeasured:  # the adapters change nothing yet, so this is the base
-            with torch.compiler.set_stance("force_eager"):  # else the layers were compiled for these rows' sizes
-                losses = self.held_out_loss()
-            if RANK == 0:
-                path = Path(self.args.output_dir) / "manifest.json"
-                write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
-            self._unmeasured, self._logged_at = False, time.perf_counter()
-        # What transformers does here, without setting thousands of modules to the training mode that they are in.
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)  # a mean over the step's tokens already
-        return loss.detach()
+    def network(self) -> OuroForCausalLM:
+        """The model without what PEFT, accelerate and DDP put around it: layers that compute together need none of
+        it."""
+        return self.accelerator.unwrap_model(self.model).get_base_model()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The collator pads on the right, where causality hides padding: no mask, so no masked attention. In packed rows
-        # position_ids tell the documents apart.
-        mask = inputs.pop("attention_mask")
-        # pairs of a token and one it attends to: as many as its position in its document, counted from 1
-        positions = inputs["position_ids"] + 1 if "position_ids" in inputs else mask.cumsum(1)
-        batch = (mask.sum(), (positions * mask).sum(), mask.new_full((), mask.numel()))  # none waits for the GPU
-        inputs["objective"] = self.settings.loss  # all of `inputs` are arguments of OuroForCausalLM.forward
-        loss, outputs = super(SFTTrainer, self).compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        batch = (loss, outputs.correct_tokens, outputs.trained_tokens, *batch)
-        sums = torch.stack([x.detach().double() for x in batch])
-        self._step_sums = self._step_sums.to(sums.device) + sums
-        return (loss, outputs) if return_outputs else loss
+    def arithmetic(self) -> AbstractContextManager:
+        """PEFT's own layers multiply fp32 adapters with bf16 states, which autocast makes possible."""
+        grouped = hasattr(self.network().model.layers[0].self_attn.q_proj, "group")
+        return nullcontext() if grouped else self.compute_loss_context_manager()
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        """Called by transformers after each step: the numbers are looked at before anything is saved."""
-        step, last = self.state.global_step, self.state.global_step == self.state.max_steps
-        if step == self._noted_step:  # transformers calls this once more at the end of each epoch
-            return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        self._noted_step = step
-        self._sums = self._sums.to(self._step_sums.device) + self._step_sums
-        sums = self._step_sums[:3]
-        sums = self.accelerator.reduce(sums, "mean") if WORLD_SIZE > 1 else sums
-        numbers = torch.cat((sums, grad_norm.double()[None])).to("cpu", non_blocking=True)
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """One step: this process's passes, forward and backward, then the gradients' sum over the processes.
+
+        inputs: an item of `Steps`. The loss is the sum over the trained tokens of all passes in all processes, divided
+        by their number; so no gradient depends on how the rows were put into passes and shared out, but for rounding.
+        """
+        if self._unmeasured:
+            self.measure_base()
+        network, objective = self.network(), self.settings.loss
+        device, sums = self.args.device, torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for batch in inputs["passes"]:
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with self.arithmetic():
+                out = network(**batch, objective=objective, num_items_in_batch=inputs["trained"])
+            out.loss.backward()
+            sums += torch.stack([x.detach().double() for x in (out.loss, out.correct_tokens, out.trained_tokens)])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        add_over_processes(parameters)
+        self._norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        counted = torch.tensor([inputs["seen"], inputs["pairs"], inputs["padded"]], dtype=torch.float64)
+        self._step_sums = torch.cat((sums, counted.to(device, non_blocking=True)))
+        return sums[0].float()
+
+    def measure_base(self) -> None:
+        """The held-out loss before the first step, to the manifest: the adapters change nothing yet."""
+        losses = self.held_out_loss()
+        if RANK == 0:
+            path = Path(self.args.output_dir) / "manifest.json"
+            write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
+        self._unmeasured, self._logged_at = False, time.perf_counter()
+
+    def after_step(self, control: TrainerControl) -> None:
+        """The numbers of the step are looked at before anything of it is logged or saved."""
+        step, sums = self.state.global_step, self._step_sums
+        self._sums = self._sums.to(sums.device) + sums
+        sums = self.accelerator.reduce(sums[:3]) if WORLD_SIZE > 1 else sums[:3]
+        numbers = torch.cat((sums, self._norm.double()[None])).to("cpu", non_blocking=True)
         arrived = torch.cuda.Event() if sums.is_cuda else None
         if arrived:
             arrived.record()
         self._check_pending()
         self._unchecked = (step, numbers, arrived)
-        self._step_sums = torch.zeros_like(self._step_sums)
         if self.stopper.asked(self.args.device):
-            self.control.should_save = self.control.should_training_stop = True
-        if self.control.should_save or self.control.should_log or last:
+            control.should_save = control.should_training_stop = True
+        if control.should_save or control.should_log or step == self.state.max_steps:
             self._check_pending()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _check_pending(self) -> None:
         """Checks the numbers fetched last, mostly of the step before: the GPU has the next one to do meanwhile.
@@ -168,18 +174,15 @@ class LoopTrainer(SFTTrainer):
 
     def _rows_of(self, step: int) -> list[str]:
         """Where the rows of a step stand in the training set."""
-        order = self._get_train_sampler()
-        per_epoch = len(order) // order.step
-        order.set_epoch((step - 1) // per_epoch)
-        at = (step - 1) % per_epoch * order.step
-        return [place for i in list(order)[at : at + order.step] for place in self.train_dataset.places(i)]
+        steps = self.train_dataset
+        return [steps.rows.place(row) for row in steps.rows_of(step - 1)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" not in logs:
             return super().log(logs, start_time)
         step, now, model = self.state.global_step, time.perf_counter(), self.accelerator.unwrap_model(self.model)
         total = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
-        loss = total[0] / WORLD_SIZE / (step - self._logged_step)  # transformers scales each process's by their number
+        loss = total[0] / (step - self._logged_step)
         correct, trained, seen, pairs, padded = (int(x) for x in total[1:])
         self._tokens += seen
         accuracy, spent = correct / max(trained, 1), now - self._logged_at
@@ -191,6 +194,7 @@ class LoopTrainer(SFTTrainer):
             "padding": round(1 - seen / padded, 4),
             "tokens_per_second": round(rate, 1),
             "padded_tokens_per_second": round(padded / spent, 1),  # the padding is computed too
+            "seconds": round(spent, 3),
             "memory_gib": round(peak_memory(model) / 2**30, 2) if torch.cuda.is_available() else 0,
         }
         if self.flops:
@@ -220,20 +224,24 @@ class LoopTrainer(SFTTrainer):
     @torch.no_grad()
     def held_out_loss(self) -> list[float]:
         """Cross-entropy per trained token of the held-out rows, in nats, after each loop."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        batch, count = self.args.per_device_train_batch_size, len(self.held_out)
+        network, steps, (rows, chosen) = self.network(), self.train_dataset, self.held_out
+        network.eval()
         sums = torch.zeros(self.settings.total_ut_steps + 1, dtype=torch.float64, device=self.args.device)
-        for at in range(0, count, batch * WORLD_SIZE):
-            rows = range(count)[at : at + batch * WORLD_SIZE][RANK::WORLD_SIZE]
-            # With fsdp all processes take part in each pass: one without a row left makes it with the first, uncounted.
-            inputs = self._prepare_inputs(collate([self.held_out[i] for i in rows or (0,)]))
-            inputs.pop("attention_mask")
-            with self.compute_loss_context_manager():
-                out = model(**inputs, objective="all", num_items_in_batch=1)
-            if rows:
+        passes = dataclasses.replace(steps.passes, grain=1).of(
+            {row: int(rows.lengths[row]) for row in chosen}, WORLD_SIZE
+        )
+        for at in range(0, len(passes), WORLD_SIZE):
+            mine = passes[at : at + WORLD_SIZE][RANK::WORLD_SIZE]
+            # With fsdp all processes take part in each pass: one without a pass left makes the first, uncounted.
+            each = (mine or passes)[0]
+            batch = collate([(row, *rows.row(row)) for row in each.rows], each)
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            # Not compiled, as the layers would be anew for each of these shapes.
+            with self.arithmetic(), torch.compiler.set_stance("force_eager"):
+                out = network(**batch, objective="all", num_items_in_batch=1)
+            if mine:
                 sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
-        model.train()
+        network.train()
         *losses, tokens = self.accelerator.reduce(sums).tolist()
         return [round(loss / max(tokens, 1), 6) for loss in losses]
 
@@ -290,7 +298,6 @@ class LoopTrainer(SFTTrainer):
             progress = json.loads((Path(resume_from_checkpoint) / "progress.json").read_text())
             if RANK == 0:
                 self._sums = torch.tensor(progress["sums"], dtype=torch.float64)
-                self._sums[0] *= WORLD_SIZE / progress["processes"]  # the loss is logged as a mean over processes
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
             self._rates, since_log = progress["rates"], progress["since_log"]
@@ -303,18 +310,29 @@ class LoopTrainer(SFTTrainer):
                 f"{resume_from_checkpoint} holds what no training writes: delete it, or --overwrite"
             ) from None
         except torch.OutOfMemoryError as error:
-            s, layers = self.settings, self.accelerator.unwrap_model(self.model).get_base_model().model.layers
             raise UserError(
-                f"step {self.state.global_step + 1}: {in_short(error)}\nper_device_train_batch_size = "
-                f"{s.per_device_train_batch_size}, max_length = {s.max_length}, {recomputed(layers)} of {len(layers)} "
-                "layers recomputed: set activation_checkpointing to full, or a smaller batch (and "
-                "gradient_accumulation_steps larger by as much); the same command continues from the last good "
-                "checkpoint"
+                f"step {self.state.global_step + 1}: {in_short(error)}\nset activation_checkpointing to full, or lower "
+                f"max_length ({self.settings.max_length}); the same command continues from the last good checkpoint"
             ) from None
 
 
-def recomputed(layers) -> int:
-    return sum(layer.gradient_checkpointing for layer in layers)
+class Loader(DataLoader):
+    """`Steps`, one after the other."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+
+@torch.no_grad()
+def add_over_processes(parameters: list[torch.nn.Parameter]) -> None:
+    """Makes each gradient the sum of all processes' (zero where one has none), in one exchange."""
+    if WORLD_SIZE == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    torch.distributed.all_reduce(flat)
+    for parameter, grad, summed in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = grad.copy_(summed.view_as(grad))
 
 
 class Metrics(TrainerCallback):
@@ -351,8 +369,15 @@ class Metrics(TrainerCallback):
         )
 
 
-class Refresh(TrainerCallback):
-    """Copies the adapters to where lora.py's groups read them: after a checkpoint was read, and after each step."""
+class Guards(TrainerCallback):
+    """Looks at each step's numbers, and copies the adapters to where lora.py's groups read them: after a checkpoint was
+    read, and after each step."""
+
+    def __init__(self, trainer: LoopTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.after_step(control)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         refresh(model)

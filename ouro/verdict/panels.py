@@ -163,13 +163,11 @@ def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: 
 
 def trained_as(run: Run) -> dict[str, str]:
     """Data and settings of a run, as far as they must not differ between depths and seeds."""
-    told = {key: value for key, value in run.data.items() if key not in ("padding", "cache")}
+    told = {key: value for key, value in run.data.items() if key != "cache"}
     found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}
     files = json.dumps(run.manifest.get("model_files"), sort_keys=True)
     found |= {"model's files": hashlib.sha256(files.encode()).hexdigest()[:12]}
-    found |= {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
-    rows = run.config.get("per_device_train_batch_size", 1) * run.config.get("gradient_accumulation_steps", 1)
-    return found | {"rows per step": str(run.config.get("rows_per_step", rows))}
+    return found | {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
 
 
 def measured_as(result: Result) -> dict[str, str]:

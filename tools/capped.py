@@ -1,0 +1,23 @@
+"""Runs a script in a process that may use so many GiB of its GPU and sees no more: 78.6 is an 80 GB card, 9.3 what a
+10 GB card leaves.
+
+    python tools/capped.py 9.3 train_qlora.py --config configs/default.yaml --exp exp2-wangchan-ut1
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
+
+import ouro  # noqa: F401 - before torch
+
+import torch
+
+if __name__ == "__main__":
+    limit = int(float(sys.argv[1]) * 2**30)
+    sys.argv = sys.argv[2:]
+    whole = torch.cuda.mem_get_info
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.mem_get_info = lambda *device: tuple(min(limit, number) for number in whole(*device))
+    runpy.run_path(sys.argv[0], run_name="__main__")
