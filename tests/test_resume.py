@@ -525,15 +525,18 @@ def test_a_run_is_continued_and_used_with_what_it_was_begun_with_alone(tmp_path,
 
 
 @pytest.mark.parametrize("steps", [["--max_steps", "2"], ["--max_steps", "-1", "--num_train_epochs", "0.1"]])
-def test_a_run_killed_with_all_its_steps_only_writes_its_end(tmp_path, monkeypatch, capsys, steps):
+def test_a_run_killed_with_all_its_steps_only_writes_its_end(tmp_path, monkeypatch, steps):
+    """Another step would also stand in metrics.jsonl."""
+
+    def killed(*args) -> None:
+        raise KeyboardInterrupt
+
     argv = [*steps, "--lr_scheduler_type", "constant_with_warmup", "--eval_steps", "0"]
     whole = six(tmp_path / "whole", *argv)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_qlora, "save_adapter", lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr(train_qlora, "save_adapter", killed)
         six(tmp_path / "parts", *argv)
-    capsys.readouterr()
     assert_same_run(six(tmp_path / "parts", *argv), whole)
-    assert "step " not in capsys.readouterr().out.partition("continuing from")[2].replace("steps", "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
