@@ -72,8 +72,8 @@ smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=
 demo: env  ## the whole study in miniature, on CPUs: eight minutes on two cores, with DEMO_SEEDS=1 a third of that [ARGS="…"]
 	@$(PY) tools/demo.py $(MORE)
 
-train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [CONFIG=configs/a100.yaml ARGS="--learning_rate 1e-4"]
-	@$(need-exp)$(PY) train_qlora.py --exp "$$EXP" $(MORE)
+train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [DATASET_PATH=… (with EXP=own-ut4) DATASET=… CONFIG=configs/a100.yaml ARGS="--learning_rate 1e-4"]
+	@$(need-exp)$(PY) train_qlora.py --exp "$$EXP" $${DATASET:+--dataset "$$DATASET"} $${DATASET_PATH:+--dataset_path "$$DATASET_PATH"} $(MORE)
 
 eval: env  ## score trained experiments and their base: make eval EXP=exp2-wangchan-ut1[,…] [UT=1,2,3,4 BENCH=thai_exam,… SUBSETS=onet,… LIMIT=N JUDGE=none CONFIG=… ARGS="…"]
 	@$(need-exp)$(PY) evaluate.py --exp "$$EXP" $(EVAL)

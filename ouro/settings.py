@@ -84,7 +84,9 @@ class Settings:
     )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
-    dataset_path: str | None = run_setting(None, "folder or file (JSONL, Parquet) in place of the dataset's Hub id")
+    dataset_path: str | None = run_setting(
+        None, "folder or file (JSONL, JSON, CSV, Parquet) in place of the dataset's Hub id; for `own` also a Hub id"
+    )
     paths: dict = run_setting({}, "the same for several: name=folder of datasets and benchmarks; adds to a config's")
     system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
     normalise_thai: bool = setting(

@@ -611,7 +611,7 @@ def test_the_status_is_read_in_any_locale(tmp_path):
         (["cluster-sweep", "GPUS=x", "DRY=1"], "NODES = 1 and GPUS = x must be whole numbers"),
         (["cluster-sweep", "EXP=exp2"], "make cluster-sweep does not take EXP. It takes ARGS BINDS CONFIG CPUS DRY"),
         (["cancel", "EXPS=exp2"], "make cancel does not take EXPS. It takes BINDS CPUS"),
-        (["train", "EXP=x", "max_steps=2", "GPUS=2"], "It takes ARGS CONFIG EXP (settings: ARGS="),
+        (["train", "EXP=x", "max_steps=2", "GPUS=2"], "It takes ARGS CONFIG DATASET DATASET_PATH EXP (settings: ARGS="),
         (["logs", "EXP=exp2-wangchan-ut1"], "error: no log of exp2-wangchan-ut1 in slurm/logs"),
         (["train"], "name an experiment: make train EXP="),
     ],

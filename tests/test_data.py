@@ -454,6 +454,7 @@ def parquet_of_latin_1() -> pa.Table:
 
 LINE = json.dumps(ROW, ensure_ascii=False)
 LOWER = {name.lower(): value for name, value in ROW.items()}
+CSV = "Instruction,Input,Output,License\n"
 NO_LICENCE = {name: value for name, value in ROW.items() if name != "License"}
 SHARDS = {f"data/train-0000{i}-of-00003-9f{i}e.parquet": [ROW] for i in (0, 2)}
 TWICE = {f"train.0000{i}-of-00002{after}.jsonl": [ROW] for i, after in ((0, ""), (1, "-a"), (1, "-b"))}
@@ -481,7 +482,12 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "a number of many digits": ("jsonl", [LINE[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1: not valid JSON"),
     "lost bytes": ("jsonl", [ROW, ROW | {"Input": "ก\ufffd"}], r"(?s)max_garbled_share.*line 2: garbled"),
     "mojibake": ("jsonl", [ROW | {"Input": "กข".encode().decode("latin-1")}], r"(?s)max_garbled_share.*line 1: gar"),
-    "CSV": ("csv", "ID,Instruction\n1,ก\n", r"is JSONL, JSON \(.gz too\) or Parquet; found train.csv"),
+    "CSV of other columns": ("csv", "ID,Instruction\n1,ก\n", r"train.csv: no column 'Input'"),
+    "CSV with a cell too many": ("csv", CSV + '1,"ก\n",ค,"ง"\n\nก,ข,ค,ง,จ\n', r"line 5: 5 cells, the header has 4"),
+    "CSV with an open quote": ("csv", CSV + 'ก,ข,ค,ง\n"ก,ข\n', r"line 3: not valid CSV \(unexpected end of data\)"),
+    "CSV of Thai Windows": ("csv", (CSV + "ก,ข,ค,ง\n").encode("cp874"), r"not valid UTF-8: save it as CSV UTF-8"),
+    "CSV with a column twice": ("csv", "Input,Input\nก,ข\n", r"column 'Input' stands twice"),
+    "half an Arrow file": ("arrow", b"ARROW1", r"train.arrow is not a readable Arrow file"),
     "half a Parquet file": ("parquet", broken_parquet()[:500], r"train.parquet is not a readable Parquet file"),
     "empty Parquet file": ("parquet", b"", r"train.parquet is not a readable Parquet file"),
     "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
@@ -569,12 +575,12 @@ def test_files_of_the_same_rows_or_without_some_are_named(tmp_path, names):
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):
-    write(tmp_path / "mine.csv", "ID,Instruction\n")
+    write(tmp_path / "mine.xlsx", "ID,Instruction\n")
     for dataset, path, message in (
         (
             "wangchan",
-            str(tmp_path / "mine.csv"),
-            "mine.csv: a training set is JSONL, JSON .* or Parquet; found mine.csv",
+            str(tmp_path / "mine.xlsx"),
+            r"mine.xlsx: a training set is JSONL, JSON, CSV .*; found mine.xlsx \(of a workbook save the sheet as CSV",
         ),
         ("wangchan", str(tmp_path / "nope"), "no such file or folder: .*nope"),
         ("pairs", None, "dataset pairs is for data of your own: name its folder or file with --dataset_path"),

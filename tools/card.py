@@ -140,7 +140,7 @@ def metadata(
         pipeline_tag="text-generation",
         language=report.get("language", "th"),
         **licences(report, base),
-        datasets=[read_yaml(DATASETS)[report["dataset"]]["hub_id"]] if on_hub else None,
+        datasets=[trained.dataset_path or read_yaml(DATASETS)[report["dataset"]]["hub_id"]] if on_hub else None,
         tags=["looped-transformer", "ouro", *([] if merged else ["lora"])],
         **({"model_name": name, "eval_results": results} if results else {}),
     )

@@ -175,7 +175,7 @@ def check_model(run: Resolved) -> str:
 
 def check_data(run: Resolved) -> str:
     from ouro.data.chats import to_chat
-    from ouro.data.sources import entry_of, find_source, read_file
+    from ouro.data.sources import entry_of, find_source
 
     s = run.settings
     entry = entry_of(s.dataset)
@@ -183,8 +183,8 @@ def check_data(run: Resolved) -> str:
     if not local and "hub_id" in entry and on_hub(s.dataset, s) is None:
         return f"{entry['hub_id']}: to be downloaded; its columns cannot be looked at before (make fetch)"
     source = find_source(s)
-    rows = (row for file in source.files["train"] for row in read_file(file, source.columns))
-    looked = [(where, *to_chat(row, source.entry, s, where)) for where, row in islice(rows, ROWS)]
+    rows = islice(source.rows("train"), ROWS)
+    looked = [(where, *to_chat(row, source.entry, s, where)) for where, row in rows]
     bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None]
     if not looked:
         raise UserError(f"{source.place} has no rows")

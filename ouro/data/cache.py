@@ -23,9 +23,10 @@ from ouro.data.chats import (
     question_of,
     split_row,
     to_chat,
+    turn_keys,
 )
 from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
-from ouro.data.sources import Source, benchmark_items, count_rows, find_source, read_file, speaks_of_training
+from ouro.data.sources import Source, benchmark_items, count_rows, find_source, speaks_of_training
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
 from ouro.files import UserError, damage, remove_left, seal, unfinished, write_json
@@ -51,10 +52,9 @@ class NoSplit(UserError):
 def read_chats(source: Source, split: str, s: Settings) -> Iterator[tuple[str, dict, Chat | None, str]]:
     """Each row of a part: where it stands, the row, its chat or None, and why not."""
     folder = f"{(source.place if source.place.is_dir() else source.place.parent).absolute()}/"
-    for file in source.files[split]:
-        for where, row in read_file(file, source.columns):
-            chat, why = to_chat(row, source.entry, s, where)
-            yield where.removeprefix(folder), row, chat, why  # cached places also serve a copy in another folder
+    for where, row in source.rows(split):
+        chat, why = to_chat(row, source.entry, s, where)
+        yield where.removeprefix(folder), row, chat, why  # cached places also serve a copy in another folder
 
 
 def checked_rows(
@@ -70,7 +70,7 @@ def checked_rows(
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
         for turn in row[entry["messages"]] or () if "messages" in entry else ():
-            unread = (key for key in turn if key not in ("role", "content") and not speaks_of_training(key))
+            unread = (key for key in turn if key not in turn_keys(turn) and not speaks_of_training(key))
             tally.unread_keys.update(key for key in unread if turn[key] is not None)
         if chat is None:
             tally.drop(why, where)

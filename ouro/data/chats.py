@@ -28,7 +28,9 @@ from transformers import PreTrainedTokenizerBase
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 PATIENCE = 5  # seconds for a chat template and a chat; Ouro's takes 0.0001
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's roles
 Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
+CSV_MARKS = {"": None, "0": 0, "1": 1, "false": 0, "true": 1}  # a cell of CSV is always text
 UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
 
 
@@ -37,6 +39,7 @@ def is_trained(marked: dict, where: str) -> bool:
     trained = True
     for key, value in marked.items():
         kind = speaks_of_training(key)
+        value = CSV_MARKS.get(value.lower(), value) if isinstance(value, str) else value
         if kind == "facts" and isinstance(value, dict):
             trained &= is_trained(value, f"{where}, {key}")
         elif kind == "mark" and value not in (None, 0, 1):  # False and True are among them
@@ -66,7 +69,7 @@ def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> t
         chat, why = turns_of(row[column] or [], column, where, clean)
     else:
         columns = [*entry["prompt"], entry["completion"], *([entry["answer"]] if "answer" in entry else [])]
-        texts = {column: clean(row[column], f"{where}, column {column}") for column in columns}
+        texts = {column: clean(row.get(column), f"{where}, column {column}") for column in columns}
         chat, why = pair_of(texts, entry)
     if chat is None:
         return None, why
@@ -90,6 +93,11 @@ def pair_of(texts: dict[str, str], entry: dict) -> tuple[Chat | None, str]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], ""
 
 
+def turn_keys(turn: dict) -> tuple[str, str]:
+    """The keys of a turn's role and text: those of OpenAI or of ShareGPT."""
+    return ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
+
+
 def turns_of(turns: object, column: str, where: str, clean: Callable[[object, str], str]) -> tuple[Chat | None, str]:
     """The turns up to the last answer, their contents cleaned; or None and why not."""
     if not isinstance(turns, list):
@@ -97,12 +105,15 @@ def turns_of(turns: object, column: str, where: str, clean: Callable[[object, st
     chat = []
     for number, turn in enumerate(turns, 1):
         place = f"{where}, column {column}, turn {number}"
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise UserError(f"{place}: expected {{role: system, user or assistant, content: text}}, found {turn!r}")
-        content = clean(turn.get("content"), f"{place}, content")
-        if turn["role"] != "system" or content:
-            mark = {} if is_trained(turn, place) or turn["role"] != "assistant" else {"train": False}
-            chat.append({"role": turn["role"], "content": content} | mark)
+        speaker, text = turn_keys(turn) if isinstance(turn, dict) else ("", "")
+        role = SPEAKERS.get(str(turn[speaker]), turn[speaker]) if speaker in turn else None
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"{place}: expected {{role: system, user or assistant, content: text}}, or {{from: system, "
+                            f"human or gpt, value: text}}, found {turn!r}")  # fmt: skip
+        content = clean(turn.get(text), f"{place}, {text}")
+        if role != "system" or content:
+            mark = {} if is_trained(turn, place) or role != "assistant" else {"train": False}
+            chat.append({"role": role, "content": content} | mark)
     answered = any(turn["role"] == "assistant" for turn in chat)
     while chat and (chat[-1]["role"] != "assistant" or "train" in chat[-1]):
         chat.pop()  # what follows the last answer that is trained
@@ -127,8 +138,9 @@ def question_of(chat: Chat) -> Chat:
 
 
 def in_hash_share(row: dict, chat: Chat, rule: dict) -> bool:
-    """Whether a hash split holds this row out: by the column it names, or the question where that is empty."""
-    value = row[rule["hash"]]
+    """Whether a hash split holds this row out: by the column it names, or the question where there is none or it is
+    empty."""
+    value = row.get(rule["hash"])
     text = value if isinstance(value, str) and value.strip() else question_of(chat)[0]["content"]
     return int.from_bytes(hashlib.sha256(normalise(text).strip().encode()).digest()[:8]) < rule["share"] * 2**64
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ouro.files import UserError, file_sha256
 
-KINDS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")  # files of rows
+KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")  # files of rows
 SHARD = re.compile(r"(.*?)[-_. ]*(\d+)[-_. ]?of[-_. ]?(\d+)(?!\d)")  # "train", "00001", "00003"
 NUMBERED = re.compile(r"(.*?)(\d{3,})(\D*)")  # a shard whose name does not say how many there are
 COPY = re.compile(r"^copy of |[-_ ]+(?:copy|สำเนา)(?: ?\(?\d+\)?)?$| ?\(\d+\)$|[-_.](?:old|bak|backup)$")

@@ -1,6 +1,7 @@
 """Where training sets and benchmarks come from: the Hub's repositories or local copies of them, read row by row."""
 
 import codecs
+import csv
 import gzip
 import hashlib
 import io
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -34,9 +35,11 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")  # say whether a row is trained
 MARK = re.compile(r"(?:is|do|to|should|usefor)?(?:weight|train(?:ing|able|ed)?|loss(?:weight|mask)?)")
-ROWS = 256  # read from a Parquet file at a time
+ROWS = 256  # read from a Parquet file at a time; the layout of one's own data is recognised by so many
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+BY_QUESTION = {"hash": None, "share": 0.02}  # what is held out of a set whose row of datasets.yaml does not say
 
 
 @lru_cache(maxsize=4096)
@@ -119,6 +122,11 @@ class Source:
     def columns(self) -> list[str]:
         return columns_of(self.entry)
 
+    def rows(self, split: str) -> Iterator[tuple[str, dict]]:
+        """Where each row of a part stands, and the row. Errors as `read_file`."""
+        for file in self.files[split]:
+            yield from read_file(file, self.columns, self.entry.get("optional", ()))
+
     def fingerprint(self) -> str:
         """The commit, or for a local copy the SHA-256 of its files' contents."""
         if self.commit:
@@ -133,14 +141,14 @@ class Source:
 def columns_of(entry: dict) -> list[str]:
     """The columns that rows of a training set must have, by its row of datasets.yaml."""
     named = [*entry.get("prompt", ()), entry.get("completion"), entry.get("messages"), entry.get("answer")]
-    licence = entry["licence"]
-    named += [entry["held_out"].get("hash"), licence.get("column") if isinstance(licence, dict) else None]
-    return list(dict.fromkeys(name for name in named if name))
+    licence = entry.get("licence")
+    named += [entry.get("held_out", {}).get("hash"), licence.get("column") if isinstance(licence, dict) else None]
+    return list(dict.fromkeys(name for name in named if name and name not in entry.get("optional", ())))
 
 
 KEYS = {
     "language", "hub_id", "revision", "config", "folder", "path", "rows", "tokens", "prompt", "completion",
-    "messages", "held_out", "think", "answer", "licence", "note",
+    "messages", "held_out", "think", "answer", "licence", "note", "optional", "layouts",
 }  # fmt: skip
 
 
@@ -150,17 +158,51 @@ def patterns_of(entry: dict) -> list[str]:
 
 
 def entry_of(name: str) -> dict:
-    """A training set's row of datasets.yaml.
+    """A training set's row of datasets.yaml, with what is held out and the licence where it does not say.
 
     Raises:
-        UserError: an unknown name, or a key of its row that means nothing.
+        UserError: an unknown name, a key of its row that means nothing, or one missing.
     """
     entries = read_yaml(DATASETS)
     if name not in entries:
         raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
     for key in entries[name].keys() - KEYS:
         raise UserError(f"{DATASETS.name}, {name}: unknown key {key!r}{nearest(key, KEYS)}")
-    return entries[name]
+    entry = {"held_out": BY_QUESTION, "licence": "not stated"} | entries[name]
+    if "language" not in entry or not ({"messages", "layouts"} & {*entry} or {"prompt", "completion"} <= {*entry}):
+        raise UserError(f"{DATASETS.name}, {name}: language, and prompt and completion, or messages, must be there")
+    return entry
+
+
+def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
+    """Of data of one's own the layout that its columns are of, as a row of datasets.yaml; its note says which it is.
+
+    Raises:
+        UserError: no layout has such columns, or several have.
+    """
+    layouts = {layout: entry_of(layout) for layout in entry["layouts"]}
+    texts = {layout: f"{layout} ({', '.join(columns_of(known))})" for layout, known in layouts.items()}
+    rows = islice(chain.from_iterable(map(read_file, files)), ROWS)
+    found = list(dict.fromkeys(column for _, row in rows for column in row))
+    if not found:
+        raise UserError(f"{place} has no rows")
+    fits = [layout for layout, known in layouts.items() if {*columns_of(known)} <= {*found}]
+    if len(fits) > 1:
+        raise UserError(f"{place}: its columns are those of {' and of '.join(texts[fit] for fit in fits)}: which is "
+                        f"meant? Say {' or '.join(f'DATASET={fit}' for fit in fits)} (--dataset)")  # fmt: skip
+    if not fits:
+        what = read_by(found) or "; rename them, or name them in a row of configs/datasets.yaml"
+        raise UserError(f"{place}: its columns are {', '.join(found)}: not those of {', '.join(texts.values())}{what}")
+    known = layouts[fits[0]]
+    optional = [column for column in known.get("optional", ()) if column in found]
+    read = columns_of(known) + optional
+    unread = [column for column in found if column not in read and not speaks_of_training(column)]
+    note = f"read as {fits[0]}: columns {', '.join(read)}"
+    note += f"; not read: {', '.join(unread)}" if unread else ""
+    for split in ("test", "validation"):
+        if place.is_dir() and split_files(place, None, split, may_lack=True):
+            return known | {"held_out": {"split": split}, "note": f"{note}; held out: the split {split}"}
+    return known | {"note": f"{note}; held out: 2 % of the questions, by a hash"}
 
 
 def find_source(settings: Settings) -> Source:
@@ -174,20 +216,27 @@ def find_source(settings: Settings) -> Source:
     local, commit = settings.dataset_path or settings.paths.get(name), None
     if local is None and "path" in entry:
         local = ROOT / entry["path"]
-    if local is None and "hub_id" not in entry:
+    hub_id = entry.get("hub_id")
+    if local is None and not hub_id:
         raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path")
+    own = not hub_id and "path" not in entry
+    if own and not Path(local).exists() and HUB_ID.fullmatch(local) and not local.endswith(KINDS):
+        hub_id, local = local, None
     if local is None:
         try:  # downloads what the cache lacks
-            place = Path(snapshot_download(entry["hub_id"], repo_type="dataset", revision=entry.get("revision"),
+            place = Path(snapshot_download(hub_id, repo_type="dataset", revision=entry.get("revision"),
                                            allow_patterns=patterns_of(entry)))  # fmt: skip
         except (OSError, ValueError) as error:
-            raise hub_error(name, entry["hub_id"], error) from None
+            refusal = hub_error(name, hub_id, error)
+            raise UserError(f"no such folder: {hub_id}; as a Hub id: {refusal}") if own else refusal from None
         commit = place.name  # a snapshot's folder is named by its commit
     else:
         place = Path(local)
         if not place.exists():
             raise UserError(f"dataset {name}: no such file or folder: {local}")
     train = held_out = split_files(place, entry.get("config"), "train")
+    if "layouts" in entry:
+        entry = recognised(entry, place, train)
     if "split" in entry["held_out"]:
         held_out = split_files(place, entry.get("config"), entry["held_out"]["split"], may_lack=True)
     return Source(name, entry, place, commit, {"train": train, "held_out": held_out, "development": train})
@@ -195,9 +244,13 @@ def find_source(settings: Settings) -> Source:
 
 def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
     """The files of a split, by the folder's README.md or by their names, as the datasets library has it; a file is
-    all of the training split."""
+    all of the training split, and so is a data set that `save_to_disk` of that library wrote without splits."""
+    splits = (place / "dataset_dict.json").exists()  # save_to_disk wrote a folder for each
     if place.is_file():
         files = [place.absolute()] if split == "train" else []
+    elif splits or (place / "state.json").exists():
+        folder = place / split if splits else place
+        files = sorted(folder.absolute().glob("data-*.arrow")) if splits or split == "train" else []
     else:
         try:
             with tempfile.TemporaryDirectory() as nowhere:  # for its cache: the user's may be read-only
@@ -207,7 +260,8 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
     if wrong := [file.name for file in files if not file.name.endswith(KINDS)]:
-        raise UserError(f"{place}: a training set is JSONL, JSON (.gz too) or Parquet; found {', '.join(wrong[:5])}")
+        raise UserError(f"{place}: a training set is JSONL, JSON, CSV (.gz too), Parquet or a folder of save_to_disk; "
+                        f"found {', '.join(wrong[:5])} (of a workbook save the sheet as CSV UTF-8)")  # fmt: skip
     if not files and not may_lack:
         raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
     check_files(f"{place}, split {split}", files)
@@ -217,29 +271,37 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
 
 
 @contextmanager
-def parquet_file(file: Path) -> Iterator[pa.parquet.ParquetFile]:
+def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchStreamReader]:
+    """A Parquet file; or an Arrow stream, as save_to_disk writes it."""
     try:
-        with pa.parquet.ParquetFile(file) as parquet:
-            yield parquet
+        if file.suffix == ".arrow":
+            with pa.memory_map(f"{file}") as mapped:
+                yield pa.ipc.open_stream(mapped)
+        else:
+            with pa.parquet.ParquetFile(file) as parquet:
+                yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is not a readable Parquet file: {in_one_line(error)}") from None
+        kind = file.suffix[1:].capitalize()
+        raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
 
 
-def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSONL, JSON or Parquet file, each with where it stands; never the whole file in memory, but for
-    JSON that is one list.
+def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSONL, JSON, CSV, Parquet or Arrow file, each with where it stands; never the whole file in memory,
+    but for JSON that is one list. columns: must be there, and with the `optional` ones are all that is wanted; or none.
 
     Raises:
         UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing.
     """
-    if file.suffix == ".parquet":
-        with parquet_file(file) as parquet:
-            names = parquet.schema_arrow.names
+    if file.suffix in (".parquet", ".arrow"):
+        with table_file(file) as table:
+            parquet = file.suffix == ".parquet"
+            names = (table.schema_arrow if parquet else table.schema).names
             check_columns(f"{file}", names, columns)
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(f"{file}: column {twice[0]!r} stands twice")
-            wanted = [name for name in names if name in columns or speaks_of_training(name)] if columns else None
-            batches, number = parquet.iter_batches(ROWS, columns=wanted), 0
+            check_once(f"{file}", names)
+            read = {*columns, *optional}
+            wanted = [name for name in names if name in read or speaks_of_training(name)] if columns else names
+            batches = table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table)
+            number = 0
             try:
                 for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                     yield f"{file}, row {number}", row
@@ -247,7 +309,41 @@ def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, di
                 raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
         return
     with unpacked(file) as opened:
-        yield from read_lines(f"{file}", lines_of(opened, f"{file}"), columns)
+        if is_csv(file):
+            yield from read_csv(f"{file}", opened, columns)
+        else:
+            yield from read_lines(f"{file}", lines_of(opened, f"{file}"), columns)
+
+
+def is_csv(file: Path) -> bool:
+    return file.name.endswith((".csv", ".csv.gz"))
+
+
+def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The rows of a CSV file with a header, each a text for each column, and where it begins. Errors as `read_file`."""
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    end = 0  # the last line that was read
+    try:
+        header = next(reader, [])
+        check_once(name, header)
+        check_columns(name, header, columns)
+        end = reader.line_num
+        for cells in reader:
+            where, end = f"{name}, line {end + 1}", reader.line_num
+            if cells and len(cells) != len(header):
+                raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}")
+            if cells:  # of an empty line there are none
+                yield where, dict(zip(header, cells, strict=True))
+    except UnicodeDecodeError:
+        raise UserError(f"{name}, after line {end}: not valid UTF-8: save it as CSV UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{name}, line {end + 1}: not valid CSV ({error})") from None
+
+
+def check_once(where: str, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: column {twice[0]!r} stands twice")
 
 
 @contextmanager
@@ -318,14 +414,16 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
     for column in columns:
         if column not in found:
             close = nearest(column, found).partition("; known")[0]
-            entries = sorted(read_yaml(DATASETS).items(), key=lambda item: "hub_id" in item[1])  # one's own data first
-            layouts = {name: columns_of(entry) for name, entry in entries}
-            fits = [name for name, layout in layouts.items() if {*layout} <= {*found}]
-            if not fits or list(columns) not in layouts.values():  # nothing fits, or it is no training set
-                other = ""
-            else:
-                other = f"; rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})"
+            trained = list(columns) in map(columns_of, read_yaml(DATASETS).values())  # and no benchmark
+            other = read_by(found) if trained else ""
             raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}{other}")
+
+
+def read_by(found: Iterable[str]) -> str:
+    """Which training set has such columns, as the end of a sentence; "" if none has."""
+    entries = sorted(read_yaml(DATASETS).items(), key=lambda item: "hub_id" in item[1])  # one's own data first
+    fits = [name for name, entry in entries if (layout := columns_of(entry)) and {*layout} <= {*found}]
+    return f"; rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})" if fits else ""
 
 
 def cell_text(row: dict, column: str, where: str, needed: bool = False) -> str:
@@ -343,8 +441,10 @@ def cell_text(row: dict, column: str, where: str, needed: bool = False) -> str:
 
 def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
-        with parquet_file(file) as parquet:
+        with table_file(file) as parquet:
             return parquet.metadata.num_rows
+    if file.suffix == ".arrow" or is_csv(file):
+        return sum(1 for _ in read_file(file))
     with unpacked(file) as opened:
         return sum(1 for _ in rows_of(f"{file}", lines_of(opened, f"{file}")))
 

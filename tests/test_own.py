@@ -1,0 +1,151 @@
+"""Data of one's own: its layout is recognised and said, whatever form its files have; what is unclear is refused."""
+
+import csv
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+from ouro.data import sources
+from ouro.data.sources import entry_of, find_source
+from ouro.files import UserError
+from ouro.settings import Settings
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict
+from training_sets import chatml, prepare_set, questions, texts, trained_texts
+
+ASKED = questions(3)
+MORE = ["เพิ่มเติม", "", '"อ้าง", แล้ว\nขึ้นบรรทัด']
+ANSWERS = ["ตอบ ก", "007", "ตอบ, ค\n\nจบ"]
+WHOLE = ["\n\n".join(filter(None, pair)) for pair in zip(ASKED, MORE, strict=True)]
+BOM = "\ufeff"
+
+ALPACA = [{"instruction": q, "input": i, "output": a} for q, i, a in zip(ASKED, MORE, ANSWERS, strict=True)]
+SHAREGPT = [
+    {"id": 1, "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+    for q, a in zip(WHOLE, ANSWERS, strict=True)
+]
+OPENAI = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in zip(WHOLE, ANSWERS, strict=True)
+]
+PAIRS = [{"prompt": q, "completion": a} for q, a in zip(WHOLE, ANSWERS, strict=True)]
+
+
+def as_csv(rows: list[dict]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    return partial(prepare_set, tmp_path, "own", tokenizer=tokenizer)
+
+
+SPARSE = [{key: value for key, value in row.items() if value} for row in ALPACA]  # no `input` where it is empty
+FORMS = {  # name -> files, which of them is named, the layout that is said
+    "Alpaca, JSONL": ({"mine.jsonl": ALPACA}, "mine.jsonl", "alpaca: columns instruction, output, input;"),
+    "Alpaca without some inputs": ({"mine.jsonl": SPARSE}, "mine.jsonl", "alpaca: columns instruction, output, input;"),
+    "Alpaca, JSON with a mark": ({"mine.json": BOM + json.dumps(ALPACA)}, "mine.json", "alpaca: "),
+    "Alpaca, Excel's CSV": ({"mine.csv": BOM + as_csv(ALPACA)}, "mine.csv", "alpaca: "),
+    "Alpaca, Parquet": ({"mine.parquet": ALPACA}, "mine.parquet", "alpaca: "),
+    "ShareGPT": ({"mine.jsonl": SHAREGPT}, "mine.jsonl", "sharegpt: columns conversations; not read: id;"),
+    "ShareGPT, Parquet": ({"train.parquet": SHAREGPT}, "", "sharegpt: columns conversations; not read: id;"),
+    "OpenAI": ({"mine.parquet": OPENAI}, "mine.parquet", "chat: columns messages;"),
+    "prompt and completion, CSV": ({"train.csv": as_csv(PAIRS)}, "", "pairs: columns prompt, completion;"),
+    "prompt and completion, JSON": ({"mine.json": PAIRS}, "mine.json", "pairs: columns prompt, completion;"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows_and_says_how_it_was_read(form, prepared, tokenizer):
+    files, path, said = FORMS[form]
+    rows, report = prepared(files, path)
+    assert texts(rows, tokenizer) == [chatml(q, a) for q, a in zip(WHOLE, ANSWERS, strict=True)]
+    assert report["note"].startswith(f"read as {said}") and report["note"].endswith("2 % of the questions, by a hash")
+    assert report["rows_kept"] == report["rows_in"] == 3 and not report["unread_keys"]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk_is_read_and_its_test_split_held_out(splits, prepared, tmp_path, tokenizer):
+    saved, rest = Dataset.from_list(ALPACA), Dataset.from_list(PAIRS[:1]).rename_columns(
+        {"prompt": "instruction", "completion": "output"}
+    )  # fmt: skip
+    (DatasetDict(train=saved, test=rest) if splits else saved).save_to_disk(tmp_path / "saved")
+    make = partial(prepare_set, tmp_path, "own", {}, str(tmp_path / "saved"), tokenizer=tokenizer)
+    rows, report = make()
+    kept = slice(1 if splits else 0, 3)  # the first question is in the split test, too
+    assert trained_texts(rows, tokenizer) == [f"{a}<|im_end|>" for a in ANSWERS[kept]]
+    assert ("the split test" in report["note"]) == splits
+    assert len(make(split="held_out")[0]) == int(splits)
+
+
+def test_what_is_held_out_of_ones_own_data_goes_by_the_whole_question(prepared, tokenizer):
+    asked = [*questions(4), *questions(2, held_out=True)]
+    files = {"mine.jsonl": [{"prompt": q, "completion": f"ตอบ {q}"} for q in asked]}
+    assert texts(prepared(files, "mine.jsonl", split="held_out")[0], tokenizer) == [
+        chatml(q, f"ตอบ {q}") for q in asked[4:]
+    ]
+    same = {"mine.jsonl": [{"instruction": "แปล", "input": q, "output": q} for q in questions(300)]}
+    kept = [len(prepared(same, "mine.jsonl", split=split)[0]) for split in ("train", "held_out")]
+    assert sum(kept) == 300 and 0 < kept[1] < 20
+
+
+def test_a_mark_in_csv_is_text_and_leaves_its_row_out(prepared, tokenizer):
+    marked = [row | {"train": mark} for row, mark in zip(PAIRS, ("TRUE", "false", ""), strict=True)]
+    rows, report = prepared({"mine.csv": as_csv(marked)}, "mine.csv")
+    assert trained_texts(rows, tokenizer) == [f"{ANSWERS[i]}<|im_end|>" for i in (0, 2)]
+    assert report["rows_kept"] == 2 and "not read" not in report["note"]
+
+
+REFUSED = {
+    "two layouts": (
+        [PAIRS[0] | OPENAI[0]],
+        r"chat \(messages\) and of pairs \(prompt, completion\): which .* DATASET=ch",
+    ),
+    "two, in different rows": ([PAIRS[0], ALPACA[0]], r"alpaca \(instruction, output\) and of pairs .* DATASET=pairs"),
+    "no layout": ([{"ask": "ก", "say": "ข"}], r"its columns are ask, say: not those of alpaca .*; rename them, or"),
+    "a published one": ([{"Instruction": "ก", "Input": "", "Output": "ข", "License": "MIT"}], r"by DATASET=\w+ "),
+    "no rows": ([], "has no rows"),
+    "unknown speaker": ([{"conversations": [{"from": "bing", "value": "ก"}]}], r"turn 1: expected .*found .*'bing'"),
+    "a row of another layout": ([*[PAIRS[0]] * 256, OPENAI[0]], "line 257: no column 'prompt'.* by DATASET=chat"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_layout_that_is_not_clear_is_asked_for(fault, prepared):
+    rows, message = REFUSED[fault]
+    with pytest.raises(UserError, match=message):
+        prepared({"mine.jsonl": rows}, "mine.jsonl")
+
+
+def test_a_layout_that_is_named_is_read_where_two_would_fit(prepared, tmp_path, tokenizer):
+    rows, report = prepare_set(tmp_path, "pairs", [PAIRS[0] | OPENAI[1]], tokenizer=tokenizer)
+    assert texts(rows, tokenizer) == [chatml(WHOLE[0], ANSWERS[0])] and report["note"] is None
+
+
+def test_a_hub_id_is_downloaded_and_named_by_its_commit(tmp_path, monkeypatch):
+    place = tmp_path / "snapshots/0123abc"
+    place.mkdir(parents=True)
+    pa.parquet.write_table(pa.Table.from_pylist(ALPACA), place / "train.parquet")
+    asked = []
+    monkeypatch.setattr(sources, "snapshot_download", lambda hub_id, **_: asked.append(hub_id) or str(place))
+    source = find_source(Settings(dataset="own", dataset_path="me/thai-rows"))
+    assert (asked, source.commit, source.entry["completion"]) == (["me/thai-rows"], "0123abc", "output")
+    with pytest.raises(UserError, match=r"no such file or folder: data/mine\.jsonl"):
+        find_source(Settings(dataset="own", dataset_path="data/mine.jsonl"))
+
+
+def test_a_row_of_the_table_needs_no_more_than_language_and_columns(tmp_path, monkeypatch):
+    table = Path(tmp_path / "datasets.yaml")
+    monkeypatch.setattr(sources, "DATASETS", table)
+    table.write_text("mine: {language: th, prompt: [ask], completion: say}\n")
+    assert entry_of("mine")["held_out"]["share"] == 0.02 and entry_of("mine")["licence"] == "not stated"
+    table.write_text("mine: {language: th, prompt: [ask]}\n")
+    with pytest.raises(UserError, match=r"datasets.yaml, mine: language, and prompt and completion, or messages, must"):
+        entry_of("mine")
