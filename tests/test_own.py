@@ -110,7 +110,7 @@ REFUSED = {
     ),
     "two, in different rows": ([PAIRS[0], ALPACA[0]], r"alpaca \(instruction, output\) and of pairs .* DATASET=pairs"),
     "no layout": ([{"ask": "ก", "say": "ข"}], r"its columns are ask, say: not those of alpaca .*; rename them, or"),
-    "a published one": ([{"Instruction": "ก", "Input": "", "Output": "ข", "License": "MIT"}], r"by DATASET=\w+ "),
+    "a published one": ([{"Instruction": "ก", "Input": "", "Output": "ข", "License": "MIT"}], r"by DATASET=wangchan "),
     "no rows": ([], "has no rows"),
     "unknown speaker": ([{"conversations": [{"from": "bing", "value": "ก"}]}], r"turn 1: expected .*found .*'bing'"),
     "a row of another layout": ([*[PAIRS[0]] * 256, OPENAI[0]], "line 257: no column 'prompt'.* by DATASET=chat"),

@@ -218,7 +218,8 @@ def find_source(settings: Settings) -> Source:
         local = ROOT / entry["path"]
     hub_id = entry.get("hub_id")
     if local is None and not hub_id:
-        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path")
+        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path "
+                        "(make … DATASET_PATH=mine.csv)")  # fmt: skip
     own = not hub_id and "path" not in entry
     if own and not Path(local).exists() and HUB_ID.fullmatch(local) and not local.endswith(KINDS):
         hub_id, local = local, None
@@ -421,7 +422,8 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
 
 def read_by(found: Iterable[str]) -> str:
     """Which training set has such columns, as the end of a sentence; "" if none has."""
-    entries = sorted(read_yaml(DATASETS).items(), key=lambda item: "hub_id" in item[1])  # one's own data first
+    # one's own data first, the embedded sample last: it has a published set's columns
+    entries = sorted(read_yaml(DATASETS).items(), key=lambda item: ("path" in item[1], "hub_id" in item[1]))
     fits = [name for name, entry in entries if (layout := columns_of(entry)) and {*layout} <= {*found}]
     return f"; rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})" if fits else ""
 
