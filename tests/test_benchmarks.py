@@ -5,6 +5,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ouro.evaluate import benchmarks, tasks
@@ -245,6 +246,18 @@ def test_the_leaderboards_m3exam_shows_no_passage_and_has_four_labels(tmp_path):
 def test_an_item_of_m3exam_without_a_key_is_refused_by_its_number(tmp_path, row, told):
     with pytest.raises(UserError, match=re.escape(told)):
         load("m3exam", m3exam(tmp_path, row))
+
+
+@pytest.mark.parametrize("space", ["\u200e{}\u200e", "\u00a0\u00ad{}\u00ad", "\ufeff{}", "{}\u200b "])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_what_is_not_seen_around_a_text_of_m3exam_changes_nothing_but_the_count(tmp_path, space, normalised):
+    def with_option(text: str) -> dict:
+        return {"options": ["1. ก", text, "3. ค", "4. ง"]}
+
+    changed = {"question_text": space.format("ข้อใดถูก"), "level": space.format("low"), "answer_text": space.format("2")}
+    rows = {}, with_option(space.format("2. ข")), with_option(f"2. {space.format('ข')}"), changed
+    plain, *others = load("m3exam", replace(m3exam(tmp_path, *rows), normalise_thai=normalised))
+    assert others == [plain | {"id": f"m3exam-low-{n}", "stripped": True} for n in (2, 3, 4)]
 
 
 def thai_eval(folder: Path, *rows: dict) -> Settings:
@@ -552,3 +565,17 @@ def test_options_that_refer_to_others_are_not_the_same():
     item = {"options": "(1) ก (2) ข (3) ถูกเฉพาะข้อ (1) (4) ถูกเฉพาะข้อ (2) (5) ก", "gold": "3"}
     assert benchmarks.right_answers(item) == {"3"}
     assert benchmarks.right_answers(item | {"gold": "5"}) == {"1", "5"}
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ("(1) 5, (2) 7, (3) 8, (4) 9, (5) 5", {"1", "5"}),
+        ("(1) 5; (2) 7; (3) 8; (4) 9; (5) 5;", {"1", "5"}),
+        ("(1) 5， (2) 7， (3) 8， (4) 9， (5) 5", {"1", "5"}),
+        ("(1) Go, (2) Go; (3) Go. (4) Go (5) Go!", {"5"}),  # what differs is the question
+        ("(1) , (2) ; (3) . (4) : (5) -", {"5"}),
+    ],
+)
+def test_a_comma_between_options_is_no_part_of_one(options, same):
+    assert benchmarks.right_answers({"options": options, "gold": "5"}) == same

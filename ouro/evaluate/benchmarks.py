@@ -29,7 +29,7 @@ from ouro.data.sources import (
     read_file,
     split_files,
 )
-from ouro.data.thai import as_seen, normalise, trim
+from ouro.data.thai import UNSEEN, as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import EVALS, Settings
 
@@ -40,7 +40,8 @@ LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 YES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
-MARKED = r"(?:\(?([1-5๑-๕])\s*[.)])?(.*)"  # an option of M3Exam: "1. text", "๑. text", "(1) text", or no number
+# An option of M3Exam: "1. text", "๑. text", "(1) text", or no number
+MARKED = rf"(?:\(?[{UNSEEN}]*([1-5๑-๕])[{UNSEEN}]*[.)]\s*)?(.*)"
 ANOTHER = re.compile(  # behind a choice: the reply does not choose
     rf"[^\w()\n]*(?:(?:หรือ|\bor\b)[^()\n]{{0,15}}|(?:และ|กับ|ถึง|\band\b|[/,&+–-])\s*(?:ข้อ\s*)?){ANSWER}", re.IGNORECASE
 )
@@ -229,7 +230,7 @@ def load_passages(
         articles: dict[str, list[str]] = {}
         for where, row in rows:
             passages = articles.setdefault(cell_text(row, columns["cluster"], where, needed=True), [])
-            text = spell(cell_text(row, columns["passage"], where, needed=True)).strip()
+            text = trim(spell(cell_text(row, columns["passage"], where, needed=True)))
             if text not in passages:
                 passages.append(text)
         named = [(f"passage-{digest([article, n])[:12]}", article, text)
@@ -239,30 +240,34 @@ def load_passages(
 
 
 def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
-    """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each.
+    """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each. `stripped` as in
+    `read_item`.
 
     Raises:
         UserError: a column that is not there, fewer than two options, or a key that is none of them.
     """
     spell, columns, items, count = normalise if normalise_thai else str, spec["m3exam"], [], Counter()
 
-    def text_of(value: object, where: str) -> str:
+    def text_of(value: object, where: str, spell: Callable[[str], str] = spell) -> str:
         """A text, or several of them as lines."""
         lines = value if isinstance(value, list) else [value]
-        return spell("\n".join(cell_text({"text": line}, "text", where) for line in lines)).strip()
+        raw.append("\n".join(cell_text({"text": line}, "text", where) for line in lines))
+        return trim(spell(raw[-1]))
 
     for number, (_, row) in enumerate(read_benchmark(name, spec, local, spec["file"]), 1):
-        where = f"{local or spec['hub_id']}, {spec['file']}, item {number}"
+        where, raw = f"{local or spec['hub_id']}, {spec['file']}, item {number}", []
         shared = next((column for column in columns["passage"] if column in row), columns["passage"][0])
         check_columns(where, row, [columns[key] for key in ("question", "options", "answer", "exam")] + [shared])
-        exam = f"m3exam-{cell_text(row, columns['exam'], where, needed=True)}"
+        exam = f"m3exam-{trim(cell_text(row, columns['exam'], where, needed=True))}"
         if count[exam] == limit:
             continue
         count[exam] += 1
-        marked = [re.match(MARKED, text_of(option, where), re.DOTALL) for option in row[columns["options"]] or ()]
+        listed = [text_of(option, where, str) for option in row[columns["options"]] or ()]
+        marked = [re.match(MARKED, option, re.DOTALL) for option in listed]
         numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
-        texts = [found[2 if all(numbers) else 0].strip() for found in marked]
-        options = {letter: text for letter, text in zip(LETTERS, texts, strict=False) if text}
+        texts = [found[2 if all(numbers) else 0] for found in marked]
+        raw += texts
+        options = {letter: trim(spell(text)) for letter, text in zip(LETTERS, texts, strict=False) if trim(text)}
         key = text_of(row[columns["answer"]], where)
         at = int(key) if re.fullmatch(r"\d", key) else 0
         if numbers.count(at) == 1:  # the option that says so, else the one in that place
@@ -274,6 +279,8 @@ def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, nor
                 "question": text_of(row[columns["question"]], where), "gold": gold}  # fmt: skip
         if passage := text_of(row[shared], where):
             item |= {"passage": f"{passage}\n", "cluster": digest(passage)[:16]}
+        if any(trim(text) not in (text, "") for text in raw):
+            item["stripped"] = True
         items.append(item)
     return items
 
@@ -463,6 +470,9 @@ def right_answers(item: dict) -> set[str]:
         ends = [mark.start() for mark in starts[1:]] + [len(options)]
         options = {mark[1]: options[mark.end() : end] for mark, end in zip(starts, ends, strict=True)}
     texts = {letter: as_seen(text) for letter, text in options.items()}
+    between = {text[-1:] for text in [*texts.values()][:-1]}
+    if isinstance(item["options"], str) and len(between) == 1 and between <= {",", ";"}:  # "(1) 5, (2) 7"
+        texts = {letter: text.rstrip(" ,;") for letter, text in texts.items()}
     gold = item.get("gold")
     return {gold, *(letter for letter, text in texts.items() if text and text == texts.get(gold))}
 
