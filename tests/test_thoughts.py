@@ -28,6 +28,24 @@ REPLIES = {  # what is replied -> the answer in it
     "<think>ก</think>\n```\n<think>\n```\n(2)": "```\n<think>\n```\n(2)",
     "<think>\n```py\nx\n</think>\n```py\ny\n```\n(2)": "```py\ny\n```\n(2)",
     "แท็ก <think> และ </think> ครอบความคิด": "แท็ก <think> และ </think> ครอบความคิด",
+    # A thought that is closed twice ends at a line's beginning; another pair's tag, or HTML's, is text there.
+    "<think>ก</think>\nรอก่อน (1)\n</think>\n\n(2)": "(2)",
+    "ก\n</think>\nรอก่อน (1)\n</think>(2)": "(2)",
+    "<think>ก</think>(2)\n</think>": "(2)\n</think>",
+    "<think>ก</think>(2)\n</analysis>": "(2)\n</analysis>",
+    "<details>\nก\n</details>\n(2)": "<details>\nก\n</details>\n(2)",
+    '<details type="reasoning">ก</details>(2)\n<details>ข\n</details>': "(2)\n<details>ข\n</details>",
+    # What stands before a tag and is not seen, or was not decoded; tags as some write them.
+    "\ufeff<think>ไม่ใช่ (1)</think>(2)\u200b": "(2)",
+    "\u200b\n<think>ไม่ใช่ (1)</think>\ufeff\n<think>(1)</think>(2)": "(2)",
+    "<s>[THINK]ไม่ใช่ (1)[/THINK](2)": "(2)",
+    "<s>\n<think>ไม่ใช่ (1)": None,
+    "<s>ผิด</s> ถูก": "<s>ผิด</s> ถูก",
+    "< think >\n(1)\n< / think >\n(2)": "(2)",
+    '<think duration="3s">(1)</think>(2)': "(2)",
+    '<details type="reasoning" done="true">\n<summary>ก</summary>\n> (1)\n</details>\n(2)': "(2)",
+    '<details type="reasoning" done="false">\n> (1)': None,
+    "<|think|>(1)<|end|><|begin|>assistant<|content|>(2)": "(2)",
     # Several messages of one reply.
     f"<|channel|>analysis<|message|>ก<|end|>{CHANNEL}analysis<|message|>ข<|end|>{CHANNEL}final<|message|>(2)<|return|>":
         "(2)",
@@ -49,10 +67,12 @@ def test_the_answer_is_what_stands_behind_the_last_thought(reply, answer):
 
 @pytest.mark.parametrize(("opening", "closing"), PAIRS)
 def test_all_pairs_of_tags_are_read_alike(opening, closing):
-    assert answer_of(f"{opening}\n(1){closing}(2)") == answer_of(f"(1)\n{closing.upper()}(2)") == "(2)"
+    assert answer_of(f"{opening}\n(1){closing.upper()}(2)") == "(2)"
+    assert answer_of(f"(1)\n{closing}(2)") == ("(2)" if closing != "</details>" else f"(1)\n{closing}(2)")
     assert answer_of(f"{opening}(1)") is None
     assert begun_by(f"<|im_start|>assistant\n{opening}\n") == opening and begun_by(f"{opening}\n\n{closing}\n") == ""
     assert with_beginning("(1)", opening) == with_beginning(f"{opening}\n(1)", opening) == f"{opening}\n(1)"
+    assert with_beginning(f"\ufeff<s>{opening}\n(1)", opening) == f"\ufeff<s>{opening}\n(1)"
 
 
 @pytest.mark.parametrize(

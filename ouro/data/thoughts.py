@@ -2,15 +2,22 @@
 
 A thought begins with a tag at the beginning of the reply or of a line, and ends at the closing tag that belongs to it:
 pairs inside of it are part of it. A closing tag alone ends a thought that the template began in the prompt. Elsewhere,
-between quotation marks and in fenced code a tag is text. The answer is what stands behind the last thought.
+between quotation marks and in fenced code a tag is text. A thought that was closed goes on to another closing tag of it
+that begins a line before the answer. The answer is what stands behind the last thought.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-WORDS = ("think", "thinking", "thought", "thoughts", "reasoning", "reflection", "analysis", "scratchpad", "seed:think")
+from ouro.data.thai import trim
+
+WORDS = (
+    "think", "thinking", "thought", "thoughts", "reasoning", "reflection", "analysis", "scratchpad", "seed:think",
+    "internal_monologue",
+)  # fmt: skip
+DETAILS = ('<details type="reasoning">', "</details>")  # its closing tag is HTML, too
 PAIRS = (  # with what models begin and end a thought, in any case
     *((f"<{word}>", f"</{word}>") for word in WORDS),
     ("[THINK]", "[/THINK]"),
@@ -19,14 +26,29 @@ PAIRS = (  # with what models begin and end a thought, in any case
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel>thought", "<channel|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|think|>", "<|content|>"),
+    ("<|im_start|>think", "<|im_start|>answer"),
+    DETAILS,
 )
+
+
+def _any(tags_of_a_kind: Iterable[str]) -> str:
+    """A pattern, with a group each; a tag such as <think> may have spaces in it and attributes."""
+    patterns = []
+    for tag in tags_of_a_kind:
+        word = re.fullmatch(r"<(/?)([^|]+)>", tag)
+        patterns.append(rf"< ?{word[1]} ?{re.escape(word[2])}(?: \w+=[^<>\n]*| )?>" if word else re.escape(tag))
+    return "|".join(f"({pattern})" for pattern in patterns)
+
+
 # Groups: 1 at the beginning of a line, then one a tag. Behind <|start|>assistant a thought goes on in another message.
+OPENING, CLOSING = map(_any, zip(*PAIRS, strict=True))
 TAG = re.compile(
-    r"(^ {0,3})?(?<!<\|start\|>assistant)(?:{0})|{1}".replace(
-        "{0}", "|".join(f"({re.escape(opening)})" for opening, _ in PAIRS)
-    ).replace("{1}", "|".join(f"({re.escape(closing)})" for _, closing in PAIRS)),
+    rf"(^ {{0,3}})?(?:(?<!<\|start\|>assistant)(?:{OPENING})|{CLOSING})",
     re.IGNORECASE | re.MULTILINE,
 )
+BEGIN = re.compile(rf"\A(?:<s>|<bos>|<\|begin_of_text\|>)\s*(?={OPENING})", re.IGNORECASE)  # not decoded, as END
 FENCE = re.compile(r"^ {0,3}(```|~~~).*?^ {0,3}\1", re.DOTALL | re.MULTILINE)
 QUOTES = re.compile("[\"'`“‘«][\"'`”’»]")
 END = re.compile(r"(?:<\|(?:return|end)\|>\s*)+\Z")  # of a message that was not decoded
@@ -44,11 +66,16 @@ class Tag(NamedTuple):
 
 def tags(text: str) -> Iterator[Tag]:
     """The tags of a text, but for those that are quoted."""
-    text = FENCE.sub(_without_tags, text)
+    text, details = FENCE.sub(_without_tags, text), 0
     for match in TAG.finditer(text):
         start, end = match.span(match.lastindex)
         if not QUOTES.fullmatch(text[start - 1 : start] + text[end : end + 1]):
             opens, pair = match.lastindex <= len(PAIRS) + 1, (match.lastindex - 2) % len(PAIRS)
+            if PAIRS[pair] == DETAILS:
+                details += 1 if opens else -1
+                if details < 0:
+                    details = 0
+                    continue
             yield Tag(pair, opens, match[1] is not None, start, end)
 
 
@@ -61,21 +88,26 @@ def _without_tags(fenced: re.Match) -> str:
 def answer_of(reply: str) -> str | None:
     """What a model says after its thought: all of a reply without one. None if a thought does not end, as when a reply
     is cut: it holds no answer."""
-    text = reply.strip()
-    begin, inside, open_tags = 0, None, Counter()
+    text = _trimmed(reply)
+    begin, inside, closed, open_tags = 0, None, None, Counter()
     for tag in tags(text):
         if tag.opens:
-            adjacent = begin and tag.start - begin < 10 and not text[begin : tag.start].strip()
+            adjacent = begin and tag.start - begin < 10 and not trim(text[begin : tag.start])
             if inside is None and (tag.first or adjacent):
                 inside, open_tags = tag.pair, Counter()
             open_tags[tag.pair] += 1
         elif open_tags[tag.pair]:
             open_tags[tag.pair] -= 1
             if inside == tag.pair and not open_tags[inside]:
-                inside, begin = None, tag.end
-        elif inside is None and not begin:
-            begin = tag.end
-    return END.sub("", text[begin:]).strip() if inside is None else None
+                inside, closed, begin = None, tag.pair, tag.end
+        elif inside is None and (closed is None or tag.first and tag.pair == closed and trim(text[tag.end :])):
+            closed, begin = tag.pair, tag.end
+    return trim(END.sub("", text[begin:])) if inside is None else None
+
+
+def _trimmed(reply: str) -> str:
+    """Without what is not seen at its ends, and the token that begins a text before a thought."""
+    return trim(BEGIN.sub("", trim(reply)))
 
 
 def marks_thought(token: str) -> bool:
@@ -91,7 +123,7 @@ def begun_by(prompt: str) -> str:
 
 def with_beginning(reply: str, opening: str) -> str:
     """A reply whose thought was begun in the prompt, with that beginning, unless the model repeats it."""
-    first = next(tags(reply.strip()), None)
+    first = next(tags(_trimmed(reply)), None)
     return reply if not opening or first and first.opens and first.start == 0 else f"{opening}\n{reply}"
 
 
