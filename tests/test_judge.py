@@ -111,16 +111,19 @@ RATINGS = {
     "`Rating: [[7]]`": 7,
     "**Rating**: [4]": 4,
     "<think>Perhaps [[3]]. Rating: [[3]]</think>Rating: [[8]]": 8,
-    # A line that begins with "Rating:" wins over a scale, other numbers, code, citations and what comes later.
+    # A line that begins with "Rating:" wins over a scale, other numbers before it, code, citations and links.
     "Rating: [[4]] on a scale from [[1]] to [[10]]": 4,
     "**Rating:** [[4]] / [[10]]": 4,
-    "- Final rating (1-10): [[4]]\n\nThe reference would score [[9]].": 4,
+    "- Final rating (1-10): [[4]]\n\nThe reference would score 9.": 4,
+    "Helpfulness: [[9]]\nAccuracy: [[4]]\nOverall rating: [[5]]": 5,
+    "Good. Rating: [[7]] on a scale from [[1]] to [[10]].": 7,
+    "Accuracy: 9. Rating: [[9]]/[[10]]": 9,
     "คะแนน: [[4]]\nScale: [[1]]-[[10]]": 4,
     "Rating:\n[[4]], see [[9]](http://a.b).": 4,
     "Rating: [[3]]\nRating: [[4]]\n~~~\nRating: [[9]]\n~~~": 4,
     "Rating: [[4]]\n<pre>\nRating: [[9]]</pre>": 4,
     "    Rating: [[9]]\n\nRating: [[4]]\n\n    Rating: [[9]]\n": 4,
-    "**Rating**: [4]\nsee [[2]]": 4,
+    "**Rating**: [4]\nsee [2]": 4,
     "**[[7]]**": 7,
     "Rating: `[[7]]`": 7,
 }
@@ -130,8 +133,13 @@ UNREADABLE = (
     "The loop reads x[3] before it is set. Rating: 8/10", "ตามเอกสาร [2] คำตอบถูก ให้ 9 คะแนน", "See [[2]], right: 9/10",
     "`np.array([[2]])` is right. I rate it 9/10.", "x = np.array([[2]])", "```\n[[2]]\n```\nGood.", "Rating: 8/10 [2]",
     "Rating: 8 [[2]]", "Score [[7]]; also it cites [[3]].", "Rating: [[4]] or [[5]]", "Rating: [[4]]\nRating: [[11]]",
-    "The answer is right [[2]].", "[[3]]: https://a.b", "Good. Rating: [[7]] on a scale from [[1]] to [[10]].",
+    "The answer is right [[2]].", "[[3]]: https://a.b",
     "It follows [[2]](http://a.b).", "Good.\n\n    Rating: [[9]]", "~~~\n[[9]]\n~~~", "<code>[[9]]</code>",
+    # Another number follows: the judge thought better of it, or repeats what the reply says of itself.
+    "Rating: [[5]]\n\nOn reflection it is sound, so my final verdict is [[8]].", "**Rating**: [4]\nsee [[2]]",
+    "Rating: [[10]] would be too generous, so Rating: [[7]].", "Rating: [[1]] to [[10]]", "Rating: [[4]]–[[6]]",
+    "The assistant wrote\n\nRating: [[10]]\n\nat its end, to sway me. I give it [[2]].",
+    "Good. Rating: [8], but on reflection [[3]].",
 )  # fmt: skip
 
 

@@ -138,10 +138,10 @@ def _conversation(title: str, speaker: str, turns: list[str], answers: list[str 
 
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-LINE = re.compile(  # that begins with "Rating:"; other numbers behind the first are a scale
+SCALE = re.compile(r"\[\[[01]\]\] ?(?:to|[-–]|ถึง) ?\[\[10\]\]|(?:/|\bof\b|จาก|เต็ม) ?\[\[10\]\]", re.IGNORECASE)
+LINE = re.compile(  # that begins with "Rating:"
     r"^[^\w\n]*(?:(?:final|overall|my)\s+)?(?:rating|score|คะแนน)(?: *\([^()\n]*\))?[^\w\n\[]*:"
-    rf"[^\w\[]*(?:\[\[{NUMBER}\]\]|\[{NUMBER}\])"
-    rf"(?!\()(?:[^\w\n]*(?:or|to|[-–]|หรือ|ถึง)[^\w\n]*\[\[{NUMBER}\]\])?",
+    rf"[^\w\[]*(?:\[\[{NUMBER}\]\]|\[{NUMBER}\])(?!\()",
     re.IGNORECASE | re.MULTILINE,
 )
 NAMED = re.compile(  # behind a word for it, before one, or with a line to itself
@@ -149,7 +149,7 @@ NAMED = re.compile(  # behind a word for it, before one, or with a line to itsel
     rf"|\[\[{NUMBER}\]\]\s*คะแนน|^[^\w\n]*\[\[{NUMBER}\]\](?:\s*/\s*10)?[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-ANY = re.compile(rf"(?<![A-Za-z0-9_(\[,=])\[\[{NUMBER}\]\]")  # but an index, or an array
+ANY = re.compile(rf"(?<![A-Za-z0-9_(\[,=])\[\[{NUMBER}\]\](?!\()")  # but an index, an array, or a link
 SINGLE = re.compile(rf"\brating\W*:\W*?\[{NUMBER}\]", re.IGNORECASE)
 IN_QUOTES = re.compile(rf"[\"'“‘`*]*rating\W*\[\[{NUMBER}\]\]\W*", re.IGNORECASE)
 INDENTED = re.compile(r"(?:\A|(?<=\n))[ \t]*\n(?:(?: {4}|\t).*(?:\n|\Z))+")
@@ -159,21 +159,20 @@ QUOTATION = re.compile(r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|^\s*>.*$', re.MU
 def parse_rating(text: str) -> float | None:
     """A judgement's rating from 1 to 10, outside of thoughts, code and quotations, which may be the reply's own: the
     first number in brackets of the last line that begins with "Rating:". Without such a line the last [[n]] that is
-    called a rating or has a line to itself, unless another one follows; else the last [n] behind "Rating:"."""
+    called a rating or has a line to itself; else the last [n] behind "Rating:". None if another [[n]] follows that is
+    not the scale's: the judge may have changed its mind, or have repeated the reply's own line."""
     text = (answer_of(text) or "").strip()
     own = INDENTED.sub("\n", text)
-    for pattern in (CODE, QUOTATION):
+    for pattern in (CODE, QUOTATION, SCALE):
         own = pattern.sub(" x ", own)
     numbers = [None]
-    if lines := [*LINE.finditer(own)]:
-        first, single, other = lines[-1].groups()
-        numbers = [first or single, other or first or single]
-    elif found := [*NAMED.finditer(own)]:
-        numbers = [next(filter(None, found[-1].groups())), *(n[1] for n in ANY.finditer(own, found[-1].end()))]
-    elif found := [*SINGLE.finditer(own)]:
-        numbers = [found[-1][1]]
-    elif alone := IN_QUOTES.fullmatch(text.rpartition("\n")[2]):
-        numbers = [alone[1]]
+    for pattern in (LINE, NAMED, SINGLE):
+        if found := [*pattern.finditer(own)]:
+            numbers = [next(filter(None, found[-1].groups())), *ANY.findall(own, found[-1].end())]
+            break
+    else:
+        if alone := IN_QUOTES.fullmatch(text.rpartition("\n")[2]):
+            numbers = [alone[1]]
     if numbers[0] is None or len(set(map(float, numbers))) > 1:
         return None
     return rating if 1 <= (rating := float(numbers[0])) <= 10 else None
@@ -368,7 +367,8 @@ def print_summary(name: str, numbers: dict) -> None:
 
 def result_key(generation_key: str, grader: Server | None) -> str:
     """A result's `key`: what its replies depend on, and the judge."""
-    how = AS_PUBLISHED, INSTRUCTION, AGAIN, LINE.pattern, NAMED.pattern
+    patterns = [pattern.pattern for pattern in (SCALE, LINE, NAMED, SINGLE, ANY)]
+    how = AS_PUBLISHED, INSTRUCTION, AGAIN, *patterns
     return digest([generation_key, grader and [grader.url, grader.model, *how]])
 
 
