@@ -79,6 +79,22 @@ def test_a_served_model_is_known_by_address_name_and_what_the_list_tells(server,
     assert unlisted.identity() not in found
 
 
+BASES = [[{"id": "thai", "root": "a", "parent": "base"}, {"id": "base", "root": root, "parent": None}] for root in "bc"]
+FILES = [[{"id": "a.gguf", "meta": {"size": 1}}], [{"id": "b.gguf", "meta": {"size": 1}}]]
+
+
+@pytest.mark.parametrize("lists", [BASES, FILES], ids=["the base of its adapter", "the one model, by another name"])
+def test_a_served_model_is_known_by_what_it_is_made_of_too(lists, model, monkeypatch):
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
+    monkeypatch.setenv("ENDPOINT_MODEL", "thai")
+    found = []
+    for model.models in lists:
+        found.append(find_served(model.url).identity())
+        model.models = [*model.models, {"id": "neighbour"}] if len(model.models) > 1 else model.models
+        assert find_served(model.url).identity() == found[-1]
+    assert found[0] != found[1]
+
+
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch, capsys):
     """evaluate.py with a config's settings and these arguments, in this process: what it prints."""

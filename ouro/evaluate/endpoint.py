@@ -164,13 +164,24 @@ class Server:
 
         Errors as `complete`.
         """
-        told = {}
+        told = []
         with contextlib.suppress(NotListed):
-            told = self.models().get(self.model, {})
+            told = self._told()
             time.sleep(PAUSE if told else 0)
-            later = told and self.models().get(self.model, {})
-            told = {name: value for name, value in told.items() if later.get(name) == value}
-        return digest([self.url, self.model, told])[:12]
+            later = dict(enumerate(self._told() if told else []))
+            told = [{name: value for name, value in one.items() if later.get(n, {}).get(name) == value}
+                    for n, one in enumerate(told)]  # fmt: skip
+        return digest([self.url, self.model, *(told or [{}])])[:12]
+
+    def _told(self) -> list[dict]:
+        """The list's entry of the model, and of those it is an adapter of; where its name is not in the list, as with
+        llama.cpp, which answers to any, that of the only one listed."""
+        listed, told = self.models(), {}
+        name = self.model if self.model in listed or len(listed) != 1 else next(iter(listed))
+        while name in listed and name not in told:
+            told[name] = listed[name]
+            name = str(told[name].get("parent"))
+        return [*told.values()]
 
     def check(self) -> None:
         """One small call: a wrong address, key or model is found before hours of generation. Errors as `complete`."""
