@@ -96,7 +96,7 @@ def test_a_chat_ends_with_its_last_answer_and_its_turns_alternate(prepared, toke
     assert report["rows_dropped"] == why
 
 
-@pytest.mark.parametrize("mark", [*chats.MARKS, "Train", "is_train", "lossMask"])
+@pytest.mark.parametrize("mark", [*chats.MARKS, "training", "Train", "is_train", "lossMask"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepared, tokenizer):
     def marked(question: str, *answers: object) -> list[dict]:
@@ -118,6 +118,39 @@ def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepar
     got, report = prepared("pairs", {f"train.{kind}": pairs})
     assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
     assert report["rows_dropped"] == {chats.UNTRAINED: 1}
+
+
+@pytest.mark.parametrize(
+    ("no", "yes"),
+    [
+        ({"mask": True}, {"mask": False}),
+        ({"mask": 1}, {"mask": "User"}),
+        ({"ignore_loss": True}, {"ignore_loss": None}),
+        ({"doNotTrain": "1"}, {"doNotTrain": "0"}),
+        ({"used_in_training": "no"}, {"used_in_training": "yes"}),
+        ({"weight": "0.0"}, {"weight": "1.0"}),
+        ({"metadata": '{"train": false}'}, {"metadata": '{"train": true}'}),
+        ({"metadata": '{"a": {"b": {"mask": 1}}}'}, {"metadata": "{no JSON"}),
+        ({"extra": {"quality": {"train": False}}}, {"extra": {"quality": {"train": True}}}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_marks_are_also_understood_inverse_as_words_as_json_and_deep(no, yes, kind, prepared, tokenizer):
+    rows = [{"messages": turns(q, "ตอบ")} | mark for q, mark in zip(questions(2), (no, yes), strict=True)]
+    if len({type(value) for mark in (no, yes) for value in mark.values()} - {type(None)}) > 1:
+        kind = "jsonl"  # a column of Parquet is of one type
+    got, report = prepared("chat", {f"train.{kind}": rows})
+    assert texts(got, tokenizer) == [chatml(questions(2)[1], "ตอบ")]
+    assert report["rows_dropped"] == {chats.UNTRAINED: 1} and report["unread_keys"] == {}
+    chat = turns(questions(1)[0], "ไม่", "ต่อ", "ฝึก")
+    chat[1] |= no
+    assert trained_texts(prepared("chat", [{"messages": chat}])[0], tokenizer) == ["ฝึก" + END]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_keys_of_rows_that_sound_like_marks_and_are_none_are_named(kind, prepared):
+    rows = [{"messages": turns(q, "ตอบ"), "exclude": q == 1, "trainer": "ก", "id": 1} for q in questions(2)]
+    assert prepared("chat", {f"train.{kind}": rows})[1]["unread_keys"] == {"exclude": 2, "trainer": 2}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

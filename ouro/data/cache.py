@@ -26,7 +26,15 @@ from ouro.data.chats import (
     turn_keys,
 )
 from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
-from ouro.data.sources import Source, benchmark_items, count_rows, find_source, speaks_of_training
+from ouro.data.sources import (
+    Source,
+    benchmark_items,
+    columns_of,
+    count_rows,
+    find_source,
+    like_mark,
+    speaks_of_training,
+)
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
 from ouro.files import UserError, damage, remove_left, seal, unfinished, write_json
@@ -64,7 +72,7 @@ def checked_rows(
     the rows of "train" that are held out of it."""
     entry, rule = source.entry, source.entry["held_out"]
     special = re.compile("|".join(re.escape(token) for token in special_tokens if token))
-    held_out, rows_seen, questions_seen = set(), set(), set()
+    held_out, rows_seen, questions_seen, read = set(), set(), set(), columns_of(entry)
     if split != "held_out" and "split" in rule:
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
@@ -72,6 +80,7 @@ def checked_rows(
         for turn in row[entry["messages"]] or () if "messages" in entry else ():
             unread = (key for key in turn if key not in turn_keys(turn) and not speaks_of_training(key))
             tally.unread_keys.update(key for key in unread if turn[key] is not None)
+        tally.unread_keys.update(key for key in row if like_mark(key) and key not in read and row[key] is not None)
         if chat is None:
             tally.drop(why, where)
             continue

@@ -14,10 +14,10 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from ouro.data.batches import trained_mask
-from ouro.data.sources import MARKS, speaks_of_training
+from ouro.data.sources import INVERSE_MARKS, MARKS, speaks_of_training
 from ouro.data.thai import GARBLED, normalise, trim
 from ouro.data.thoughts import close_thought
-from ouro.files import UserError
+from ouro.files import UserError, from_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -30,24 +30,37 @@ PATIENCE = 5  # seconds for a chat template and a chat; Ouro's takes 0.0001
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's roles
 Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
-CSV_MARKS = {"": None, "0": 0, "1": 1, "false": 0, "true": 1}  # a cell of CSV is always text
-UNTRAINED = f"marked not to be trained ({', '.join(MARKS)})"
+MARKS_AS_TEXT = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}  # as cells of CSV are
+MARKS_AS_TEXT |= {"": None, "user": None}  # NeMo's mask: User names the turns that are never trained
+UNTRAINED = f"marked not to be trained ({', '.join([*MARKS, *INVERSE_MARKS])})"
 
 
 def is_trained(marked: dict, where: str) -> bool:
-    """What a row or turn says of itself, or its metadata do. Raises UserError where that is neither yes nor no."""
-    trained = True
-    for key, value in marked.items():
-        kind = speaks_of_training(key)
-        value = CSV_MARKS.get(value.lower(), value) if isinstance(value, str) else value
-        if kind == "facts" and isinstance(value, dict):
-            trained &= is_trained(value, f"{where}, {key}")
-        elif kind == "mark" and value not in (None, 0, 1):  # False and True are among them
-            raise UserError(f"{where}, {key}: expected 0, 1, true or false, found {value!r}: all of an answer is "
-                            "trained, or nothing")  # fmt: skip
-        elif kind == "mark":
-            trained &= value != 0
+    """What a row or turn says of itself, or its metadata do, however deep, as objects or as JSON in a text. Raises
+    UserError where that is neither yes nor no."""
+    trained, objects = True, [(marked, where, False)]
+    for found, place, facts in objects:
+        for key, value in found.items():
+            kind = speaks_of_training(key)
+            if kind in ("mark", "inverse"):
+                value = MARKS_AS_TEXT.get(value.strip().lower(), value) if isinstance(value, str) else value
+                if value not in (None, 0, 1):  # False and True are among them
+                    raise UserError(f"{place}, {key}: expected 0, 1, true or false, found {value!r}: all of an answer "
+                                    "is trained, or nothing")  # fmt: skip
+                trained &= value != (kind == "inverse")
+            elif facts or kind == "facts":
+                value = object_in(value) if kind == "facts" and isinstance(value, str) else value
+                if isinstance(value, dict):
+                    objects.append((value, f"{place}, {key}", True))
     return trained
+
+
+def object_in(text: str) -> object:
+    """The JSON object that a text is, as Parquet's metadata often are; or the text."""
+    try:
+        return from_json(text) if text.lstrip().startswith("{") else text
+    except (ValueError, RecursionError):
+        return text
 
 
 def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:

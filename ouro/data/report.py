@@ -47,7 +47,7 @@ class Tally:
     trained_tokens: int = 0
     licences: Counter = field(default_factory=Counter)
     licences_left_out: Counter = field(default_factory=Counter)
-    unread_keys: Counter = field(default_factory=Counter)  # of turns: key -> turns
+    unread_keys: Counter = field(default_factory=Counter)  # of turns, and of rows what sounds like a mark
     duplicates: Counter = field(default_factory=Counter)
     overlap: list = field(default_factory=list)
     lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
@@ -273,8 +273,8 @@ def print_report(report: dict, rows: int = 3) -> None:
         print(f"    {count:>12,}   {'' if why in r['rows_touched'] else 'dropped: '}{why}")
     ended = f"answers with their end {r['end_token_survival']:.1%}"
     if r["unread_keys"]:
-        keys = ", ".join(f"{key} ({count:,} turns)" for key, count in r["unread_keys"].items())
-        line("not read", f"what turns hold beside role and content: {keys}")
+        keys = ", ".join(f"{key} ({count:,} times)" for key, count in r["unread_keys"].items())
+        line("not read", f"what turns hold beside role and content, or what sounds like a mark: {keys}")
     line("tokens", f"{r['tokens']:,}; trained {r['trained_share']:.1%}; {ended}")
     line("tokens a row", "  ".join(f"{q} {n:,}" for q, n in r["tokens_per_row"].items()))
     line("", f"0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")

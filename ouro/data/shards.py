@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from ouro.files import UserError, file_sha256
 
 KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")  # files of rows
 SHARD = re.compile(r"(.*?)[-_. ]*(\d+)[-_. ]?of[-_. ]?(\d+)(?!\d)")  # "train", "00001", "00003"
-NUMBERED = re.compile(r"(.*?)(\d{3,})(\D*)")  # a shard whose name does not say how many there are
+TOTAL = re.compile(r"_(\d{1,3}|0\d+)")  # what follows the number in "train-1_3"
 COPY = re.compile(r"^copy of |[-_ ]+(?:copy|สำเนา)(?: ?\(?\d+\)?)?$| ?\(\d+\)$|[-_.](?:old|bak|backup)$")
 
 
@@ -41,28 +42,59 @@ def check_files(where: str, files: list[Path]) -> None:
     groups: dict[tuple, list[Path]] = {}
     for file in files:
         groups.setdefault((file.parent, group_of(file)), []).append(file)
-    alone, numbered, contents = [], {}, {}
+    alone, contents = [], {}
     for group in groups.values():
         shards = [shard for file in group if (shard := SHARD.match(stem(file)))]
         if len({int(shard[3]) for shard in shards}) > 1 or len(shards) < len(group) > 1:
             refuse_twice(where, group)
         if shards:
-            check_numbers(where, dict(zip(group, shards, strict=True)), int(shards[0][3]))
+            numbers = [(shard[0], *shard.span(2)) for shard in shards]
+            check_numbers(where, dict(zip(group, numbers, strict=True)), int(shards[0][3]))
         else:
             alone += group
     sizes = Counter(file.stat().st_size for file in alone)
     for file in alone:
         if sizes[file.stat().st_size] > 1 and file.stat().st_size:
             contents.setdefault(file_sha256(file), []).append(file)
-        if number := NUMBERED.fullmatch(stem(file)):
-            numbered.setdefault((file.parent, number[1], len(number[2]), number[3]), {})[file] = number
     for same in contents.values():
         if len(same) > 1:
             refuse_twice(where, same)
-    for series in numbered.values():
-        found = [int(number[2]) for number in series.values()]
-        if len(found) > 1 and any(number[2][0] == "0" for number in series.values()):  # 0007, and not a year
-            check_numbers(where, series, max(found) + (0 in found))
+    for series in numbered(alone):
+        if count := count_of([*series.values()]):
+            check_numbers(where, series, count)
+
+
+def numbered(files: list[Path]) -> Iterator[dict[Path, tuple[str, int, int]]]:
+    """Those whose names are equal but for one number: name, start and end of it. Where several numbers differ, it is
+    the last."""
+    alike: dict[tuple, dict[Path, list[re.Match]]] = {}
+    for file in files:
+        if numbers := [*re.finditer(r"\d+", stem(file))]:
+            alike.setdefault((file.parent, *re.split(r"\d+", stem(file))), {})[file] = numbers
+    for group in alike.values():
+        columns = zip(*([number[0] for number in numbers] for numbers in group.values()), strict=True)
+        differ = [place for place, column in enumerate(columns) if len({*column}) > 1]
+        place = differ[0] if len(differ) == 1 else -1
+        series: dict[tuple, dict] = {}
+        for file, numbers in group.items():
+            number = numbers[place]
+            rest = (number.string[: number.start()], number.string[number.end() :])
+            series.setdefault(rest, {})[file] = (number.string, *number.span())
+        yield from series.values()
+
+
+def count_of(series: list[tuple[str, int, int]]) -> int:
+    """How many files a series should have, by its names; 0 if they do not tell: years and sizes are no series."""
+    if len(series) < 2:
+        return 0
+    numbers = [name[start:end] for name, start, end in series]
+    found = {int(number) for number in numbers}
+    count, total = max(found) + (0 in found), TOTAL.fullmatch(series[0][0], series[0][2])
+    if total and int(total[1]) >= count:
+        return int(total[1])
+    padded = any(len(number) > 2 and number[0] == "0" for number in numbers)
+    begun = len(found) > 2 and min(found) < 2 and 2 * len(found) >= count
+    return count if padded or begun else 0
 
 
 def refuse_twice(where: str, files: Iterable[Path]) -> None:
@@ -72,17 +104,17 @@ def refuse_twice(where: str, files: Iterable[Path]) -> None:
                     "or give files of other rows other names")  # fmt: skip
 
 
-def check_numbers(where: str, shards: dict[Path, re.Match], count: int) -> None:
-    """That of `count` shards, whose number is group 2 of its match, every one is there once. Some count from 1."""
-    found = {file: int(shard[2]) for file, shard in shards.items()}
+def check_numbers(where: str, shards: dict[Path, tuple[str, int, int]], count: int) -> None:
+    """That of `count` shards, each with its name and where in it the number starts and ends, every one is there once.
+    Some count from 1."""
+    found = {file: int(name[start:end]) for file, (name, start, end) in shards.items()}
     first = int(count in found.values() and 0 not in found.values())
-    wanted = range(first, count + first)
-    if missing := [n for n in wanted if n not in found.values()]:
-        shard = min(shards.values(), key=lambda shard: len(shard[2]))
-        name, (start, end) = shard[0], shard.span(2)
-        names = [f"{name[:start]}{n:0{end - start}}{name[end:]}" for n in missing[:5]]
-        told = ", ".join(names) + " …" * (len(missing) > 5)
-        raise UserError(f"{where}: {count - len(missing)} of the {count} files are there, without {told}")
+    wanted, there = range(first, count + first), {*found.values()}
+    if missing := [*islice((n for n in wanted if n not in there), 6)]:  # a name may speak of a billion
+        name, start, end = min(shards.values(), key=lambda shard: shard[2] - shard[1])
+        names = [f"{name[:start]}{n:0{end - start}}{name[end:]}" for n in (*missing[:5], count)]
+        told = ", ".join(names[:-1]) + " …" * (len(missing) > 5) + f" or {names[-1]}" * (missing == [0])
+        raise UserError(f"{where}: {sum(n in wanted for n in there)} of the {count} files are there, without {told}")
     if twice := [file for file, n in found.items() if [*found.values()].count(n) > 1]:
         refuse_twice(where, twice)
     if beyond := [file.name for file, n in found.items() if n not in wanted]:

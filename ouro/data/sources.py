@@ -33,8 +33,11 @@ from huggingface_hub import configure_http_backend, constants, hf_hub_download, 
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
-MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")  # say whether a row is trained
-MARK = re.compile(r"(?:is|do|to|should|usefor)?(?:weight|train(?:ing|able|ed)?|loss(?:weight|mask)?)")
+MARKS = ("weight", "train", "trainable", "used_in_training", "loss", "need_loss", "loss_weight", "loss_mask")
+MARK = re.compile(r"(?:is|do|to|should|needs?|used?(?:in|for))?(?:weight|train(?:ing|able|ed)?|loss(?:weight|mask)?)")
+INVERSE_MARKS = ("mask", "ignore_loss")  # where they are true a row or turn is not trained
+INVERSE = re.compile(r"(?:is)?mask(?:ed|loss)?|(?:ignore|skip|no|donot|dont|not|excludefrom)(?:loss|train(?:ing|ed)?)")
+LIKE_MARK = re.compile(r"train|loss|mask|ignore|exclude|skip")
 ROWS = 256  # read from a Parquet file at a time; the layout of one's own data is recognised by so many
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
@@ -44,12 +47,20 @@ BY_QUESTION = {"hash": None, "share": 0.02}  # what is held out of a set whose r
 
 @lru_cache(maxsize=4096)
 def speaks_of_training(key: str) -> str:
-    """What a key says of training: "mark", whether a row or turn is trained; "facts", it may hold such keys; or "".
-    In any case, with and without underscores."""
+    """What a key says of training: "mark", whether a row or turn is trained; "inverse", whether it is not; "facts", it
+    may hold such keys; or "". In any case, with and without underscores."""
     plain = re.sub("[^a-z]", "", key.lower())
     if MARK.fullmatch(plain):
         return "mark"
+    if INVERSE.fullmatch(plain):
+        return "inverse"
     return "facts" if plain.startswith(("meta", "extra", "info", "annotation", "flag")) else ""
+
+
+@lru_cache(maxsize=4096)
+def like_mark(key: str) -> bool:
+    """Whether a key that is not read sounds as if it said what is trained."""
+    return not speaks_of_training(key) and bool(LIKE_MARK.search(key.lower()))
 
 
 class Unreachable(OfflineModeIsEnabled):
@@ -300,7 +311,7 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
             check_columns(f"{file}", names, columns)
             check_once(f"{file}", names)
             read = {*columns, *optional}
-            wanted = [name for name in names if name in read or speaks_of_training(name)] if columns else names
+            wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
             batches = table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table)
             number = 0
             try:
