@@ -279,7 +279,7 @@ def length(row: dict, tokenizer) -> int:
 def test_a_row_of_just_max_length_is_kept_and_one_token_more_dropped(prepared, tokenizer):
     rows, n = [ROW] * 9 + [LONG], length(LONG, tokenizer)
     assert prepared("wangchan", rows, max_length=n)[1]["rows_kept"] == 10
-    got, report = prepared("wangchan", rows, max_length=n - 1)
+    got, report = prepared("wangchan", rows, max_length=n - 1, length_policy="drop")
     assert report["rows_dropped"] == {f"longer than {n - 1} tokens": 1} and report["end_token_survival"] == 1
     assert trained_texts(got, tokenizer) == [ROW["Output"] + END] * 9
 

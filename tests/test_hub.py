@@ -49,7 +49,7 @@ REPO["model"] = MODEL
 FETCH = "tools/fetch.py"
 UNWANTED = (".py", ".bin", ".pt", ".pkl")
 CHAT = [{"role": "user", "content": "สวัสดี"}, {"role": "assistant", "content": "ค่ะ"}]
-LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny"]
+LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny", "--max_length", "4096", "--length_policy", "drop"]
 REPORT = ["data_config.py", *LOCAL_MODEL, "--overlap", "none"]  # reads the training set and nothing else
 ROWS, TEST = read_jsonl(SAMPLE / "wangchan/train.jsonl"), read_jsonl(SAMPLE / "wangchan/test.jsonl")
 
@@ -85,7 +85,8 @@ def report(scripts: Scripts, *command: object) -> dict:
     folder = scripts.folder
     for old in ("rows", "output"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    scripts.output(*command[:1], "--cache_dir", folder / "rows", "--output_dir", folder / "output", *command[1:])
+    cache = [] if "--cache_dir" in command else ["--cache_dir", folder / "rows"]
+    scripts.output(*command, *cache, "--output_dir", folder / "output")
     (written,) = (folder / "output/data-report").glob("*.json")
     return json.loads(written.read_text(encoding="utf-8"))
 

@@ -362,7 +362,7 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     told = re.search(r" At equal FLOPs, against 1 loop, 95 % intervals: (4 loops .*); (4 loops .*)\.$", sentence)
     few, many = (each.partition("FLOPs a run ")[2] for each in told.groups())
     assert float(many.rstrip(")")) == pytest.approx(4 * float(few.rstrip(")")), rel=0.01)
-    assert all(re.match(r"4 loops [+-][\d.]+ % \[.*tokens a run \S+ \(1 loop\), \S+ \(4 loops\)", each)
+    assert all(re.match(r"4 loops [+-][\d.]+ % \[.*tokens a run \S+ million \(1 loop\), \S+ million \(4 loops\)", each)
                for each in told.groups())  # fmt: skip
     scale_tokens(tmp_path / "output/seed0/exp1-wangchan-ut4-equal-flops-0.7", 1.5)
     write_report(tmp_path)

@@ -141,7 +141,7 @@ def test_training_and_evaluation_read_the_same_spelling(tmp_path, tokenizer, on,
     (read,) = [i for i in load_items("thai_exam", SPEC, exam(tmp_path / "exam", [item]), 1, on) if i["subset"] == "ic"]
     assert (read["question"], read["options"]["a"]) == (spelling, spelling + "ก")
     rows, _ = prepare(training_set(tmp_path, [(MESSY, MESSY + "ก")] * 50, normalise_thai=on), tokenizer, quiet=True)
-    trained = [tokenizer.decode(ids) for document in rows for ids, _ in document]
+    trained = [tokenizer.decode(rows.row(i)[0]) for i in range(len(rows))]
     assert sum(f"{spelling}{END_OF_TURN}" in t and f"{spelling}ก{END_OF_TURN}" in t for t in trained) >= 40
 
 
@@ -285,7 +285,7 @@ def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherw
     assert SHORT < 5
     assert report["rows_dropped"].get("repeats a benchmark item", 0) == (2 if drop else 0)
     assert len(kept) == report["rows_kept"] == 63 - sum(report["rows_dropped"].values())
-    trained = "".join(tokenizer.decode(ids) for document in kept for ids, _ in document)
+    trained = "".join(tokenizer.decode(kept.row(i)[0]) for i in range(len(kept)))
     assert (TGAT[2]["question"] in trained) is not drop
     assert whole(IC[5])[:30] in trained
 
