@@ -206,7 +206,7 @@ def test_a_part_of_the_study_is_planned_with_its_own_seeds_and_the_hours_of_all_
     names = [f"exp6{letter}-english-ut{k}-seed{seed}" for letter, k in (("a", 1), ("d", 4)) for seed in range(3)]
     assert [job[1] for job in jobs] == [job for name in names for job in (name, f"{name}-eval")] + ["report"]
     hours = sum(float(job[5].removeprefix("about ").split(",")[0]) for job in jobs if job[0] == "train")
-    told = re.fullmatch(r"about ([\d,]+) GPU-hours of training", total[-1])
+    told = re.fullmatch(r"about ([\d,.]+) GPU-hours of training", total[-1])
     assert total[0] == "total" and float(told[1].replace(",", "")) == pytest.approx(2 * hours, abs=0.8)
     *jobs, _ = lines("--study", "rates", "--seeds", "5")
     assert {job[0] for job in jobs} == {"train"} and len(jobs) == 20 and all(job[1].endswith("seed5") for job in jobs)
