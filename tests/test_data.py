@@ -579,12 +579,14 @@ FILES = {  # those of a folder -> what is said of them; None: they are read
 def test_files_of_the_same_rows_or_without_some_are_named(tmp_path, names):
     for name in names:
         file, _, like = name.partition("=")
-        write(tmp_path / file, [ROW | {"Input": like or file}])
-    if said := FILES[names]:
-        with pytest.raises(UserError, match=re.escape(said)):
-            split_files(tmp_path, None, "train")
-    else:
-        assert sorted(file.name for file in split_files(tmp_path, None, "train")) == sorted(names)
+        write(tmp_path / "rows" / file, [ROW | {"Input": like or file}])
+    (tmp_path / "link").symlink_to("rows")
+    for place in (tmp_path / "rows", tmp_path / "link"):
+        if said := FILES[names]:
+            with pytest.raises(UserError, match=re.escape(said)):
+                split_files(place, None, "train")
+        else:
+            assert sorted(file.name for file in split_files(place, None, "train")) == sorted(names)
 
 
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):

@@ -29,7 +29,9 @@ def group_of(file: Path) -> str:
 def check_unread(where: str, folder: Path, files: list[Path]) -> None:
     """Raises UserError where a folder, or its data folder, also has rows of the same name that are not read, as in
     another format: which are those that are meant?"""
-    folder, names = folder.absolute(), {group_of(file): file for file in files}
+    # Where the folder is a link, `datasets` names the files by where it leads; files of the Hub's cache are links, too.
+    folder, files = folder.resolve(), [file.parent.resolve() / file.name for file in files]
+    names = {group_of(file): file for file in files}
     for other in (*sorted(folder.glob("*")), *sorted(folder.glob("data/*"))):
         if (read := names.get(group_of(other))) and other.name.endswith(KINDS) and other not in files:
             one, two = read.relative_to(folder), other.relative_to(folder)
