@@ -36,7 +36,7 @@ def a_gpu(monkeypatch):
 
 def test_the_plan_has_a_line_for_each_experiment(bench_py):
     lines = {line[0]: line for line in bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "2")[2:]}
-    assert list(lines) == list(read_yaml("configs/experiments.yaml"))
+    assert list(lines) == [name for name in read_yaml("configs/experiments.yaml") if not name.startswith("own")]
     for name, line in lines.items():
         assert float(line[-1]) == pytest.approx(2 * float(line[-2]), abs=0.1), name  # GPU-hours and hours
     asked = bench_py("plan", *SMOKE, "--total_ut_steps", "2")[2:]

@@ -225,6 +225,8 @@ def bench_plan(run: Resolved) -> None:
             continue
         mine = {n: x for n, x in changes.items() if not run.origins[n].startswith(("command line", "environment"))}
         s = dataclasses.replace(run.settings, **mine)
+        if s.dataset == "own" and not s.dataset_path:  # of rows that only their owner has
+            continue
         p = predict(s, gpu, count, tokenise=True)
         said = f"  {p.said.strip()}: {s.dataset} is not here (make fetch)" if p.said else ""
         line(name, s.total_ut_steps, f"{p.recomputed:.0%}", f"{p.memory / 2**30:.1f}", f"{p.tokens:,.0f}",
