@@ -135,7 +135,7 @@ bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml
 
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: env  ## run what holds the product together: under five minutes on two cores
+test: env  ## run what holds the product together: about ten minutes on two cores
 	@$(PY) -m ruff check .
 	@$(PYTEST) -m 'not slow'
 
