@@ -1,11 +1,12 @@
 """make demo: the command itself, and its verdict on recorded results of it, as they are and spoilt.
 
 demo_results.json holds what `make demo` measured (sample/ouro-nano, three seeds): the characters of each text, its bits
-by "trained depth/seed" and depth read (the base's trained depth is 0), and the verdict. To record another:
+by "language/trained depth/seed" and depth read ("base/0/0" is the base), and the verdict. To record another:
 
     make demo && .venv/bin/python tests/test_demo.py results/demo
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,24 +26,25 @@ from fabricate import NAMES, study_block, write_result, write_run
 from helpers import ROOT, read_jsonl
 
 RECORDED = json.loads((ROOT / "tests" / "demo_results.json").read_text())
-DEPTHS = (1, 2, 3, 4)
+DEPTHS, TRAINED = (1, 2, 3, 4), (1, 4)
+SETS = {"th": "wangchan", "en": "smol-smoltalk"}  # training sets
 
 
 def words(folder: Path, bits: dict) -> dict[str, dict[str, str]]:
-    """The words of the verdict of report.py on bits[task]["<trained>/<seed>"][depth read - 1]."""
+    """The words of the verdict of report.py on bits[task]["<language>/<trained>/<seed>"][depth read - 1]."""
     rng = np.random.default_rng(0)
-    for trained in DEPTHS:
-        for seed in range(3):
-            name = f"seed{seed}/{NAMES[trained].format('wangchan')}"
-            write_run(folder / "output", name, trained, seed, "wangchan", 4, rng)
+    for language, trained, seed in itertools.product(SETS, TRAINED, range(3)):
+        write_run(folder / "output", run_name(language, trained, seed), trained, seed, SETS[language], 4, rng)
     for task, models in bits.items():
         characters = np.array(RECORDED["characters"][task])
         for model, depths in models.items():
-            trained, seed = map(int, model.split("/"))
-            name = f"seed{seed}/{NAMES[trained].format('wangchan')}" if trained else "base-bf16"
+            language, trained, seed = model.split("/")
+            base = language == "base"
+            name = "base-bf16" if base else run_name(language, int(trained), seed)
             for depth, values in zip(DEPTHS, depths, strict=True):
-                values = np.array(values) / characters
-                block = study_block(name, task, depth, trained or None, seed if trained else None, "wangchan", values)
+                values, more = np.array(values) / characters, {} if base else {"language": language}
+                who = (None, None, "") if base else (int(trained), int(seed), SETS[language])
+                block = study_block(name, task, depth, *who, values, **more)
                 write_result(folder / "results", block, values, characters)
     places = ["--output_dir", f"{folder}/output", "--results_dir", f"{folder}/results", "--out", f"{folder}"]
     with pytest.MonkeyPatch.context() as patch:
@@ -52,33 +54,31 @@ def words(folder: Path, bits: dict) -> dict[str, dict[str, str]]:
     return {v["aspect"]: v["words"] for v in json.loads((folder / "results/report/verdict.json").read_text())}
 
 
-def test_the_recorded_demo_has_its_words_whatever_the_base_and_others_where_its_depths_are_exchanged(tmp_path):
+def run_name(language: str, trained: int, seed: object) -> str:
+    return f"seed{seed}/{NAMES[trained].format(SETS[language])}"
+
+
+def scaled(task: str, **factors: float) -> dict:
+    """The recorded bits of a task, times a factor for each language, of adapters trained at 4 loops."""
+    return {model: [[x * factors.get(model[:2], 1) if model[2:5] == "/4/" else x for x in texts] for texts in depths]
+            for model, depths in RECORDED["bits"][task].items()}  # fmt: skip
+
+
+def test_the_recorded_demo_has_its_words_whatever_the_base_and_others_where_four_loops_are_better(tmp_path):
     found = words(tmp_path, RECORDED["bits"])
     assert {aspect: found[aspect] for aspect in RECORDED["words"]} == RECORDED["words"]
-    other_base = {task: models | {"0/0": models["0/0"][::-1]} for task, models in RECORDED["bits"].items()}
+    other_base = {task: models | {"base/0/0": models["base/0/0"][::-1]} for task, models in RECORDED["bits"].items()}
     assert words(tmp_path / "base", other_base)["thai_text"] == found["thai_text"]
-    better = {model: [[x * (1 - 0.03 * int(model[0])) for x in texts] for texts in depths]
-              for model, depths in RECORDED["bits"]["thai_text"].items()}  # fmt: skip
-    told = words(tmp_path / "better", RECORDED["bits"] | {"thai_text": better})["thai_text"]
-    assert told == dict.fromkeys("234", "helps Thai; beside English: not measured")
-
-
-def test_runs_that_learned_english_in_place_of_thai_have_not_forgotten_it(tmp_path):
-    """As of adapters trained on English: Thai as the base has it, English better than its own."""
-    noise = np.random.default_rng(0)
-
-    def spoilt(task: str, model: str) -> np.ndarray:
-        level = np.array(RECORDED["bits"][task]["0/0"])
-        if model == "0/0":
-            return level
-        return level * (0.95 if task == "english_text" else 1) * (1 + 0.002 * noise.normal(size=level.shape))
-
-    bits = {task: {model: spoilt(task, model) for model in models} for task, models in RECORDED["bits"].items()}
-    assert set(words(tmp_path, bits)["english"].values()) == {"better than the base"}
+    better = {task: scaled(task, th=0.8) for task in ("thai_text", "parallel_text_thai")}
+    told = words(tmp_path / "better", RECORDED["bits"] | better)["thai_text"]
+    assert told == {"4": "helps Thai more than English"}
+    both = better | {"parallel_text_english": scaled("parallel_text_english", en=0.5)}
+    assert words(tmp_path / "both", RECORDED["bits"] | both)["thai_text"] == {"4": "helps Thai, less than English"}
 
 
 def demo(folder: Path, **environment: str) -> tuple[list[str], dict]:
     command = [sys.executable, "tools/demo.py", "--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2"]
+    command += ["--max_length", "8192"]  # of English, of which that one's tokenizer has few words
     command += ["--logging_steps", "1", "--max_new_tokens", "1"]
     command += ["--output_dir", str(folder / "output"), "--results_dir", str(folder / "results")]
     return command, {"cwd": ROOT, "text": True, "env": os.environ | {"DEMO_SEEDS": "1"} | environment}
@@ -107,8 +107,9 @@ def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_pat
     assert all(path.stat().st_mtime_ns == at for path, at in trained.items())
     for file in ("RESULTS.md", "report.html", "report/gain.png", "report/levels.svg"):
         assert (tmp_path / "results" / file).stat().st_size > 1000
-    for name in ("base-fp32", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4"):
-        for task in ("thai_text", "english_text", "thai_exam", "mt_bench_thai"):
+    both = ("parallel_text_thai", "parallel_text_english")
+    for name in ("base-fp32", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4", "seed0/exp6d-english-ut4"):
+        for task in both if "english" in name else (*both, "thai_text", "english_text", "thai_exam", "mt_bench_thai"):
             assert len(list((tmp_path / "results" / name).glob(f"{task}-ut[1-4].json"))) == 4
 
 
@@ -149,14 +150,14 @@ def record(results: Path) -> None:
     for told in json.loads((results / "report/verdict.json").read_text()):
         if told["aspect"] in ("thai_text", "english"):
             found["words"][told["aspect"]] = told["words"]
-    for task in ("thai_text", "english_text"):
+    for task in ("thai_text", "english_text", "parallel_text_thai", "parallel_text_english"):
         models = found["bits"][task] = {}
         for file in sorted(results.rglob(f"{task}-ut[1-4].json")):  # by model, then by the depth read
             block = json.loads(file.read_text())["study"]
             items = read_jsonl(file.with_suffix(".items.jsonl"))
             found["characters"][task] = [item["characters"] for item in items]
-            bits = [round(item["bits"], 1) for item in items]
-            models.setdefault(f"{block['trained_ut_steps'] or 0}/{block['seed'] or 0}", []).append(bits)
+            model = f"{block['language'] or 'base'}/{block['trained_ut_steps'] or 0}/{block['seed'] or 0}"
+            models.setdefault(model, []).append([round(item["bits"], 1) for item in items])
     (ROOT / "tests/demo_results.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
 
 

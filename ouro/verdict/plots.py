@@ -91,7 +91,7 @@ def worth(tests: list[Test]) -> Figure | None:
         depths = sorted({test.depth for test in mine})
         title = f"{ASPECTS[aspect]}: {mine[0].task}, {mine[0].items} items"
         axis.set(title=title, ylabel=metric.what, xticks=depths, xlabel="loops, against 1")
-        axis.margins(x=0.2)
+        axis.set_xlim(depths[0] - 0.5, depths[-1] + 0.5)
     return figure
 
 
