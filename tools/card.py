@@ -24,6 +24,7 @@ USE_MERGED = """
 ## What runs it
 
 `modeling_ouro.py` in this folder is the model, since transformers has no Ouro. PLACE is this folder or repository.
+`trust_remote_code` runs that file: read it first, or leave the option out and `import modeling_ouro` before.
 
 * **transformers** ({transformers}):
   `AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")`
