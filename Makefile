@@ -69,7 +69,7 @@ smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=
 	@$(PY) train_qlora.py --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
 	@$(PY) evaluate.py --output_dir output/smoke --results_dir results/make-smoke --limit 3 $(MORE)
 
-demo: env  ## the whole study in miniature, on CPUs: ten minutes on two cores, with DEMO_SEEDS=1 a third of that [ARGS="…"]
+demo: env  ## the whole study in miniature, on CPUs, with DEMO_SEEDS=1 in a third of the time [ARGS="…"]
 	@$(PY) tools/demo.py $(MORE)
 
 train: env  ## train an experiment: make train EXP=exp2-wangchan-ut1 [DATASET_PATH=… (with EXP=own-ut4) DATASET=… CONFIG=configs/a100.yaml ARGS="--learning_rate 1e-4"]
