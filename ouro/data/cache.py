@@ -10,31 +10,11 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+from ouro.data import chats, sources
 from ouro.data.batches import Rows
-from ouro.data.chats import (
-    Chat,
-    Tokens,
-    chat_digest,
-    cut_question,
-    cuttable,
-    encode_chats,
-    first_tokens,
-    in_hash_share,
-    question_of,
-    split_row,
-    to_chat,
-    turn_keys,
-)
+from ouro.data.chats import Chat, Tokens, chat_digest, question_of
 from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
-from ouro.data.sources import (
-    Source,
-    benchmark_items,
-    columns_of,
-    count_rows,
-    find_source,
-    like_mark,
-    speaks_of_training,
-)
+from ouro.data.sources import Source
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
 from ouro.files import UserError, damage, remove_left, seal, unfinished, write_json
@@ -61,7 +41,7 @@ def read_chats(source: Source, split: str, s: Settings) -> Iterator[tuple[str, d
     """Each row of a part: where it stands, the row, its chat or None, and why not."""
     folder = f"{(source.place if source.place.is_dir() else source.place.parent).absolute()}/"
     for where, row in source.rows(split):
-        chat, why = to_chat(row, source.entry, s, where)
+        chat, why = chats.to_chat(row, source.entry, s, where)
         yield where.removeprefix(folder), row, chat, why  # cached places also serve a copy in another folder
 
 
@@ -72,31 +52,32 @@ def checked_rows(
     the rows of "train" that are held out of it."""
     entry, rule = source.entry, source.entry["held_out"]
     special = re.compile("|".join(re.escape(token) for token in special_tokens if token))
-    held_out, rows_seen, questions_seen, read = set(), set(), set(), columns_of(entry)
+    held_out, rows_seen, questions_seen, read = set(), set(), set(), sources.columns_of(entry)
     if split != "held_out" and "split" in rule:
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
         for turn in row[entry["messages"]] or () if "messages" in entry else ():
-            unread = (key for key in turn if key not in turn_keys(turn) and not speaks_of_training(key))
+            unread = (key for key in turn if key not in chats.turn_keys(turn) and not sources.speaks_of_training(key))
             tally.unread_keys.update(key for key in unread if turn[key] is not None)
-        tally.unread_keys.update(key for key in row if like_mark(key) and key not in read and row[key] is not None)
+        unread = (key for key in row if sources.like_mark(key) and key not in read)
+        tally.unread_keys.update(key for key in unread if row[key] is not None)
         if chat is None:
             tally.drop(why, where)
             continue
         licence, text = licence_of(row, entry), "\n".join(turn["content"] for turn in chat)
         whole, asked = chat_digest(chat), chat_digest(question_of(chat))
-        hit = None
+        for_development, hit = int.from_bytes(asked[:8]) < DEVELOPMENT * 2**64, None
         if special.search(text):  # it would end the turn or the document in the middle
             why = "special token in the text"
-        elif "hash" in rule and in_hash_share(row, chat, rule) != (split == "held_out"):
+        elif "hash" in rule and chats.in_hash_share(row, chat, rule) != (split == "held_out"):
             why = "held out" if split == "train" else "in training"
         elif s.licence == "permissive" and re.sub(r"[\s_]+", "-", trim(licence).lower()) not in PERMISSIVE:
             tally.licences_left_out[licence] += 1
             why = "licence not permissive"
         elif asked in held_out:
             why = "question is in the held-out split too"
-        elif split != "held_out" and s.development and in_development(asked) != (split == "development"):
+        elif split != "held_out" and s.development and for_development != (split == "development"):
             why = "held out for development" if split == "train" else "in training"
         elif split == "train" and (hit := overlap.find(text)):
             tally.overlap.append({"row": where, "item": hit[0], "shared": hit[1]})
@@ -111,11 +92,6 @@ def checked_rows(
         rows_seen.add(whole)
         questions_seen.add(asked)
         yield where, row, chat
-
-
-def in_development(question: bytes) -> bool:
-    """Whether a question, by its digest, is held out where `development` is set."""
-    return int.from_bytes(question[:8]) < DEVELOPMENT * 2**64
 
 
 def shuffled(rows: Iterator[tuple[str, dict, Chat]]) -> Iterator[tuple[str, dict, Chat]]:
@@ -151,12 +127,12 @@ def apply_length_policy(
         return [tokens], ""
     match s.length_policy:
         case "truncate_prompt":
-            cut = cut_question(chat, tokens, s.max_length, tokenizer)
+            cut = chats.cut_question(chat, tokens, s.max_length, tokenizer)
             return ([cut], "question cut") if cut else ([], "")
         case "split":
-            return split_row(tokens, s.max_length), "split"
+            return chats.split_row(tokens, s.max_length), "split"
         case "truncate":
-            return first_tokens(tokens, s.max_length), "answer cut" if tokens.trained[-1] > s.max_length else ""
+            return chats.first_tokens(tokens, s.max_length), "answer cut" if tokens.trained[-1] > s.max_length else ""
         case "drop":
             return [], ""
     raise UserError(
@@ -220,34 +196,31 @@ def write_rows(
     schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32()), "place": pa.string()})
     rows = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
     rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
-    total, tokens_kept = sum(map(count_rows, source.files[split])), 0
-    with (
-        tqdm(desc="tokenise", unit=" rows", disable=quiet or None, leave=False) as progress,
-        open(path, "wb") as file,
-    ):
-        progress.reset(total)
-        with pa.ipc.new_file(file, schema) as writer:
-            while chunk := [(*row, tally.rows_in) for row in islice(rows, CHUNK)]:
-                pieces = []  # (input_ids, trained, place), as in the schema
-                places, _, chats, _ = zip(*chunk, strict=True)
-                for (where, row, chat, read), tokens in zip(chunk, encode_chats(chats, tokenizer, places), strict=True):
-                    fitted, what = apply_length_policy(where, chat, tokens, s, tokenizer)
-                    size = sum(len(piece.ids) for piece in fitted)
-                    if budget is not None and fitted and tokens_kept + size > budget * read / total:
-                        tally.drop(BEYOND, where)
-                        continue
-                    tokens_kept += size
-                    tally.lengths.append((len(tokens.ids), cuttable(chat, tokens, tokenizer), tokens.trained))
-                    if fitted:
-                        pieces += [(piece.ids, piece.trained, where) for piece in fitted]
-                        tally.keep(where, chat, fitted, what, licence_of(row, source.entry))
-                    else:
-                        tally.drop(f"longer than {s.max_length} tokens", where)
-                if pieces:
-                    columns = zip(zip(*pieces, strict=True), schema.types, strict=True)
-                    arrays = [pa.array(column, kind) for column, kind in columns]
-                    writer.write_batch(pa.record_batch(arrays, schema=schema))
-                progress.update(tally.rows_in - progress.n)
+    total, tokens_kept = sum(map(sources.count_rows, source.files[split])), 0
+    progress = tqdm(total=total, desc="tokenise", unit=" rows", disable=quiet or None, leave=False)
+    with progress, open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        while chunk := [(*row, tally.rows_in) for row in islice(rows, CHUNK)]:
+            pieces = []  # (input_ids, trained, place), as in the schema
+            places, _, said, _ = zip(*chunk, strict=True)
+            encoded = chats.encode_chats(said, tokenizer, places)
+            for (where, row, chat, read), tokens in zip(chunk, encoded, strict=True):
+                fitted, what = apply_length_policy(where, chat, tokens, s, tokenizer)
+                size = sum(len(piece.ids) for piece in fitted)
+                if budget is not None and fitted and tokens_kept + size > budget * read / total:
+                    tally.drop(BEYOND, where)
+                    continue
+                tokens_kept += size
+                tally.lengths.append((len(tokens.ids), chats.cuttable(chat, tokens, tokenizer), tokens.trained))
+                if fitted:
+                    pieces += [(piece.ids, piece.trained, where) for piece in fitted]
+                    tally.keep(where, chat, fitted, what, licence_of(row, source.entry))
+                else:
+                    tally.drop(f"longer than {s.max_length} tokens", where)
+            if pieces:
+                columns = zip(zip(*pieces, strict=True), schema.types, strict=True)
+                arrays = [pa.array(column, kind) for column, kind in columns]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+            progress.update(tally.rows_in - progress.n)
 
 
 def cache_key(
@@ -286,7 +259,7 @@ def prepare(
         UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the
             report was printed.
     """
-    source, items = find_source(s), benchmark_items(s) if split == "train" else []
+    source, items = sources.find_source(s), sources.benchmark_items(s) if split == "train" else []
     rule = source.entry["held_out"]
     budget = token_budget(s, tokenizer, builder, quiet, wait) if split == "train" else None
     if not source.files[split]:
