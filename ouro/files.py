@@ -87,10 +87,7 @@ def nearest(name: str, known) -> str:
 
 def place(text: str) -> str:
     """A path as it was typed, in a file too, with `~` and `$VARIABLE` filled in.
-
-    Raises:
-        UserError: no such user or variable, an empty variable, or bytes that are no text.
-    """
+    Raises UserError: no such user or variable, an empty variable, or bytes that are no text."""
     path = os.path.expanduser(re.sub(r"\$(\w+|\{\w+\})", lambda m: os.environ.get(m[1].strip("{}")) or m[0], text))
     if (path.startswith("~") or re.search(r"\$(\w|\{)", path)) and not os.path.lexists(path):
         raise UserError(f"path {text!r}: {'no such user' if path[0] == '~' else 'a variable in it is not set'}")
@@ -155,11 +152,8 @@ for _name, (_pattern, _first) in SCALARS.items():
 
 def read_yaml(path: str | Path) -> dict:
     """A YAML file that holds a mapping.
-
-    Raises:
-        UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands twice,
-            an alias, or something other than a mapping.
-    """
+    Raises UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands
+    twice, an alias, or something other than a mapping."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # perhaps a pipe, as of `--config <(…)`
             text = file.read(YAML_LETTERS + 1)
@@ -222,10 +216,7 @@ def lock(file: IO) -> bool:
     """Takes the lock of an open file, which ends with this process at the latest; False: another process has it.
 
     Not flock, which the library filelock uses: on GPFS two nodes hold one such lock at the same time.
-
-    Raises:
-        OSError: no locks on this file system.
-    """
+    Raises OSError: no locks on this file system."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -290,10 +281,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that this program wrote.
-
-    Raises:
-        UserError: it is not there, is damaged, or lacks one of `keys`, as one of another version may.
-    """
+    Raises UserError: it is not there, is damaged, or lacks one of `keys`, as one of another version may."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -243,10 +243,7 @@ def converted(value: object, kind: type) -> object:
 
 def parse(name: str, value: object, origin: str) -> object:
     """`value` as the type of setting `name`; of one that may be null, null, none and nothing are null.
-
-    Raises:
-        UserError: not of that type, or outside the setting's limits.
-    """
+    Raises UserError: not of that type, or outside the setting's limits."""
     kind, *optional = typing.get_args(TYPES[name]) or (TYPES[name],)
     if optional and value in (None, "null", "none", ""):
         return None
@@ -283,11 +280,8 @@ def resolve(
     """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
 
     several: --exp may name several runs, comma-separated, also seed0/NAME; then no experiment's row is applied.
-
-    Raises:
-        UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
-            experiment (listing those there are).
-    """
+    Raises UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
+    experiment (listing those there are)."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of settings (environment: CONFIG)")
     parser.add_argument("--exp", help="an experiment of configs/experiments.yaml; also names the run's folders")
@@ -356,10 +350,7 @@ def resolve(
 def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
     """The learning rate of the completed run of the arm `rates` at this depth and on this training set with the
     smallest held-out loss (the mean of its seeds), and among what it was chosen.
-
-    Raises:
-        UserError: runs of that arm are missing, or were trained otherwise than this one will be.
-    """
+    Raises UserError: runs of that arm are missing, or were trained otherwise than this one will be."""
     here = Path(s.output_dir)
     root = here.parent if re.fullmatch(r"seed\d+", here.name) else here
     wanted = {name: row for name, row in experiments.items() if row.get("arm") == "rates"

@@ -141,10 +141,7 @@ def write_rows(path: Path, count: int, length: int, tokenizer) -> None:
 def train_beside(run: Resolved, folder: Path, processes: int, gib: float | None, gpu: int | None = None, **changes):
     """Runs train_qlora.py with these settings (on that GPU alone, of which it may use so many GiB) and gives its
     metrics, line by line, and its manifest; its output goes to `folder`.
-
-    Raises:
-        UserError: it failed.
-    """
+    Raises UserError: it failed."""
     output = Path(tempfile.mkdtemp(dir=folder))
     values = {"model_name_or_path": folder / "model", "output_dir": output, "report_to": "none"}
     values |= {"overlap": "none", "eval_steps": 0, "save_steps": 10**6, "logging_steps": 1, "min_loss": 0} | changes

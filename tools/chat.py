@@ -94,10 +94,7 @@ class Conversation:
 
     def reply(self, text: str, write: Callable[[str], None]) -> None:
         """Answers, writing the text as it comes; an interrupted answer counts as far as it came.
-
-        Raises:
-            UserError: the conversation is longer than the model or its memory allows; the new turn is forgotten.
-        """
+        Raises UserError: the conversation is longer than the model or its memory allows; the new turn is forgotten."""
         text = normalise(text) if self.settings.normalise_thai else text  # as the training rows
         turns = [*self.turns, {"role": "user", "content": text}]
         ids = prompt_tokens(turns, self.tokenizer)
@@ -148,10 +145,7 @@ def lines() -> Iterator[str]:
 
 def chat(run: Resolved) -> None:
     """Loads the run's model, or the base, and answers line by line.
-
-    Raises:
-        UserError: no run is named, it is not trained, its adapter is damaged, or its model cannot be loaded.
-    """
+    Raises UserError: no run is named, it is not trained, its adapter is damaged, or its model cannot be loaded."""
     if not (run.options.base or run.options.exp or run.config):
         raise UserError("name a run: --exp exp2-wangchan-ut1 (configs/experiments.yaml), or --base")
     s, adapter = (run.settings, None) if run.options.base else finished_run(run)[1:]

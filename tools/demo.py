@@ -77,10 +77,7 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
 
     Each in a process of its own, forked, so that torch is imported once and not 25 times. A ProcessPoolExecutor of
     concurrent.futures can neither end a step that runs nor, when it forks, take a new process for each step.
-
-    Raises:
-        UserError: one failed; with the end of its log. Those that run are stopped first; repeated, they continue.
-    """
+    Raises UserError: one failed; with the end of its log. Those that run are stopped first; repeated, they continue."""
     context, waiting, running = multiprocessing.get_context("fork"), list(steps), {}
     try:
         while waiting or running:

@@ -62,10 +62,7 @@ SERVED = 8192  # tokens of prompt and reply, at least, that a server takes: judg
 
 def base_revision(folder: Path, trained: Settings) -> str | None:
     """The commit of the base that the run was trained on; None for a folder.
-
-    Raises:
-        UserError: the run's manifest does not say.
-    """
+    Raises UserError: the run's manifest does not say."""
     commit = read_json(folder / "manifest.json", "model_commit")["model_commit"]
     return commit or trained.model_revision or REVISIONS.get(trained.model_name_or_path)
 
@@ -81,10 +78,7 @@ def depth(run: Resolved, trained: Settings) -> int:
 @torch.no_grad()
 def merge_adapter(model: PeftModel) -> OuroForCausalLM:
     """The model with the adapter in its weights: each sum in fp32, and rounded once to the weight's dtype.
-
-    Raises:
-        ValueError: a sum that is not finite.
-    """
+    Raises ValueError: a sum that is not finite."""
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         weight = layer.get_base_layer().weight
         dtype, weight.data = weight.dtype, weight.data.float()
@@ -95,10 +89,7 @@ def merge_adapter(model: PeftModel) -> OuroForCausalLM:
 
 def merged_model(trained: Settings, adapter: Path, revision: str | None, loops: int) -> OuroForCausalLM:
     """The unquantised base, in the dtype of the training, with the adapter in it, on the CPU; in bf16.
-
-    Raises:
-        UserError: base or adapter cannot be read, they do not belong together, or the adapter is not finite.
-    """
+    Raises UserError: base or adapter cannot be read, they do not belong together, or the adapter is not finite."""
     plain = replace(trained, use_qlora=False, frozen_weights="auto", model_revision=revision)
     model = load_run_model(plain, adapter, total_ut_steps=loops, fused=False)
     try:
@@ -132,10 +123,8 @@ def write_wheel(file: Path) -> None:
 
 def merge(run: Resolved) -> None:
     """Writes the run's merged folder.
-
-    Raises:
-        UserError: the run is not finished, its adapter does not fit, another merged model is there, the disk is full.
-    """
+    Raises UserError: the run is not finished, its adapter does not fit, another merged model is there, the disk is
+    full."""
     folder, trained, adapter = finished_run(run)
     target, revision, loops = folder / "merged", base_revision(folder, trained), depth(run, trained)
     record = {
@@ -205,11 +194,8 @@ def refusal(error: Exception, repo: str) -> str:
 
 def push(run: Resolved) -> None:
     """Uploads the adapter, or the merged model, with tokenizer, code, model card and scores, in one commit.
-
-    Raises:
-        UserError: the run is not finished, there is nothing whole to upload, no repository or token is named, the
-            repository is public though --public was not said, or the Hub refuses.
-    """
+    Raises UserError: the run is not finished, there is nothing whole to upload, no repository or token is named, the
+    repository is public though --public was not said, or the Hub refuses."""
     repo, public = run.options.repo or "", run.options.public
     folder, trained, source = finished_run(run)
     if run.options.merged:
@@ -291,11 +277,8 @@ def command(model: str, loops: int, length: int, *options: str, revision: str | 
 
 def serve(run: Resolved) -> None:
     """Prints the vLLM command for the adapter and, if there is one, for the merged model; with --run, runs the last.
-
-    Raises:
-        UserError: the run is not finished, the base's config cannot be read, vLLM cannot serve it and it is not merged,
-            or it is to be run and vLLM is not there.
-    """
+    Raises UserError: the run is not finished, the base's config cannot be read, vLLM cannot serve it and it is not
+    merged, or it is to be run and vLLM is not there."""
     folder, trained, adapter = finished_run(run)
     name, revision, loops = trained.model_name_or_path, base_revision(folder, trained), depth(run, trained)
     config, merged = read_config(name, revision), folder / "merged"

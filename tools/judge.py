@@ -25,10 +25,7 @@ from ouro.files import Parser, UserError, call
 def rate_file(file: Path, grader: Server, again: bool = False) -> None:
     """Rates the replies of a result and writes it again. again: also where this judge has rated them; what there was is
     kept as ….old.
-
-    Raises:
-        UserError: not a result of mt_bench_thai; the judge's errors.
-    """
+    Raises UserError: not a result of mt_bench_thai; the judge's errors."""
     items = file.with_suffix(".items.jsonl")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))

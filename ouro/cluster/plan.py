@@ -51,9 +51,7 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
     """What a run takes on `count` GPUs of a kind in GPUS, from counted operations and the share of its peak REACHED.
 
     Without `tokenise` nothing is downloaded or tokenised for it: the rows are the cache's, where it has them.
-
-    Raises:
-        UserError: an unknown GPU, one that is too small or has no fp8, or data of which not even the rows are known.
+    Raises UserError: an unknown GPU, one that is too small or has no fp8, or data of which not even the rows are known.
     """
     if gpu not in GPUS:
         raise UserError(f"no figures of a GPU {gpu!r}{nearest(gpu, GPUS)} (GPU_TYPE in slurm/site.env)")
@@ -128,10 +126,7 @@ def typical_lengths(tokens: np.ndarray, count: int, s: Settings) -> np.ndarray:
 
 def limits() -> tuple[float, int]:
     """Seconds of TIME, the time limit of a training job, and of GRACE, those of them that are for saving.
-
-    Raises:
-        UserError: not a time as Slurm writes it, or not a number of seconds.
-    """
+    Raises UserError: not a time as Slurm writes it, or not a number of seconds."""
     wanted, grace = (os.environ.get(name, "") for name in ("TIME", "GRACE"))
     try:
         return seconds(wanted), int(grace)

@@ -125,10 +125,7 @@ def check_disk(run: Resolved) -> str:
 
 def on_hub(name: str, settings: Settings) -> Path | None:
     """The cached snapshot of what the settings name so; None where it is not in the cache, but can be had.
-
-    Raises:
-        UserError: neither cached nor to be had.
-    """
+    Raises UserError: neither cached nor to be had."""
     from ouro.data.fetch import wanted
 
     from huggingface_hub import HfApi, constants, snapshot_download

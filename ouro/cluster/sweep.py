@@ -54,10 +54,7 @@ def evaluated(folder: Path, scores: Path) -> bool:
 
 def study_of(name: str) -> tuple[list[str], list[str], bool]:
     """Experiments and seeds of a part of the study, and whether its runs are evaluated.
-
-    Raises:
-        UserError: there is none of this name.
-    """
+    Raises UserError: there is none of this name."""
     studies = read_yaml(STUDIES)
     if name not in studies:
         raise UserError(f"STUDY: unknown part of the study {name!r}{nearest(name, studies)}")
@@ -75,11 +72,8 @@ def plan(
 
     A run with a seed is in OUTPUT_DIR/seed<n>/<experiment>, its scores likewise. Its evaluation is called from the
     folder above, so that all seeds share the base's scores.
-
-    Raises:
-        UserError: an unknown experiment, setting or GPU, an experiment or seed named twice or with a comma, or too
-            small a GPU.
-    """
+    Raises UserError: an unknown experiment, setting or GPU, an experiment or seed named twice or with a comma, or too
+    small a GPU."""
     for kind, names in (("experiment", exps), ("seed", seeds)):
         if commas := [name for name in names if "," in name]:
             raise UserError(f"{kind}s are separated by spaces: {commas[0].replace(',', ' ')!r}, not {commas[0]!r}")

@@ -96,10 +96,7 @@ def checked_rows(
 
 def shuffled(rows: Iterator[tuple[str, dict, Chat]]) -> Iterator[tuple[str, dict, Chat]]:
     """The rows, each with the answer of another, which is the same one each time. All are in memory meanwhile.
-
-    Raises:
-        UserError: a row has several answers.
-    """
+    Raises UserError: a row has several answers."""
     found = list(rows)
     if several := [where for where, _, chat in found if sum(turn["role"] == "assistant" for turn in chat) > 1]:
         raise UserError(f"{several[0]}: shuffle_answers is for sets of one question and one answer a row")
@@ -118,10 +115,7 @@ def apply_length_policy(
     where: str, chat: Chat, tokens: Tokens, s: Settings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], str]:
     """The row as the length policy lets it be trained (nothing, itself, a shorter one or several), and what was done.
-
-    Raises:
-        UserError: it is too long and the policy is `error`.
-    """
+    Raises UserError: it is too long and the policy is `error`."""
     n = len(tokens.ids)
     if n <= s.max_length:
         return [tokens], ""
@@ -146,11 +140,8 @@ def build_cache(
     budget: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Tokenises a training set into `folder`, which appears whole or not at all.
-
-    Raises:
-        UserError: bad data, or a template that cannot be masked, as the functions that are called here raise it.
-        OSError: the disk is full; nothing is left behind.
-    """
+    Raises UserError: bad data, or a template that cannot be masked, as the functions that are called here raise it;
+    OSError: the disk is full; nothing is left behind."""
     tally, overlap = Tally(), Overlap(items)
     try:
         with unfinished(folder) as mark:
@@ -254,11 +245,8 @@ def prepare(
     """The token rows of the training set (or of the part held out of it), from the cache where it has them, and the
     report on them. builder: this process tokenises what the cache lacks; another calls `wait` until the rows are there,
     or, where no `wait` is given, raises UserError. quiet: no progress bar, and no report before a refusal.
-
-    Raises:
-        UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the
-            report was printed.
-    """
+    Raises UserError: bad data, see above; or good data that is not worth training on: `refusals` says why, after the
+    report was printed."""
     source, items = sources.find_source(s), sources.benchmark_items(s) if split == "train" else []
     rule = source.entry["held_out"]
     budget = token_budget(s, tokenizer, builder, quiet, wait) if split == "train" else None

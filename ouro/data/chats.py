@@ -65,10 +65,7 @@ def object_in(text: str) -> object:
 
 def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:
     """One row as a chat that ends with an assistant turn, or None and why not.
-
-    Raises:
-        UserError: a column holds something other than text, or `messages` is not a list of turns.
-    """
+    Raises UserError: a column holds something other than text, or `messages` is not a list of turns."""
 
     def clean(value: object, place: str) -> str:
         if not isinstance(value, str | None):
@@ -169,9 +166,7 @@ class Tokens:
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool = False) -> str:
     """The chat as the model reads it; with `generation`, up to where an answer begins.
-
-    Raises:
-        UserError: the template, which is a program of the model's folder, refuses the chat, fails, or does not end.
+    Raises UserError: the template, which is a program of the model's folder, refuses the chat, fails, or does not end.
     """
     try:
         with at_most(PATIENCE):
@@ -254,11 +249,8 @@ def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, plac
 
     A chat is tokenised once, for all its turns: the tokenizer first splits a text at special tokens, so what stands
     before a generation prompt has the tokens that it would have alone. `places` say where the chats stand, for errors.
-
-    Raises:
-        UserError: the template does not continue its own generation prompt, changes an answer, or ends no turn with
-            <|im_end|>.
-    """
+    Raises UserError: the template does not continue its own generation prompt, changes an answer, or ends no turn with
+    <|im_end|>."""
     texts = [chat_text(chat, tokenizer) for chat in chats]
     result = []
     for number, (chat, text, encoding) in enumerate(zip(chats, texts, encode_texts(texts, tokenizer), strict=True)):
@@ -275,10 +267,7 @@ def trained_stretches(chat: Chat, text: str, encoding: Encoding, tokenizer: PreT
 
     An answer starts where the template's own generation prompt ends, so that training starts exactly where generation
     will; what the template puts after the end-of-turn token is not trained.
-
-    Raises:
-        ValueError: what is wrong with the template.
-    """
+    Raises ValueError: what is wrong with the template."""
     ids, (header, header_ids, _) = encoding.ids, answer_header(chat, tokenizer)
     end, special = tokenizer.convert_tokens_to_ids(END_OF_TURN), set(tokenizer.all_special_ids)
     trained = []

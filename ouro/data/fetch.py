@@ -41,10 +41,8 @@ def wanted(settings: Settings) -> list[Download]:
 
 def fetch(settings: Settings, only: str | None) -> None:
     """Downloads what is not in the cache yet, after telling how much that is.
-
-    Raises:
-        UserError: an unknown name in `only`; no network; a repository or revision that does not exist; not enough disk.
-    """
+    Raises UserError: an unknown name in `only`; no network; a repository or revision that does not exist; not enough
+    disk."""
     downloads = {download.name: download for download in wanted(settings)}
     names = only.split(",") if only else list(downloads)
     for name in names:

@@ -170,10 +170,7 @@ def patterns_of(entry: dict) -> list[str]:
 
 def entry_of(name: str) -> dict:
     """A training set's row of datasets.yaml, with what is held out and the licence where it does not say.
-
-    Raises:
-        UserError: an unknown name, a key of its row that means nothing, or one missing.
-    """
+    Raises UserError: an unknown name, a key of its row that means nothing, or one missing."""
     entries = read_yaml(DATASETS)
     if name not in entries:
         raise UserError(f"unknown dataset {name!r}{nearest(name, entries)}")
@@ -187,10 +184,7 @@ def entry_of(name: str) -> dict:
 
 def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
     """Of data of one's own the layout that its columns are of, as a row of datasets.yaml; its note says which it is.
-
-    Raises:
-        UserError: no layout has such columns, or several have.
-    """
+    Raises UserError: no layout has such columns, or several have."""
     layouts = {layout: entry_of(layout) for layout in entry["layouts"]}
     texts = {layout: f"{layout} ({', '.join(columns_of(known))})" for layout, known in layouts.items()}
     rows = islice(chain.from_iterable(map(read_file, files)), ROWS)
@@ -218,11 +212,8 @@ def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
 
 def find_source(settings: Settings) -> Source:
     """The training set that the settings name: a local folder or file, else the Hub's (or its cache's) snapshot.
-
-    Raises:
-        UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
-            configuration that does not exist, a missing shard.
-    """
+    Raises UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
+    configuration that does not exist, a missing shard."""
     name, entry = settings.dataset, entry_of(settings.dataset)
     local, commit = settings.dataset_path or settings.paths.get(name), None
     if local is None and "path" in entry:
@@ -300,10 +291,7 @@ def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
 def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL, JSON, CSV, Parquet or Arrow file, each with where it stands; never the whole file in memory,
     but for JSON that is one list. columns: must be there, and with the `optional` ones are all that is wanted; or none.
-
-    Raises:
-        UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing.
-    """
+    Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing."""
     if file.suffix in (".parquet", ".arrow"):
         with table_file(file) as table:
             parquet = file.suffix == ".parquet"
@@ -476,10 +464,7 @@ def benchmark_place(spec: dict, local: str) -> Path | None:
 
 def benchmark_path(name: str, spec: dict, local: str | None, file: str) -> Path:
     """One of a benchmark's files, or the archive that holds it: in `local`, else from the Hub.
-
-    Raises:
-        UserError: no network and no copy, or the file is missing.
-    """
+    Raises UserError: no network and no copy, or the file is missing."""
     if local is not None:
         if found := benchmark_place(spec | {"file": file}, local):
             return found
@@ -500,10 +485,7 @@ def benchmark_commit(name: str, spec: dict) -> str:
 
 def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Iterator[tuple[str, dict]]:
     """The rows of one of a benchmark's files, each with where it stands: from `local`, else from the Hub.
-
-    Raises:
-        UserError: no network and no copy, the file is missing or damaged.
-    """
+    Raises UserError: no network and no copy, the file is missing or damaged."""
     path = benchmark_path(name, spec, local, file)
     if path.name != spec.get("archive"):
         yield from read_file(path)

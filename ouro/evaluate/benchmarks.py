@@ -78,10 +78,7 @@ def table() -> dict[str, dict]:
 
 def subset_names(text: str | None, specs: list[dict]) -> list[str]:
     """The subsets that a comma-separated list names; a task of none of them is scored on all of its own.
-
-    Raises:
-        UserError: one that no task has.
-    """
+    Raises UserError: one that no task has."""
     known = {s: 1 for spec in specs for s in table()["benchmarks"][spec["benchmark"]].get("subsets", ())}
     names = [name for name in (text or "").split(",") if name]
     for name in names:
@@ -91,11 +88,7 @@ def subset_names(text: str | None, specs: list[dict]) -> list[str]:
 
 
 def task_names(text: str, tasks: dict) -> list[str]:
-    """The tasks that a comma-separated list names.
-
-    Raises:
-        UserError: an unknown one, or the same twice.
-    """
+    """The tasks that a comma-separated list names. Raises UserError: an unknown one, or the same twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in tasks:
@@ -110,10 +103,7 @@ def task_names(text: str, tasks: dict) -> list[str]:
 def row_of(task: str, settings: Settings) -> dict:
     """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
     are read at that one; None for a local copy.
-
-    Raises:
-        UserError: no network and no copy.
-    """
+    Raises UserError: no network and no copy."""
     spec = table()["tasks"][task]
     name = spec["benchmark"]
     row = table()["benchmarks"][name] | {"name": name}
@@ -133,10 +123,7 @@ def load(
     task: str, settings: Settings | None = None, limit: int | None = None, subsets: Iterable[str] = ()
 ) -> list[dict]:
     """The items of a task: {id, subset, …}, in the spelling that the settings say. `limit`: the first of each subset.
-
-    Raises:
-        UserError: no such file or folder, an item that is not one of this benchmark.
-    """
+    Raises UserError: no such file or folder, an item that is not one of this benchmark."""
     settings = settings or Settings()
     return read(task, row_of(task, settings), settings, limit, subsets)[0]
 
@@ -192,11 +179,8 @@ def load_items(
     `stratum`. Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
     Where `item` has an `order`, rows stand by these columns, so that files of the same questions have them at the same
     numbers.
-
-    Raises:
-        UserError: a file is missing, or an item has no question, fewer than two options, something that is no text, or
-            a gold letter that is not among them; or a file lacks an option's column, but for the last.
-    """
+    Raises UserError: a file is missing, or an item has no question, fewer than two options, something that is no text,
+    or a gold letter that is not among them; or a file lacks an option's column, but for the last."""
     spell, columns, items = normalise if normalise_thai else str, spec["item"], []
     for subset, rows in sorted_rows(name, spec, local):
         for column in columns["options"][:-1]:
@@ -242,10 +226,7 @@ def load_passages(
 def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
     """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each. `stripped` as in
     `read_item`.
-
-    Raises:
-        UserError: a column that is not there, fewer than two options, or a key that is none of them.
-    """
+    Raises UserError: a column that is not there, fewer than two options, or a key that is none of them."""
     spell, columns, items, count = normalise if normalise_thai else str, spec["m3exam"], [], Counter()
 
     def text_of(value: object, where: str, spell: Callable[[str], str] = spell) -> str:
@@ -306,10 +287,7 @@ def read_item(row: dict, columns: dict, where: str, spell: Callable[[str], str] 
 def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
     """OpenThaiEval's items that can be answered by one choice, each {id, subset, question, options, gold: "1" … "5"};
     `options` is the text that lists them.
-
-    Raises:
-        UserError: a column or exam that there is none of, or an answer without a number.
-    """
+    Raises UserError: a column or exam that there is none of, or an answer without a number."""
     spell, items, count = normalise if normalise_thai else str, [], Counter()
     for where, row in read_benchmark(name, spec, local, spec["file"]):
         for key in ("exam_type", "instruction", "input", "result", *FLAGS):
@@ -338,10 +316,7 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
 
 def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
     """The examples before each item, by subset: the first `shots` items of the train split, in the `order` of the task.
-
-    Raises:
-        UserError: no train split, or fewer items in it.
-    """
+    Raises UserError: no train split, or fewer items in it."""
     if "shots" not in spec:
         return {}
     name = spec["benchmark"]
@@ -358,10 +333,7 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
     """Texts, each {id, subset, text}, and how many were empty and passed over: all of a local file or folder that is
     named for the task (JSONL, JSON, Parquet), else `take` of the held-out part of a training set or of the benchmark's
     file, evenly spaced: files are often sorted. The number in an id is the row's.
-
-    Raises:
-        UserError: no such file, a row without that column, or more empty ones than `max_empty_share`.
-    """
+    Raises UserError: no such file, a row without that column, or more empty ones than `max_empty_share`."""
     spell, local, key = normalise if settings.normalise_thai else str, settings.paths.get(task), spec["text"]
     if local is not None:
         if not Path(local).exists():
@@ -557,10 +529,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 def language_pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
     """Whether each question that both have was answered rightly (in Thai, in English), from the lines of items.jsonl.
     The number after the "-" of an id is the question's.
-
-    Raises:
-        ValueError: two of a number have different answers, so they are not the same question.
-    """
+    Raises ValueError: two of a number have different answers, so they are not the same question."""
     other, found = {line["id"].rpartition("-")[2]: line for line in english}, []
     for line in thai:
         twin = other.get(line["id"].rpartition("-")[2])

@@ -99,12 +99,8 @@ class Server:
 
     def complete(self, messages: Messages) -> Reply:
         """The text that follows `messages`.
-
-        Raises:
-            UserError: a status that asking again cannot change, a spent quota, or the last attempt failed too.
-            Refused: of these messages alone.
-            NotAsked: another request failed so before.
-        """
+        Raises UserError: a status that asking again cannot change, a spent quota, or the last attempt failed too;
+        Refused: of these messages alone; NotAsked: another request failed so before."""
         try:
             reply = self._ask(messages)
         except Refused:
@@ -192,10 +188,7 @@ class Server:
 
     def __call__(self, conversations: list[Messages], done: Done) -> None:
         """Asks for the replies to all, several at a time; `done` is called as each is there.
-
-        Raises:
-            UserError: as `complete`, or of `done`; then no more are asked for.
-        """
+        Raises UserError: as `complete`, or of `done`; then no more are asked for."""
         self.stop.clear()
 
         def one(number: int, messages: Messages) -> None:
@@ -331,10 +324,7 @@ def _is_here(host: str) -> bool:
 
 def find_judge(choice: str = "api") -> Server | None:
     """The judge that the environment names; None for `none`.
-
-    Raises:
-        UserError: JUDGE_BASE_URL or JUDGE_MODEL is not set, or one of them, the key or the price is malformed.
-    """
+    Raises UserError: JUDGE_BASE_URL or JUDGE_MODEL is not set, or one of them, the key or the price is malformed."""
     if choice == "none":
         return None
     url, model = (os.environ.get(name, "").strip() for name in ("JUDGE_BASE_URL", "JUDGE_MODEL"))
@@ -356,10 +346,7 @@ def find_judge(choice: str = "api") -> Server | None:
 
 def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, system: str | None) -> Server:
     """A served model to be tested: ENDPOINT_MODEL, or the only one in the server's list.
-
-    Raises:
-        UserError: not an address, no answer, or several models and none chosen.
-    """
+    Raises UserError: not an address, no answer, or several models and none chosen."""
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     name = os.environ.get("ENDPOINT_MODEL", "")
     server = _server("endpoint", url, name, threads=64, options=options, system=system)

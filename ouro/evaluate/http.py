@@ -21,10 +21,7 @@ class BrokenOff(httpx2.DecodingError):
 
 def connect(server: Server) -> openai.OpenAI:
     """A client of openai's for a server.
-
-    Raises:
-        UserError: a proxy or certificate file of the environment cannot be used.
-    """
+    Raises UserError: a proxy or certificate file of the environment cannot be used."""
     try:
         return openai.OpenAI(
             base_url=server.url,

@@ -42,10 +42,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
     """The benchmark's questions: {id, question_id, category, turns: [2 texts], reference: [2 texts or null] or null}.
 
     `local` is a folder of the repository's layout, or one JSON or JSONL file. With `limit`, the first of each category.
-
-    Raises:
-        UserError: naming file and item: not two turns, no category, a repeated id, a reference of another shape.
-    """
+    Raises UserError: naming file and item: not two turns, no category, a repeated id, a reference of another shape."""
     if local is not None and Path(local).is_file():
         rows = read_file(Path(local))
     else:
@@ -210,10 +207,7 @@ def run_mt_bench(
     """The numbers of one model at one depth, and a line an item, both in the contract of evaluate.py's results.
 
     `who` names all that the replies depend on besides the questions.
-
-    Raises:
-        UserError: the judge or the endpoint fails for good; what it answered before is kept in `cache`.
-    """
+    Raises UserError: the judge or the endpoint fails for good; what it answered before is kept in `cache`."""
     with Cache(cache) as saved:
         conversations = [[_user(question["turns"][0])] for question in questions]
         firsts = answer(conversations, chat, saved, f"{name}, turn 1", who)

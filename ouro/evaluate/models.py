@@ -118,10 +118,7 @@ class Weights:
 @torch.no_grad()
 def check_readout(network: PreTrainedModel) -> None:
     """That state times head is what the model itself answers: some architectures scale their logits.
-
-    Raises:
-        UserError: it is not.
-    """
+    Raises UserError: it is not."""
     ids = torch.arange(8, device=network.device)[None]
     ours = readout(network, network.base_model(input_ids=ids).last_hidden_state[0])
     theirs = network(input_ids=ids).logits[0].to(ours.dtype).log_softmax(-1)
@@ -134,10 +131,7 @@ def check_readout(network: PreTrainedModel) -> None:
 
 def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]:
     """What the command asks to score, the base first; and the settings under which the weights are loaded.
-
-    Raises:
-        UserError: an unknown or untrained experiment, or several that do not share a base.
-    """
+    Raises UserError: an unknown or untrained experiment, or several that do not share a base."""
     options, s = run.options, run.settings
     if sum(bool(x) for x in (options.exp, options.adapter, options.model, options.base, options.endpoint)) > 1:
         raise UserError("give one of --exp, --adapter, --model, --base and --endpoint")
@@ -173,9 +167,7 @@ def find_baseline(name: str, s: Settings) -> tuple[Weights, Settings, list[Model
 
 def find_run(run: Resolved, name: str) -> ModelUnderTest:
     """A run that train_qlora.py has completed, NAME or seed0/NAME.
-
-    Raises:
-        UserError: there is none, or it was trained at another depth or on another set than its experiment now says.
+    Raises UserError: there is none, or it was trained at another depth or on another set than its experiment now says.
     """
     folder, trained = run_settings(run, name)
     experiment = name.rpartition("/")[2]
@@ -207,10 +199,7 @@ def find_adapter(place: str) -> ModelUnderTest:
 
 def upon_one_base(run: Resolved, adapted: list[ModelUnderTest]) -> tuple[Weights, Settings, list[ModelUnderTest]]:
     """The base that the adapters share, as weights and as the first of the models under test.
-
-    Raises:
-        UserError: they do not share one, or an adapter does not fit it.
-    """
+    Raises UserError: they do not share one, or an adapter does not fit it."""
     s, bases = run.settings, {}  # bases: what all models must share -> the runs that have it
     for model in adapted or [ModelUnderTest(f"the base {s.model_name_or_path}", "base")]:
         t = model.trained or s

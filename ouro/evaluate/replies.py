@@ -74,10 +74,7 @@ class Cache:
 
 def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None:
     """Puts into the cache what it lacks of `jobs`, each text as soon as it is there.
-
-    Raises:
-        UserError: the server's or the disk's errors; what came before is in the cache.
-    """
+    Raises UserError: the server's or the disk's errors; what came before is in the cache."""
     missing = {key: messages for key, messages in jobs.items() if key not in cache.texts}
     if not missing:
         return

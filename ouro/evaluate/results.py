@@ -84,10 +84,7 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
 
     meanwhile: what stands there until both are written, so that no interruption leaves old numbers beside new items;
     nothing where all can be computed again.
-
-    Raises:
-        UserError: a full disk, a folder that cannot be written, or a number that is NaN or infinite.
-    """
+    Raises UserError: a full disk, a folder that cannot be written, or a number that is NaN or infinite."""
     text, where = "", "its means"
     try:
         json.dumps(content, allow_nan=False)

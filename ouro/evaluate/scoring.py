@@ -238,10 +238,7 @@ def to_sequences(
 
     The tokens are those of the joined text; the continuation's are what follows the prompt's. Of an empty prompt the
     first token is read and not scored, having no probability.
-
-    Raises:
-        UserError: a continuation has no token of its own.
-    """
+    Raises UserError: a continuation has no token of its own."""
     prompts = text_tokens([prompt for prompt, _ in questions], tokenizer, begin=True)
     joined = text_tokens([prompt + c for prompt, continuations in questions for c in continuations], tokenizer, True)
     starts = [len(ids) for ids, (_, continuations) in zip(prompts, questions, strict=True) for _ in continuations]

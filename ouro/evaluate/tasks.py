@@ -100,10 +100,7 @@ def positions_of(network: PreTrainedModel) -> int | None:
 
 def check_numbers(log_p: np.ndarray, items: list[str], depths: list[int], title: str) -> None:
     """That log-probabilities [depth][sequence] are numbers. items: the id of each sequence's.
-
-    Raises:
-        UserError: one is NaN or infinite, of which a choice or a mean would be made all the same.
-    """
+    Raises UserError: one is NaN or infinite, of which a choice or a mean would be made all the same."""
     if len(bad := np.argwhere(~np.isfinite(log_p))):
         place, number = bad[0]
         raise UserError(
