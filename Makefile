@@ -108,7 +108,7 @@ data-report: env  ## check a training set, show what would be trained: make data
 	@$(PY) data_config.py --dataset "$${DATASET:-wangchan}" $${DATASET_PATH:+--dataset_path "$$DATASET_PATH"} $(MORE)
 
 fetch:  ## download model, training sets and benchmarks for jobs without a network [CONFIG=… ONLY=wangchan,thai_exam ARGS="…"]
-	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" tools/fetch.py $${ONLY:+--only "$$ONLY"} $(MORE)
+	@$(SITE) && HF_HUB_OFFLINE= "$${python[@]}" -m ouro.data.fetch $${ONLY:+--only "$$ONLY"} $(MORE)
 
 preflight:  ## check what a job needs, a line each; GPU=1: one real step too [CONFIG=… EXP=… GPU=1 ARGS="…"]
 	@$(SITE) && SLURM_SAYS=$$(slurm_says) "$${python[@]}" -m ouro.cluster.preflight $${EXP:+--exp "$$EXP"} $(call flag,GPU,--gpu) $(MORE)

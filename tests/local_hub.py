@@ -4,7 +4,7 @@
     hub.add("ByteDance/Ouro-2.6B", folder, commit="1ed0...")                     # found at this commit, at no branch
     hub.add("datasets/airesearch/WangchanThaiInstruct", other, branch="main")    # at a made-up commit and at main
     online, offline = Scripts(hub, folder), Scripts(hub, folder, offline=True)   # a copy of the project, one HF_HOME
-    code, out, err = online.play("tools/fetch.py", "--only", "model")
+    code, out, err = online.play("ouro/data/fetch.py", "--only", "model")
     hub.requests                                                                 # what was asked, and how it answered
 
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with

@@ -46,7 +46,7 @@ REPO = {
     name: f"datasets/{(files.read_yaml(DATASETS) | BENCHMARKS)[name]['hub_id']}" for name in (*TRAINING, *BENCHMARKS)
 }
 REPO["model"] = MODEL
-FETCH = "tools/fetch.py"
+FETCH = "ouro/data/fetch.py"
 UNWANTED = (".py", ".bin", ".pt", ".pkl")
 CHAT = [{"role": "user", "content": "สวัสดี"}, {"role": "assistant", "content": "ค่ะ"}]
 LOCAL_MODEL = ["--model_name_or_path", "sample/ouro-tiny", "--max_length", "4096", "--length_policy", "drop"]

@@ -8,7 +8,7 @@ import signal
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -49,18 +49,12 @@ def is_trained(marked: dict, where: str) -> bool:
                                     "is trained, or nothing")  # fmt: skip
                 trained &= value != (kind == "inverse")
             elif facts or kind == "facts":
-                value = object_in(value) if kind == "facts" and isinstance(value, str) else value
+                if kind == "facts" and isinstance(value, str) and value.lstrip().startswith("{"):
+                    with suppress(ValueError, RecursionError):  # Parquet's metadata are often JSON
+                        value = from_json(value)
                 if isinstance(value, dict):
                     objects.append((value, f"{place}, {key}", True))
     return trained
-
-
-def object_in(text: str) -> object:
-    """The JSON object that a text is, as Parquet's metadata often are; or the text."""
-    try:
-        return from_json(text) if text.lstrip().startswith("{") else text
-    except (ValueError, RecursionError):
-        return text
 
 
 def to_chat(row: dict, entry: dict, settings: Settings, where: str = "row") -> tuple[Chat | None, str]:

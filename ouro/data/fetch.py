@@ -1,12 +1,20 @@
-"""Downloads what runs read from the Hub, for jobs without a network: no code, no pickles."""
+"""Downloads model, training sets and benchmarks, for jobs without a network: no code, no pickles.
 
+    python -m ouro.data.fetch --config configs/default.yaml                     # make fetch: all that is not there yet
+    python -m ouro.data.fetch --config configs/default.yaml --only model,wangchan,thai_exam
+
+After it, jobs run with HF_HUB_OFFLINE=1 and no network. An interrupted download continues where it stopped. A Hub id
+can always be replaced by a local folder of the same layout (--dataset_path, --paths).
+"""
+
+import argparse
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ouro.data.sources import benchmark_files, hub_error, patterns_of
-from ouro.files import UserError, nearest, read_yaml
-from ouro.settings import DATASETS, EVALS, REVISIONS, Settings
+from ouro.files import UserError, call, nearest, read_yaml
+from ouro.settings import DATASETS, EVALS, REVISIONS, Settings, resolve
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
@@ -93,3 +101,16 @@ def look_up(d: Download) -> tuple[str, int]:
 def in_units(count: int) -> str:
     """Bytes as people read them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", help="names, comma-separated: model, datasets and benchmarks of configs/")
+
+
+def main() -> None:
+    run = resolve(__doc__, add_options=options)
+    fetch(run.settings, run.options.only)
+
+
+if __name__ == "__main__":
+    call(main)

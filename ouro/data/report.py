@@ -258,7 +258,6 @@ def print_report(report: dict, rows: int = 3) -> None:
 
     commit = r["data_revision"][:19]
     print(printable(f"data: {r['dataset']} from {r['source']}, {commit}{', cached' * r['from_cache']}"))
-
     if r["rows_when_described"] not in (None, r["rows_in"]):
         line("note", f"{r['rows_when_described']:,} rows when configs/datasets.yaml was written")
     line("licence", ", ".join(f"{name} ({count:,} rows)" for name, count in r["licences"].items()))
@@ -279,13 +278,9 @@ def print_report(report: dict, rows: int = 3) -> None:
     line("tokens a row", "  ".join(f"{q} {n:,}" for q, n in r["tokens_per_row"].items()))
     line("", f"0 |{bars(r['histogram']['rows'])}| {r['histogram']['edges'][-1]:,}")
     for language, unit in r["tokens_per_unit"].items():
-        own = (
-            language == "Thai" and r["language"] != "th"
-        )  # it is measured on the answers, which are of another language
-        line(
-            "answers" if own else language,
-            f"{unit['tokens_per_character']:.2f} tokens a character, {unit['tokens_per_word']:.1f} a word",
-        )
+        answers = language == "Thai" and r["language"] != "th"  # what was measured are answers of another language
+        told = f"{unit['tokens_per_character']:.2f} tokens a character, {unit['tokens_per_word']:.1f} a word"
+        line("answers" if answers else language, told)
     line("letters", f"{r['thai_share_of_letters']:.0%} Thai")
     line("duplicates", f"{r['duplicates'].get('rows', 0):,} rows, {r['duplicates'].get('questions', 0):,} questions")
     if r["split"] == "train":

@@ -21,7 +21,7 @@ from typing import IO
 
 from ouro.data.shards import KINDS, check_files, check_unread
 from ouro.data.thai import trim
-from ouro.files import ROOT, UserError, from_json, nearest, read_yaml
+from ouro.files import ROOT, UserError, file_sha256, from_json, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, Settings
 
 import pyarrow as pa
@@ -142,11 +142,8 @@ class Source:
         """The commit, or for a local copy the SHA-256 of its files' contents."""
         if self.commit:
             return self.commit
-        digest = hashlib.sha256()
-        for file in dict.fromkeys(self.files["train"] + self.files["held_out"]):
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return f"sha256:{digest.hexdigest()}"
+        files = dict.fromkeys(self.files["train"] + self.files["held_out"])
+        return f"sha256:{hashlib.sha256(b''.join(bytes.fromhex(file_sha256(file)) for file in files)).hexdigest()}"
 
 
 def columns_of(entry: dict) -> list[str]:
@@ -366,8 +363,12 @@ def lines_of(file: IO[bytes], name: str) -> Iterator[bytes]:
 
 def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The objects of JSON Lines or of a JSON list. Errors as `read_file`."""
-    rows = ((where, parse_json(where, row) if isinstance(row, bytes) else row) for where, row in rows_of(name, lines))
-    yield from check_objects(rows, columns)
+    for where, row in rows_of(name, lines):
+        row = parse_json(where, row) if isinstance(row, bytes) else row
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+        check_columns(where, row, columns)
+        yield where, row
 
 
 def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
@@ -388,14 +389,6 @@ def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}, line {number}: an object over several lines; rows are one a line, or one JSON list")
     else:
         yield from ((f"{name}, line {n}", line) for n, line in chain([(number, first)], numbered) if line.strip())
-
-
-def check_objects(rows: Iterable[tuple[str, object]], columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-        check_columns(where, row, columns)
-        yield where, row
 
 
 def parse_json(where: str, text: bytes | bytearray) -> object:
@@ -527,12 +520,9 @@ def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
         try:
             for file in benchmark_files(specs[name]):
                 rows = read_benchmark(name, specs[name], settings.paths.get(name), file)
-                items += [
-                    (f"{name}, {Path(file).name}, item {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)
-                ]
+                place = f"{name}, {Path(file).name}, item"
+                items += [(f"{place} {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)]
         except UserError as error:
-            raise UserError(
-                f"{error}\n{name} is needed to find training rows that repeat its items; --overlap names fewer "
-                "benchmarks, --overlap none does without the check"
-            ) from None
+            needed = f"{name} is needed to find training rows that repeat its items"
+            raise UserError(f"{error}\n{needed}; --overlap names fewer benchmarks, or none") from None
     return items
