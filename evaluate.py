@@ -85,6 +85,13 @@ def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
     """
     if weights.looped:
         return asked or [1, 2, 3, 4]
+    if told := weights.served_depth:
+        if asked not in (None, [told]):
+            raise UserError(
+                f"{weights.path} at {weights.endpoint} answers at depth {told}: leave --ut_steps out; "
+                "make serve UT=… serves another depth"
+            )
+        return [told]
     if weights.endpoint and (asked is None or len(asked) > 1):
         raise UserError(
             f"{weights.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "

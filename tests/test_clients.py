@@ -37,6 +37,7 @@ TABLE = ROOT / "docs/clients.md"
 PINNED = f"transformers-{transformers.__version__}"  # beside .venv's torch, as the others
 BUILT = (PINNED, "transformers-4.57.6", "transformers-5.24.0", "vllm-0.32.0")  # by tests/peers.sh
 NANO, DEPTH, EXP = "sample/ouro-nano", 2, "exp3a-wangchan-ut2"
+SERVED = f"{EXP}:{DEPTH}"  # its name there
 TEXTS = ["The mountain is high and", "She took the book and went to", "จงบอกชื่อ"]
 ran: dict[tuple[str, str], str] = {}  # (client, version) -> what works
 
@@ -116,6 +117,8 @@ with torch.no_grad():
         "chat": tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False,
                                               add_generation_prompt=True),
     }
+    exec(sys.argv[5])
+    told["reply"] = reply[0, prompt.input_ids.shape[1] :].tolist()
     exec(block)
     told["lora"] = model.float().eval()(ids).logits.tolist()
 print("RESULT", json.dumps(told))
@@ -131,10 +134,13 @@ def test_a_merged_folder_and_an_adapter_run_in_another_version_of_transformers(n
     (block,) = re.findall("```python\n(.*?)```", card.card(EXP, settings, adapter), re.DOTALL)
     block = block.replace('"ouro-nano"', repr(str(ROOT / NANO))).replace('"PLACE")\n', f"{str(run / 'merged')!r})\n", 1)
     block = block.replace('"PLACE"', repr(str(adapter)))
+    (use,) = re.findall("```python\n(.*?)```", (run / "merged/README.md").read_text(encoding="utf-8"), re.DOTALL)
+    use = use.replace("PLACE", str(run / "merged"))
     path = {"PYTHONPATH": str(place), "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", IN_TRANSFORMERS, run / "merged", adapter, block, json.dumps(TEXTS)]
+    command = [sys.executable, "-c", IN_TRANSFORMERS, run / "merged", adapter, block, json.dumps(TEXTS), use]
     told = result(command, **path)
     assert told["version"] == name.partition("-")[2] and told["code"].startswith("transformers_modules.")
+    assert told["reply"], "by the merged folder's card"
     for kind, model in ours.items():
         assert_close(Tensor(told[kind]), model(input_ids=torch.tensor(told["ids"])).logits, 1e-4, kind)
     assert told["cached"] == told["uncached"] and told["beams"] == told["uncached beams"] != told["cached"]
@@ -211,9 +217,9 @@ def test_vllm_with_the_plugin_answers_as_we_do_merged_and_by_lora_at_every_depth
     ran["vLLM (CPU), with the plugin", told["version"]] = "merged folder and LoRA at depths 1 to 4"
 
 
-@pytest.fixture(scope="module")
-def served(run, tmp_path_factory):
-    """The address of what `make serve` prints for the merged model, run as it is printed."""
+@pytest.fixture(scope="module", params=["adapter", "merged folder"])
+def served(request, run, tmp_path_factory):
+    """The address of what `make serve` prints for the adapter or the merged model, run as it is printed."""
     place, address = environment(BUILT[-1]), port()
     folder = tmp_path_factory.mktemp("served")
     kept = {"PATH": f"{place}/bin:{os.environ['PATH']}", "HF_HOME": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -221,7 +227,8 @@ def served(run, tmp_path_factory):
     exported = subprocess.run(
         [sys.executable, "tools/export.py", "serve", "--config", "tests/smoke.yaml", "--exp", EXP, "--output_dir",
          run.parent], capture_output=True, text=True, check=True)  # fmt: skip
-    command = exported.stdout[exported.stdout.index("# The merged model") :].partition("\n")[2].strip()
+    _, adapter, merged = re.split("# The .*clients ask.*\n", exported.stdout)
+    command = (adapter if request.param == "adapter" else merged).strip()
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(["bash", "-c", f"{command} --port {address}"], stdout=log, stderr=log,
                                   env=os.environ | kept, start_new_session=True)  # fmt: skip
@@ -233,29 +240,46 @@ def served(run, tmp_path_factory):
             break
         except OSError:
             time.sleep(1)
-    yield f"http://127.0.0.1:{address}/v1"
+    yield request.param, f"http://127.0.0.1:{address}/v1"
     os.killpg(server.pid, signal.SIGTERM)
     server.wait(PATIENCE)
 
 
-def test_a_live_server_is_scored_and_judges_and_what_is_too_long_for_it_is_left_out(served, run, tmp_path):
+def test_a_live_server_replies_as_we_do(served, ours):
+    kind, address = served
+    for text in TEXTS:
+        prompt = prompt_tokens([{"role": "user", "content": text}], load_tokenizer(NANO))
+        asked = {"model": SERVED, "prompt": prompt, "temperature": 0, "max_tokens": 16, "prompt_logprobs": 0}
+        body = json.dumps(asked | {"return_token_ids": True}).encode()
+        wanted = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(wanted, timeout=PATIENCE) as answer:
+            (choice,) = json.load(answer)["choices"]
+        logprobs = [next(iter(one.values()))["logprob"] for one in choice["prompt_logprobs"][1:]]
+        near, behind = distance(
+            ours["lora" if kind == "adapter" else "merged"], prompt, choice["token_ids"], logprobs, DEPTH
+        )
+        assert near < 0.05 and behind < 0.2
+
+
+def test_a_live_server_is_scored_and_judges_and_what_is_too_long_for_it_is_left_out(served, tmp_path):
+    kind, address = served
     questions = json.loads((ROOT / "sample/mt_bench_thai/mt_bench_thai_full.json").read_text(encoding="utf-8"))[:2]
     questions[1]["turns"][0] = "a b c d e f " * 3000  # more tokens than the server takes
     (tmp_path / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-    command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--endpoint", served, "--ut_steps",
-               str(DEPTH), "--tasks", "mt_bench_thai", "--paths", f"mt_bench_thai={tmp_path}/questions.json",
+    command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--endpoint", address,
+               "--tasks", "mt_bench_thai", "--paths", f"mt_bench_thai={tmp_path}/questions.json",
                "--max_new_tokens", "16", "--results_dir", str(tmp_path)]  # fmt: skip
-    judge = {"JUDGE_BASE_URL": served, "JUDGE_MODEL": EXP}
+    judge = {"JUDGE_BASE_URL": address, "JUDGE_MODEL": SERVED, "ENDPOINT_MODEL": SERVED}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | judge, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
-    (file,) = tmp_path.glob("baseline-*/mt_bench_thai-ut2.items.jsonl")
+    file = tmp_path / f"baseline-{EXP}/mt_bench_thai-ut{DEPTH}.items.jsonl"
     first, second = read_jsonl(file)
     assert all(turn["reply"] and turn["judgement"] for turn in first["turns"])
     assert [turn["end"].startswith("refused") for turn in second["turns"]] == [True, True]
     study = json.loads(file.with_name("mt_bench_thai-ut2.json").read_text())["study"]
     assert study["refused"] == 2 and "left out" in done.stderr
-    ran["`evaluate.py --endpoint` and judge, on vLLM", BUILT[-1].partition("-")[2]] = (
-        "what `make serve` prints; prompts that are too long are left out and counted"
+    ran[f"vLLM over HTTP, by `make serve`: {kind}", BUILT[-1].partition("-")[2]] = (
+        "replies, log-probabilities; `evaluate.py --endpoint` and judge; too long prompts are left out and counted"
     )
 
 

@@ -395,11 +395,11 @@ def test_the_card_holds_the_scores_of_this_adapter_at_its_depth_and_where_the_ro
     dataset = {"name": "thai_exam", "type": "scb10x/thai_exam", "split": "test", "revision": "e" * 40}
     assert result["dataset"] == dataset and result["metrics"][0]["value"] == 0.25
     assert sorted(name for name in files if "/" in name) == [
-        ".eval_results/thai_exam.yaml", "results/results_thai_exam-ut3.json"]  # fmt: skip
+        ".eval_results/thai_exam.yaml", "results/results_thai_exam_ut3.json"]  # fmt: skip
     (score,) = yaml.safe_load(files[".eval_results/thai_exam.yaml"])
     assert score["dataset"] == {"id": "scb10x/thai_exam", "task_id": "thai_exam", "revision": "e" * 40}
     assert score["value"] == 0.25
-    assert score["source"]["url"] == f"{hub.url}/somchai/scored/blob/main/results/results_thai_exam-ut3.json"
+    assert score["source"]["url"] == f"{hub.url}/somchai/scored/blob/main/results/results_thai_exam_ut3.json"
 
 
 def test_what_the_hub_refuses_is_one_message(push, hub, run, monkeypatch):
@@ -447,17 +447,19 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path, 
     assert json.loads(option(arguments, "--hf-overrides")) == {"total_ut_steps": 3}
     assert option(arguments, "--dtype") == "bfloat16" and option(arguments, "--max-model-len") == "8192"
     assert "--enable-lora" in arguments and option(arguments, "--max-lora-rank") == "16", "12 is no rank of vLLM's"
-    assert option(arguments, "--lora-modules") == f"{RSLORA}={folder / 'final_adapter'}"
+    assert option(arguments, "--lora-modules") == f"{RSLORA}:3={folder / 'final_adapter'}"
+    assert option(arguments, "--served-model-name") == f"{BASE}:3"
     generation = json.loads((Path(option(arguments, "--generation-config")) / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2]
     # K and V of 4 layers, 2 heads of 64, 2 bytes: 2048 bytes a loop
     assert "0.00586 MiB a token at depth 3, 0.0469 GiB for 8192 tokens" in printed
     deeper = export("serve", RSLORA, "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper)[0], "--hf-overrides")) == {"total_ut_steps": 4}
+    assert f"clients ask for model '{RSLORA}:4'" in deeper
     (tmp_path / "seed1").mkdir()
     moved = folder.rename(tmp_path / "seed1" / RSLORA)  # as a sweep with SEEDS has it
     (arguments,) = commands(export("serve", f"seed1/{RSLORA}"))
-    assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}={moved / 'final_adapter'}"
+    assert option(arguments, "--lora-modules") == f"seed1/{RSLORA}:3={moved / 'final_adapter'}"
 
 
 def test_vllm_serves_the_merged_model_too(export, run):
@@ -466,8 +468,8 @@ def test_vllm_serves_the_merged_model_too(export, run):
     printed = export("serve", NF4)
     adapter, merged = commands(printed)
     assert "trained beside nf4 weights" in printed
-    assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}=/")
-    assert merged[:2] == ["serve", str(folder / "merged")] and option(merged, "--served-model-name") == NF4
+    assert "--revision" not in adapter and option(adapter, "--lora-modules").startswith(f"{NF4}:1=/")
+    assert merged[:2] == ["serve", str(folder / "merged")] and option(merged, "--served-model-name") == f"{NF4}:1"
     assert "--enable-lora" not in merged
     assert json.loads(option(merged, "--hf-overrides")) == {"total_ut_steps": 1}
 

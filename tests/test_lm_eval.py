@@ -10,7 +10,6 @@ from pathlib import Path
 from ouro.evaluate import results, tasks
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.settings import Settings
-from tools import card
 
 import pytest
 import torch
@@ -118,16 +117,14 @@ def test_every_text_has_their_log_likelihood(ours, theirs, two_tasks):
     assert theirs["results"]["text"]["bits_per_byte,none"] == pytest.approx(bits / size, rel=1e-5)
 
 
-def test_their_tables_are_made_from_our_files(ours, two_tasks, tmp_path):
+def test_their_finder_finds_our_files_and_their_tables_are_made_from_them(ours, two_tasks, tmp_path):
     peers()
     task = two_tasks[0]
     study = {"metric": "accuracy", "higher_is_better": True, "limit": None, "total_ut_steps": DEPTH,
              "prompt_sha256": "0"}  # fmt: skip
     study |= {"task": task.name, "model": "sample/ouro-tiny", "model_revision": None, "precision": "fp32"}
     write = results.content(task, study | ours[0].numbers, True)
-    file = tmp_path / card.path_in_repository("thai_exam-leaderboard-ut2.json")  # as a push uploads it
-    file.parent.mkdir()
-    file.write_text(json.dumps(write))
+    results.save(tmp_path / "results/seed0/exp2/thai_exam-leaderboard-ut2.json", write, ours[0].lines)
     program = (
         "import glob, json\nfrom lm_eval.utils import get_results_filenames, make_table\n"
         "(file,) = get_results_filenames(glob.glob('**/*', recursive=True))\n"

@@ -681,7 +681,7 @@ def test_a_published_score_stands_beside_ours_in_its_unit_and_its_mean_at_its_ow
         fabricate.write_result(tmp_path / "results", block, values, np.full(10, 100) if task == "thai_text" else None)
     write_report(tmp_path, "--csv")
     rows = [[*row.values()] for row in table(tmp_path, "baselines")]
-    assert sorted((row[1], row[4], row[5].split()[0], *row[6:]) for row in rows) == [
+    assert sorted((row[2], row[5], row[6].split()[0], *row[7:]) for row in rows) == [
         ("belebele_thai", "micro", "60.0", "–", "accuracy, %", "–", "–"),
         ("mt_bench_thai", "macro", "4.75", "6.1", "rating, 1 to 10", "zero-shot", "card 6.1"),
         ("thai_exam", "macro", "75.0", "44.53", "accuracy, %", "zero-shot", "card 0.4453"),

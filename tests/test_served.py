@@ -12,6 +12,8 @@ from ouro.evaluate.models import ModelUnderTest
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.tasks import load_task
 from ouro.files import UserError
+from ouro.verdict import tables as report_tables
+from ouro.verdict.study import Reader
 
 import pytest
 from fake_openai import FAULTS
@@ -124,7 +126,7 @@ def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, mod
     assert study["kind"] == "baseline" and study["items"] == len(lines) > 1
     assert all(line["resps"][0][0] == f"คำตอบคือ ({line['prediction']})" for line in lines)
     assert study["value"] == sum(line["prediction"] == line["gold"] for line in lines) / len(lines)
-    whole = {file: file.read_bytes() for file in folder.glob("[!.]*ut1*")}
+    whole = {file: file.read_bytes() for file in folder.glob("[!.]*-ut1*")}
     evaluated(*command, "--again")
     assert len(model.bodies) == 2 * posts
     assert all(
@@ -139,6 +141,25 @@ def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, mod
         evaluated(*("thai_exam" if part == "openthaieval,mt_bench_thai" else part for part in command))
     with pytest.raises(UserError, match="answers at one depth and does not say which: name it by --ut_steps"):
         evaluated(*("1,2" if part == 1 else part for part in command))
+
+
+def test_results_of_a_served_run_have_the_depth_that_the_server_tells(model, tmp_path, evaluated, monkeypatch):
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
+    model.answer = lambda messages: "คำตอบคือ (1)"
+    command = ["--endpoint", model.url, "--tasks", "openthaieval", "--limit", 1]
+    for depth in (2, 4):
+        model.models = [{"id": f"seed0/exp2:{depth}", "owned_by": "vllm"}]
+        evaluated(*command)
+    files = sorted((tmp_path / "baseline-seed0--exp2").glob("*-ut?.json"))
+    assert [json.loads(file.read_text())["study"]["total_ut_steps"] for file in files] == [2, 4]
+    with pytest.raises(UserError, match="answers at depth 4: leave --ut_steps out"):
+        evaluated(*command, "--ut_steps", 2)
+    evaluated(*command, "--ut_steps", 4)
+    rows = report_tables.baseline_rows(Reader(tmp_path, tmp_path).results)
+    assert [row["read at"][1] for row in rows] == ["2", "4"]
+    model.models = [{"id": "a:4", "owned_by": "library"}]
+    with pytest.raises(UserError, match="does not say which: name it by --ut_steps"):
+        evaluated(*command)
 
 
 def test_the_command_needs_a_judge_only_for_what_is_not_rated(server, tmp_path, monkeypatch, evaluated):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ouro.evaluate.benchmarks import table
-from ouro.evaluate.results import read_study
+from ouro.evaluate.results import harness_name, read_study
 from ouro.files import read_json, read_yaml
 from ouro.settings import DATASETS, REVISIONS, Settings
 
@@ -26,12 +26,21 @@ USE_MERGED = """
 `modeling_ouro.py` in this folder is the model, since transformers has no Ouro. PLACE is this folder or repository.
 `trust_remote_code` runs that file: read it first, or leave the option out and `import modeling_ouro` before.
 
-* **transformers** ({transformers}):
-  `AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")`
 * **lm-evaluation-harness** ({lm-eval}):
   `lm_eval --model hf --model_args pretrained=PLACE,trust_remote_code=True,dtype=bfloat16 --tasks …`
 * **vLLM** ({vLLM}): `pip install {wheel}`, a plugin that is in this folder, then
-  `vllm serve PLACE`; at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
+  `vllm serve PLACE --max-model-len 8192`; at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
+* **transformers** ({transformers}):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("PLACE")
+model = AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")
+chat = [{{"role": "user", "content": "สวัสดี"}}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+reply = model.generate(**prompt, max_new_tokens=100)
+print(tokenizer.decode(reply[0, prompt.input_ids.shape[1]:]))
+```
 """
 USE_ADAPTER = """
 ## How it is applied
@@ -88,7 +97,7 @@ def conditions(study: dict) -> str:
 
 def path_in_repository(result: str) -> str:
     """Where a push puts a result file: under the name by which lm-evaluation-harness finds it."""
-    return f"results/results_{result}"
+    return f"results/{harness_name(result)}"
 
 
 def source(result: str, repo: str) -> dict[str, str]:

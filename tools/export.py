@@ -287,6 +287,7 @@ def serve(run: Resolved) -> None:
     if unservable and not merged.exists():
         raise UserError(f"vLLM cannot serve adapters with {unservable}: make merge EXP={run.run}, then it serves that")
 
+    asked = f"{run.run}:{loops}"  # by which evaluate.py knows the depth: vLLM tells its clients names alone
     length = min(max(SERVED, trained.max_length), config.max_position_embeddings)
     slot = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim / 2**20  # K and V, 2 bytes
     with torch.device("meta"):
@@ -299,18 +300,19 @@ def serve(run: Resolved) -> None:
         place = str(Path(name).resolve()) if Path(name).exists() else name
         if (kept := frozen_kind(trained)) not in EXACT:
             print(f"# The adapter was trained beside {kept} weights; here it stands beside bf16 ones: nearly the same.")
-        print(f"# The adapter; clients ask for model {run.run!r} ({place!r}: the base at this depth).")
+        print(f"# The adapter; clients ask for model {asked!r} ({f'{place}:{loops}'!r}: the base at this depth).")
         options = (
             f"--generation-config {shlex.quote(str(folder.resolve()))}",
             f"--enable-lora --max-lora-rank {rank}",
-            f"--lora-modules {shlex.quote(f'{run.run}={adapter.resolve()}')}",
+            f"--served-model-name {shlex.quote(f'{place}:{loops}')}",
+            f"--lora-modules {shlex.quote(f'{asked}={adapter.resolve()}')}",
         )
         last = command(place, loops, length, *options, revision=revision)
         print(last)
     if merged.exists():
         model = str(whole(merged, f"rm -r {shlex.quote(str(merged))}, and merge again").resolve())
-        print(f"# The merged model; clients ask for model {run.run!r}.")
-        last = command(model, loops, length, f"--served-model-name {shlex.quote(run.run)}")
+        print(f"# The merged model; clients ask for model {asked!r}.")
+        last = command(model, loops, length, f"--served-model-name {shlex.quote(asked)}")
         print(last, flush=True)
     if run.options.run:
         if not shutil.which("vllm"):

@@ -169,6 +169,15 @@ class Server:
                     for n, one in enumerate(told)]  # fmt: skip
         return digest([self.url, self.model, *(told or [{}])])[:12]
 
+    def depth(self) -> int | None:
+        """The depth that vLLM answers at, which is told by the name that `make serve` gives: RUN:4. Errors as
+        `complete`."""
+        with contextlib.suppress(NotListed):
+            told = self._told()
+            if told and told[0].get("owned_by") == "vllm" and (found := re.search(r":([1-9]\d*)$", self.model)):
+                return int(found[1])
+        return None
+
     def _told(self) -> list[dict]:
         """The list's entry of the model, and of those it is an adapter of; where its name is not in the list, as with
         llama.cpp, which answers to any, that of the only one listed."""

@@ -78,6 +78,7 @@ class Weights:
     double_quant: bool = True
     looped: bool = True
     endpoint: str | None = None  # address of a server that has it loaded
+    served_depth: int | None = None  # where the server tells
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.looped:
@@ -137,8 +138,11 @@ def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]
         raise UserError("give one of --exp, --adapter, --model, --base and --endpoint")
     if options.endpoint:
         server = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt)
-        name = server.model
-        weights = Weights(name, server.identity(), "served", looped=False, endpoint=options.endpoint)
+        name, depth = server.model, server.depth()
+        weights = Weights(
+            name, server.identity(), "served", looped=False, endpoint=options.endpoint, served_depth=depth
+        )
+        name = name.removesuffix(f":{depth}")  # which the names of its results say
         return weights, s, [ModelUnderTest(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:
         return find_baseline(options.model, s)

@@ -1,9 +1,11 @@
 """Result files: what stands in them, and how they are written and read. No torch in here: judge.py needs none.
 
 RESULTS_DIR/<run>/<task>-ut<depth>.json has lm-evaluation-harness's shape and a block "study" of ours; beside it
-<task>-ut<depth>.items.jsonl has a line an item, and manifest.json what each task took.
+<task>-ut<depth>.items.jsonl has a line an item, and manifest.json what each task took. results_<task>_ut<depth>.json is
+a link to the first, under a name that lm-evaluation-harness's own finder knows.
 """
 
+import contextlib
 import json
 import tempfile
 from datetime import UTC, datetime
@@ -57,6 +59,11 @@ def result_file(results: Path, run: str, task: str, depth: int) -> Path:
     return results / run / f"{task}-ut{depth}.json"
 
 
+def harness_name(file: str) -> str:
+    """By which lm-evaluation-harness finds a result file; the report, which looks for "-ut", does not."""
+    return f"results_{file.replace('-ut', '_ut')}"
+
+
 def cache_of(file: Path) -> Path:
     """Where the replies and judgements of a result are kept as they come."""
     return file.with_name(f".{file.stem}.cache.jsonl")
@@ -100,6 +107,8 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
             write_json(file, meanwhile)
         write_atomic(file.with_suffix(".items.jsonl"), text)
         write_json(file, content)  # last: its presence says that the items are there
+        with contextlib.suppress(OSError):  # it is there already, or the file system has no links
+            file.with_name(harness_name(file.name)).symlink_to(file.name)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 

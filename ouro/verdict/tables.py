@@ -285,6 +285,7 @@ def baseline_rows(results: Iterable[Result]) -> Rows:
             mean = row.get("mean", study.get("mean", "micro"))
             yield {
                 "model": study["run"],
+                "read at": number_cell(study["total_ut_steps"], "d"),
                 "benchmark": study["task"],
                 "protocol": str(study["protocol"]),
                 "items": number_cell(study["items"]),
