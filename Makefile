@@ -31,6 +31,10 @@ ifneq ($(UNKNOWN),)
 $(error make $(GOALS) does not take $(UNKNOWN). It takes $(or $(sort $(TAKEN)),nothing)$(if $(filter ARGS,$(TAKEN)), (settings: ARGS="--learning_rate 1e-4")))
 endif
 
+ifeq ($(value EXP),smoke)  # what `make smoke` trained and scored
+export CONFIG ?= configs/smoke.yaml
+export RESULTS_DIR ?= results/make-smoke
+endif
 train eval eval-baselines chat merge push serve data-report fetch preflight: export CONFIG ?= configs/default.yaml
 cluster-sweep bench: export CONFIG ?= configs/a100.yaml
 smoke: export CONFIG ?= configs/smoke.yaml
@@ -65,9 +69,13 @@ help:  ## print this list
 env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to repeat
 	@$(ENV)
 
+SMOKE = --output_dir "$${OUTPUT_DIR:-output/smoke}" --results_dir "$${RESULTS_DIR:-results/make-smoke}"
+
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones) [ARGS="…"]
-	@$(PY) train_qlora.py --output_dir output/smoke --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
-	@$(PY) evaluate.py --output_dir output/smoke --results_dir results/make-smoke --limit 3 $(MORE)
+	@rm -rf results/make-smoke
+	@$(PY) train_qlora.py $(SMOKE) --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
+	@$(PY) evaluate.py $(SMOKE) --limit 3 $(MORE)
+	@echo "next: make report EXP=smoke, make chat EXP=smoke, make merge EXP=smoke; or make demo: the whole study in miniature"
 
 demo: env  ## the whole study in miniature, on CPUs, with DEMO_SEEDS=1 in a third of the time [ARGS="…"]
 	@$(PY) tools/demo.py $(MORE)
@@ -84,11 +92,11 @@ eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL
 	for model; do $(PY) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
-report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
-	@$(PY) report.py --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
+report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. EXP=smoke CONFIG=… OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
+	@$(if $(filter-out smoke,$(value EXP)),$(error report reads all runs: leave EXP out (EXP=smoke: what make smoke left)))$(PY) report.py --out "$${OUT:-.}" $(MORE)
 
 power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
-	@$(PY) report.py --power --out "$${OUT:-.}" $${RESULTS_DIR:+--results_dir "$$RESULTS_DIR"} $(MORE)
+	@$(PY) report.py --power --out "$${OUT:-.}" $(MORE)
 
 chat: env  ## talk to a trained experiment, at any depth: make chat EXP=exp2-wangchan-ut1 [CONFIG=… ARGS="…"]
 	@$(need-exp)$(PY) tools/chat.py --exp "$$EXP" $(MORE)

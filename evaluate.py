@@ -25,7 +25,7 @@ from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
 from ouro.files import UserError, call, file_sha256, place
 from ouro.model.cost import forward_flops
-from ouro.model.loading import model_files, read_config
+from ouro.model.loading import model_files, read_config, warn_of_depth
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train.run_folder import check_base
 
@@ -84,6 +84,8 @@ def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
         UserError: they are not of this model: one that does not loop has one, and so has a served one.
     """
     if weights.looped:
+        if asked:
+            warn_of_depth(asked[-1], read_config(weights.path, weights.revision).total_ut_steps)
         return asked or [1, 2, 3, 4]
     if told := weights.served_depth:
         if asked not in (None, [told]):

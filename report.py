@@ -15,10 +15,11 @@ The same inputs give the same bytes. What could not be used is listed in the rep
 import argparse
 import json
 import os
+import shlex
 import textwrap
 from pathlib import Path
 
-from ouro.files import UserError, call, place, printable, write_atomic, write_json
+from ouro.files import UserError, call, place, printable, read_yaml, write_atomic, write_json
 from ouro.settings import resolve
 from ouro.verdict.compare import compare
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
@@ -63,6 +64,15 @@ def print_power(found: dict[Key, Panel], out: Path) -> None:
     print(f"\nthe curves of Thai text: {out / 'power.png'}")
 
 
+def elsewhere(output: Path) -> str:
+    """Of the folders in OUTPUT_DIR that hold runs, the commands that report on them."""
+    found: dict[str, str] = {}
+    for file in sorted([*output.glob("*/*/config.yaml"), *output.glob("*/seed*/*/config.yaml")]):
+        folder = output / file.relative_to(output).parts[0]
+        found.setdefault(shlex.quote(str(folder)), shlex.quote(read_yaml(file)["results_dir"]))
+    return "".join(f"\n  make report OUTPUT_DIR={runs} RESULTS_DIR={scores}" for runs, scores in found.items())
+
+
 def main() -> None:
     run = resolve(__doc__, add_options=options)
     out = Path(run.options.out)
@@ -71,6 +81,8 @@ def main() -> None:
     if not any(place.is_dir() for place in places) and not run.options.power:
         raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
     reader = Reader(*places)
+    if not reader.runs and not reader.results and (others := elsewhere(places[0])):
+        print(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for{others}\n")
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return

@@ -25,8 +25,8 @@ from ouro.data.report import print_report, save_report
 from ouro.data.sources import entry_of
 from ouro.evaluate.benchmarks import table, task_names
 from ouro.files import UserError, call, explain, read_json, write_json
-from ouro.model.cost import Memory, matrix_rate
-from ouro.model.loading import load_tokenizer
+from ouro.model.cost import Memory, matrix_rate, sizes
+from ouro.model.loading import load_tokenizer, warn_of_depth
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train import processes
 from ouro.train.build import build, check_frozen
@@ -69,10 +69,14 @@ def check(run: Resolved, folder: Path) -> tuple[str | int, SFTConfig]:
 
 
 def print_settings(run: Resolved, folder: Path, device: str | int) -> None:
+    s = run.settings
     print0(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
-    for name, value in vars(run.settings).items():
+    given = {name: value for name, value in vars(s).items() if run.origins[name] != "default"}
+    for name, value in given.items():
         print0(f"  {name:<28} {str(value):<32} {run.origins[name]}")
-    for line in unused(run.settings, device):
+    print0(f"  the other {len(vars(s)) - len(given)} settings are defaults; all stand in config.yaml there")
+    warn_of_depth(s.total_ut_steps, sizes(s).total_ut_steps)
+    for line in unused(s, device):
         print0(line)
 
 

@@ -80,8 +80,9 @@ def spreadsheet(text: str) -> str:
 
 
 def nearest(name: str, known) -> str:
-    """ "; did you mean 'x'?" for a typing error, else the names there are."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """ "; did you mean 'x'?" for a typing error, or for initials (lr); else the names there are."""
+    close = [x for x in known if len(name) > 1 and name == "".join(word[:1] for word in x.split("_"))]
+    close += difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 

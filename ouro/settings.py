@@ -4,7 +4,7 @@
     python -m ouro.settings        # all of them as a Markdown table, for docs/
 
 Order, the later one wins: the defaults below, the --config file, the experiment's row in configs/experiments.yaml, the
-environment (CONFIG, OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS), the command line. Names are those of TRL's SFTConfig and
+environment (CONFIG and those of FROM_ENVIRONMENT), the command line. Names are those of TRL's SFTConfig and
 PEFT's LoraConfig wherever the setting exists there. A key or an option that is given twice is refused; ARGS of make may
 repeat one that make gives.
 """
@@ -32,7 +32,7 @@ EXPERIMENTS, STUDIES = CONFIGS / "experiments.yaml", CONFIGS / "studies.yaml"
 DATASETS, EVALS = CONFIGS / "datasets.yaml", CONFIGS / "evals.yaml"
 TUNED = "tuned"  # a learning rate that is chosen among runs
 PLACES = ("model_name_or_path", "dataset_path", "paths", "cache_dir", "output_dir", "results_dir")
-FROM_ENVIRONMENT = ("output_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, REPORT_TO, TOTAL_UT_STEPS
+FROM_ENVIRONMENT = ("output_dir", "results_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, RESULTS_DIR, …
 
 
 LIMITS = {"at_least": -math.inf, "at_most": math.inf, "but_not": None, "one_of": (), "or_number": False}
@@ -279,7 +279,8 @@ def resolve(
 ) -> Resolved:
     """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
 
-    several: --exp may name several runs, comma-separated, also seed0/NAME; then no experiment's row is applied.
+    several: --exp may name several runs, comma-separated, then no experiment's row is applied; also seed0/NAME, and
+    any run that is in OUTPUT_DIR.
     Raises UserError: an unknown setting (naming the nearest one), a value that does not fit, a missing file, an unknown
     experiment (listing those there are)."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -303,18 +304,9 @@ def resolve(
     sources: list[tuple[str, dict]] = []
     if config:
         sources.append((config, read_yaml(config)))
-    if options.exp:
-        experiments = read_yaml(EXPERIMENTS)
-        names = options.exp.split(",") if several else [options.exp]
-        for name in names:
-            row = name.rpartition("/")[2] if several else name
-            if row not in experiments:
-                close = nearest(row, experiments).partition("; known")[0]
-                raise UserError(
-                    f"unknown experiment {name!r}{close}\nconfigs/experiments.yaml holds: {', '.join(experiments)}"
-                )
-        if len(names) == 1:
-            sources.append((f"experiment {options.exp}", experiments[row]))
+    experiments = read_yaml(EXPERIMENTS) if options.exp else {}
+    if row := experiments.get(options.exp.rpartition("/")[2] if several else options.exp) if options.exp else None:
+        sources.append((f"experiment {options.exp}", row))
     sources += [
         (f"environment {name.upper()}", {name: os.environ[name.upper()]})
         for name in FROM_ENVIRONMENT
@@ -343,8 +335,31 @@ def resolve(
         if not several:
             chosen = tuned_rate(Settings(**values), read_yaml(EXPERIMENTS))
             values["learning_rate"], origins["learning_rate"] = chosen
-    run = options.exp or (Path(config).stem if config else "run")
-    return Resolved(Settings(**values), origins, run, config, options)
+    own, s = Path(config).stem if config else "run", Settings(**values)
+    if options.exp:
+        check_experiments(options.exp.split(",") if several else [options.exp], {*experiments, own}, s, several)
+    return Resolved(s, origins, options.exp or own, config, options)
+
+
+def runs_in(folder: Path) -> list[str]:
+    """The runs that are there, as --exp names them: NAME, and seed0/NAME."""
+    files = [file for above in ("", "seed*/") for file in folder.glob(f"{above}*/config.yaml")]
+    return sorted(file.parent.relative_to(folder).as_posix() for file in files)
+
+
+def check_experiments(names: list[str], known: set[str], s: Settings, several: bool) -> None:
+    """Raises UserError for a name that is no experiment, nor, where `several`, that of a run in OUTPUT_DIR."""
+    there = runs_in(Path(s.output_dir)) if several else []
+    for name in names:
+        if (name.rpartition("/")[2] if several else name) in known or name in there:
+            continue
+        told = nearest(name.rpartition("/")[2], known)
+        if told.startswith("; known"):
+            rows = read_yaml(EXPERIMENTS)
+            plain = [exp for exp, row in rows.items() if "arm" not in row]
+            told = f"\nconfigs/experiments.yaml holds: {', '.join(plain)}, and {len(rows) - len(plain)} of other arms"
+        runs = f"\n{s.output_dir} holds: {', '.join(there)}" * bool(there)
+        raise UserError(f"unknown experiment {name!r}{told}{runs}")
 
 
 def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:

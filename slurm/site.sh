@@ -72,7 +72,12 @@ if [ -n "$IMAGE" ]; then
 fi
 
 # Our jobs that wait or run: job, state, reason, what it works on (as run_experiments.sh put it), folder of the clone.
-live_jobs() { if command -v squeue >/dev/null; then squeue --me -h -o $'%i\t%T\t%r\t%k\t%Z'; fi; }
+live_jobs() {
+  local said
+  if ! command -v squeue >/dev/null; then return; fi
+  { said=$(squeue --me -h -o $'%i\t%T\t%r\t%k\t%Z' 2>&1 >&3); } 3>&1 ||
+    fail "squeue is here, and no Slurm answers it ($(tail -n 1 <<<"$said")): type this on a cluster's login node"
+}
 
 # Whether Slurm would take a training job, for preflight, which may run where there is no sbatch.
 slurm_says() {

@@ -142,6 +142,7 @@ def main() -> None:
     sys.argv = ["report.py", *arguments, "--out", s.results_dir]
     report.main()
     print(f"{len(runs)} runs, {(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"next: open {s.results_dir}/report.html; make chat CONFIG={CONFIG} EXP={runs[0][0]}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ from ouro.files import (
     write_json,
 )
 from ouro.model import modeling_ouro
-from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config
+from ouro.model.cost import sizes
+from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config, warn_of_depth
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
 from ouro.train.run_folder import finished_run, whole
@@ -69,7 +70,9 @@ def base_revision(folder: Path, trained: Settings) -> str | None:
 
 def depth(run: Resolved, trained: Settings) -> int:
     asked = run.origins["total_ut_steps"] in ("command line", "environment TOTAL_UT_STEPS")
-    return (run.settings if asked else trained).total_ut_steps
+    loops = (run.settings if asked else trained).total_ut_steps
+    warn_of_depth(loops, sizes(trained).total_ut_steps)
+    return loops
 
 
 # ------------------------------------------------------------------------------------------------------------- merge
@@ -144,7 +147,7 @@ def merge(run: Resolved) -> None:
         ]:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
         remove_left(target)
-        print(f"{target} is there already")
+        print(f"{target} is there already; to write it anew: {remedy}")
         return
     model = merged_model(trained, adapter, revision, loops)
     megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6

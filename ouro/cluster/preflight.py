@@ -103,11 +103,11 @@ def check_memory(run: Resolved) -> str:
         raise UserError(
             f"{free / 1e9:.1f} GB for {processes} processes, {processes * MEMORY / 1e9:.0f} GB are needed: raise MEM"
         )
-    return f"{free / 1e9:.0f} GB"
+    return f"{free / 1e9:.0f} GB free, {processes * MEMORY / 1e9:.0f} GB needed"
 
 
 def check_disk(run: Resolved) -> str:
-    s, said = run.settings, []
+    s, room = run.settings, {}  # free bytes -> folders on that disk
     for name in ("output_dir", "results_dir", "cache_dir"):
         folder = Path(getattr(s, name)).absolute()
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -119,8 +119,9 @@ def check_disk(run: Resolved) -> str:
         free = shutil.disk_usage(there).free
         if free < DISK:
             raise UserError(f"{name} = {folder}: {free / 1e9:.1f} GB free, {DISK / 1e9:.0f} GB are needed")
-        said.append(f"{getattr(s, name)} {free / 1e9:.0f} GB")
-    return ", ".join(said)
+        room.setdefault(f"{free / 1e9:.0f} GB free", []).append(getattr(s, name))
+    needed = f"{DISK / 1e9:.0f} GB needed beside model and data"
+    return "; ".join(f"{', '.join(folders)}: {free}, {needed}" for free, folders in room.items())
 
 
 def on_hub(name: str, settings: Settings) -> Path | None:
@@ -197,21 +198,21 @@ def check_benchmarks(run: Resolved) -> str:
     from ouro.data.sources import benchmark_items
     from ouro.evaluate.benchmarks import load, table, task_names
 
-    s, specs, said = run.settings, table(), []
+    s, specs, said = run.settings, table(), {}
     absent = functools.cache(lambda name: on_hub(name, s) is None)  # several tasks may share a benchmark
     for name in [] if s.overlap in ("", "none") else s.overlap.split(","):
         if "hub_id" in specs["benchmarks"].get(name, {}) and name not in s.paths and absent(name):
-            said.append(f"{name} to be downloaded")
+            said[name] = "to be downloaded"
         else:
-            said.append(f"{name} {len(benchmark_items(replace(s, overlap=name)))} items")
+            said[name] = f"{len(benchmark_items(replace(s, overlap=name)))} items"
     for task in task_names(s.tasks, specs["tasks"]):
         spec = specs["tasks"][task]
         name = specs["benchmarks"][spec["benchmark"]].get("dataset", spec["benchmark"])
         if not {task, name} & s.paths.keys() and absent(name):
-            said.append(f"{task} to be downloaded")
+            said[task] = "to be downloaded"
         elif spec["protocol"] != "mt_bench":  # whose questions judge.py reads
-            said.append(f"{task} {len(load(task, s))} items")
-    return ", ".join(said)
+            said[task] = f"{len(load(task, s))} items"
+    return ", ".join(f"{name} {count}" for name, count in said.items())
 
 
 def check_logger(run: Resolved) -> str:

@@ -53,6 +53,11 @@ def loading(what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError
         raise UserError(f"cannot load {what}: {why[:400]}") from None
 
 
+def warn_of_depth(asked: int, known: int) -> None:
+    if asked > known:
+        print(f"warning: {asked} loops, and this model was made for {known}: deeper ones read worse in Ouro's paper")
+
+
 def read_config(path: str, revision: str | None) -> PretrainedConfig:
     """The config.json of a folder or Hub id, of any causal model.
 
