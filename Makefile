@@ -25,16 +25,17 @@ TAKEN := $(foreach goal,$(GOALS),$(patsubst $(goal)/%,%,$(filter $(goal)/%,$(TAK
 ifneq ($(filter fetch preflight cluster-sweep status logs cancel,$(GOALS)),)
 TAKEN += $(shell sed -n 's/^: "$${\([A-Z_]*\):=.*/\1/p' slurm/site.env.example)
 endif
+ifeq ($(value EXP),smoke)  # what `make smoke` trained and scored
+export CONFIG ?= configs/smoke.yaml
+export RESULTS_DIR ?= results/make-smoke
+TAKEN += $(if $(filter report,$(GOALS)),EXP)
+endif
 UNKNOWN := $(filter-out $(TAKEN) PYTHON PIXI_ENV ENV PY OUTPUT_DIR RESULTS_DIR REPORT_TO TOTAL_UT_STEPS TOKENIZERS_PARALLELISM \
   TMPDIR %_proxy %_PROXY $(addsuffix _%,HF JUDGE ENDPOINT WANDB CUDA NCCL OMP SBATCH SLURM TORCH),$(GIVEN))
 ifneq ($(UNKNOWN),)
 $(error make $(GOALS) does not take $(UNKNOWN). It takes $(or $(sort $(TAKEN)),nothing)$(if $(filter ARGS,$(TAKEN)), (settings: ARGS="--learning_rate 1e-4")))
 endif
 
-ifeq ($(value EXP),smoke)  # what `make smoke` trained and scored
-export CONFIG ?= configs/smoke.yaml
-export RESULTS_DIR ?= results/make-smoke
-endif
 train eval eval-baselines chat merge push serve data-report fetch preflight: export CONFIG ?= configs/default.yaml
 cluster-sweep bench: export CONFIG ?= configs/a100.yaml
 smoke: export CONFIG ?= configs/smoke.yaml
@@ -92,8 +93,8 @@ eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL
 	for model; do $(PY) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
-report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. EXP=smoke CONFIG=… OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
-	@$(if $(filter-out smoke,$(value EXP)),$(error report reads all runs: leave EXP out (EXP=smoke: what make smoke left)))$(PY) report.py --out "$${OUT:-.}" $(MORE)
+report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. CONFIG=… OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
+	@$(PY) report.py --out "$${OUT:-.}" $(MORE)
 
 power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
 	@$(PY) report.py --power --out "$${OUT:-.}" $(MORE)

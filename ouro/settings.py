@@ -337,7 +337,7 @@ def resolve(
             values["learning_rate"], origins["learning_rate"] = chosen
     own, s = Path(config).stem if config else "run", Settings(**values)
     if options.exp:
-        check_experiments(options.exp.split(",") if several else [options.exp], {*experiments, own}, s, several)
+        check_experiments(options.exp.split(",") if several else [options.exp], experiments, own, s, several)
     return Resolved(s, origins, options.exp or own, config, options)
 
 
@@ -347,15 +347,14 @@ def runs_in(folder: Path) -> list[str]:
     return sorted(file.parent.relative_to(folder).as_posix() for file in files)
 
 
-def check_experiments(names: list[str], known: set[str], s: Settings, several: bool) -> None:
-    """Raises UserError for a name that is no experiment, nor, where `several`, that of a run in OUTPUT_DIR."""
+def check_experiments(names: list[str], rows: dict, own: str, s: Settings, several: bool) -> None:
+    """Raises UserError for a name that is no experiment, not the config's own, nor, where `several`, a run's."""
     there = runs_in(Path(s.output_dir)) if several else []
     for name in names:
-        if (name.rpartition("/")[2] if several else name) in known or name in there:
+        if (name.rpartition("/")[2] if several else name) in (*rows, own) or name in there:
             continue
-        told = nearest(name.rpartition("/")[2], known)
+        told = nearest(name.rpartition("/")[2], rows)
         if told.startswith("; known"):
-            rows = read_yaml(EXPERIMENTS)
             plain = [exp for exp, row in rows.items() if "arm" not in row]
             told = f"\nconfigs/experiments.yaml holds: {', '.join(plain)}, and {len(rows) - len(plain)} of other arms"
         runs = f"\n{s.output_dir} holds: {', '.join(there)}" * bool(there)

@@ -44,7 +44,9 @@ def in_the_repository():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(TESTS.parent)
         for name in list(os.environ):
-            if name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS") or name.startswith(("SLURM_", "WANDB_")):
+            if name in ("CONFIG", "OUTPUT_DIR", "RESULTS_DIR", "REPORT_TO", "TOTAL_UT_STEPS") or name.startswith(
+                ("SLURM_", "WANDB_")
+            ):
                 patch.delenv(name)
         yield
     for number, handler in handlers.items():

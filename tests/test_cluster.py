@@ -249,7 +249,16 @@ def test_preflight_asks_slurm_whether_it_would_take_the_job(cluster, monkeypatch
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in ("CONFIG", "OUTPUT_DIR", "REPORT_TO", "TOTAL_UT_STEPS", "SLURM_JOB_ID", "SLURM_SAYS", "WANDB_API_KEY"):
+    for name in (
+        "CONFIG",
+        "OUTPUT_DIR",
+        "RESULTS_DIR",
+        "REPORT_TO",
+        "TOTAL_UT_STEPS",
+        "SLURM_JOB_ID",
+        "SLURM_SAYS",
+        "WANDB_API_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -318,7 +327,7 @@ def test_a_benchmark_that_several_tasks_share_is_asked_for_once(monkeypatch):
     real = resolved("--tasks", "thai_exam,thai_exam-helm,thai_text")
     real.settings.paths = {}
     told = preflight.check_benchmarks(real)
-    assert told.count("to be downloaded") == 4 and asked == ["thai_exam", "wangchan"]
+    assert told.count("to be downloaded") == 3 and asked == ["thai_exam", "wangchan"]
 
 
 def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path):
@@ -646,7 +655,7 @@ def test_the_shell_scripts_are_clean():
 @pytest.mark.parametrize("origin", ["command line", "environment"])
 def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
     """With a stand-in for the programs, which prints its arguments and what it reads from the environment."""
-    show = 'printf "<%s>" "$@" "$CONFIG" "$OUTPUT_DIR" "$DEMO_SEEDS"'
+    show = 'printf "<%s>" "$@" "$CONFIG" "$OUTPUT_DIR" "$RESULTS_DIR" "$DEMO_SEEDS"'
     path = [program(tmp_path / "bin" / name, show) for name in ("apptainer", "rsync")][0]
     program(tmp_path / "bin/squeue")
     env = {"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path), "IMAGE": "Makefile"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import report
 from ouro.evaluate.benchmarks import LANGUAGES
-from ouro.files import UserError
+from ouro.files import UserError, write_atomic
 from ouro.settings import ARMS, LEARNING
 from ouro.verdict import panels, plots, power, rule, stats, study, tables
 from ouro.verdict.panels import Key
@@ -527,6 +527,14 @@ def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
         "complete", "not finished: step 50 of 50", "no step logged", "failed: loss is not a number at step 10",
     ]  # fmt: skip
     write_report(tmp_path, figures=True)
+
+
+def test_where_nothing_is_the_folders_that_hold_runs_are_named(tmp_path):
+    for name in ("smoke/smoke", "demo/seed0/exp1"):
+        write_atomic(tmp_path / name / "config.yaml", f"results_dir: results/{name[:4]}")
+    assert report.elsewhere(tmp_path).split("\n  make report ")[1:] == [
+        f"OUTPUT_DIR={tmp_path}/{name} RESULTS_DIR=results/{name[:4]}" for name in ("demo", "smoke")
+    ]
 
 
 def test_nothing_at_all_is_an_error(tmp_path):

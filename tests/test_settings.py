@@ -37,9 +37,10 @@ def test_later_sources_win_and_origins_are_kept(tmp_path, monkeypatch):
     argv += ["--exp", "exp3a-wangchan-ut2"]
     assert resolve("", argv).settings.total_ut_steps == 2
     monkeypatch.setenv("TOTAL_UT_STEPS", "3")
+    monkeypatch.setenv("RESULTS_DIR", "scores")
     run = resolve("", [*argv, "--logging_steps", "5"])
     assert (run.settings.total_ut_steps, run.settings.logging_steps, run.settings.r, run.settings.seed) == (3, 5, 4, 7)
-    assert run.origins["total_ut_steps"] == "environment TOTAL_UT_STEPS"
+    assert run.origins["total_ut_steps"] == "environment TOTAL_UT_STEPS" and run.settings.results_dir == "scores"
     assert run.origins["logging_steps"] == "command line"
     assert run.origins["r"] == argv[1]
     assert run.origins["dataset"] == "experiment exp3a-wangchan-ut2"
@@ -184,6 +185,7 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         ("r: 16\n  x: [", [], "machine.yaml is not valid YAML: "),
         ("- r", [], "machine.yaml must hold 'setting: value' lines, found a list"),
         ("", ["--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean 'learning_rate'?"),
+        ("", ["--lr", "1e-4"], "unknown argument '--lr'; did you mean 'learning_rate'?"),
         ("", ["--r", "x"], "command line: r must be a whole number, got 'x'"),
         ("", ["--seed"], "command line: argument --seed: expected one argument"),
         ("", ["--config", "configs/nope.yaml"], "cannot read configs/nope.yaml: No such file"),
@@ -195,6 +197,20 @@ def test_a_mistake_is_named_with_its_place_and_cure(tmp_path, text, argv, expect
     with pytest.raises(UserError) as error:
         resolve("", [*([] if "--config" in argv else ["--config", config(tmp_path, text)]), *argv])
     assert expected in str(error.value)
+
+
+def test_a_run_that_is_there_can_be_named_and_is_listed(tmp_path):
+    for name in ("mine", "seed0/exp1-wangchan-ut4"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    place = ["--output_dir", str(tmp_path)]
+    assert resolve("", ["--exp", "mine", *place], several=True).run == "mine"
+    for several in (True, False):  # a config's own run
+        assert resolve("", ["--exp", "smoke", "--config", "configs/smoke.yaml"], several=several).run == "smoke"
+    with pytest.raises(UserError, match=f"\n{tmp_path} holds: mine, seed0/exp1-wangchan-ut4$"):
+        resolve("", ["--exp", "mein", *place], several=True)
+    with pytest.raises(UserError, match="unknown experiment 'mine'"):  # training needs a row
+        resolve("", ["--exp", "mine", *place])
 
 
 def test_values_are_read_alike_from_yaml_and_command_line():

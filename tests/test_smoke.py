@@ -124,7 +124,8 @@ def test_make_smoke_as_a_user_types_it(tmp_path):
     assert len(steps) == 10 and sum(steps[-3:]) < sum(steps[:3]) - 0.5
     assert re.search(r"learning_rate +0\.002 +configs/smoke\.yaml", done.stdout)
     assert re.search(r"thai_exam \(ours\): 15 items, chance 2\d\.\d%", done.stdout)
-    assert "output/smoke/smoke/" in done.stdout and "results/make-smoke/smoke/" in done.stdout
+    assert "next: make report EXP=smoke" in done.stdout and "output/smoke/smoke/" in done.stdout
+    assert "results/make-smoke/smoke/" in done.stdout
 
 
 def test_without_a_repository_the_commit_is_what_the_image_or_the_login_node_said(tmp_path):

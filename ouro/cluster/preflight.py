@@ -227,7 +227,7 @@ def check_slurm(run: Resolved) -> str:
         return f"job {job} on {platform.node()}"
     says = os.environ.get("SLURM_SAYS")
     if not says:
-        raise Skip("no sbatch here")
+        raise Skip("no Slurm here")
     if "to start at" not in says:
         reason = " ".join(says.partition("PartitionName")[0].split())
         raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
