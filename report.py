@@ -27,7 +27,7 @@ from ouro.verdict.panels import SETTINGS_ALIKE, Key, Panel, panels
 from ouro.verdict.plots import draw, save
 from ouro.verdict.power import curves, plans
 from ouro.verdict.rule import Verdict, verdicts
-from ouro.verdict.study import TEXTS, Reader, conversations
+from ouro.verdict.study import TEXTS, Reader, about_answers, conversations
 from ouro.verdict.tables import tables
 
 
@@ -111,11 +111,12 @@ def main() -> None:
         "basis": basis(reader, found, made),
         "verdicts": verdict_lines(made),
         "missing": missing_lines(made),
-        "figures": {name: save(name, figure, folder) for name, figure in figures.items()},
+        "figures": {name: (figure.get_label(), save(name, figure, folder)) for name, figure in figures.items()},
         "texts": TEXTS,
         "plots": Path(os.path.relpath(folder, out)).as_posix(),
         "tables": shown,
         "conversations": talks,
+        "answers": about_answers(reader) if talks else "",
     }
     for name in ("RESULTS.md", "report.html"):
         write_atomic(out / name, fill(name, **content))

@@ -87,8 +87,8 @@ def talk(monkeypatch):
 def test_a_conversation_goes_through_the_template_at_the_depth_asked_for(talk, output, tokenizer):
     said = "สวัสดีครับ\nแล้วไง\n/depth 3\n/reset\nสวัสดีครับ\n/depth 5\n/base\n/reset\nสวัสดีครับ\n\n/quit\nno more\n"
     argv = ["--exp", EXP, "--output_dir", str(output)]
-    header, rest = talk(*argv, said=said).split("\n", 1)
-    assert header.startswith(f"{EXP} at depth 1; /depth 1…4")
+    header, small, rest = talk(*argv, said=said).split("\n", 2)
+    assert header.startswith(f"{EXP} at depth 1; /depth 1…4") and "so that it babbles" in small
 
     _, s, adapter = finished_run(resolve("", [*ARGV, *argv]))
     with_adapter, base = load_run_model(s, adapter), load_run_model(s)
@@ -117,11 +117,14 @@ def test_a_thought_is_not_fed_into_the_next_turn(monkeypatch, tokenizer):
         ("<think>ก", "", ""),
         ("ข", "ข", ""),
         ("ก", "", "<think>\n"),
+        ("", "", ""),
     ):
         tokenizer.chat_template += begun
         answers = tokenizer(said, add_special_tokens=False).input_ids
         monkeypatch.setattr(chat, "generate", lambda *_, on_tokens, ids=answers, **__: on_tokens(0, ids))
-        talk.reply("ถาม", lambda text: None)
+        shown = []
+        talk.reply("ถาม", shown.append)
+        assert "".join(shown).strip(), "no empty line is shown for a reply"
         assert talk.turns[-1] == {"role": "assistant", "content": kept}
 
 

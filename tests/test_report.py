@@ -575,10 +575,12 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(written):
 def test_what_runs_and_replies_say_is_text_in_the_pages(tmp_path):
     """tests/test_report_html.py asks a browser the same."""
     evil = "<script>alert(1)</script>"
-    fabricate.study(tmp_path, tasks=("mt_bench_thai",), items=3, lines=2, seeds=(0,), dataset=evil[:8], reply=evil)
+    how = {"items": 3, "lines": 2, "seeds": (0,), "inference_flops_per_token": 5e6}
+    fabricate.study(tmp_path, tasks=("mt_bench_thai",), dataset=evil[:8], reply=evil, **how)
     write_report(tmp_path)
     page, results_md = (tmp_path / "report.html").read_text(), (tmp_path / "RESULTS.md").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt; 4" in page and "alert(1)&lt;/script&gt; 4" in results_md
+    assert '<a href="#answers">' in page and "so that it babbles" in page and "so that it babbles" in results_md
     assert page.count("<script>") == 1 and "<script" not in results_md
     script = page.partition("<script>")[2].partition("</script>")[0].encode()
     allowed = page.partition("script-src 'sha256-")[2].partition("'")[0]
@@ -593,6 +595,15 @@ def test_numbers_of_the_runs_table_are_those_of_the_log(written):
     assert (row["final loss"], row["state"]) == (f"{log[-1]['loss']:.4f}", "complete")
     assert row["average loss"] == f"{sum(x['loss'] for x in log) / len(log):.4f}"
     assert (row["model-FLOP use"], row["tokens/s"]) == ("41.0%", "7,500")
+
+
+def test_each_caption_says_benchmark_items_and_unit_and_of_english_a_change_is_told(written):
+    text = (written[0] / "RESULTS.md").read_text()
+    captions = re.findall(r"^.* Of: .*$", text, re.MULTILINE)
+    assert len(captions) == text.count("![") == 8
+    assert all("items" in caption or "12 runs" in caption for caption in captions)
+    assert "thai_exam, 60 items, points" in captions[0] and "mt_bench_thai, 60 items, rating, 1 to 10" in text
+    assert "Change by depth: english_text" in text and "Gain by depth: thai_text" in text
 
 
 def test_the_tables_of_gains_and_of_the_chain_behind_the_words_are_filled(written):
@@ -636,6 +647,8 @@ def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tm
     found = [re.findall(r"[\d.]+", row["value"]) for row in table(tmp_path, "benchmarks")]
     for value, low, high in (map(float, numbers) for numbers in found):
         assert 0 <= low <= value <= high <= 100 and low < high
+    drawn = {path.stem for path in (tmp_path / "results/report").glob("*.png")}
+    assert drawn == {"learning"}, "so few items are no figure"
     fabricate.study(tmp_path / "one", tasks=("thai_exam",), items=1, lines=2)
     write_report(tmp_path / "one", "--csv", figures=True)
     text = (tmp_path / "one/RESULTS.md").read_text()
@@ -646,7 +659,7 @@ def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tm
 def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
     reader, found = read(written[0])
     figure = plots.draw(reader.runs, found, rule.verdicts(reader, found))["levels"]
-    axis = next(axis for axis in figure.axes if axis.get_title() == "held-out training rows")
+    axis = next(axis for axis in figure.axes if axis.get_legend().get_title().get_text() == "held-out training rows")
     base, *adapted = (list(line.get_ydata()) for line in axis.lines)
     assert base == [1.5, 1.3, 1.25, 1.2] and [len(losses) for losses in adapted] == [1, 2, 3, 4]
     np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])

@@ -33,9 +33,11 @@ with sync_playwright() as p:
                 d.dismiss()
             page.on("dialog", dismiss)
             page.goto("file://" + page_file)
+            page.evaluate('document.querySelectorAll("details").forEach((d) => { d.open = true; })')
             view = page.evaluate('''() => ({
               title: document.title,
               overflow: document.documentElement.scrollWidth - window.innerWidth,
+              cut: [...document.querySelectorAll(".box")].filter((b) => b.scrollWidth > b.clientWidth).length,
               background: getComputedStyle(document.body).backgroundColor,
               ink: getComputedStyle(document.querySelector("#plot-gain text")).fill,
               plots: [...document.querySelectorAll("figure svg")].map((s) => {
@@ -50,7 +52,7 @@ with sync_playwright() as p:
             page.screenshot(path=f"{folder}/{width}-{scheme}.png", full_page=True)
             table = page.locator("#runs table")
             column = table.locator("thead th").all_inner_texts().index("tokens/s")
-            cell = f"tbody tr td:nth-child({column + 1})"
+            cell = "td[data-name='tokens/s']"
             view["orders"] = []
             for _ in range(2):
                 table.locator(f"thead th:nth-child({column + 1}) button").click()
@@ -102,11 +104,12 @@ def test_what_runs_and_replies_say_is_text_plots_are_seen_and_tables_sort_in_lig
         assert view["title"] == "Does looping help a language model learn Thai?"
         assert view["images"] == 0 and view["scripts"] == 1 and view["ids"] == []
         assert EVIL in view["answers"] and "<script>alert(2)<i>&quot;$x_1$|" in view["answers"]
-        assert len(view["plots"]) == 8
-        assert all(width > 250 and height > 100 and shapes > 10 for _, width, height, shapes in view["plots"])
+        assert len({figure for figure, *_ in view["plots"]}) == 8
+        screen = int(name.split()[0])
+        assert all(250 < w < screen and h > 90 and shapes > 10 for _, w, h, shapes in view["plots"]), "each is whole"
         dark = (view["background"], view["ink"]) == ("rgb(21, 23, 26)", "rgb(230, 230, 230)")
         light = (view["background"], view["ink"]) == ("rgb(255, 255, 255)", "rgb(26, 26, 27)")
         assert dark if "dark" in name else light
-        assert view["overflow"] == 0, "a phone scrolls tables in their box and not the page"
+        assert view["overflow"] == 0 and view["cut"] == 0, "no column is out of sight"
         up, down = view["orders"]
         assert len(up) == 12 and up == sorted(up) and down == up[::-1]

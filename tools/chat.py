@@ -19,12 +19,14 @@ from ouro.data.chats import prompt_tokens
 from ouro.data.thai import normalise
 from ouro.data.thoughts import answer_of, begun_by, with_beginning
 from ouro.files import UserError, call
+from ouro.model.cost import forward_flops
 from ouro.model.generate import generate
 from ouro.model.loading import frozen_here, load_run_model, load_tokenizer
 from ouro.model.lora import refresh
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train.run_folder import finished_run
+from ouro.verdict.study import TEXTS, why_it_babbles
 
 import torch
 from peft import PeftModel
@@ -118,6 +120,8 @@ class Conversation:
             )
         except KeyboardInterrupt:
             write(" …")
+        if not "".join(said).strip():
+            write(TEXTS["answers"]["empty"])
         reply = with_beginning("".join(said), begun_by(self.tokenizer.decode(ids[-16:])))
         self.turns = [*turns, {"role": "assistant", "content": answer_of(reply) or ""}]  # without its thought
 
@@ -160,6 +164,9 @@ def chat(run: Resolved) -> None:
     sys.stdout.reconfigure(encoding="utf-8")
     talk = Conversation(model, tokenizer, s, run.settings, has_adapter=adapter is not None)
     write(f"{who} at depth {talk.depth}; {COMMANDS.format(loops=model.config.total_ut_steps)}\n")
+    base = model.get_base_model() if adapter else model
+    if small := why_it_babbles(forward_flops(base, 1)):
+        write(f"{small}\n")
     for line in map(str.strip, lines()):
         if line.startswith("/"):
             answer = talk.command(line)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -57,7 +56,6 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters["md"] = markdown
 TEMPLATES.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-TEMPLATES.tests["narrow"] = lambda svg: float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1]) < 400
 
 
 def fill(name: str, **content) -> str:

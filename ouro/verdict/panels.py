@@ -130,15 +130,20 @@ class Panel:
         return tuple(float(np.exp(-x)) if self.metric.log else -x for x in (value, high, low))
 
 
+def gain_or_change(aspect: str) -> str:
+    """What a difference from the base is called: English, which was not trained, does not gain."""
+    return "change" if aspect == "english" else "gain"
+
+
 def signed(metric: Metric, e: Estimate, level: float = ALPHA) -> str:
     """A difference with its unit and its interval; without the interval where none is known."""
     value, half = float(e.value), float(e.half(level))
-    told = f"{metric.shown(value):+.{metric.places}f} {metric.unit}"
+    told = f"{metric.shown(value):+z.{metric.places}f} {metric.unit}"
     if not np.isfinite(half):
         return told
     most = metric.factor if metric.unit == "points" else np.inf  # no exam is better by more than all of it
     low, high = (np.clip(metric.shown(x), -most, most) for x in (value - half, value + half))
-    return f"{told} [{low:+.{metric.places}f}, {high:+.{metric.places}f}]"
+    return f"{told} [{low:+z.{metric.places}f}, {high:+z.{metric.places}f}]"
 
 
 def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: dict[str, dict]) -> str:

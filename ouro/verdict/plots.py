@@ -1,10 +1,12 @@
 """The report's figures: a function each, of the panels that the verdict rests on, the runs and the training set.
 
-It returns None where there is no data; `save` writes PNG and SVG. texts.yaml has their captions.
+It returns None where there is no data; `save` writes PNG and SVG. texts.yaml has their captions, to which a figure's
+label adds what it is of: benchmarks, items, units.
 
 Colour and marker say the depth, from one loop to four; grey dashes are the base model, the zero line of the study.
 """
 
+import html
 import io
 import re
 from collections import defaultdict
@@ -12,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from ouro.files import write_atomic
-from ouro.verdict.panels import STUDY, Key, Panel
+from ouro.verdict.panels import STUDY, Key, Panel, gain_or_change
 from ouro.verdict.rule import Test, Verdict
 from ouro.verdict.stats import Estimate
 from ouro.verdict.study import ASPECTS, TEXTS, Metric, Run, depth_text
@@ -29,6 +31,7 @@ GREY = "#8a8a8a"
 COLOURS = ["#4477aa", "#228833", "#b8860b", "#d1495b", "#aa3377", "#66ccee"]
 MARKERS = "os^Dv*"
 LETTERS = ["#4477aa", "#66ccee", "#228833", "#b8860b", "#d1495b", "#aa3377"]
+FEWEST = 30  # items of an exam that is drawn: of fewer, an interval covers most of the scale
 POINTS = 300, 12000  # at most: of a learning curve, and of all together
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
 
@@ -40,8 +43,29 @@ def look(depth: int | None) -> dict:
     return {"color": COLOURS[(depth - 1) % len(COLOURS)], "marker": MARKERS[(depth - 1) % len(MARKERS)]}
 
 
+def enough(metric: Metric, items: int) -> bool:
+    return items >= FEWEST or metric.unit != "points"
+
+
 def named(panel: Panel) -> str:
     return f"{ASPECTS[panel.study['aspect']]}: {panel.study['task']}"
+
+
+def measured(panels: list[Panel], differences: bool = False) -> str:
+    """Of which benchmarks, how many items, in what unit."""
+    return "; ".join(
+        f"{panel.study['task']}, {panel.items:,} items, {panel.metric.what if differences else panel.metric.axis}"
+        for panel in panels
+    )
+
+
+def titled(axis, title: str, depths: list[int], base: bool = True, **marks: str) -> None:
+    """A title, and under it the axis' own legend: each panel is complete where a narrow screen shows it alone.
+
+    marks: how they differ from `look`."""
+    looks = ({"base": look(None)} if base else {}) | {depth_text(k): look(k) for k in depths}
+    lines = [Line2D([], [], **style | marks) for style in looks.values()]
+    axis.legend(lines, looks, title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
 
 
 def grid_of(count: int, height: float = 2.3) -> tuple[Figure, list]:
@@ -75,10 +99,13 @@ def level_bars(axis, panel: Panel, x, cells: list, **style) -> None:
 
 def worth(tests: list[Test]) -> Figure | None:
     """The main figure: what more loops are worth against one, with the intervals that the words follow from."""
+    tests = [test for test in tests if test.quantity in "UX" and enough(test.metric, test.items)]
     aspects = list(dict.fromkeys(test.aspect for test in tests if test.quantity == "U"))
     if not aspects:
         return None
     figure, axes = grid_of(len(aspects))
+    of = {f"{test.task}, {test.items:,} items, {test.metric.what}": None for test in tests if test.aspect in aspects}
+    figure.set_label("; ".join(of))
     for axis, aspect in zip(axes, aspects, strict=True):
         mine = [test for test in tests if test.aspect == aspect]
         metric = mine[0].metric
@@ -89,8 +116,12 @@ def worth(tests: list[Test]) -> Figure | None:
             place = [test.depth + (0.15 if test.quantity == "X" else 0)]
             bars(axis, metric, place, [test.estimate], [test.level], **look(test.depth) | hollow, ls="none")
         depths = sorted({test.depth for test in mine})
+        names = {"U": "on Thai", "X": "on Thai more than on English"}
+        names = {name: "none" if q == "X" else GREY for q, name in names.items() if q in {t.quantity for t in mine}}
+        marks = [Line2D([], [], color=GREY, marker="D", ls="none", mfc=mfc) for mfc in names.values()]
         title = f"{ASPECTS[aspect]}: {mine[0].task}, {mine[0].items} items"
-        axis.set(title=title, ylabel=metric.what, xticks=depths, xlabel="loops, against 1")
+        axis.legend(marks, names, title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        axis.set(ylabel=metric.what, xticks=depths, xlabel="loops, against 1")
         axis.set_xlim(depths[0] - 0.5, depths[-1] + 0.5)
     return figure
 
@@ -110,8 +141,9 @@ def gain(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | No
             axis.plot(list(gains), values, color=GREY, lw=0.8, zorder=0)
         axis.margins(y=0.12)
         axis.axhline(0, color=GREY, ls="--", lw=1)
-        axis.set(title=f"{named(panel)}, {panel.items} items", ylabel=panel.metric.what)
+        axis.set(title=named(panel), ylabel=panel.metric.what)
         axis.set(xticks=list(gains), xlabel="loops, in training and read")
+    figure.set_label(measured([panel for panel, _ in chosen], differences=True))
     return figure
 
 
@@ -127,7 +159,7 @@ def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
     figure, axes = grid_of(len(panels) + bool(held_out))
     for axis, panel in zip(axes, panels, strict=False):
         if panel.base:
-            level_bars(axis, panel, list(panel.base), list(panel.base.values()), color=GREY, ls="--")
+            level_bars(axis, panel, list(panel.base), list(panel.base.values()), **look(None))
         for k in panel.trained:
             reads = {depth: cell for (trained, depth), cell in panel.adapted.items() if trained == k}
             values = [panel.level(cell)[0] * panel.metric.factor for cell in reads.values()]
@@ -136,43 +168,46 @@ def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
                 level_bars(axis, panel, [k], [reads[k]], **look(k), ls="none")
         if chance := panel.study.get("chance"):
             axis.axhline(chance * panel.metric.factor, color=GREY, ls=":", lw=1)
-            axis.annotate("chance", (1, chance * panel.metric.factor), color=GREY, va="bottom", fontsize=7)
+            where = {"xycoords": axis.get_yaxis_transform(), "ha": "left", "va": "center", "fontsize": 7}
+            axis.annotate("chance", (1, chance * panel.metric.factor), color=GREY, **where)
         depths = sorted({depth for _, depth in panel.cells})
-        axis.set(title=named(panel), ylabel=panel.metric.axis, xticks=depths, xlabel="loops, read")
+        axis.set(ylabel=panel.metric.axis, xticks=depths, xlabel="loops, read")
+        titled(axis, named(panel), panel.trained, bool(panel.base))
     if held_out:
         axes[-1].plot(range(1, len(before) + 1), before, **look(None))
         for k, losses in sorted(held_out.items()):
             axes[-1].plot(range(1, k + 1), np.mean(losses, 0), **look(k))
-        axes[-1].set(title="held-out training rows", ylabel="loss", xticks=range(1, max(held_out) + 1), xlabel="loops")
-    names = {"base": Line2D([], [], color=GREY, ls="--")}
-    names |= {f"trained at {depth_text(k)}": Line2D([], [], **look(k)) for panel in panels for k in panel.trained}
-    figure.legend(names.values(), names, loc="outside lower center", ncols=5)
+        axes[-1].set(ylabel="loss, nats per token", xticks=range(1, max(held_out) + 1), xlabel="loops, read")
+        titled(axes[-1], "held-out training rows", sorted(held_out), bool(before))
+    figure.set_label(measured(panels))
     return figure
 
 
 def heat(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
-    """Gain by trained depth and depth read."""
+    """Gain by trained depth and depth read; on English, which was not trained, it is called a change."""
     chosen = [panel for panel in panels if len(panel.adapted) > 1 and panel.base]
     if not chosen:
         return None
-    figure, axes = grid_of(len(chosen), 2.6)
+    figure, axes = grid_of(len(chosen), 1.1 + 0.375 * max(len(panel.trained) for panel in chosen))
     for axis, panel in zip(axes, chosen, strict=True):
         depths = sorted({depth for _, depth in panel.adapted})
         values = np.full((len(panel.trained), len(depths)), np.nan)
         for (i, k), (j, depth) in product(enumerate(panel.trained), enumerate(depths)):
             if (cell := panel.gain_cell(k, depth)) is not None:
                 values[i, j] = panel.metric.shown(float(cell.values.mean()))
-                text, weight = f"{values[i, j]:+.{panel.metric.places}f}", "bold" if k == depth else "normal"
+                text, weight = f"{values[i, j]:+z.{panel.metric.places}f}", "bold" if k == depth else "normal"
                 axis.text(j, i, text, ha="center", va="center", color="black", fontsize=7.5, weight=weight)
         bound = max(np.nanmax(np.abs(values)), 1e-9) if np.isfinite(values).any() else 1
         edges = [np.arange(n + 1) - 0.5 for n in (len(depths), len(panel.trained))]
         axis.pcolormesh(*edges, values, cmap="RdBu", vmin=-1.6 * bound, vmax=1.6 * bound, edgecolor="white", lw=1.5)
         axis.set_xticks(range(len(depths)), depths)
         axis.set_yticks(range(len(panel.trained)), panel.trained)
-        axis.set(title=f"{named(panel)}\ngain, {panel.metric.what}", xlabel="loops, read", ylabel="loops, trained")
+        title = f"{named(panel)}\n{gain_or_change(panel.study['aspect'])}, {panel.metric.what}"
+        axis.set(title=title, xlabel="loops, read", ylabel="loops, trained")
         axis.grid(False)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
+    figure.set_label(measured(chosen, differences=True))
     return figure
 
 
@@ -196,13 +231,16 @@ def compute(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure |
         if name != "training FLOPs" and panel.base:
             known = {d: cost for d in panel.base if (cost := inference_flops(panel, None, d))}
             values = [panel.level(panel.base[d])[0] * panel.metric.factor for d in known]
-            axis.plot(list(known.values()), values, label="base", **look(None))
-            axis.legend()
+            axis.plot(list(known.values()), values, **look(None))
+            costs |= {-d: cost for d, cost in known.items()}
         if costs:
             axis.set_xscale("log")
-            axis.set_xticks(list(costs.values()), [f"{x:.1e}".replace("e+", "e") for x in costs.values()])
+            ticks = sorted(set(costs.values()))
+            axis.set_xticks(ticks, [f"{x:.1e}".replace("e+", "e") for x in ticks])
             axis.set_xticks([], minor=True)
-        axis.set(title=named(panel), xlabel=name, ylabel=panel.metric.axis)
+        axis.set(xlabel=name, ylabel=panel.metric.axis)
+        titled(axis, named(panel), [k for k in costs if k > 0], min(costs, default=1) < 0)
+    figure.set_label(measured(list({id(panel): panel for panel, _, _ in chosen}.values())))
     return figure
 
 
@@ -217,20 +255,21 @@ def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure 
     if not drawn:
         return None
     figure, axes = grid_of(2, 2.5)
-    lines = {}  # by depth, for the legend
+    depths = set()
     for run in drawn:
         count = len(run.log["loss"])
         size = -(-count // max(20, min(POINTS[0], POINTS[1] // len(drawn))))
         starts = np.arange(0, count, size)
         ends = np.minimum(starts + size, count)
         depth = run.config.get("total_ut_steps") or 1
-        lines[depth] = Line2D([], [], color=look(depth)["color"])
+        depths.add(depth)
         for axis, key in zip(axes, ("loss", "mean_token_accuracy"), strict=True):
             values = np.add.reduceat(run.log[key], starts) / (ends - starts)
             axis.plot(run.log["num_tokens"][ends - 1] / 1e6, values, color=look(depth)["color"], lw=0.8, alpha=0.8)
-    axes[0].set(xlabel="million tokens", ylabel="training loss")
-    axes[1].set(xlabel="million tokens", ylabel="token accuracy")
-    axes[0].legend([lines[depth] for depth in sorted(lines)], map(depth_text, sorted(lines)))
+    for axis, title, unit in zip(axes, ("training loss", "token accuracy"), ("nats per token", "share"), strict=True):
+        axis.set(xlabel="million tokens", ylabel=unit)
+        titled(axis, title, sorted(depths), base=False, marker="")
+    figure.set_label(f"{len(drawn)} run{'s' * (len(drawn) > 1)}")
     return figure
 
 
@@ -246,14 +285,15 @@ def inside(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
         width = 0.8 / len(groups)
         for i, (k, group) in enumerate(groups.items()):
             distance = np.mean([s["state_distance"] for s in group], 0)
-            left.plot(range(2, deepest + 1), distance, label=f"trained at {depth_text(k)}" if k else "base", **look(k))
+            left.plot(range(2, deepest + 1), distance, **look(k))
             exits = np.mean([s["exit_distribution"] for s in group], 0)
             x = np.arange(1, deepest + 1) - 0.4 + (i + 0.5) * width
             right.bar(x, exits, width, color=look(k)["color"])
-        left.set(title=f"{panel.study['task']}, read at {depth_text(deepest)}", ylabel="relative change of the state")
-        left.set(xlabel="loop", xticks=range(2, deepest + 1))
-        right.set(ylabel="mean exit probability", xlabel="loop", xticks=range(1, deepest + 1))
-        left.legend()
+        left.set(ylabel="share of the state", xlabel="loop", xticks=range(2, deepest + 1))
+        right.set(ylabel="mean probability", xlabel="loop", xticks=range(1, deepest + 1))
+        titled(left, "change of the state", panel.trained, None in groups)
+        titled(right, "exit at the loop", panel.trained, None in groups, marker="s", ls="none")
+        figure.set_label(f"{panel.study['task']}, {panel.items:,} items, read at {depth_text(deepest)}")
         return figure
     return None
 
@@ -277,9 +317,10 @@ def letters(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure |
             left += share
         axis.set_yticks(range(len(counts)), counts)
         axis.invert_yaxis()
-        axis.set(xlim=(0, 100), xlabel=f"answers by letter, %: {panel.study['task']}")
+        axis.set(xlim=(0, 100), xlabel="% of the items")
         axis.grid(False)
-        axis.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), handlelength=1, columnspacing=1)
+        axis.legend(title=named(panel), ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1))
+        figure.set_label(f"{panel.study['task']}, {panel.items:,} items")
         return figure
     return None
 
@@ -293,28 +334,50 @@ def draw(runs: dict[str, Run], found: dict[Key, Panel], made: list[Verdict]) -> 
     primary = {
         panel.study["aspect"]: panel
         for key, panel in found.items()
-        if (key.dataset, key.arm) == (dataset, STUDY) and panel.study.get("primary")
+        if (key.dataset, key.arm) == (dataset, STUDY)
+        and panel.study.get("primary")
+        and enough(panel.metric, panel.items)
     }
     panels = [primary[aspect] for aspect in ASPECTS if aspect in primary]
     with matplotlib.rc_context(STYLE):
         figures = {"worth": worth([test for verdict in made if verdict.dataset == dataset for test in verdict.tests])}
         figures |= {figure.__name__: figure(panels, runs, dataset) for figure in FIGURES}
-    return {name: figure for name, figure in figures.items() if figure}
+    figures = {name: figure for name, figure in figures.items() if figure}
+    for name, figure in figures.items():
+        figure.set_label(f"{TEXTS['figures'][name]} Of: {figure.get_label()}.")
+    return figures
 
 
-def save(name: str, figure: Figure, folder: Path) -> str:
-    """Writes folder/name.png and .svg; returns the SVG for a page. No dates, ids by name: the same bytes each time."""
+def save(name: str, figure: Figure, folder: Path) -> list[str]:
+    """Writes folder/name.png and .svg; returns an SVG of each of its axes for a page, which puts as many of them side
+    by side as its width takes. No dates, ids by name: the same bytes each time."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # else each of the two formats would lay it out again: twice the time
         image, vector = io.BytesIO(), io.BytesIO()
         figure.savefig(image, format="png", dpi=200, facecolor="white", metadata={"Software": None})
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
+        write_atomic(folder / f"{name}.png", image.getvalue())
+        write_atomic(folder / f"{name}.svg", vector.getvalue())
+        shown = [axis for axis in figure.axes if axis.axison]
+        parts = [axis.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.04) for axis in shown]
+        svgs = []
+        for number, (axis, part) in enumerate(zip(shown, parts, strict=True)):
+            for other in figure.axes:
+                other.set_visible(other is axis)
+            vector = io.BytesIO()
+            figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None}, bbox_inches=part)
+            legend = axis.get_legend()
+            title = (axis.get_title() or (legend.get_title().get_text() if legend else name)).replace("\n", ", ")
+            svgs.append(for_page(f"{name}-{number}", title, vector.getvalue().decode(), part.width))
         plt.close(figure)
-    write_atomic(folder / f"{name}.png", image.getvalue())
-    write_atomic(folder / f"{name}.svg", vector.getvalue())
-    svg = vector.getvalue().decode()
+    return svgs
+
+
+def for_page(name: str, title: str, svg: str, width: float) -> str:
+    """width: inches on paper. On a screen a fifth more, and never wider than it."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # unique in the page
     svg = svg.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{TEXTS["figures"][name]}" ', 1)
+    size = f'role="img" aria-label="{html.escape(title)}" style="width:{7.2 * width:.1f}rem" '
+    return svg.replace("<svg ", f"<svg {size}", 1)

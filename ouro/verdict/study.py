@@ -24,6 +24,7 @@ import numpy as np
 FORMAT = 1
 LARGEST = 512 << 20  # bytes of a file of JSON lines; a run of 3,000 log lines has one million
 BASE = "base model"
+SMALL = 1e8  # operations a token; Ouro-2.6B does 5e9 in one loop
 TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
 ASPECTS = TEXTS["aspects"]
 
@@ -282,5 +283,17 @@ def conversations(reader: Reader, count: int = 2) -> list[tuple[str, list[tuple[
             continue
         seen.add(model)
         for turn in reader.attempt(path, first_turns, []):
-            asked[str(turn["prompt"])].append((f"{model[0]}, {depth_text(model[1])}", str(turn["reply"])))
+            reply = str(turn["reply"]).strip() or TEXTS["answers"]["empty"]
+            asked[str(turn["prompt"])].append((f"{model[0]}, {depth_text(model[1])}", reply))
     return list(asked.items())
+
+
+def about_answers(reader: Reader) -> str:
+    """What the answers are; of a miniature model also why they make no sense."""
+    known = [study.get("inference_flops_per_token") or math.inf for study, _ in reader.answers]
+    return " ".join(filter(None, (TEXTS["answers"]["note"], why_it_babbles(min(known, default=math.inf)))))
+
+
+def why_it_babbles(flops: float) -> str:
+    """For people who read what a miniature model replies; flops: of a token. Empty for a model of a useful size."""
+    return TEXTS["answers"]["small"].format(millions=f"{flops / 1e6:,.0f}") if flops < SMALL else ""

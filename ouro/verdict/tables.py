@@ -1,11 +1,12 @@
 """The report's tables, from runs and results: rows of {column: cell}, for the report, as CSV and as LaTeX."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 from ouro.files import printable, spreadsheet
-from ouro.verdict.panels import STUDY, Key, Panel, gaps, signed
+from ouro.verdict.panels import STUDY, Key, Panel, gain_or_change, gaps, signed
 from ouro.verdict.rule import Test, Verdict
 from ouro.verdict.stats import Estimate, estimate
 from ouro.verdict.study import ASPECTS, BASE, METRICS, TEXTS, Reader, Result, Run, depth_text, last
@@ -31,6 +32,13 @@ class Table:
     @property
     def columns(self) -> list[str]:
         return list(self.rows[0])
+
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """Columns that say the same in all rows, and what; of a single row those that say nothing."""
+        cells = {name: {row[name] for row in self.rows} for name in self.columns}
+        told = {name: cell if isinstance(cell, str) else cell[1] for name, (cell, *more) in cells.items() if not more}
+        return {name: text for name, text in told.items() if len(self.rows) > 1 or text in ("–", "")}
 
     def texts(self, told: Callable[[str], str] = printable) -> list[list[str]]:
         """The cells; told: how those that are no numbers, and may be of data or models, are written."""
@@ -216,8 +224,10 @@ def gain_matrices(found: dict[Key, Panel]) -> Iterator[Table]:
             | {depth_text(depth): difference_cell(panel, panel.gain(k, depth)) for depth in depths}
             for k in panel.trained
         ]
-        if panel.study.get("primary") and key.arm == STUDY:
-            yield Table("matrix", rows, task=key.task, dataset=key.dataset, unit=panel.metric.what)
+        study = panel.study
+        if study.get("primary") and key.arm == STUDY:
+            what = gain_or_change(study["aspect"]).capitalize()
+            yield Table("matrix", rows, what=what, task=key.task, dataset=key.dataset, unit=panel.metric.what)
 
 
 def ending_cells(studies: list[dict]) -> dict[str, Cell]:
