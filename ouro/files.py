@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import IO
 from ouro import COLLECT_AT, REMOVED
 
 import yaml
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 
@@ -40,6 +42,47 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 
 
 YAML_LETTERS = 1 << 18  # PyYAML takes ten seconds for four times as many
+
+
+MINUTE = 60.0  # seconds between two lines of a Progress where there is no terminal
+BEGUN = "{desc}: {percentage:.0f} %|{bar:20}| {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
+BEGINNING = "{desc}: {elapsed} gone{postfix}"
+
+
+class Progress(tqdm):
+    """What is being done and how far it is: on a terminal a line that moves every second, elsewhere, as in a job's log,
+    one line a minute. Until the first part is done, or if their number is not known, it tells the time that is gone.
+
+    count: says how many parts are done, where nothing calls `update`."""
+
+    def __init__(self, what: str, total: float | None = None, unit: str = "", quiet: bool = False,
+                 count: Callable[[], float] | None = None):  # fmt: skip
+        self.live, self.count, self.ended = sys.stderr.isatty(), count, threading.Event()
+        quiet = quiet or os.environ.get("RANK", "0") != "0"
+        big = (total or 0) > 9999  # told as 12.3k
+        super().__init__(desc=what, total=total, unit=unit, unit_scale=big, leave=False, disable=quiet, delay=1)
+        if not quiet:
+            threading.Thread(target=self._tell, daemon=True).start()
+
+    def _tell(self) -> None:
+        while not self.ended.wait(1 if self.live else MINUTE):
+            self.n = self.count() if self.count else self.n
+            if self.live:
+                self.refresh()
+            else:
+                print(self, file=sys.stderr, flush=True)
+
+    @property
+    def format_dict(self) -> dict:
+        return super().format_dict | {"bar_format": BEGUN if self.n and self.total else BEGINNING}
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.live:
+            super().display(msg, pos)
+
+    def close(self) -> None:
+        self.ended.set()
+        super().close()
 
 
 class UserError(Exception):

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import sys
+import time
 
 from ouro import files
 
@@ -46,3 +49,24 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
     with pytest.raises(FileNotFoundError):
         files.write_atomic(tmp_path / "note.json", "new")
     assert [f.name for f in tmp_path.iterdir()] == ["note.json"] and (tmp_path / "note.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_names_what_begins_without_a_share_and_tells_a_log_a_line_at_a_time(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(files, "MINUTE", 0.05)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with files.Progress("loading the model", 4, "files") as progress:
+        progress.refresh()
+        time.sleep(0.3)
+        begun = capsys.readouterr().err
+        progress.update(2)
+        progress.refresh()
+        time.sleep(0.3)
+        half = capsys.readouterr().err
+    assert "loading the model: 00:00 gone" in begun and "%" not in begun and "?" not in begun
+    assert re.search(r"loading the model: 50 %.*2 of 4 files, 00:00 gone, 00:00 left", half)
+    assert begun.count("\n") == begun.count("gone") * (not terminal) and begun.count("\r") == terminal
+    with files.Progress("quiet", 4, quiet=True) as progress:
+        progress.update(2)
+        time.sleep(0.1)
+    assert "quiet" not in capsys.readouterr().err

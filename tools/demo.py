@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 import evaluate
 import report
 import train_qlora
-from ouro.files import Parser, UserError, call, latest
+from ouro.files import Parser, Progress, UserError, call, latest
 from ouro.settings import resolve
 
 import torch
-from tqdm import tqdm
 
 CONFIG = "configs/demo.yaml"
 STUDY = {"exp2-wangchan-ut1": 1, "exp1-wangchan-ut4": 4, "exp6a-english-ut1": 1, "exp6d-english-ut4": 4}
@@ -65,6 +65,7 @@ def run(step: Step, log: Path, parent: int) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    Progress.set_lock(threading.RLock())  # the parent's may have been taken by its own line when this one was forked
     torch.set_num_threads(1)
     for command in step.commands:
         sys.argv = [Path(sys.modules[step.main.__module__].__file__).name, *command]
@@ -72,7 +73,7 @@ def run(step: Step, log: Path, parent: int) -> None:
         sys.stdout.flush()
 
 
-def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
+def together(steps: list[Step], logs: Path, cores: int, progress: Progress) -> None:
     """All steps, in their order, as many at once as there are cores.
 
     Each in a process of its own, forked, so that torch is imported once and not 25 times. A ProcessPoolExecutor of
@@ -90,7 +91,7 @@ def together(steps: list[Step], logs: Path, cores: int, progress: tqdm) -> None:
             if SIGNALS:
                 sys.exit(143)
             names = ", ".join(step.name for step, _ in running.values())
-            progress.set_postfix_str(names, refresh=progress.fp.isatty())
+            progress.set_postfix_str(names, refresh=False)
             for process in [process for process in running if not process.is_alive()]:
                 step, log = running.pop(process)
                 if process.exitcode:
@@ -133,9 +134,8 @@ def main() -> None:
         Step(f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored[exp]])
         for name, exp, _ in runs
     ]
-    layout = "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left  {postfix}"
     total = sum(step.share for step in training + scoring)
-    with tqdm(total=total, desc=f"{len(runs)} runs on {cores} cores", bar_format=layout, mininterval=1) as progress:
+    with Progress(f"{len(runs)} runs on {cores} cores", total, "parts") as progress:
         together(training, logs, cores, progress)
         together(scoring, logs, cores, progress)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

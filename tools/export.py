@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 from ouro.data.chats import END_OF_TURN
 from ouro.files import (
     ROOT,
+    Progress,
     UserError,
     call,
     file_sha256,
@@ -152,7 +153,7 @@ def merge(run: Resolved) -> None:
     model = merged_model(trained, adapter, revision, loops)
     megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6
     try:
-        with unfinished(target) as mark:
+        with unfinished(target) as mark, Progress(f"writing {target}, {megabytes:,.0f} MB"):
             partial = Path(f"{mark.name}.d")
             model.save_pretrained(partial, max_shard_size="1TB")  # one file, as published
             # Some classes of tokenizers add token types, which `generate` refuses.

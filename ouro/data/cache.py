@@ -17,12 +17,11 @@ from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
 from ouro.data.sources import Source
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
-from ouro.files import UserError, damage, remove_left, seal, unfinished, write_json
+from ouro.files import Progress, UserError, damage, remove_left, seal, unfinished, write_json
 from ouro.settings import Settings
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
@@ -188,7 +187,7 @@ def write_rows(
     rows = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
     rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
     total, tokens_kept = sum(map(sources.count_rows, source.files[split])), 0
-    progress = tqdm(total=total, desc="tokenise", unit=" rows", disable=quiet or None, leave=False)
+    progress = Progress(f"tokenise {source.place}", total, "rows", quiet)
     with progress, open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := [(*row, tally.rows_in) for row in islice(rows, CHUNK)]:
             pieces = []  # (input_ids, trained, place), as in the schema

@@ -9,15 +9,18 @@ can always be replaced by a local folder of the same layout (--dataset_path, --p
 
 import argparse
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ouro.data.sources import benchmark_files, hub_error, patterns_of
-from ouro.files import UserError, call, nearest, read_yaml
+from ouro.files import Progress, UserError, call, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, REVISIONS, Settings, resolve
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 
 @dataclass
@@ -68,10 +71,14 @@ def fetch(settings: Settings, only: str | None) -> None:
     print(f"to download: {in_units(missing)}, free in the cache's file system: {in_units(free)}")
     if missing > 0.98 * free:
         raise UserError(f"{in_units(missing)} do not fit; set HF_HOME to a place with more room")
-    for d, (commit, _) in zip(chosen, looked, strict=True):
+    disable_progress_bars()  # which a log would not show; ours counts the bytes on the disk
+    for d, (commit, absent) in zip(chosen, looked, strict=True):
+        folder = place / repo_folder_name(repo_id=d.hub_id, repo_type=d.repo_type)
+        what = f"{d.name}: downloading {d.hub_id}" if absent else f"{d.name}: looking at the cache"
         try:
             # by its own revision too, so that the cache knows what main was
-            snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
+            with Progress(what, absent, "B", count=partial(added, folder, size_of(folder))):
+                snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
         except (OSError, ValueError) as error:
             raise UserError(f"{hub_error(d.name, d.hub_id, error)}\nrun it again: it continues") from None
         if not d.revision:
@@ -96,6 +103,19 @@ def look_up(d: Download) -> tuple[str, int]:
     commit = info.sha[:12] + ("" if d.revision else " (main)")
     print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {in_units(total):>9}, {state}")
     return info.sha, absent
+
+
+def added(folder: Path, before: int) -> int:
+    """Bytes by which a folder of the cache has grown, unfinished files too."""
+    return max(0, size_of(folder) - before)
+
+
+def size_of(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("blobs/*"):
+        with suppress(FileNotFoundError):  # an unfinished one that was just given its name
+            total += file.stat().st_size
+    return total
 
 
 def in_units(count: int) -> str:

@@ -109,6 +109,7 @@ class Weights:
         network = load_run_model(s, frozen="bf16" if self.precision == "fp8" else self.precision, device=device)
         if s.torch_compile and device == "cuda":
             network.compile_layers()
+            print("its layers are compiled while the first batch is read", flush=True)
         return network
 
     def attach(self, network: PreTrainedModel, adapter: Path | None) -> AbstractContextManager[None]:

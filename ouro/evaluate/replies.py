@@ -10,9 +10,7 @@ from pathlib import Path
 from ouro.data.thoughts import answer_of, usual_beginning, with_beginning
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import Chat, Messages, Reply
-from ouro.files import UserError, sync_folder
-
-from tqdm import tqdm
+from ouro.files import Progress, UserError, sync_folder
 
 
 class Cache:
@@ -80,7 +78,7 @@ def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None
         return
     keys = list(missing)
     try:
-        with tqdm(total=len(missing), desc=what, unit=" replies", leave=False, disable=None) as progress:
+        with Progress(what, len(missing), "replies") as progress:
 
             def done(number: int, text: str) -> None:
                 cache.add(keys[number], text)

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ouro.data.chats import text_tokens
-from ouro.files import UserError
+from ouro.files import Progress, UserError
 from ouro.model.modeling_ouro import OuroForCausalLM, exit_distribution
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_TREE = 4096  # tokens up to which sequences that begin alike share a tree
@@ -193,7 +192,7 @@ def score(
     log_p = np.zeros((len(depths), len(sequences)))
     # Sums over tokens: a line for the exits at each depth, and one for the distances.
     sums = torch.zeros(len(depths) + 1, max(depths), dtype=torch.float64, device=network.device)
-    progress = tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False, disable=None)
+    progress = Progress(title, total, "tokens")
 
     def collect(wanted: Wanted, found: Tensor) -> None:
         for place, values in enumerate(found.cpu().numpy()):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import UserError, file_sha256, from_json
+from ouro.files import Progress, UserError, file_sha256, from_json
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -39,9 +39,10 @@ LARGEST = {"vocab_size": 1 << 20, "hidden_size": 1 << 16, "intermediate_size": 1
 
 @contextmanager
 def loading(what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)) -> Iterator[None]:
-    """Makes of what goes wrong inside one UserError, "cannot load …"."""
+    """Tells that it is being loaded, and makes of what goes wrong inside one UserError, "cannot load …"."""
     try:
-        yield
+        with Progress(f"loading {what}"):
+            yield
     except Exception as error:
         if not isinstance(error, kinds) and type(error) is not Exception:  # which the library tokenizers raises
             raise

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from ouro.data.batches import Pass, Rows, Steps
-from ouro.files import UserError
+from ouro.files import Progress, UserError
 from ouro.model.cost import Memory, Plan, pass_flops, passes_for, sizes
 from ouro.settings import Resolved, Settings
 from ouro.train.build import is_compiled
@@ -27,7 +27,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from trl import SFTConfig
 
 
@@ -195,13 +194,14 @@ def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise:
     prepare = getattr(model.get_base_model().model, "prepare", None)
     if not prepare:
         return
-    for shape in tqdm(
-        steps.shapes(first, last), "compile, capture", unit=" shapes", disable=quiet or None, leave=False
-    ):
-        try:
-            prepare(*shape, noise)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"a pass of {shape[0]} x {shape[1]} tokens: {in_short(error)}\nset activation_checkpointing to full, "
-                "or max_length lower; does another process use this GPU (nvidia-smi)?"
-            ) from None
+    shapes = steps.shapes(first, last)
+    with Progress("the layers are compiled, and captured as CUDA graphs", len(shapes), "shapes", quiet) as progress:
+        for shape in shapes:
+            try:
+                prepare(*shape, noise)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"a pass of {shape[0]} x {shape[1]} tokens: {in_short(error)}\nset activation_checkpointing to "
+                    "full, or max_length lower; does another process use this GPU (nvidia-smi)?"
+                ) from None
+            progress.update()

@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ouro.data.batches import Rows
-from ouro.files import UserError, sync_folder, write_json
+from ouro.files import MINUTE, Progress, UserError, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
@@ -41,7 +41,7 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
@@ -230,6 +230,7 @@ class LoopTrainer(SFTTrainer):
         passes = dataclasses.replace(steps.passes, grain=1).of(
             {row: int(rows.lengths[row]) for row in chosen}, WORLD_SIZE
         )
+        progress = Progress("held-out loss", len(passes), "passes")
         for at in range(0, len(passes), WORLD_SIZE):
             mine = passes[at : at + WORLD_SIZE][RANK::WORLD_SIZE]
             # With fsdp all processes take part in each pass: one without a pass left makes the first, uncounted.
@@ -239,8 +240,10 @@ class LoopTrainer(SFTTrainer):
             # Not compiled, as the layers would be anew for each of these shapes.
             with self.arithmetic(), torch.compiler.set_stance("force_eager"):
                 out = network(**batch, objective="all", num_items_in_batch=1)
+            progress.update(min(WORLD_SIZE, len(passes) - at))
             if mine:
                 sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
+        progress.close()
         network.train()
         *losses, tokens = self.accelerator.reduce(sums).tolist()
         return [round(loss / max(tokens, 1), 6) for loss in losses]
@@ -342,12 +345,21 @@ class Metrics(TrainerCallback):
         self.path, self.eval_steps = path, eval_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first = time.perf_counter(), state.global_step
+        self.started = self.told = time.perf_counter()
+        self.first = state.global_step
+
+    def left(self, state: TrainerState) -> timedelta:
+        done = state.global_step - self.first
+        seconds = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
+        return timedelta(seconds=round(seconds))
 
     def on_step_end(self, args, state, control, **kwargs):
         # Also logged: the last step, and each that the held-out loss is due in, whatever logging_steps is.
         if state.global_step == state.max_steps or (self.eval_steps and state.global_step % self.eval_steps == 0):
             control.should_log = True
+        if state.is_world_process_zero and time.perf_counter() - self.told > MINUTE and not control.should_log:
+            self.told = time.perf_counter()
+            print(f"step {state.global_step:>5}/{state.max_steps}  left {self.left(state)}", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
@@ -357,14 +369,13 @@ class Metrics(TrainerCallback):
             line["held_out_loss"] = losses
         with open(self.path, "a", encoding="utf-8") as file:  # not synced: the GPU would wait; a checkpoint does it
             file.write(json.dumps(line) + "\n")
-        done = state.global_step - self.first
-        left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
+        self.told = time.perf_counter()
         held_out = f"held out {losses[-1]:.4f}  " if losses else ""
         print(
             f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  {held_out}"
             f"token accuracy {logs['mean_token_accuracy']:.3f}  lr {logs['learning_rate']:.2e}  "
             f"grad norm {logs.get('grad_norm', float('nan')):.3f}  {logs['tokens_per_second']:,.0f} tok/s  "
-            f"left {timedelta(seconds=round(left))}",
+            f"left {self.left(state)}",
             flush=True,
         )
 
