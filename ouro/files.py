@@ -1,9 +1,11 @@
 """What every room shares: the repository's folder, errors meant for people, files that are written whole."""
 
 import argparse
+import copy
 import difflib
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import html
@@ -194,6 +196,11 @@ for _name, (_pattern, _first) in SCALARS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
+@functools.lru_cache(maxsize=32)  # a program asks for the same tables again and again
+def parsed(text: str) -> object:
+    return yaml.load(text, Loader)
+
+
 def read_yaml(path: str | Path) -> dict:
     """A YAML file that holds a mapping.
     Raises UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands
@@ -203,7 +210,7 @@ def read_yaml(path: str | Path) -> dict:
             text = file.read(YAML_LETTERS + 1)
         if len(text) > YAML_LETTERS:
             raise UserError(f"{path} is no file of settings: it has more than {YAML_LETTERS:,} letters")
-        content = yaml.load(text, Loader)
+        content = copy.deepcopy(parsed(text))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of too many digits

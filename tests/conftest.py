@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and imports of the project's modules and of the test helpers."""
 
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items):
     """`make test` gives its workers whole files in this order: what takes longest first, so that they end together."""
     rank = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: without this each of accelerate's collections, of which training makes some, takes half
+    a second to look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -497,10 +497,6 @@ def test_token_ids_above_65535_are_kept(tmp_path):
 # training
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training
-
-
 OPTIONS = ["--use_qlora", "false", "--optim", "adamw_torch", "--eval_steps", "0", "--lora_dropout", "0.05"]
 OPTIONS += ["--total_ut_steps", "2", "--activation_checkpointing", "none", "--rows_per_step", "6", "--max_steps", "3"]
 OPTIONS += ["--warmup_ratio", "0", "--dataset", "wangchan", "--max_length", "1400"]
