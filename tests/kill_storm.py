@@ -2,7 +2,6 @@
 
     python tests/kill_storm.py                        # 20 kills, a few of each program: two minutes on two cores
     python tests/kill_storm.py --kills 200            # that many, of all programs, the demo and two processes too
-    python tests/kill_storm.py --only training --every       # one kill at every file event
 
 A file event is what changes a file or folder, or waits for the disk. At a chance one (seeded) the process gets SIGKILL,
 up to three times before the command is left alone. Both then must hold the same bytes, and nothing must be left over.
@@ -226,50 +225,34 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def shares(kills: int, names: list[str], chosen: list[str]) -> dict[str, int]:
-    """How many kills each program gets."""
-    large = kills >= 100
-    weight = {name: {"demo": 0.2 * large, "two processes": 0.5 * large}.get(name, 1) for name in names}
-    weight = {name: weight[name] or 1 if chosen else weight[name] for name in names if not chosen or name in chosen}
-    total = sum(weight.values())
-    return {name: max(1, round(kills * share / total)) for name, share in weight.items() if share}
-
-
-def storm(options: argparse.Namespace, judge: str, place: Path) -> bool:
-    chance, everything = random.Random(options.seed), programs(place)
-    asked = shares(options.kills, list(everything), options.only)
-    weather, kills, same = Storm(place, judge), 0, 0
-    for name, program in everything.items():
-        if name not in asked and not any(name in everything[other].needs for other in asked):
-            continue
+def storm(kills: int, judge: str, place: Path) -> bool:
+    chance, weather, came, same = random.Random(0), Storm(place, judge), 0, 0
+    everything = programs(place)
+    chosen = [name for name in everything if kills >= 100 or name not in ("two processes", "demo")]
+    for name in chosen:
+        program = everything[name]
         events = weather.base(name, program)
-        if name not in asked:
-            continue
         began, mine, good, wrong = time.monotonic(), 0, 0, []
-        every = [[(rank, event + 1)] for rank, count in enumerate(events) for event in range(count)]
-        while every if options.every else mine < asked[name]:
-            ranks = chance.choices(range(len(events)), events, k=min(chance.randint(1, 3), asked[name] - mine or 1))
-            these = every.pop(0) if options.every else [(rank, chance.randint(1, events[rank])) for rank in ranks]
-            came, difference = weather.attempt(name, program, these)
-            mine += came
-            good += 0 if difference else came
+        while (left := round(kills / len(chosen)) - mine) > 0:
+            ranks = chance.choices(range(len(events)), events, k=min(chance.randint(1, 3), left))
+            these = [(rank, chance.randint(1, events[rank])) for rank in ranks]
+            killed, difference = weather.attempt(name, program, these)
+            mine += killed
+            good += 0 if difference else killed
             wrong += [f"  killed at {these}: {difference}"] if difference else []
         spent = time.monotonic() - began
         print(f"{name}: {events} events; {good} of {mine} kills ended in the same files, {spent:.0f} s", flush=True)
         print("".join(f"{line}\n" for line in wrong), end="", flush=True)
-        kills, same = kills + mine, same + good
+        came, same = came + mine, same + good
     for orders in sum(weather.servers.values(), []):
         orders.send(None)
-    print(f"{same} of {kills}")
-    return same == kills
+    print(f"{same} of {came}")
+    return same == came
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--only", nargs="+", default=[], choices=list(programs(Path())))
-    parser.add_argument("--every", action="store_true", help="one kill at each file event, in place of chance ones")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.chdir(ROOT)
     here, there = Pipe()
@@ -281,7 +264,7 @@ def main() -> None:
         signal.pause()
     try:
         with tempfile.TemporaryDirectory() as place:
-            sys.exit(0 if storm(options, here.recv(), Path(place)) else 1)
+            sys.exit(0 if storm(options.kills, here.recv(), Path(place)) else 1)
     finally:
         os.kill(judge, signal.SIGTERM)
 

@@ -11,13 +11,12 @@ import train_qlora
 from ouro import settings
 from ouro.cluster import sweep
 from ouro.data.report import BEYOND, print_report
-from ouro.data.sources import read_file
 from ouro.files import UserError, read_yaml
 from ouro.settings import Settings, resolve
 
 import numpy as np
 import pytest
-from training_sets import ROW, UNBOUNDED, count, prepare_set, questions, texts, trained_texts, turns, write
+from training_sets import ROW, UNBOUNDED, prepare_set, questions, texts, trained_texts, turns, write
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 EXPERIMENTS = read_yaml(settings.EXPERIMENTS)
@@ -212,12 +211,3 @@ def test_a_part_of_the_study_is_planned_with_its_own_seeds_and_the_hours_of_all_
     assert {job[0] for job in jobs} == {"train"} and len(jobs) == 20 and all(job[1].endswith("seed5") for job in jobs)
     with pytest.raises(UserError, match="unknown part of the study 'englsh'; did you mean 'english'"):
         lines("--study", "englsh")
-
-
-def test_the_embedded_english_has_as_many_tokens_as_the_embedded_thai(tokenizer):
-    """So that `max_tokens: wangchan` can be met; and each row is a question and an answer in the published layout."""
-    rows = [row for _, row in read_file(Path("sample/english/train.jsonl"))]
-    assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
-    own = sum(count(turn["content"], tokenizer) for row in rows for turn in row["messages"])
-    other = [row for _, row in read_file(Path("sample/wangchan/train.jsonl"))]
-    assert own > sum(count(row["Instruction"] + row["Input"] + row["Output"], tokenizer) for row in other)

@@ -288,18 +288,6 @@ def test_positions_begin_anew_in_each_row_of_a_pack_and_in_the_padding():
     assert batch["documents"].tolist() == [0, 3, 4, 6, 9] and batch["documents"].dtype == torch.int32
 
 
-def test_a_rows_noise_is_the_same_in_every_pass():
-    rows = [row(7, *range(3, 12)), row(2, *range(20, 27))]
-    batches = [
-        collate(rows, Pass((7, 2), 16, packed=False), 5, 42),
-        collate(rows, Pass((7, 2), 20, packed=True), 5, 42),
-        collate(rows[:1], Pass((7,), 9, packed=False), 5, 42),
-    ]
-    expected = [noise(42, 5, number, len(ids)).tolist() for number, ids, _ in rows]
-    assert [[drawn for *_, drawn in documents_in(batch)] for batch in batches] == [expected, expected, expected[:1]]
-    assert "noise" not in collate(rows, Pass((7, 2), 16, packed=False), 5)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # rows train alike in every pass
 
@@ -498,7 +486,7 @@ def test_token_ids_above_65535_are_kept(tmp_path):
 
 
 OPTIONS = ["--use_qlora", "false", "--optim", "adamw_torch", "--eval_steps", "0", "--lora_dropout", "0.05"]
-OPTIONS += ["--total_ut_steps", "2", "--activation_checkpointing", "none", "--rows_per_step", "6", "--max_steps", "3"]
+OPTIONS += ["--total_ut_steps", "2", "--activation_checkpointing", "none", "--rows_per_step", "5", "--max_steps", "2"]
 OPTIONS += ["--warmup_ratio", "0", "--dataset", "wangchan", "--max_length", "1400"]
 
 
@@ -524,8 +512,8 @@ def by_one_pass(in_the_repository, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("tokens", "plan"),
-    [("512", Plan()), ("2048", Plan(5)), ("512", Plan(8, 4))],
-    ids=["kept", "computed twice", "waiting"],
+    [("2048", Plan()), ("512", Plan(8, 4))],
+    ids=["kept", "waiting"],
 )
 def test_the_same_is_learnt_by_whatever_passes_and_plans(by_one_pass, tmp_path, monkeypatch, tokens, plan):
     monkeypatch.setattr(cost.Memory, "plan", lambda self, tokens: plan)
@@ -534,14 +522,8 @@ def test_the_same_is_learnt_by_whatever_passes_and_plans(by_one_pass, tmp_path, 
     assert json.loads((run / "manifest.json").read_text())["pass_tokens"] == int(tokens)
 
 
-def test_dropout_is_seen_in_what_is_learnt(by_one_pass, tmp_path):
-    run = trained(tmp_path, *OPTIONS, "--lora_dropout", "0")
-    with pytest.raises(AssertionError):
-        assert_same_learning(run, by_one_pass)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "tokens"), [(2, "512"), (3, "2048"), (3, "1000000")])
+@pytest.mark.parametrize(("processes", "tokens"), [(2, "512"), (3, "1000000")])
 def test_the_same_is_learnt_by_several_processes(by_one_pass, tmp_path, processes, tokens):
     argv = [*SMALL, *OPTIONS, "--pass_tokens", tokens, "--output_dir", str(tmp_path)]
     codes, printed = in_processes(processes, "train_qlora.py", *argv)

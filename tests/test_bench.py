@@ -1,12 +1,9 @@
 """What bench.py does around its measurements; the measurements themselves are no tests."""
 
-import json
-import shutil
 import sys
 from functools import partial
 
 from ouro.files import UserError, read_yaml
-from ouro.model.loading import load_tokenizer
 from tools import bench
 
 import pytest
@@ -54,44 +51,6 @@ def test_what_cannot_be_measured_is_refused(bench_py, monkeypatch, arguments, me
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         bench_py(*arguments)
-
-
-def test_each_gpu_is_measured_by_itself_and_then_all_together(bench_py, a_gpu, monkeypatch):
-    speeds, asked = {(1, 0): 100.0, (1, 1): 96.0, (2, None): 188.0}, []
-
-    def run(run, folder, processes, gib, gpu, **settings):
-        asked.append((processes, gpu, gib, settings["max_length"], settings["total_ut_steps"]))
-        slow = {"tokens_per_second": 1, "seconds": 9, "memory_gib": 9, "padding": 0.5}
-        timed = slow | {"tokens_per_second": speeds[processes, gpu], "padding": 0.02}
-        return [slow, slow, timed, timed], {"plans": [{"estimated_gib": 8.5}, {"estimated_gib": 9.5}]}
-
-    monkeypatch.setattr(bench, "train_beside", run)
-    monkeypatch.setattr(bench, "save_random", lambda s, folder: shutil.copytree("sample/ouro-tiny", folder))
-    printed = bench_py("train", "--only", "nf4, 10 GB", "--loops", "1", "--count", "2", "--rows_per_step", "2")
-    assert [line[3:] for line in printed[3:]] == [
-        ["1", "GPU", "0", "100", "0.0%", "2.0%", "9.0", "9.5"],
-        ["1", "GPU", "1", "96", "0.0%", "2.0%", "9.0", "9.5"],
-        ["1", "2", "188", "1.918", "0.0%", "2.0%", "9.0", "9.5"],  # of the mean of 100 and 96
-    ]
-    assert sorted(asked[:2]) == [(1, 0, 9.3, 16384, 1), (1, 1, 9.3, 16384, 1)] and asked[2:] == [
-        (2, None, 9.3, 16384, 1)
-    ]
-
-
-def test_rows_have_the_length_asked_for_or_lengths_like_the_real_ones(tmp_path):
-    tokenizer = load_tokenizer("sample/ouro-tiny", None)
-    for length in (200, bench.REAL):
-        bench.write_rows(tmp_path / "rows.jsonl", 300, length, tokenizer)
-        lengths = [
-            len(tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]},
-                                               {"role": "assistant", "content": row["completion"]}]))
-            for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-        ]  # fmt: skip
-        if length == 200:
-            assert max(abs(n - 200) for n in lengths) <= 1
-        else:
-            assert 5000 < sum(lengths) / 300 < 6500 and max(lengths) <= length + 1
-            assert 0.35 < sum(n > 4096 for n in lengths) / 300 < 0.6
 
 
 @pytest.mark.slow

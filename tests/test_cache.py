@@ -219,13 +219,6 @@ def test_a_change_of_any_file_of_the_code_makes_the_rows_anew(world, monkeypatch
         seen.add(new_report["cache"])
 
 
-def test_training_rows_and_held_out_rows_are_two_caches(world):
-    rows, report = prepared(world)
-    held_out, other = prepare(world.s, world.tokenizer, split="held_out", quiet=True)
-    assert other["cache"] != report["cache"] and other["rows_kept"] == len(contents(held_out)) == 1
-    assert contents(held_out)[0] not in rows
-
-
 SAME_ROWS = {
     "learning_rate": {"learning_rate": 1.0},
     "rows_per_step": {"rows_per_step": 7},

@@ -6,13 +6,9 @@ import unicodedata
 from functools import partial
 
 from ouro.data import chats
-from ouro.data import report as data_report
-from ouro.data.cache import prepare
 from ouro.data.chats import Tokens, cut_question, encode_chats, split_row, to_chat
-from ouro.data.sources import read_file
 from ouro.data.thai import normalise
-from ouro.files import ROOT, UserError, read_yaml
-from ouro.model.modeling_ouro import IGNORE
+from ouro.files import UserError, read_yaml
 from ouro.settings import DATASETS, Settings
 
 import numpy as np
@@ -27,7 +23,6 @@ from training_sets import (
     UNBOUNDED,
     chatml,
     count,
-    hashed,
     prepare_set,
     questions,
     sample_text,
@@ -153,19 +148,6 @@ def test_keys_of_rows_that_sound_like_marks_and_are_none_are_named(kind, prepare
     assert prepared("chat", {f"train.{kind}": rows})[1]["unread_keys"] == {"exclude": 2, "trainer": 2}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_what_says_so_in_metadata_is_obeyed_too(kind, prepared, tokenizer):
-    asked, (no, yes, silent) = questions(4), ({"metadata": {"n": 1, "a": {"Train": x}}} for x in (False, True, None))
-    no["metadata"]["meta"], yes["metadata"]["meta"] = {"loss_weight": 0}, {"loss_weight": 1}
-    pairs = [{"prompt": q, "completion": "ตอบ"} | more for q, more in zip(asked, (no, yes, silent), strict=False)]
-    got, report = prepared("pairs", {f"train.{kind}": pairs})
-    assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
-    chat = turns(asked[3], "ไม่", "ต่อ", "ฝึก")
-    chat[1] |= no
-    got, report = prepared("chat", {f"train.{kind}": [{"messages": chat}]})
-    assert trained_texts(got, tokenizer) == ["ฝึก" + END] and report["unread_keys"] == {}
-
-
 def test_a_long_row_whose_first_answer_is_not_trained_is_cut_in_its_first_question(prepared, tokenizer):
     chat = turns("ถามยาว " * 60, "ไม่ฝึก " * 20, "แล้ว", "ฝึก")
     chat[1]["weight"] = 0
@@ -254,16 +236,6 @@ def test_whatever_the_answers_hold_they_and_their_ends_are_what_is_trained(token
     tokens = encode_chats([found], tokenizer)[0]
     assert tokens.ids.tolist() == tokenizer.apply_chat_template(found)
     assert spans(tokens, tokenizer) == [answer + END for answer in clean[1::2]]
-
-
-def test_the_shown_row_marks_exactly_what_is_trained(tokenizer):
-    tokens = encode_chats([turns("ก", "ขค", "ง", "จ")], tokenizer)[0]
-    labels = np.full(len(tokens.ids), IGNORE)
-    for start, stop in zip(tokens.trained[::2], tokens.trained[1::2], strict=True):
-        labels[start:stop] = tokens.ids[start:stop]
-    shown = data_report.marked(tokens.ids, labels, tokenizer)
-    assert re.findall("⟦(.*?)⟧", shown, re.DOTALL) == ["ขค" + END, "จ" + END]
-    assert shown.replace("⟦", "").replace("⟧", "") == tokenizer.decode(tokens.ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,20 +385,3 @@ def test_think_tags_pair_or_the_row_is_dropped(case, prepared, tokenizer):
     assert trained_texts(got, tokenizer)[1:] == ([] if expected is None else [expected + END])
     assert report["rows_touched"] == ({"<think> tags completed": 1} if expected not in (None, completion) else {})
     assert sum(report["rows_dropped"].values()) == (expected is None)
-
-
-def test_of_the_samples_rows_the_answers_are_trained_and_no_prompt(tokenizer, tmp_path):
-    for name in ("wangchan", "synthetic", "r1"):
-        entry, folder = ENTRIES[name], ROOT / "sample" / name
-        settings = Settings(dataset=name, dataset_path=str(folder), overlap="none", cache_dir=str(tmp_path))
-        rows, report = prepare(settings, tokenizer, quiet=True)
-        raw = [row for _, row in read_file(folder / "train.jsonl")]
-        column = entry["held_out"].get("hash")
-        raw = [row for row in raw if not column or hashed(row[column] or row[entry["prompt"][0]]) >= 0.02]
-        assert len(rows) == len(raw) == report["rows_kept"] > 20
-        for text, row in zip(trained_texts(rows, tokenizer), raw, strict=True):
-            answer = row[entry["completion"]]
-            assert text == answer + END or (name == "r1" and answer in text and text.endswith(END))
-        for (ids, labels), row in zip(map(rows.row, range(len(rows))), raw, strict=True):
-            prompt = tokenizer.decode(ids[: int((labels != IGNORE).argmax())])
-            assert prompt.endswith("<|im_start|>assistant\n") and row[entry["prompt"][0]] in prompt

@@ -24,7 +24,7 @@ import torch
 from helpers import read_jsonl
 from local_hub import LocalHub, Scripts, copy_project, write
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from tiny_ouro import tiny, tokens
 from tokenizers import Tokenizer
@@ -244,8 +244,7 @@ def numbers_of(network, words, task) -> dict:
     return tasks.score_choices(network, words, task, [1], 8192, "test")[0].numbers
 
 
-@pytest.mark.parametrize("favourite", ["e", *(pytest.param(x, marks=pytest.mark.slow) for x in "ac")])
-def test_a_model_that_prefers_a_letter_is_at_chance(words, in_the_repository, favourite):
+def test_a_model_that_prefers_a_letter_is_at_chance(words, in_the_repository, favourite="e"):
     """It answers with the text that stands at its letter, whatever is asked; golds are a, b and c alone."""
 
     def answers(step: int) -> list[tuple[str, str]]:
@@ -258,7 +257,7 @@ def test_a_model_that_prefers_a_letter_is_at_chance(words, in_the_repository, fa
     once.prompts = [prompts[:1] for prompts in once.prompts]
     assert numbers_of(network, words, once)["predicted"][favourite] > 590, "asked in one order, it answers that letter"
     numbers = numbers_of(network, words, planted("thai_exam", items))
-    assert binomtest(round(600 * numbers["value"]), 600, 0.2).pvalue > 0.001, "three models are looked at"
+    assert binomtest(round(600 * numbers["value"]), 600, 0.2).pvalue > 0.001
     assert all(80 < count < 160 for count in numbers["predicted"].values()), numbers["predicted"]
 
 
@@ -614,56 +613,33 @@ def test_the_gap_between_languages_is_printed_from_the_items_of_both(tmp_path, c
 # Refusals
 
 
-def stray(name: str) -> dict[str, bytes]:
-    return {"adapter_model.safetensors": save({name: torch.zeros(2, 128)})}
-
-
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("name", "change", "named"),
     [
-        ({"adapter_config.json": ('"r": 2', '"r": 4')}, "has r = 4, and its run's config.yaml says r: 2"),
-        ({"adapter_config.json": (MODEL, "ByteDance/Ouro-1.4B")}, "was made for ByteDance/Ouro-1.4B"),
-        ({"../config.yaml": ("total_ut_steps: 1", "total_ut_steps: 4")}, "trained with total_ut_steps = 4, and exp2"),
-        ({"../completed": None}, "has been started but not finished"),
-        ({"adapter_config.json": ("{", "")}, "is no adapter in PEFT format"),
-        ({"adapter_model.safetensors": b"no"}, "is no adapter in PEFT format"),
-        ({"adapter_config.json": ('"r": 2', '"rank": 2')}, "adapter_config.json holds no rank, 'r'"),
-        ({"adapter_config.json": ('"peft_type": "LORA"', '"peft_type": "VERA"')}, 'has peft_type = "VERA"'),
-        ({"adapter_config.json": ('"peft_type"', '"peft"')}, "has peft_type = nothing"),
-        ({"adapter_config.json": ('"lora_alpha": ', '"lora_alpha": null, "x": ')}, "has lora_alpha = null"),
-        ({"adapter_config.json": ('"target_modules": [', '"target_modules": ["lm_head",')}, "has target_modules = "),
-        ({"adapter_config.json": ('"layers_to_transform": null', '"layers_to_transform": [0]')}, "has layers_to_tra"),
-        ("nan", r"layers\.3\S+ holds NaN or infinity"),
-        ({"adapter_config.json": b"[1]"}, "adapter_config.json holds no rank, 'r'"),
-        (stray("base_model.model.lm_head.lora_A.weight"), r"lm_head.lora_A.weight is .2, 128., and no such tensor"),
-        (stray("model.layers.x.q_proj.lora_A.weight"), r"layers.x.q_proj\S+ is .2, 128., and no such tensor"),
-        ("narrow", r"is \[2, 8\], and \[2, 384\] belongs"),
-        ("sealed", "is damaged or was changed, its files are not those of its SHA256SUMS: adapter_config"),
-        ("deep", r"\(4 layers\): \S+layers\.9\S+ is .*, and no such"),
+        ("config.yaml", ("total_ut_steps: 1", "total_ut_steps: 4"), "trained with total_ut_steps = 4, and exp2"),
+        ("completed", None, "has been started but not finished"),
+        ("final_adapter/adapter_config.json", ("{", ""), "is no adapter in PEFT format"),
+        ("final_adapter/adapter_model.safetensors", b"no", "is no adapter in PEFT format"),
+        (
+            "final_adapter/adapter_config.json",
+            ('"lora_dropout": 0.3', '"lora_dropout": 0.2'),
+            "is damaged or was changed",
+        ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(trained, tmp_path, change, named):
+def test_a_run_whose_adapter_is_not_its_own_is_refused(trained, tmp_path, name, change, named):
+    """What an adapter may not be is in test_loading.py."""
     folder = tmp_path / "output/exp2-wangchan-ut1"
     shutil.copytree(trained / "output/exp2-wangchan-ut1", folder)
-    if change == "sealed":
+    if "damaged" in named:
         seal(folder / "final_adapter")
-        change = {"adapter_config.json": ('"lora_dropout": 0.3', '"lora_dropout": 0.2')}
-    elif isinstance(change, str):
-        weights = load_file(folder / "final_adapter/adapter_model.safetensors")
-        name = next(n for n in weights if "layers.3" in n and "lora_A" in n)
-        tensor = weights.pop(name)
-        weights |= {"narrow": {name: tensor[:, :8].clone()}, "deep": {name.replace("s.3", "s.9"): tensor},
-                    "nan": {name: tensor * math.nan}}[change]  # fmt: skip
-        change = {"adapter_model.safetensors": save(weights)}
-    for name, how in change.items():
-        file = folder / "final_adapter" / name
-        if how is None:
-            file.unlink()
-        elif isinstance(how, bytes):
-            file.write_bytes(how)
-        else:
-            assert how[0] in file.read_text()
-            file.write_text(file.read_text().replace(*how, 1))
+    if change is None:
+        (folder / name).unlink()
+    elif isinstance(change, bytes):
+        (folder / name).write_bytes(change)
+    else:
+        assert change[0] in (folder / name).read_text()
+        (folder / name).write_text((folder / name).read_text().replace(*change, 1))
     with pytest.raises(UserError, match=named):
         evaluated(tmp_path, "--exp", "exp2-wangchan-ut1", "--tasks", "english_text")
     assert not (tmp_path / "results").exists()

@@ -251,15 +251,6 @@ def raising(error: BaseException):
     return function
 
 
-def test_an_adapter_that_is_not_finite_is_refused(run):
-    adapter = run(RSLORA) / "final_adapter"
-    weights = load_file(adapter / "adapter_model.safetensors")
-    next(p for n, p in weights.items() if "lora_B" in n)[0, 0] = torch.inf
-    save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds NaN or infinity"):
-        merged_model(plain(adapter.parent), adapter, None, 4)
-
-
 @pytest.mark.parametrize("action", ["merge", "push", "serve"])
 def test_unknown_and_unfinished_experiments_and_a_run_without_a_manifest_are_refused(refused, run, action):
     assert "unknown experiment 'exp9'" in refused("exp9", action)

@@ -166,6 +166,7 @@ def test_a_terminal_obeys_nothing_that_a_server_says(server, capsys):
     assert "\x1b" not in (told := capsys.readouterr().err) and r"\x1b[2J" in told
 
 
+@pytest.mark.slow  # a start of evaluate.py
 def test_openai_is_not_imported_where_no_server_is_asked():
     code = "import sys, evaluate; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -2,19 +2,19 @@
 
 import itertools
 import json
+import multiprocessing
 import re
 import resource
-import signal
 import socket
-import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 
 from ouro.evaluate import endpoint, http, judge, results
 from ouro.evaluate.endpoint import find_judge
 from ouro.evaluate.judge import judge_prompt, parse_rating
 from ouro.evaluate.replies import Cache
-from ouro.files import UserError
+from ouro.files import UserError, call
 from tools import judge as command
 
 import numpy as np
@@ -22,8 +22,10 @@ import openai
 import pytest
 from conftest import PATIENCE
 from fake_openai import FAULTS, FakeServer, rate
-from helpers import ROOT, read_jsonl
+from helpers import read_jsonl
 from judging import CACHE, KEY, SAMPLE, SPEC, load, run
+
+FORKS = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -389,11 +391,19 @@ def result(server, questions, tmp_path):
     return folder / "mt_bench_thai-ut2.json"
 
 
-def judge_script(file):
-    return subprocess.Popen(
-        [sys.executable, "tools/judge.py", str(file)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+def judge_file(file, output, begin):
+    begin.wait(PATIENCE)
+    sys.argv = ["tools/judge.py", str(file)]
+    with open(output, "w", buffering=1) as told, redirect_stdout(told), redirect_stderr(told):
+        call(command.main)
+
+
+def judge_process(file, output):
+    """tools/judge.py in a process of its own, which prints into a file; it begins at the event."""
+    begin = FORKS.Event()
+    process = FORKS.Process(target=judge_file, args=(file, output, begin))
+    process.start()
+    return process, begin
 
 
 def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
@@ -412,11 +422,12 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
         return rate(messages)
 
     server.answer = answer
-    process = judge_script(result)
+    process, begin = judge_process(result, tmp_path / "killed.txt")
+    begin.set()
     while len((result.parent / CACHE).read_bytes().splitlines()) < 18 + 7:  # replies and judgements
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    told = "".join(process.communicate())
+        assert process.is_alive()
+    process.kill()
+    process.join(PATIENCE)
     resume.set()
     with (result.parent / CACHE).open("ab") as file:
         file.write(b'{"key": "torn')
@@ -424,9 +435,11 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
     port = server.server.server_port
     server.close()
     model = FakeServer(port)
-    process = judge_script(result)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    process, begin = judge_process(result, tmp_path / "whole.txt")
+    begin.set()
+    process.join(PATIENCE)
+    told = (tmp_path / "killed.txt").read_text() + (tmp_path / "whole.txt").read_text()
+    assert process.exitcode == 0, told
     again = {json.dumps(body["messages"]) for body in model.bodies}
     assert len(set(paid)) == 7 and len(model.bodies) == 18 - 7 and not set(paid) & again
 
@@ -436,7 +449,7 @@ def test_what_was_replied_is_judged_later_and_a_kill_costs_no_judgement_twice(
     assert written["results"]["mt_bench_thai"]["rating,none"] == numbers["value"]
     assert written["results"]["mt_bench_thai_Math"]["rating,none"] == numbers["subsets"]["Math"]["value"]
     assert read_jsonl(result.with_suffix(".items.jsonl")) == lines
-    assert KEY not in told + out and not any(KEY.encode() in file.read_bytes() for file in result.parent.iterdir())
+    assert KEY not in told and not any(KEY.encode() in file.read_bytes() for file in result.parent.iterdir())
     command.rate_file(result, find_judge())
     assert "rated by a-judge already" in capsys.readouterr().out
     model.close()
@@ -476,14 +489,16 @@ def test_a_full_disk_is_told_and_what_was_judged_is_kept(server, result):
     assert len(server.bodies) == 18 - kept
 
 
-def test_a_second_process_waits_and_finds_what_the_first_has_paid_for(server, questions, result):
+def test_a_second_process_waits_and_finds_what_the_first_has_paid_for(server, questions, result, tmp_path):
     pairs = [[turn["reply"] for turn in line["turns"]] for line in read_jsonl(result.with_suffix(".items.jsonl"))]
-    with Cache(result.parent / CACHE) as saved:
-        process = judge_script(result)
-        assert process.stdout.readline().startswith("waiting for another process")
+    process, begin = judge_process(result, told := tmp_path / "told.txt")
+    with Cache(result.parent / CACHE) as saved:  # a process that is forked now would hold it, too
+        begin.set()
+        while not (told.exists() and told.read_text().startswith("waiting for another process")):
+            assert process.is_alive()
         judge.rate_replies(questions, pairs, find_judge(), saved, "the first")
-    process.communicate()
-    assert process.returncode == 0 and len(server.bodies) == 18
+    process.join(PATIENCE)
+    assert process.exitcode == 0 and len(server.bodies) == 18
     assert json.loads(result.read_text())["study"]["judge"] == "a-judge"
 
 

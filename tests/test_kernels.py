@@ -111,7 +111,9 @@ SHARED = {80: 163, 86: 99, 90: 227}  # KiB that a block may have on A100; RTX 30
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="needs triton")
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 86, pytest.param(90, marks=pytest.mark.slow)]
+)
 def test_the_kernels_that_decoding_and_fp8_start_compile_for_other_gpus(capability, monkeypatch, tmp_path):
     """As they are called for the 2.6B model, down to machine code by Triton's own ptxas; started they are not."""
     from triton.backends.compiler import GPUTarget

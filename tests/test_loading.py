@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import evaluate
@@ -423,6 +424,7 @@ def test_bf16_without_a_gpu_and_dora_beside_fp8_are_refused(run):
 
 
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+STRAY = "base_model.model.lm_head.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -430,6 +432,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     [
         (lambda w: w.pop(FIRST), f"{FIRST} is missing"),
         (lambda w: w.update({FIRST.replace("layers.0", "layers.7"): w[FIRST].clone()}), "layers.7.* no such tensor"),
+        (lambda w: w.update({STRAY: torch.zeros(2, 128)}), r"lm_head.lora_A.weight is .2, 128., and no such tensor"),
         (lambda w: w.update({FIRST: w[FIRST][:2].clone()}), r"is \[2, 384\], and \[3, 384\] belongs there"),
         (lambda w: w.update({FIRST: w[FIRST].to(torch.int8)}), f"{FIRST} is in torch.int8"),
         (lambda w: w.update({FIRST: w[FIRST].to(torch.float8_e4m3fn)}), f"{FIRST} is in torch.float8_e4m3fn"),
@@ -437,7 +440,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda w: w.update({FIRST: w[FIRST] * 0}), f"{FIRST} is all zero"),
         (lambda w: w.update({FIRST.replace("_A", "_B"): w[FIRST.replace("_A", "_B")] * 0}), "lora_B.* is all zero"),
     ],
-    ids=["missing", "added", "smaller", "int8", "fp8", "NaN", "A zero", "B zero"],
+    ids=["missing", "added", "on the head", "smaller", "int8", "fp8", "NaN", "A zero", "B zero"],
 )
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
     folder, s = run()
@@ -449,16 +452,25 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
         loading.load_run_model(s, folder / "final_adapter")
 
 
-def test_an_adapter_of_another_rank_or_base_and_a_base_that_is_not_there_are_refused(run):
+def test_an_adapter_of_another_rank_or_base_and_a_base_that_is_not_there_or_truncated_are_refused(run, tmp_path):
     folder, s = run()
     for changes, said in (({"r": 16}, "has r = 3"), ({"model_name_or_path": "sample/ouro-nano"}, "was made for")):
         with pytest.raises(UserError, match=said):
             loading.load_run_model(dataclasses.replace(s, **changes), folder / "final_adapter")
-    with pytest.raises(UserError, match="^cannot load the model sample/nowhere: "):
-        loading.load_run_model(dataclasses.replace(s, model_name_or_path="sample/nowhere"))
+    tiny().save_pretrained(tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 1000)
+    for name, said in (("sample/nowhere", ""), (str(tmp_path / "cut"), ".*deserializing header")):
+        with pytest.raises(UserError, match=f"^cannot load the model {name}: {said}"):
+            loading.load_run_model(dataclasses.replace(s, model_name_or_path=name))
 
 
 REFUSED = {  # what adapter_config.json says beside or in place of what was saved
+    "no rank": ({"r": None}, "adapter_config.json holds no rank, 'r'|has r = null"),
+    "another kind": ({"peft_type": "VERA"}, 'has peft_type = "VERA"'),
+    "no kind": ({"peft_type": None}, "has peft_type = n"),
+    "no scale": ({"lora_alpha": None}, "has lora_alpha = null"),
+    "a head": ({"target_modules": [*PROJECTIONS, "lm_head"]}, "has target_modules = "),
+    "some layers": ({"layers_to_transform": [0]}, "has layers_to_tra"),
     "another scale": ({"lora_alpha": 33}, "has lora_alpha = 33, and its run's config.yaml says lora_alpha: 8"),
     "a scale of another kind": ({"use_rslora": True}, "has use_rslora = True, and its run's config.yaml says"),
     "no truth value": ({"use_rslora": "false"}, 'adapter_config.json has use_rslora = "false"'),

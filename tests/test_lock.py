@@ -126,27 +126,6 @@ def test_the_lock_is_what_the_manifest_asks_for(manifest, lock, tmp_path):
     assert faults(manifest, lock, tmp_path) == []
 
 
-def test_a_damaged_lock_is_found(manifest, lock, tmp_path):
-    """All kinds of damage in one lock, and another manifest: reading it takes a second."""
-    damaged, wanted = lock, ["environment cu129"]
-    for pattern, new, fault in (
-        (r"(name: transformers\n  version: 4.54.)1", r"\g<1>0", "transformers"),
-        (r"\n      - conda: \S+/openssl-[0-9]\S+", "", "cpu: openssl.* is not locked"),
-        (r"\n  - pyyaml>=5.1\n", "\n  - pyyaml>=5.1,<6\n", "pyyaml"),
-        ("numpy-2.4.6-cp312-cp312", "numpy-2.4.6-cp313-cp313", "numpy 2.4.6 for Python"),
-        ("/whl/cu128/torch", "/whl/cu126/torch", "cu128: torch is not from"),
-        (INDEX, "https://other.example/simple", "cpu: indexes"),
-        (r"(tzdata-2025(?s:.*?))  purls: \[\]\n", r"\1", "tzdata has no purls"),
-    ):
-        assert (before := damaged) != (
-            damaged := re.sub(pattern, new, before, count=1 if "http" in new or not new else 0)
-        )
-        wanted.append(fault)
-    manifest = manifest | {"environments": manifest["environments"] | {"cu129": {"features": []}}}
-    found = "\n".join(faults(manifest, damaged, tmp_path))
-    assert [fault for fault in wanted if not re.search(fault, found)] == []
-
-
 @pytest.mark.parametrize("env", ["default", "cu128", "cpu"])
 def test_every_environment_has_the_versions_and_hashes_of_requirements_txt(lock, env):
     pins = {

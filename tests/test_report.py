@@ -1,6 +1,5 @@
 """The report: known answers are found and no more is claimed, unlike runs are not pooled, broken files are named."""
 
-import base64
 import contextlib
 import csv
 import hashlib
@@ -100,32 +99,27 @@ def make_study(root: Path, thai: tuple, english: tuple | None, **how) -> None:
         fabricate.study(root, tasks=PAIR[1:], dataset="smol-smoltalk", language="en", **how)
 
 
-@pytest.mark.parametrize("base", [{}, BROKEN], ids=["a good base", "a base that is broken at one loop"])
 @pytest.mark.parametrize(
     "thai, english, how, word",
     [
         (SOME, SOME, {}, "helps Thai as it helps English"),
+        (SOME, SOME, {"base": BROKEN}, "helps Thai as it helps English"),
         (MUCH, SOME, {}, "helps Thai more than English"),
         (SOME, MUCH, {}, "helps Thai, less than English"),
-        (NONE, MUCH, {}, "no difference that matters; worth less than on English"),
+        (NONE, MUCH, {"base": BROKEN}, "no difference that matters; worth less than on English"),
         (SOME, None, {}, "helps Thai; beside English: not measured"),
         (MUCH, MUCH, {"seed_sd": 0.02}, "helps Thai; beside English: undecided"),
         (WORSE, SOME, {}, "hurts Thai; worth less than on English"),
         (WORSE, WORSE, {}, "hurts Thai"),
         (NONE, NONE, {}, "no difference that matters"),
         (NONE, NONE, {"seed_sd": 0.2}, "undecided"),
-        (
-            (0, 0.01, 0.01, 0.01),
-            None,
-            {"seed_sd": 0.001},
-            "no difference that matters",
-        ),  # measurable, and less than the margin
+        ((0, 0.01, 0.01, 0.01), None, {"seed_sd": 0.001}, "no difference that matters"),  # measurable, but too small
         (MUCH, SOME, {"seeds": (0, 1)}, "provisional"),
         (MUCH, SOME, {"seeds": (0,)}, "provisional"),
     ],
 )
-def test_the_words_of_a_study_with_a_known_answer_whatever_the_base(tmp_path, thai, english, how, word, base):
-    make_study(tmp_path, thai, english, base=base, **how)
+def test_the_words_of_a_study_with_a_known_answer_whatever_the_base(tmp_path, thai, english, how, word):
+    make_study(tmp_path, thai, english, **how)
     write_report(tmp_path)
     told = verdicts(tmp_path)["thai_text"]
     text = (tmp_path / "RESULTS.md").read_text()
@@ -230,10 +224,17 @@ def test_seeds_of_unequal_numbers_are_compared_and_fewer_than_three_are_not(tmp_
     assert "at least 3 seeds: now 2 at 2 loops" in verdict.missing
 
 
+@pytest.fixture(scope="module")
+def of_two_depths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("settings")
+    fabricate.study(root, **TEXT | {"items": 20, "depths": (1, 4)})
+    return root
+
+
 @pytest.mark.parametrize("key", panels.MEASURED_ALIKE)
-def test_a_result_that_was_measured_otherwise_is_flagged_and_nothing_is_compared(tmp_path, key):
-    _, results = fabricate.study(tmp_path, **TEXT)
-    odd = results / "seed1" / "exp2-wangchan-ut1" / "thai_text-ut1.json"
+def test_a_result_that_was_measured_otherwise_is_flagged_and_nothing_is_compared(of_two_depths, tmp_path, key):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    odd = tmp_path / "results/seed1/exp2-wangchan-ut1/thai_text-ut1.json"
     change(odd, **{key: "accuracy" if key == "metric" else "another"})
     if key == "metric":  # which reads other columns of the items, the same numbers here
         change(odd, value=float(np.mean([item["value"] for item in read_jsonl(odd.with_suffix(".items.jsonl"))])))
@@ -244,17 +245,10 @@ def test_a_result_that_was_measured_otherwise_is_flagged_and_nothing_is_compared
     assert "another (seed1/exp2-wangchan-ut1 read at 1)" in why or key == "metric"
 
 
-@pytest.fixture(scope="module")
-def of_two_depths(tmp_path_factory):
-    root = tmp_path_factory.mktemp("settings")
-    fabricate.study(root, **TEXT | {"items": 20, "depths": (1, 4)})
-    return root
-
-
 @pytest.mark.parametrize("name", panels.SETTINGS_ALIKE)
 def test_runs_that_differ_in_what_is_learnt_do_not_count_until_it_is_said_which_do(of_two_depths, name):
     """No majority decides: one odd run of six, and all three of a depth, are unlike the others all the same."""
-    for seeds in ((1,), (0, 1, 2)):
+    for seeds in ((1,), (0, 1, 2)) if name == "learning_rate" else ((1,),):
         kept = {}
         for seed in seeds:
             file = of_two_depths / f"output/seed{seed}/exp2-wangchan-ut1/config.yaml"
@@ -543,18 +537,18 @@ def test_nothing_at_all_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("what", ["nothing", "runs", "base", "adapted"])
+@pytest.mark.parametrize("what", ["runs", "base"])
 def test_any_part_of_a_study_gives_a_report(tmp_path, what):
-    tasks = () if what in ("nothing", "runs") else ("thai_exam",)
+    tasks = () if what == "runs" else ("thai_exam",)
     output, results = fabricate.study(tmp_path, tasks=tasks, seeds=(0,), items=30, lines=3)
     for folder in results.glob("*"):
-        if (folder.name == "base-bf16") != (what == "base"):
+        if folder.name != "base-bf16":
             shutil.rmtree(folder)
-    if what in ("nothing", "base"):
+    if what == "base":
         shutil.rmtree(output)
         output.mkdir()
     printed = write_report(tmp_path, "--csv", "--latex", figures=True)
-    assert ("0 training runs" in printed) == (what in ("nothing", "base"))
+    assert ("0 training runs" in printed) == (what == "base")
     for page in ("RESULTS.md", "report.html"):
         assert "not comparable yet" in (tmp_path / page).read_text()
 
@@ -620,7 +614,7 @@ def test_both_benchmarks_of_exams_are_one_with_each_exam_a_stratum(tmp_path):
     how = {"lines": 2, "gains": {"thai_exam": (0, 0, 0, 0.3), "m3exam": (0, 0, 0, 0.1)}, "depths": (1, 4)}
     fabricate.study(tmp_path, tasks=("thai_exam",), items=100, **how)
     fabricate.study(tmp_path, tasks=("m3exam",), items=300, **how)
-    write_report(tmp_path, "--csv", figures=True)
+    write_report(tmp_path, "--csv")
     told = verdicts(tmp_path)["thai_exams"]
     assert "thai_exam and m3exam, 400 items in 400 clusters" in told["sentence"]
     rows = {(row["benchmark"], row["trained at"], row["read at"]): row for row in table(tmp_path, "benchmarks")}
@@ -643,7 +637,7 @@ def test_both_benchmarks_of_exams_are_one_with_each_exam_a_stratum(tmp_path):
 def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tmp_path):
     levels = {"thai_exam": (0.99, 0.01, 0.5, 0.3)}
     fabricate.study(tmp_path, tasks=("thai_exam",), levels=levels, items=12, lines=2)
-    write_report(tmp_path, "--csv", figures=True)
+    write_report(tmp_path, "--csv")
     found = [re.findall(r"[\d.]+", row["value"]) for row in table(tmp_path, "benchmarks")]
     for value, low, high in (map(float, numbers) for numbers in found):
         assert 0 <= low <= value <= high <= 100 and low < high

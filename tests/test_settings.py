@@ -8,7 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import data_config
 from ouro import FOREIGN, settings
 from ouro.files import UserError, call, read_yaml, write_atomic
 from ouro.settings import FIELDS, LIMITS, Settings, parse, resolve
@@ -93,7 +92,7 @@ def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_pa
 
 
 @given(text=st.text(), name=st.text(min_size=1))
-@hypothesis_settings(derandomize=True, database=None, deadline=None)
+@hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=40)
 @example(
     text="จาก Word\u2028ทีละบรรทัด\u2029a\u0085b\x7f\ufeff\ufffe 🙏\t'\"\\#: \\u0e01", name="a\nseed: 1\u2028seed: 2.yaml"
 )
@@ -247,14 +246,6 @@ def test_the_table_in_docs_is_the_one_that_is_printed():
     assert Path("docs/settings.md").read_text() == settings.table(), "python -m ouro.settings > docs/settings.md"
 
 
-def test_a_mistake_ends_a_script_with_one_message_and_no_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data_config.py", "--config", "tests/smoke.yaml", "--dataset", "wangchn"])
-    with pytest.raises(SystemExit) as ended:
-        call(data_config.main)
-    assert ended.value.code == 2
-    assert capsys.readouterr() == ("", "error: unknown dataset 'wangchn'; did you mean 'wangchan'?\n")
-
-
 @pytest.mark.parametrize("below", ["", "/run/x"])
 def test_a_file_where_a_folder_is_wanted_is_a_mistake(tmp_path, capsys, below):
     (tmp_path / "file").touch()
@@ -285,17 +276,9 @@ def test_what_is_no_time_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("90", 90), ("01:30", 90), ("36:00:05", 129605), ("1-00:00:00", 86400), ("2-12", 216000)]
+    ("text", "expected"),
+    [("90", 90), ("01:30", 90), ("36:00:05", 129605), ("1-00:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200)],
 )
 def test_a_time_limit_is_read_as_slurm_writes_it_or_in_seconds(text, expected):
     assert time_limit(text) == expected
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file.json"
-    write_atomic(path, "first")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, "second")
-    assert path.read_text() == "first"
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert seconds(text) == (5400 if text == "90" else expected), "Slurm's own numbers are minutes"
