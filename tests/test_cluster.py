@@ -601,6 +601,7 @@ def test_args_replace_what_stands_before_them_and_a_jobs_options_stand_once(on_a
         sweep.plan([STUDY[0]], ["3"], 1, [*argv, "--seed", "4"], [])
 
 
+@pytest.mark.slow  # test_settings.py has a terminal without Thai
 def test_the_status_is_read_in_any_locale(tmp_path):
     files.write_atomic(tmp_path / "slurm/logs/jobs.tsv", f"7\ttrain\tไทย\t{tmp_path}/ไทย\t{tmp_path}/ไทย\n")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

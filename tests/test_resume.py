@@ -15,7 +15,7 @@ from pathlib import Path
 
 import train_qlora
 from ouro import files
-from ouro.data import cache
+from ouro.data import sources
 from ouro.files import UserError, latest, read_yaml
 from ouro.model.loading import load_ouro
 from ouro.train import processes, run_folder, stopping, trainer
@@ -491,7 +491,7 @@ def begun(tmp_path_factory):
     argv = ["--dataset", "pairs", "--dataset_path", str(place / "rows.jsonl"), "--eval_steps", "0",
             "--model_name_or_path", str(place / "model"), "--max_steps", "2"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "benchmark_items", lambda s: [("exam, item 1", (place / "items").read_text())])
+        patch.setattr(sources, "benchmark_items", lambda s: [("exam, item 1", (place / "items").read_text())])
         assert one_step(out, *argv) == 1
         half = shutil.copytree(out / "smoke", out / "half/smoke")
         yield place, argv, half, six(out, *argv)
