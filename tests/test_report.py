@@ -1,5 +1,6 @@
 """The report: known answers are found and no more is claimed, unlike runs are not pooled, broken files are named."""
 
+import base64
 import contextlib
 import csv
 import hashlib
