@@ -57,9 +57,7 @@ ARMS = ("equal-tokens", "equal-flops", "tuned", "quantised", "rates", "rank", "c
 
 @dataclasses.dataclass
 class Settings:
-    arm: str = run_setting(
-        "equal-tokens", "the part of the study that the run belongs to; runs of two arms are never pooled", one_of=ARMS
-    )
+    arm: str = run_setting("equal-tokens", "part of the study; runs of two arms are never pooled", one_of=ARMS)
     # model
     model_name_or_path: str = setting("ByteDance/Ouro-2.6B", "Hub id or folder of an Ouro checkpoint")
     model_revision: str | None = setting(None, "commit of the checkpoint; none: the pinned one")
@@ -67,9 +65,7 @@ class Settings:
     loss: str = setting("last", "which loops' logits are trained", one_of=("last", "mixture", "all"))
     use_qlora: bool = setting(True, "frozen weights in NF4; false: in bf16 (fp32 without bf16)")
     frozen_weights: str = setting(
-        "auto",
-        "fp8: bf16 LoRA beside weights in e4m3 (Hopper and later); auto: as use_qlora says",
-        one_of=("auto", "fp8"),
+        "auto", "fp8: LoRA beside weights in e4m3 (Hopper and later); auto: as use_qlora says", one_of=("auto", "fp8")
     )
     bnb_4bit_use_double_quant: bool = setting(True, "quantise the NF4 scales too: 0.4 bit less per weight")
     bf16: bool = setting(True, "compute in bfloat16; false: float32, as on a CPU")
@@ -79,38 +75,27 @@ class Settings:
     lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0, at_most=0.9)
     use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
     use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
-    loraplus_lr_ratio: float = setting(
-        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0
-    )
+    loraplus_lr_ratio: float = setting(1.0, "B's learning rate / A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0)
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
-    dataset_path: str | None = run_setting(
-        None, "folder or file (JSONL, JSON, CSV, Parquet) in place of the dataset's Hub id; for `own` also a Hub id"
-    )
+    dataset_path: str | None = run_setting(None, "folder or file in place of its Hub id; for `own` also a Hub id")
     paths: dict = run_setting({}, "the same for several: name=folder of datasets and benchmarks; adds to a config's")
     system_prompt: str | None = setting(None, "system turn of every row; none: as the chat template has it")
-    normalise_thai: bool = setting(
-        True, "drop zero-width characters, compose sara am, order tone marks; also in scoring"
-    )
+    normalise_thai: bool = setting(True, "drop zero-width characters, compose sara am, order marks; scoring too")
     licence: str = setting("all", "rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive"))
     overlap: str = setting(
-        "thai_exam,m3exam,openthaieval,mt_bench_thai",
-        "benchmarks of configs/evals.yaml whose items no row may repeat, or none",
+        "thai_exam,m3exam,openthaieval,mt_bench_thai", "benchmarks whose items no row may repeat, or none"
     )
     max_tokens: str | None = setting(
         None,
-        "cut the training set to so many tokens, or to as many as the one of this name has: whole rows, evenly spaced",
+        "cut the training set to so many tokens, or as many as the set of this name has, rows evenly spaced",
     )
     shuffle_answers: bool = setting(False, "give each answer to another row's question: a control")
     development: bool = setting(
-        False,
-        "hold 2 % of the training rows out, and measure the held-out loss on them: settings can be chosen by it, and "
-        "the test split stays unseen",
+        False, "hold 2 % of the training rows out for the held-out loss: settings can be chosen by it, the test unseen"
     )
     drop_overlap: bool = setting(True, "drop rows that repeat a benchmark item; false: count them and train them")
-    max_length: int = setting(
-        16384, "longest row in tokens; length_policy says what becomes of longer ones", at_least=8
-    )
+    max_length: int = setting(16384, "longest row in tokens; longer ones: length_policy", at_least=8)
     length_policy: str = setting(
         "truncate_prompt",
         "rows longer than max_length: leave out (drop), shorten the question (truncate_prompt), train in pieces, each "
@@ -129,12 +114,8 @@ class Settings:
     num_train_epochs: float = setting(3, "passes over the data", at_least=0, at_most=10**6, but_not=0)
     max_steps: int = setting(-1, "optimizer steps; -1: as num_train_epochs says", at_least=-1, at_most=10**9, but_not=0)
     rows_per_step: int = setting(32, "rows of an optimizer step, on any number of GPUs", at_least=1, at_most=10**6)
-    pass_tokens: int | None = run_setting(
-        None, "tokens of short rows that go through the model at once; none: as the GPU's memory allows", at_least=64
-    )
-    learning_rate: float = setting(
-        2e-4, "peak learning rate; tuned: the best of the arm `rates` at this depth", at_least=0, at_most=1e30
-    )
+    pass_tokens: int | None = run_setting(None, "tokens of short rows at once; none: as memory allows", at_least=64)
+    learning_rate: float = setting(2e-4, "peak; tuned: best of arm `rates` at this depth", at_least=0, at_most=1e30)
     lr_scheduler_type: str = setting(
         "cosine", "the learning rate after its rise", one_of=("cosine", "linear", "constant", "constant_with_warmup")
     )
@@ -145,12 +126,9 @@ class Settings:
         "paged_adamw_8bit", "optimizer", one_of=("adamw_torch", "adamw_torch_fused", "paged_adamw_8bit")
     )
     activation_checkpointing: str = run_setting(
-        "auto",
-        "how many layers are computed twice, for less memory and more time; auto: for each pass as "
-        "few layer calls as the GPU's free memory allows by the estimate of ouro/model/cost.py",
-        one_of=("auto", "none", "full"),
-        or_number=True,
-    )
+        "auto", "how many layers are computed twice, for less memory and more time; auto: for each pass as few as fit",
+        one_of=("auto", "none", "full"), or_number=True,
+    )  # fmt: skip
     torch_compile: bool = run_setting(True, "fuse layers and loss into kernels; needs a GPU and a C compiler")
     fsdp: bool = run_setting(False, "share the layers' frozen weights out over the GPUs: less memory, but slow")
     seed: int = run_setting(42, "seed of everything", at_least=0, at_most=2**32 - 1)
@@ -171,9 +149,7 @@ class Settings:
         "parallel_text_english,thai_text,thai_wikipedia,english_text",
         "what evaluate.py scores, tasks of configs/evals.yaml",
     )
-    max_new_tokens: int | None = free_setting(
-        None, "longest reply; none: what its task's reply_characters of Thai take (configs/evals.yaml)", at_least=1
-    )
+    max_new_tokens: int | None = free_setting(None, "longest reply; none: reply_characters of its task", at_least=1)
     temperature: float = free_setting(0.0, "of replies; 0: the likeliest token; published: 0.2", at_least=0, at_most=10)
     eval_batch_tokens: int = free_setting(8192, "tokens per forward pass in evaluate.py", at_least=1)
     # places and logs
@@ -272,11 +248,9 @@ def parse(name: str, value: object, origin: str) -> object:
 
 
 def resolve(
-    description: str,
-    argv: list[str] | None = None,
-    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
-    several: bool = False,
-) -> Resolved:
+    description: str, argv: list[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None, several: bool = False,
+) -> Resolved:  # fmt: skip
     """The settings of this call, from all sources in their order; `add_options` adds the script's own options.
 
     several: --exp may name several runs, comma-separated, then no experiment's row is applied; also seed0/NAME, and
@@ -377,26 +351,19 @@ def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
         there = {name: parse(name, value, origin) for name, value in record.items() if name in FIELDS}
         own = ("learning_rate", *wanted[folder.name])
         if unlike := [name for name in LEARNING if name not in own and there.get(name) != getattr(s, name)]:
-            raise UserError(
-                f"learning_rate: tuned: {folder} was trained with {unlike[0]} = {there.get(unlike[0])}, and this run "
-                f"has {getattr(s, unlike[0])}"
-            )
+            trained = f"{folder} was trained with {unlike[0]} = {there.get(unlike[0])}"
+            raise UserError(f"learning_rate: tuned: {trained}, and this run has {getattr(s, unlike[0])}")
         lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         *_, last = (line["held_out_loss"][-1] for line in lines if "held_out_loss" in line)
         losses.setdefault((folder.name, there["learning_rate"]), []).append(last)
     missing = sorted(wanted.keys() - {name for name, _ in losses})
     if missing or not wanted:
-        raise UserError(
-            f"learning_rate: tuned takes the best of the arm `rates` on {s.dataset} with total_ut_steps = "
-            f"{s.total_ut_steps}, and in {root} there is no completed {', '.join(missing) or 'run of it'}: "
-            "make cluster-sweep STUDY=rates"
-        )
+        arm = f"the arm `rates` on {s.dataset} with total_ut_steps = {s.total_ut_steps}"
+        lacks = f"in {root} there is no completed {', '.join(missing) or 'run of it'}: make cluster-sweep STUDY=rates"
+        raise UserError(f"learning_rate: tuned takes the best of {arm}, and {lacks}")
     means = {key: math.fsum(each) / len(each) for key, each in losses.items()}
-    best = min(means, key=means.get)
-    tried = ", ".join(
-        f"{name} at {rate:g}: {means[name, rate]:.4f}" for name, rate in sorted(means, key=lambda x: x[1])
-    )
-    return best[1], f"tuned, by the held-out loss of {tried}"
+    tried = [f"{name} at {rate:g}: {means[name, rate]:.4f}" for name, rate in sorted(means, key=lambda key: key[1])]
+    return min(means, key=means.get)[1], f"tuned, by the held-out loss of {', '.join(tried)}"
 
 
 HEAD = """# Settings

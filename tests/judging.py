@@ -12,7 +12,7 @@ KEY = "sk-not-a-real-key-0123456789"
 
 
 def load(place, limit=None):
-    return load_questions("mt_bench_thai", SPEC, str(place), limit, True)
+    return load_questions("mt_bench_thai", SPEC, str(place), limit)
 
 
 def chat(conversations, done):

@@ -44,11 +44,11 @@ def test_the_plan_has_a_line_for_each_experiment(bench_py):
     ("arguments", "message"),
     [
         (["plan", "--count", "0"], "--count must be at least 1"),
-        (["train"], "bench.py train measures a GPU, and there is none here"),
+        (["train"], "--count 1: this machine has 0 GPUs"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(bench_py, monkeypatch, arguments, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=message):
         bench_py(*arguments)
 

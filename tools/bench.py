@@ -31,12 +31,7 @@ from ouro.cluster.plan import predict
 from ouro.evaluate.scoring import score
 from ouro.files import ROOT, UserError, call, code_version, read_yaml
 from ouro.model import generate as generation
-from ouro.model.cost import (
-    GPUS,
-    layer_weights,
-    matrix_rate,
-    sizes,
-)
+from ouro.model.cost import GPUS, layer_weights, matrix_rate, sizes
 from ouro.model.generate import Decoder, generate
 from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import OuroForCausalLM
@@ -86,9 +81,7 @@ def save_random(s: Settings, folder: Path) -> None:
     load_tokenizer(str(ROOT / "sample/ouro-tiny"), None).save_pretrained(folder)
 
 
-def need_gpus(run: Resolved, count: int = 1) -> None:
-    if not torch.cuda.is_available():
-        raise UserError(f"bench.py {run.options.what} measures a GPU, and there is none here")
+def need_gpus(count: int) -> None:
     if count > torch.cuda.device_count():
         raise UserError(f"--count {count}: this machine has {torch.cuda.device_count()} GPUs")
 
@@ -151,10 +144,9 @@ def train_beside(run: Resolved, folder: Path, processes: int, gib: float | None,
     settings = [f"--{key}={value}" for key, value in values.items()]
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     one = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
-    done = subprocess.run(
-        [sys.executable, *start, *script, *config, *settings],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | one,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *start, *script, *config, *settings]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | one, **pipes)
     if done.returncode:
         raise UserError(f"train_qlora.py failed:\n{done.stdout[-3000:]}")
     (metrics,) = output.glob("*/metrics.jsonl")
@@ -165,7 +157,7 @@ def train_beside(run: Resolved, folder: Path, processes: int, gib: float | None,
 def bench_train(run: Resolved) -> None:
     """train_qlora.py's own tokens/s, of rows and not of padding, everything it does included; after the first steps."""
     s, count, only = run.settings, run.options.count, run.options.only or TRAIN
-    need_gpus(run, count)
+    need_gpus(count)
     title(f"train_qlora.py, steps of {s.rows_per_step} rows", "loops", "GPUs", "tok/s", "x one GPU", "FLOP use",
           "padding", "GiB", "estimate", count=count)  # fmt: skip
     with tempfile.TemporaryDirectory() as place:

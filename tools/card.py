@@ -72,16 +72,14 @@ def licences(report: dict, base: str) -> dict[str, str]:
 def published_results(results: Path, run: str, depth: int, adapter_sha256: str) -> dict[str, dict]:
     """The study block of each result that the Hub can show, by the result's file name: of this adapter, at this depth,
     on all items of a benchmark that was read at a commit of its repository."""
-    studies = {file.name: read_study(file) for file in sorted((results / run).glob(f"*-ut{depth}.json"))}
-    return {
-        name: study
-        for name, study in studies.items()
-        if study
-        and study["adapter_sha256"] == adapter_sha256
-        and study["value"] is not None
-        and not (study["limit"] or study["part"])
-        and re.fullmatch("[0-9a-f]{40}", study["benchmark_revision"] or "")
-    }
+    found = {}
+    for file in sorted((results / run).glob(f"*-ut{depth}.json")):
+        study = read_study(file)
+        whole = study and study["value"] is not None and not (study["limit"] or study["part"])
+        at_commit = study and re.fullmatch("[0-9a-f]{40}", study["benchmark_revision"] or "")
+        if whole and at_commit and study["adapter_sha256"] == adapter_sha256:
+            found[file.name] = study
+    return found
 
 
 def benchmark_id(study: dict) -> str:
@@ -107,21 +105,13 @@ def source(result: str, repo: str) -> dict[str, str]:
 
 def scores(studies: dict[str, dict], repo: str) -> dict[str, str]:
     """`.eval_results/<task>.yaml` by path: a score each, with the benchmark's revision and the source."""
-    return {
-        f".eval_results/{study['task']}.yaml": yaml.safe_dump(
-            [
-                {
-                    "dataset": {"id": benchmark_id(study), "task_id": study["task"],
-                                "revision": study["benchmark_revision"]},
-                    "value": study["value"],
-                    "source": source(file, repo),
-                    "notes": f"{study['metric']}, {conditions(study)}",
-                }
-            ],
-            sort_keys=False,
-        )
-        for file, study in studies.items()
-    }  # fmt: skip
+    files = {}
+    for file, study in studies.items():
+        dataset = {"id": benchmark_id(study), "task_id": study["task"], "revision": study["benchmark_revision"]}
+        score = {"dataset": dataset, "value": study["value"], "source": source(file, repo),
+                 "notes": f"{study['metric']}, {conditions(study)}"}  # fmt: skip
+        files[f".eval_results/{study['task']}.yaml"] = yaml.safe_dump([score], sort_keys=False)
+    return files
 
 
 def metadata(
@@ -138,8 +128,7 @@ def metadata(
             metric_type=study["metric"],
             metric_name=f"{study['metric']} ({conditions(study)})",
             metric_value=study["value"],
-            source_url=source(file, repo)["url"],
-            source_name=source(file, repo)["name"],
+            **{f"source_{key}": value for key, value in source(file, repo).items()},
         )
         for file, study in studies.items()
     ]
@@ -157,15 +146,9 @@ def metadata(
 
 
 def card(
-    name: str,
-    trained: Settings,
-    adapter: Path,
-    *,
-    record: dict | None = None,
-    studies: dict[str, dict] | None = None,
-    repo: str | None = None,
-    revision: str | None = None,
-) -> str:
+    name: str, trained: Settings, adapter: Path, *, record: dict | None = None, studies: dict[str, dict] | None = None,
+    repo: str | None = None, revision: str | None = None,
+) -> str:  # fmt: skip
     """README.md of an adapter or, with the `record` of its merge, of a merged model.
 
     studies: of `published_results`. repo: where it is pushed to. revision: the base's commit.

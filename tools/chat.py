@@ -108,15 +108,10 @@ class Conversation:
 
         self.replies += 1
         try:
+            how = {"temperature": self.sampling.temperature, "seed": self.sampling.seed + self.replies}
+            length = self.sampling.max_new_tokens or 1024
             generate(
-                self.model,
-                [ids],
-                depth=self.depth,
-                max_new_tokens=self.sampling.max_new_tokens or 1024,
-                stop=self.stop,
-                temperature=self.sampling.temperature,
-                seed=self.sampling.seed + self.replies,
-                on_tokens=on_tokens,
+                self.model, [ids], depth=self.depth, max_new_tokens=length, stop=self.stop, on_tokens=on_tokens, **how
             )
         except KeyboardInterrupt:
             write(" …")

@@ -32,10 +32,8 @@ import torch
 
 CONFIG = "configs/demo.yaml"
 STUDY = {"exp2-wangchan-ut1": 1, "exp1-wangchan-ut4": 4, "exp6a-english-ut1": 1, "exp6d-english-ut4": 4}
-BOTH = (  # what evaluate.py is asked for of adapters for either language
-    ("--tasks", "parallel_text_thai,parallel_text_english"),
-)
-SCORES = (  # … and of those for Thai; the exams are far beyond so small a model, so few items will do
+BOTH = (("--tasks", "parallel_text_thai,parallel_text_english"),)  # asked of adapters for either language
+SCORES = (  # asked of those for Thai; the exams are far beyond so small a model, so few items will do
     *BOTH,
     ("--tasks", "thai_text", "--limit", "10"),
     ("--tasks", "english_text"),
@@ -127,9 +125,8 @@ def main() -> None:
     training = [Step("base", 4, evaluate.main, [(*arguments, *options, "--base") for options in SCORES])]
     for name, exp, seed in runs:
         place = ("--exp", exp, "--seed", f"{seed}", "--output_dir", f"{s.output_dir}/seed{seed}")
-        training.append(
-            Step(f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [tuple(latest([*arguments, *place]))])
-        )
+        command = tuple(latest([*arguments, *place]))
+        training.append(Step(f"train {name}", 2 + 3 * STUDY[exp], train_qlora.main, [command]))
     scoring = [
         Step(f"score {name}", 4, evaluate.main, [(*command, "--exp", name) for command in scored[exp]])
         for name, exp, _ in runs

@@ -143,9 +143,8 @@ def merge(run: Resolved) -> None:
     if target.exists():
         remedy = f"rm -r {shlex.quote(str(target))}, and merge again"
         there = read_json(whole(target, remedy) / MERGE)
-        if differs := [
-            f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value
-        ]:
+        differs = [f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value]
+        if differs:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
         remove_left(target)
         print(f"{target} is there already; to write it anew: {remedy}")
@@ -205,17 +204,13 @@ def push(run: Resolved) -> None:
     if run.options.merged:
         source = whole(folder / "merged", f"make merge EXP={run.run}")
     elif Path(trained.model_name_or_path).exists():
-        raise UserError(
-            f"the base of this adapter is the folder {trained.model_name_or_path}, which nobody else has: merge, and "
-            "push with --merged (MERGED=1), or train from a Hub id"
-        )
+        remedy = "merge, and push with --merged (MERGED=1), or train from a Hub id"
+        raise UserError(f"its base is the folder {trained.model_name_or_path}, which nobody else has: {remedy}")
     try:
         validate_repo_id(repo if repo.count("/") == 1 else "")
     except HFValidationError:
         asked = run.options.repo
-        raise UserError(
-            f"name the repository as USER/NAME, got {asked!r}: --repo, or make push … REPO=USER/NAME"
-        ) from None
+        raise UserError(f"name the repository as USER/NAME, got {asked!r}: make push … REPO=USER/NAME") from None
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: an upload needs the network")
     if not get_token():
@@ -227,17 +222,12 @@ def push(run: Resolved) -> None:
         api.create_repo(repo, private=not public, exist_ok=True)
         there = api.model_info(repo)
         if not there.private and not public:  # `exist_ok` leaves it as it is
-            raise UserError(
-                f"{repo} exists and is public: --public (PUBLIC=1) says that you mean it, or use another name"
-            )
+            raise UserError(f"{repo} exists and is public: --public (PUBLIC=1) if you mean it, or use another name")
         if others := {x.rfilename for x in there.siblings} & {"config.json", "adapter_config.json"} - content.keys():
             raise UserError(f"{repo} holds another kind of model ({others.pop()}): use another name for the {what}")
         print(f"uploading {source} as {user} to {repo} ({'private' if not public else 'public'})", flush=True)
-        commit = api.create_commit(
-            repo,
-            [CommitOperationAdd(name, part) for name, part in content.items()],
-            commit_message=f"{what} of {run.run}",
-        )
+        added = [CommitOperationAdd(name, part) for name, part in content.items()]
+        commit = api.create_commit(repo, added, commit_message=f"{what} of {run.run}")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
     print(f"uploaded: {message(commit.commit_url)}")
@@ -246,15 +236,13 @@ def push(run: Resolved) -> None:
 def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> dict[str, Path | bytes]:
     """What a push uploads, by its path in the repository: the files that were written (no file browser's .DS_Store),
     the code, the results that the card names, and a card that knows them."""
-    adapter, repo, record = folder / "final_adapter", run.options.repo, None
-    if run.options.merged:
-        record = read_json(source / MERGE)
+    adapter, repo = folder / "final_adapter", run.options.repo
+    record = read_json(source / MERGE) if run.options.merged else None
     loops = record["total_ut_steps"] if record else trained.total_ut_steps
     results = Path(run.settings.results_dir)
     studies = published_results(results, run.run, loops, file_sha256(adapter / WEIGHTS))
-    about = card(
-        run.run, trained, adapter, record=record, studies=studies, repo=repo, revision=base_revision(folder, trained)
-    )
+    base = base_revision(folder, trained)
+    about = card(run.run, trained, adapter, record=record, studies=studies, repo=repo, revision=base)
     texts = {"README.md": about} | scores(studies, repo)
     return (
         {"modeling_ouro.py": Path(modeling_ouro.__file__)}
@@ -328,9 +316,7 @@ ACTIONS = {"merge": merge, "push": push, "serve": serve}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "action", choices=ACTIONS, help="merge: write a bf16 model; push: upload; serve: print a command"
-    )
+    parser.add_argument("action", choices=ACTIONS, help="merge: write a model; push: upload; serve: print a command")
     parser.add_argument("--repo", help="push: the repository, USER/NAME")
     parser.add_argument("--merged", action="store_true", help="push: the merged model in place of the adapter")
     parser.add_argument("--run", action="store_true", help="serve: run the last of the printed commands")

@@ -38,10 +38,8 @@ def rate_file(file: Path, grader: Server, again: bool = False) -> None:
              "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}
             for line in old
         ]  # fmt: skip
-        replies = [
-            [Reply(text, turn["end"]) for (text,), turn in zip(line["resps"], line["turns"], strict=True)]
-            for line in old
-        ]
+        pairs = [zip(line["resps"], line["turns"], strict=True) for line in old]
+        replies = [[Reply(text, turn["end"]) for (text,), turn in pair] for pair in pairs]
         done = study["key"] == result_key(study["generation_key"], grader)
         name = f"{study['run']} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -112,12 +112,8 @@ def wheel(name: str, item: dict, pins: dict[str, str], build: str | None) -> dic
     path = re.search(r"/packages/[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/]+\.whl$", urlsplit(download["url"]).path)
     if not path:
         raise ValueError(f"{name}: not a wheel of PyPI or of an exact mirror: {download['url']}")
-    entry = {
-        "pypi": STAND_INS[1] + unquote(path[0]),
-        "name": name,
-        "version": meta["version"],
-        "sha256": download["archive_info"]["hashes"]["sha256"],
-    }
+    entry = {"pypi": STAND_INS[1] + unquote(path[0]), "name": name, "version": meta["version"]}
+    entry["sha256"] = download["archive_info"]["hashes"]["sha256"]
     if name == "torch" and build:
         entry["version"] += f"+{build}"
         file = entry["pypi"].rsplit("/", 1)[1].replace(TORCH, f"{TORCH}%2B{build}")

@@ -78,10 +78,8 @@ def check_gpu(run: Resolved) -> str:
     major, minor = torch.cuda.get_device_capability()
     built = [int(arch.removeprefix("sm_")) // 10 for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
     if major not in built:
-        raise UserError(
-            f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) is not one that torch "
-            f"{torch.__version__} was built for: use another partition"
-        )
+        name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+        raise UserError(f"{name} is not one that torch {torch.__version__} was built for: use another partition")
     for index in range(count):
         try:
             free, total = torch.cuda.mem_get_info(index)
@@ -187,10 +185,8 @@ def check_data(run: Resolved) -> str:
     if not looked:
         raise UserError(f"{source.place} has no rows")
     if len(bad) > max(s.max_empty_share, s.max_garbled_share, s.max_unbalanced_share) * len(looked):
-        raise UserError(
-            f"{len(bad)} of the first {len(looked)} rows cannot be trained on, the first: {bad[0]}; are the columns of "
-            f"{s.dataset} in configs/datasets.yaml the right ones?"
-        )
+        many = f"{len(bad)} of the first {len(looked)} rows"
+        raise UserError(f"{many} cannot be trained on, the first: {bad[0]}; are its columns in datasets.yaml right?")
     return f"{s.dataset} from {source.place}, columns {', '.join(source.columns)}, {len(looked)} rows read"
 
 
@@ -252,14 +248,13 @@ def check_step(run: Resolved) -> str:
     argv = [word for word in sys.argv[1:] if word != "--gpu"]
     with tempfile.TemporaryDirectory() as folder:
         argv += ["--output_dir", folder, "--results_dir", folder, "--report_to", "none"]
-        for command in (
-            ["train_qlora.py", *latest([*argv, "--max_steps", "1"])],
-            ["evaluate.py", *latest([*argv, "--limit", "1", "--tasks", "thai_exam"])],
-        ):
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+        few = {"train_qlora.py": ["--max_steps", "1"], "evaluate.py": ["--limit", "1", "--tasks", "thai_exam"]}
+        for script, more in few.items():
+            command = [sys.executable, script, *latest([*argv, *more])]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if "rror" in line]
-                raise UserError(f"{command[0]}: {[f'exit code {done.returncode}', *lines][-1]}")
+                raise UserError(f"{script}: {[f'exit code {done.returncode}', *lines][-1]}")
         log = json.loads((Path(folder) / run.run / "metrics.jsonl").read_bytes().splitlines()[0])
     return f"loss {log['loss']:.4f}, {log['tokens_per_second']:,.0f} tokens/s, {log['memory_gib']} GiB; one item scored"
 

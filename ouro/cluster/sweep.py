@@ -59,10 +59,8 @@ def study_of(name: str) -> tuple[list[str], list[str], bool]:
     if name not in studies:
         raise UserError(f"STUDY: unknown part of the study {name!r}{nearest(name, studies)}")
     study = studies[name]
-    exps = study.get("experiments") or [
-        exp for exp, row in read_yaml(EXPERIMENTS).items() if row.get("arm") == study["arm"]
-    ]
-    return exps, [str(seed) for seed in study["seeds"]], study.get("evaluate", True)
+    of_arm = [exp for exp, row in read_yaml(EXPERIMENTS).items() if row.get("arm") == study.get("arm")]
+    return study.get("experiments", of_arm), [str(seed) for seed in study["seeds"]], study.get("evaluate", True)
 
 
 def plan(

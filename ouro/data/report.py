@@ -135,10 +135,10 @@ def lengths_needed(lengths: list[tuple]) -> dict[str, int]:
         "truncate_prompt": [n - most for n, most, _ in lengths],
         "truncate": [trained[-1] for *_, trained in lengths],
     }
-    return {
-        policy: math.ceil(np.quantile(counts, KEPT, method="inverted_cdf") / ROUND) * ROUND if counts else 0
-        for policy, counts in needed.items()
-    }
+    if not lengths:
+        return dict.fromkeys(needed, 0)
+    kept = {policy: np.quantile(counts, KEPT, method="inverted_cdf") for policy, counts in needed.items()}
+    return {policy: math.ceil(length / ROUND) * ROUND for policy, length in kept.items()}
 
 
 def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words: Callable) -> dict[str, float]:
@@ -185,10 +185,8 @@ def refusals(report: dict, s: Settings) -> list[str]:
         )
     tokens, budget = report["tokens"], report["max_tokens"] or 0
     if budget - tokens > max(0.01 * budget, min(report["tokens_per_row"]["p100"], s.max_length)):
-        reasons.append(
-            f"{place} has {tokens:,} tokens to train on, and max_tokens = {s.max_tokens} asks for {budget:,}: name a "
-            "larger set, or fewer tokens"
-        )
+        asked = f"max_tokens = {s.max_tokens} asks for {budget:,}: name a larger set, or fewer tokens"
+        reasons.append(f"{place} has {tokens:,} tokens to train on, and {asked}")
     if not rows:
         reasons.append(f"{place} has no rows")
     elif not report["trained_tokens"]:

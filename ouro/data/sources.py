@@ -524,5 +524,5 @@ def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
                 items += [(f"{place} {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)]
         except UserError as error:
             needed = f"{name} is needed to find training rows that repeat its items"
-            raise UserError(f"{error}\n{needed}; --overlap names fewer benchmarks, or none") from None
+            raise UserError(f"{error}\n{needed}; fewer: --overlap A,B; no check: --overlap none") from None
     return items

@@ -44,10 +44,7 @@ def _any(tags_of_a_kind: Iterable[str]) -> str:
 
 # Groups: 1 at the beginning of a line, then one a tag. Behind <|start|>assistant a thought goes on in another message.
 OPENING, CLOSING = map(_any, zip(*PAIRS, strict=True))
-TAG = re.compile(
-    rf"(^ {{0,3}})?(?:(?<!<\|start\|>assistant)(?:{OPENING})|{CLOSING})",
-    re.IGNORECASE | re.MULTILINE,
-)
+TAG = re.compile(rf"(^ {{0,3}})?(?:(?<!<\|start\|>assistant)(?:{OPENING})|{CLOSING})", re.IGNORECASE | re.MULTILINE)
 BEGIN = re.compile(rf"\A(?:<s>|<bos>|<\|begin_of_text\|>)\s*(?={OPENING})", re.IGNORECASE)  # not decoded, as END
 FENCE = re.compile(r"^ {0,3}(```|~~~).*?^ {0,3}\1", re.DOTALL | re.MULTILINE)
 QUOTES = re.compile("[\"'`“‘«][\"'`”’»]")

@@ -16,19 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from ouro.data.sources import (
-    benchmark_commit,
-    benchmark_files,
-    benchmark_path,
-    benchmark_place,
-    cell_text,
-    check_columns,
-    count_rows,
-    find_source,
-    read_benchmark,
-    read_file,
-    split_files,
-)
+from ouro.data import sources
+from ouro.data.sources import benchmark_place, cell_text, check_columns, count_rows, read_benchmark, read_file
 from ouro.data.thai import UNSEEN, as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import EVALS, Settings
@@ -45,6 +34,7 @@ MARKED = rf"(?:\(?[{UNSEEN}]*([1-5๑-๕])[{UNSEEN}]*[.)]\s*)?(.*)"
 ANOTHER = re.compile(  # behind a choice: the reply does not choose
     rf"[^\w()\n]*(?:(?:หรือ|\bor\b)[^()\n]{{0,15}}|(?:และ|กับ|ถึง|\band\b|[/,&+–-])\s*(?:ข้อ\s*)?){ANSWER}", re.IGNORECASE
 )
+Spell = Callable[[str], str]  # `normalise`, or `str`, which leaves a text as it is
 Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 
@@ -92,9 +82,8 @@ def task_names(text: str, tasks: dict) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in tasks:
-            raise UserError(
-                f"unknown task {name!r}{nearest(name, tasks)}\nconfigs/evals.yaml holds: {', '.join(tasks)}"
-            )
+            close = nearest(name, tasks)
+            raise UserError(f"unknown task {name!r}{close}\nconfigs/evals.yaml holds: {', '.join(tasks)}")
     if not names or len(set(names)) != len(names):
         raise UserError(f"tasks must be different names of configs/evals.yaml, got {text!r}")
     return names
@@ -114,9 +103,9 @@ def row_of(task: str, settings: Settings) -> dict:
     if {task, name} & settings.paths.keys():
         return row | {"revision": None}
     if "dataset" in row:
-        source = find_source(replace(settings, dataset=row["dataset"], dataset_path=None))
+        source = sources.find_source(replace(settings, dataset=row["dataset"], dataset_path=None))
         return row | {"source": source, "revision": source.commit}
-    return row | {"revision": benchmark_commit(name, row)}
+    return row | {"revision": sources.benchmark_commit(name, row)}
 
 
 def load(
@@ -133,21 +122,20 @@ def read(
 ) -> tuple[list[dict], int]:
     """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
     name, skipped = benchmark["name"], 0
-    local, normalised = settings.paths.get(name), spelled_alike(table()["tasks"][task], settings)
+    local, spell = settings.paths.get(name), spelling(table()["tasks"][task], settings)
     if "m3exam" in benchmark:
-        items = load_m3exam(name, benchmark, local, limit, normalised)
+        items = load_m3exam(name, benchmark, local, limit, spell)
     elif "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
         there = [subset for subset in chosen if local and benchmark_place(benchmark | {"subsets": [subset]}, local)]
         if local and 0 < len(there) < len(chosen):
-            raise UserError(
-                f"paths: {name}={local}: no {', '.join(s for s in chosen if s not in there)} in it; "
-                f"--subsets {','.join(there)} scores what is there, and the results say so"
-            )
+            absent = ", ".join(subset for subset in chosen if subset not in there)
+            remedy = f"--subsets {','.join(there)} scores what is there, and the results say so"
+            raise UserError(f"paths: {name}={local}: no {absent} in it; {remedy}")
         text = table()["tasks"][task]["protocol"] == "text"
-        items = (load_passages if text else load_items)(name, benchmark | {"subsets": chosen}, local, limit, normalised)
+        items = (load_passages if text else load_items)(name, benchmark | {"subsets": chosen}, local, limit, spell)
     elif "exams" in benchmark:
-        items = load_exams(name, benchmark, local, limit, normalised)
+        items = load_exams(name, benchmark, local, limit, spell)
     else:
         items, skipped = load_texts(task, benchmark, settings, limit)
     if not items:
@@ -155,9 +143,15 @@ def read(
     return items, skipped
 
 
-def spelled_alike(spec: dict, settings: Settings) -> bool:
-    """Whether a task's texts are brought to one spelling: a protocol that others published reads them as they are."""
-    return settings.normalise_thai and spec.get("normalise", True)
+def spelling(spec: dict, settings: Settings) -> Spell:
+    """What brings a task's texts to one spelling: a protocol that others published reads them as they are."""
+    return normalise if settings.normalise_thai and spec.get("normalise", True) else str
+
+
+def stripped(texts: Iterable[str]) -> dict[str, bool]:
+    """The mark of an item that has unseen characters at an end of a text: `trim` takes them off, for before an option
+    they would decide its score."""
+    return {"stripped": True} if any(trim(text) not in (text, "") for text in texts) else {}
 
 
 def miscounted(items: list[dict], benchmark: dict) -> str:
@@ -171,7 +165,7 @@ def miscounted(items: list[dict], benchmark: dict) -> str:
 
 
 def load_items(
-    name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
+    name: str, spec: dict, local: str | None, limit: int | None = None, spell: Spell = normalise
 ) -> list[dict]:
     """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
 
@@ -181,7 +175,7 @@ def load_items(
     numbers.
     Raises UserError: a file is missing, or an item has no question, fewer than two options, something that is no text,
     or a gold letter that is not among them; or a file lacks an option's column, but for the last."""
-    spell, columns, items = normalise if normalise_thai else str, spec["item"], []
+    columns, items = spec["item"], []
     for subset, rows in sorted_rows(name, spec, local):
         for column in columns["options"][:-1]:
             if rows and not any(column in row for _, row in rows):
@@ -198,18 +192,16 @@ def load_items(
 
 def sorted_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str, list[tuple[str, dict]]]]:
     """Of each subset its name and its rows, each with where it stands, by the columns of `order`."""
-    for subset, file in zip(spec["subsets"], benchmark_files(spec), strict=True):
+    for subset, file in zip(spec["subsets"], sources.benchmark_files(spec), strict=True):
         place, order = f"{local or spec['hub_id']}, {file}", spec["item"].get("order", ())
         rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
         yield subset, sorted(rows, key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in order])
 
 
-def load_passages(
-    name: str, spec: dict, local: str | None, limit: int | None = None, normalise_thai: bool = True
-) -> list[dict]:
+def load_passages(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
     """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is made of the
     article and the passage's place in it, so that a passage has the same one in each language."""
-    spell, columns, items = normalise if normalise_thai else str, spec["item"], []
+    columns, items = spec["item"], []
     for subset, rows in sorted_rows(name, spec, local):
         articles: dict[str, list[str]] = {}
         for where, row in rows:
@@ -223,13 +215,13 @@ def load_passages(
     return items
 
 
-def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
+def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
     """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each. `stripped` as in
     `read_item`.
     Raises UserError: a column that is not there, fewer than two options, or a key that is none of them."""
-    spell, columns, items, count = normalise if normalise_thai else str, spec["m3exam"], [], Counter()
+    columns, items, count = spec["m3exam"], [], Counter()
 
-    def text_of(value: object, where: str, spell: Callable[[str], str] = spell) -> str:
+    def text_of(value: object, where: str, spell: Spell = spell) -> str:
         """A text, or several of them as lines."""
         lines = value if isinstance(value, list) else [value]
         raw.append("\n".join(cell_text({"text": line}, "text", where) for line in lines))
@@ -260,19 +252,15 @@ def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, nor
                 "question": text_of(row[columns["question"]], where), "gold": gold}  # fmt: skip
         if passage := text_of(row[shared], where):
             item |= {"passage": f"{passage}\n", "cluster": digest(passage)[:16]}
-        if any(trim(text) not in (text, "") for text in raw):
-            item["stripped"] = True
-        items.append(item)
+        items.append(item | stripped(raw))
     return items
 
 
-def read_item(row: dict, columns: dict, where: str, spell: Callable[[str], str] = str) -> dict:
-    """{passage, question, options: {letter: text}, gold} of a row; errors as `load_items`. White space and what is not
-    seen are taken off a text's ends: before an option they would decide its score. `stripped` says where any was."""
+def read_item(row: dict, columns: dict, where: str, spell: Spell) -> dict:
+    """{passage, question, options: {letter: text}, gold} of a row, perhaps `stripped`; errors as `load_items`."""
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
     raw = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
     texts = {column: trim(spell(text)) for column, text in raw.items()}
-    stripped = any(trim(text) not in (text, "") for text in raw.values())
     options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
     options = {letter: text for letter, text in options.items() if text}
     gold = texts[columns["answer"]]
@@ -281,25 +269,22 @@ def read_item(row: dict, columns: dict, where: str, spell: Callable[[str], str] 
     if len(options) < 2 or gold not in options:
         raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
     return {"passage": texts.get(columns.get("passage"), ""), "question": texts[columns["question"]],
-            "options": options, "gold": gold} | ({"stripped": True} if stripped else {})  # fmt: skip
+            "options": options, "gold": gold} | stripped(raw.values())  # fmt: skip
 
 
-def load_exams(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool = True) -> list[dict]:
+def load_exams(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
     """OpenThaiEval's items that can be answered by one choice, each {id, subset, question, options, gold: "1" … "5"};
     `options` is the text that lists them.
     Raises UserError: a column or exam that there is none of, or an answer without a number."""
-    spell, items, count = normalise if normalise_thai else str, [], Counter()
+    items, count = [], Counter()
     for where, row in read_benchmark(name, spec, local, spec["file"]):
-        for key in ("exam_type", "instruction", "input", "result", *FLAGS):
-            if key not in row:
-                raise UserError(f"{where}: no column {key!r}; columns found: {', '.join(row)}")
+        check_columns(where, row, ("exam_type", "instruction", "input", "result", *FLAGS))
         exam = trim(str(row["exam_type"]))
         if exam not in spec["exams"]:
             raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
         said = {flag: YES.get(trim(str(row[flag])).lower()) for flag in FLAGS}
-        if None in said.values():
-            flag = next(flag for flag in FLAGS if said[flag] is None)
-            raise UserError(f"{where}: {flag} must be true or false, found {row[flag]!r}")
+        if unsaid := [flag for flag in FLAGS if said[flag] is None]:
+            raise UserError(f"{where}: {unsaid[0]} must be true or false, found {row[unsaid[0]]!r}")
         if not all(said.values()) or count[exam] == limit:
             continue
         count[exam] += 1
@@ -309,8 +294,7 @@ def load_exams(name: str, spec: dict, local: str | None, limit: int | None, norm
         raw = [cell_text(row, key, where, needed=True) for key in ("instruction", "input")]
         question, options = (trim(spell(text.replace("\t", " "))) for text in raw)
         items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question,
-                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]}
-                     | ({"stripped": True} if raw != [*map(trim, raw)] else {}))  # fmt: skip
+                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]} | stripped(raw))  # fmt: skip
     return items
 
 
@@ -321,7 +305,7 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
         return {}
     name = spec["benchmark"]
     train = benchmark | {"split": "train", "subsets": list(subsets)}
-    items = load_items(name, train, settings.paths.get(name), spec["shots"], spelled_alike(spec, settings))
+    items = load_items(name, train, settings.paths.get(name), spec["shots"], spelling(spec, settings))
     shots = {subset: [item for item in items if item["subset"] == subset] for subset in subsets}
     if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
         raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")
@@ -334,16 +318,16 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
     named for the task (JSONL, JSON, Parquet), else `take` of the held-out part of a training set or of the benchmark's
     file, evenly spaced: files are often sorted. The number in an id is the row's.
     Raises UserError: no such file, a row without that column, or more empty ones than `max_empty_share`."""
-    spell, local, key = normalise if settings.normalise_thai else str, settings.paths.get(task), spec["text"]
+    spell, local, key = spelling({}, settings), settings.paths.get(task), spec["text"]
     if local is not None:
         if not Path(local).exists():
             raise UserError(f"paths: {task}={local}: no such file or folder")
-        files = split_files(Path(local), None, "train")
+        files = sources.split_files(Path(local), None, "train")
     elif "source" in spec:
         files = spec["source"].files["held_out"]
     else:
-        (file,) = benchmark_files(spec)
-        files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
+        (file,) = sources.benchmark_files(spec)
+        files = [sources.benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
     take, columns = (None, []) if local else (spec["take"], [key])
     step = max(1, sum(map(count_rows, files)) / take) if take else 1  # rows from one text to the next, a fraction
     rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
@@ -358,10 +342,9 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
         else:
             empty.append(where)
     if len(empty) > settings.max_empty_share * (len(items) + len(empty)):
-        raise UserError(
-            f"{empty[0]}: no text in {key!r}, like {len(empty)} of {len(items) + len(empty)} rows; more than "
-            f"max_empty_share = {settings.max_empty_share:g}"
-        )
+        like = f"like {len(empty)} of {len(items) + len(empty)} rows"
+        floor = f"more than max_empty_share = {settings.max_empty_share:g}"
+        raise UserError(f"{empty[0]}: no text in {key!r}, {like}; {floor}")
     return items, len(empty)
 
 
@@ -559,6 +542,5 @@ def bits_per_character(bits: list[float], characters: list[int]) -> dict:
     rest = math.fsum((b - value * c) ** 2 for b, c in zip(bits, characters, strict=True))
     stderr = math.sqrt(rest * n / (n - 1)) / total if n > 1 else None
     interval = [value - Z * stderr, value + Z * stderr] if n > 1 else [value, value]
-    return {"items": n, "value": value, "ci95": interval, "stderr": stderr, "chance": None, "majority": None,
-            "macro": None, "macro_chance": None, "macro_majority": None, "subsets": {}, "predicted": None,
-            "unparsed": 0}  # fmt: skip
+    of_choices = dict.fromkeys(("chance", "majority", "macro", "macro_chance", "macro_majority", "predicted"))
+    return {"items": n, "value": value, "ci95": interval, "stderr": stderr, "subsets": {}, "unparsed": 0} | of_choices

@@ -307,10 +307,8 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
     except httpx2.InvalidURL as error:
         raise UserError(f"{kind}: not an address: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query or parsed.fragment:
-        raise UserError(
-            f"{kind}: the address must be like https://host/v1, what stands before /chat/completions, with the key "
-            f"in {name} and not in the address"
-        )
+        like = "https://host/v1, what stands before /chat/completions"
+        raise UserError(f"{kind}: the address must be like {like}, with the key in {name} and not in the address")
     if key and parsed.scheme == "http" and not _is_here(parsed.host):
         print(f"warning: {name} is sent to {parsed.host} by http, where others on the way can read it", file=sys.stderr)
     path = parsed.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
@@ -338,10 +336,9 @@ def find_judge(choice: str = "api") -> Server | None:
         return None
     url, model = (os.environ.get(name, "").strip() for name in ("JUDGE_BASE_URL", "JUDGE_MODEL"))
     if not url or not model:
-        raise UserError(
-            f"mt_bench_thai is rated by a judge, and {'JUDGE_MODEL' if url else 'JUDGE_BASE_URL'} is not set. Export "
-            "JUDGE_BASE_URL=https://host/v1, JUDGE_MODEL and JUDGE_API_KEY, or generate replies alone with --judge none"
-        )
+        lacks = f"mt_bench_thai is rated by a judge, and {'JUDGE_MODEL' if url else 'JUDGE_BASE_URL'} is not set"
+        remedy = "export JUDGE_BASE_URL=https://host/v1, JUDGE_MODEL and JUDGE_API_KEY, or use --judge none"
+        raise UserError(f"{lacks}: {remedy}")
     price, given = None, os.environ.get("JUDGE_PRICE", "").strip()
     if given:
         try:
@@ -368,12 +365,10 @@ def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, syst
     return server
 
 
-def local_chat(
-    tokenizer,
-    generate: Callable[[list[list[int]], Callable[[int, list[int]], None]], None],
-    system: str | None,
-    limit: float = math.inf,
-) -> Chat:
+Generate = Callable[[list[list[int]], Callable[[int, list[int]], None]], None]  # (prompts' tokens, told of each reply)
+
+
+def local_chat(tokenizer, generate: Generate, system: str | None, limit: float = math.inf) -> Chat:
     """Replies of a model in this process: `generate` makes up to `limit` new tokens from prompts' tokens, and tells of
     each reply, without the token that ended it."""
 

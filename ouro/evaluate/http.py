@@ -23,18 +23,13 @@ def connect(server: Server) -> openai.OpenAI:
     """A client of openai's for a server.
     Raises UserError: a proxy or certificate file of the environment cannot be used."""
     try:
-        return openai.OpenAI(
-            base_url=server.url,
-            api_key=server.key or "none",  # openai refuses an empty key; HttpClient does not send this one
-            max_retries=RETRIES,
-            default_headers={"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit},
-            http_client=HttpClient(server),
-        )
+        key = server.key or "none"  # openai refuses an empty key; HttpClient does not send this one
+        headers = {"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit}
+        how = {"max_retries": RETRIES, "default_headers": headers, "http_client": HttpClient(server)}
+        return openai.OpenAI(base_url=server.url, api_key=key, **how)
     except (ValueError, ImportError, OSError):  # their messages may hold a proxy's password
-        raise UserError(
-            f"{server.kind}: a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) or certificate file (SSL_CERT_FILE) of the "
-            "environment cannot be used"
-        ) from None
+        what = "a proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) or certificate file (SSL_CERT_FILE) of the environment"
+        raise UserError(f"{server.kind}: {what} cannot be used") from None
 
 
 class HttpClient(openai.DefaultHttpxClient):

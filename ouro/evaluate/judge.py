@@ -27,7 +27,7 @@ from pathlib import Path
 from ouro.data.sources import read_benchmark, read_file
 from ouro.data.thai import CODE, is_thai, normalise, trim
 from ouro.data.thoughts import answer_of
-from ouro.evaluate.benchmarks import digest
+from ouro.evaluate.benchmarks import Spell, digest, stripped
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
 from ouro.files import UserError, printable
@@ -38,16 +38,13 @@ TYPICAL_JUDGEMENT = 300  # tokens, for the estimate of the cost
 RESAMPLES = 10_000
 
 
-def load_questions(name: str, spec: dict, local: str | None, limit: int | None, normalise_thai: bool) -> list[dict]:
+def load_questions(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell = normalise) -> list[dict]:
     """The benchmark's questions: {id, question_id, category, turns: [2 texts], reference: [2 texts or null] or null}.
 
     `local` is a folder of the repository's layout, or one JSON or JSONL file. With `limit`, the first of each category.
     Raises UserError: naming file and item: not two turns, no category, a repeated id, a reference of another shape."""
-    if local is not None and Path(local).is_file():
-        rows = read_file(Path(local))
-    else:
-        rows = read_benchmark(name, spec, local, spec["file"])
-    spell = normalise if normalise_thai else str
+    alone = local is not None and Path(local).is_file()
+    rows = read_file(Path(local)) if alone else read_benchmark(name, spec, local, spec["file"])
     questions, seen, taken = [], set(), Counter()
     for place, row in rows:
         number, turns, reference, category = (row.get(x) for x in ("question_id", "turns", "reference", "category"))
@@ -59,8 +56,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
             "'reference' must be two texts or null": reference is None or _two_texts(reference, or_null=True),
             "'category' must be a text": isinstance(category, str) and trim(category),
         }  # fmt: skip
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
+        if broken := [rule for rule, holds in rules.items() if not holds]:
             raise UserError(f"{place} (question_id {number!r}): {broken[0]}, found {_short(row)}")
         seen.add(known)
         category = trim(category)
@@ -71,8 +67,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
         questions.append(
             {"id": printable(f"{name}-{known}"), "question_id": number, "category": printable(category),
              "turns": [trim(spell(turn)) for turn in turns],
-             "reference": reference if any(reference) else None}
-            | ({"stripped": True} if turns != [*map(trim, turns)] else {})
+             "reference": reference if any(reference) else None} | stripped(turns)
         )  # fmt: skip
     if not questions:
         raise UserError(f"{local or spec['hub_id']}, {spec['file']}: no questions in it")
@@ -106,31 +101,23 @@ AGAIN = 'That has no rating that can be read. Give it alone, as one number from 
 def judge_prompt(question: dict, replies: list[str], turn: int) -> Messages:
     """What the judge is sent about turn 0 or 1; about the second, it sees both."""
     reference = question["reference"] and question["reference"][turn] and question["reference"]
+    extra = REFERENCE * bool(reference) + SECOND * turn
     if turn == 0:
-        extra = REFERENCE if reference else ""
-        parts = [INSTRUCTION.format(what="the answer", whom="the user's question below", extra=extra)]
-        parts += [f"[Question]\n{question['turns'][0]}"]
-        if reference:
-            parts += [_block("Reference Answer", reference[0])]
-        parts += [_block("Assistant's Answer", replies[0])]
+        text = INSTRUCTION.format(what="the answer", whom="the user's question below", extra=extra)
+        shown = ({"Reference Answer": reference[0]} if reference else {}) | {"Assistant's Answer": replies[0]}
+        parts = [text, f"[Question]\n{question['turns'][0]}"]
+        parts += [f"[The Start of {title}]\n{text}\n[The End of {title}]" for title, text in shown.items()]
         return [{"role": "system", "content": "You are a helpful assistant."}, _user("\n\n".join(parts))]
-    extra = (REFERENCE if reference else "") + SECOND
     system = INSTRUCTION.format(what="the answers", whom="the user's questions", extra=extra)
-    parts = []
+    parts = [_conversation("Assistant's Conversation with User", "Assistant", question["turns"], replies)]
     if reference:
-        parts += [_conversation("Reference Answer", "Reference answer", question["turns"], reference)]
-    parts += [_conversation("Assistant's Conversation with User", "Assistant", question["turns"], replies)]
+        parts.insert(0, _conversation("Reference Answer", "Reference answer", question["turns"], reference))
     return [{"role": "system", "content": system}, _user("\n\n\n".join(parts))]
 
 
-def _block(title: str, text: str) -> str:
-    return f"[The Start of {title}]\n{text}\n[The End of {title}]"
-
-
 def _conversation(title: str, speaker: str, turns: list[str], answers: list[str | None]) -> str:
-    text = "\n\n".join(
-        f"### User:\n{turn}\n\n### {speaker}:\n{answer or ''}" for turn, answer in zip(turns, answers, strict=True)
-    )
+    pairs = zip(turns, answers, strict=True)
+    text = "\n\n".join(f"### User:\n{turn}\n\n### {speaker}:\n{answer or ''}" for turn, answer in pairs)
     return f"<|The Start of {title}|>\n\n{text}\n\n<|The End of {title}|>"
 
 
@@ -228,11 +215,7 @@ def rate_replies(
     questions: list[dict], replies: list[list[Reply]], grader: Server | None, saved: Cache, name: str
 ) -> tuple[dict, list[dict]]:
     """As `run_mt_bench`, of replies that are there, with their thoughts."""
-    replies = [[Reply(reply) for reply in pair] for pair in replies]
-    judgements: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
-    if grader is not None:
-        judgements = _ask_judge(questions, replies, grader, saved, name)
-    lines = []
+    lines, judgements = [], _ask_judge(questions, replies, grader, saved, name)
     for number, (question, pair) in enumerate(zip(questions, replies, strict=True)):
         answers = [answer_of(reply) or "" for reply in pair]
         turns = [
@@ -251,20 +234,21 @@ def rate_replies(
         )  # fmt: skip
     numbers = summarise(lines) | count_ends([reply for pair in replies for reply in pair])
     numbers["refused"] += sum((text or "").startswith("refused") for _, text in judgements)
-    numbers["judge"] = grader and grader.model
-    if grader is None:
-        numbers["unparsed"] = 0  # nothing was asked
+    numbers |= {"judge": grader.model} if grader else {"judge": None, "unparsed": 0}  # nothing was asked
     print_summary(name, numbers)
-    cut = [
-        f"{line['id']} turn {n}" for line in lines for n, turn in enumerate(line["turns"], 1) if turn["end"] == "cut"
-    ]
-    if cut:
+    turns = [(f"{line['id']} turn {n}", turn) for line in lines for n, turn in enumerate(line["turns"], 1)]
+    if cut := [name for name, turn in turns if turn["end"] == "cut"]:
         print(f"  cut before their end: {', '.join(cut)}")
     return numbers, lines
 
 
-def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> list[tuple[float | None, str | None]]:
+def _ask_judge(
+    questions: list[dict], replies: list[list[Reply]], grader: Server | None, saved: Cache, name: str
+) -> list[tuple[float | None, str | None]]:
     """Rating and judgement of each turn, in the questions' order; what was not replied is not judged."""
+    result: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
+    if grader is None:
+        return result
     prompts = {
         2 * number + turn: judge_prompt(question, [answer_of(reply) or "" for reply in pair], turn)
         for number, (question, pair) in enumerate(zip(questions, replies, strict=True))
@@ -288,7 +272,6 @@ def _ask_judge(questions, replies, grader: Server, saved: Cache, name: str) -> l
         if parse_rating(text) is None and not text.end.startswith("refused")
     }
     fill(saved, {key(prompt): prompt for prompt in again.values()}, grader, f"{name}, judge again")
-    result: list[tuple[float | None, str | None]] = [(None, None)] * (2 * len(questions))
     for n, text in texts.items():
         result[n] = parse_rating(text), text or text.end
     for n, prompt in again.items():

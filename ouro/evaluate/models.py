@@ -55,11 +55,8 @@ class ModelUnderTest:
             "run": self.run,
             "kind": self.kind,
             "experiment": self.experiment,
-            "seed": s and s.seed,
-            "arm": s and s.arm,
-            "dataset": s and s.dataset,
+            **{name: getattr(s, name, None) for name in ("seed", "arm", "dataset", "loss")},
             "language": language,  # of the training set
-            "loss": s and s.loss,
             "trained_ut_steps": s and s.total_ut_steps,
             "trained_precision": s and frozen_kind(s),  # of the frozen weights; `precision` is what they are read in
             "adapter_sha256": self.adapter and file_sha256(self.adapter / "adapter_model.safetensors"),
@@ -94,14 +91,9 @@ class Weights:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if not self.looped:
             with loading(f"the model {self.path}"):
-                network = AutoModelForCausalLM.from_pretrained(
-                    self.path,
-                    revision=self.revision,
-                    torch_dtype=torch.bfloat16 if s.bf16 else torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    device_map={"": device},
-                )
+                how = {"torch_dtype": torch.bfloat16 if s.bf16 else torch.float32, "device_map": {"": device}}
+                how |= {"use_safetensors": True, "trust_remote_code": False}
+                network = AutoModelForCausalLM.from_pretrained(self.path, revision=self.revision, **how)
             check_readout(network.eval())
             return network
         s = replace(s, model_name_or_path=self.path, model_revision=self.revision)
@@ -164,9 +156,8 @@ def find_baseline(name: str, s: Settings) -> tuple[Weights, Settings, list[Model
     path, revision = row["hub_id"], row.get("revision") or REVISIONS.get(row["hub_id"])
     s = replace(s, bf16=s.bf16 and torch.cuda.is_available(), use_qlora=False, frozen_weights="auto")
     looped = read_config(path, revision).model_type == "ouro"  # an Ouro of the Hub, or what make merge wrote
-    model = ModelUnderTest(
-        f"baseline-{name.rstrip('/').replace('/', '--')}", "baseline", published=tuple(row.get("published", ()))
-    )
+    run, published = f"baseline-{name.rstrip('/').replace('/', '--')}", tuple(row.get("published", ()))
+    model = ModelUnderTest(run, "baseline", published=published)
     return Weights(path, revision, frozen_kind(s), looped=looped), s, [model]
 
 
@@ -182,10 +173,8 @@ def find_run(run: Resolved, name: str) -> ModelUnderTest:
         if run.origins[key].startswith(("command line", "environment")):
             asked, where = getattr(run.settings, key), f"the {run.origins[key]}"
         if asked != getattr(trained, key):
-            raise UserError(
-                f"{folder} was trained with {key} = {getattr(trained, key)}, and {where} says {asked}: train it under "
-                "another name, or into another --output_dir"
-            )
+            had, remedy = getattr(trained, key), "train it under another name, or into another --output_dir"
+            raise UserError(f"{folder} was trained with {key} = {had}, and {where} says {asked}: {remedy}")
     return ModelUnderTest(name, "adapter", folder / "final_adapter", folder, trained, experiment)
 
 

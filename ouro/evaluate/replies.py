@@ -102,8 +102,5 @@ def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, w
 
 def count_ends(replies: list[Reply]) -> dict[str, int]:
     """How many replies were cut at their limit, hold a thought alone, or were refused by the server."""
-    return {
-        "cut": sum(reply.end == "cut" for reply in replies),
-        "unfinished_thoughts": sum(answer_of(reply) is None for reply in replies),
-        "refused": sum(reply.end.startswith("refused") for reply in replies),
-    }
+    cut, refused = (sum(reply.end.startswith(end) for reply in replies) for end in ("cut", "refused"))
+    return {"cut": cut, "unfinished_thoughts": sum(answer_of(r) is None for r in replies), "refused": refused}

@@ -131,10 +131,7 @@ def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> No
         **code_version(),
         "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     }
-    try:
-        write_json(file, manifest)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    write_json(file, manifest)
 
 
 def check_writable(folder: Path) -> None:
@@ -159,9 +156,6 @@ def key_of(task: Task, known: dict, depth: int, run: Resolved) -> str:
 def spare_the_fuller(files: list[Path], task: Task) -> None:
     """Raises UserError where results of some items, as of a local copy, would replace those of more."""
     for file in files:
-        items = (read_study(file) or {}).get("items", 0)
-        if items > len(task.items):
-            raise UserError(
-                f"{file} holds {items} items, and {len(task.items)} of them would replace it: name another folder by "
-                "--results_dir, or move that one away"
-            )
+        if (items := (read_study(file) or {}).get("items", 0)) > len(task.items):
+            fewer, remedy = f"{len(task.items)} of them", "name another folder by --results_dir, or move that one away"
+            raise UserError(f"{file} holds {items} items, and {fewer} would replace it: {remedy}")

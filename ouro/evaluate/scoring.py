@@ -148,9 +148,8 @@ class Wanted:
         self.pair = self.pair.ravel()
         positions, place = np.unique(pairs[:, 0], return_inverse=True)
         self.cuts = np.searchsorted(place, np.arange(0, len(positions) + READOUT, READOUT))
-        self.positions, self.place, self.tokens = (
-            torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (positions, place, pairs[:, 1])
-        )
+        each = positions, place, pairs[:, 1].copy()
+        self.positions, self.place, self.tokens = (torch.from_numpy(x).to(device) for x in each)
 
     def read(self, network: PreTrainedModel, state: Tensor) -> Tensor:
         """The log-probability of each pair, from states (batch, width, hidden), READOUT positions at a time."""
@@ -174,12 +173,9 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    network: PreTrainedModel,
-    sequences: Sequence[tuple[list[int], int]],
-    depths: list[int],
-    budget: int,
+    network: PreTrainedModel, sequences: Sequence[tuple[list[int], int]], depths: list[int], budget: int,
     title: str = "score",
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Log-probability of each sequence's tokens from its start on, at each depth, from one pass through the deepest.
 
     sequences: (tokens, start >= 1). budget: tokens a forward pass. What sequences have in common at their beginning is

@@ -33,11 +33,10 @@ def load_task(name: str, settings: Settings, limit: int | None, subsets: list[st
     benchmark = benchmarks.row_of(name, settings)
     local = settings.paths.get(spec["benchmark"])
     if spec["protocol"] == "mt_bench":
-        items = judge.load_questions(spec["benchmark"], benchmark, local, limit, settings.normalise_thai)
+        items = judge.load_questions(spec["benchmark"], benchmark, local, limit, benchmarks.spelling({}, settings))
     else:
         items, skipped = benchmarks.read(name, benchmark, settings, limit, subsets)
-    stripped = sum(item.get("stripped", False) for item in items)
-    if stripped:
+    if stripped := sum(item.get("stripped", False) for item in items):
         print(f"  {name}: white space around an option or a question was taken off in {stripped} items")
     if spec["protocol"] in ("ours", "labels", "generate"):
         shots = benchmarks.load_shots(spec, benchmark, settings, dict.fromkeys(item["subset"] for item in items))
@@ -103,11 +102,9 @@ def check_numbers(log_p: np.ndarray, items: list[str], depths: list[int], title:
     Raises UserError: one is NaN or infinite, of which a choice or a mean would be made all the same."""
     if len(bad := np.argwhere(~np.isfinite(log_p))):
         place, number = bad[0]
-        raise UserError(
-            f"{title}: the log-probability of {items[number]} at {depths[place]} loops is {log_p[place, number]}, and "
-            f"{len(bad) - 1} more are no numbers: nothing of it is saved. Are the weights damaged, or too large for "
-            "their precision?"
-        )
+        what = f"the log-probability of {items[number]} at {depths[place]} loops is {log_p[place, number]}"
+        remedy = "nothing of it is saved. Are the weights damaged, or too large for their precision?"
+        raise UserError(f"{title}: {what}, and {len(bad) - 1} more are no numbers: {remedy}")
 
 
 def score_choices(
@@ -159,11 +156,10 @@ def score_texts(
     for place, depth in enumerate(depths):
         bits = np.zeros(len(task.items))
         np.add.at(bits, owner, -scores.log_p[place] / math.log(2))
-        found = [
-            {"resps": [[-b * math.log(2)]], "filtered_resps": [-b * math.log(2)], "bits": b, "characters": c,
-             "value": b / c}
-            for b, c in zip(bits.tolist(), characters, strict=True)
-        ]  # fmt: skip
+        found = []
+        for b, c in zip(bits.tolist(), characters, strict=True):
+            log_p = -b * math.log(2)
+            found.append({"resps": [[log_p]], "filtered_resps": [log_p], "bits": b, "characters": c, "value": b / c})
         numbers = benchmarks.bits_per_character(bits.tolist(), characters) | loop_numbers(scores, place, depth)
         outcomes.append(Outcome(numbers, item_lines(task, found), scores.tokens))
     return outcomes
