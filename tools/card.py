@@ -14,50 +14,14 @@ from ouro.settings import DATASETS, REVISIONS, Settings
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, constants
+from jinja2 import StrictUndefined, Template
 
 # What a merged folder ran in (docs/clients.md; a test compares the two).
 TRIED = {"transformers": "4.54.1, 4.57.6, 5.24.0", "lm-eval": "0.4.13", "vLLM": "0.26.0, 0.29.0, 0.32.0"}
 BASE_LICENCE = "apache-2.0"  # of the repositories in REVISIONS
 WHEEL = "ouro_vllm-1.0-py3-none-any.whl"
 
-USE_MERGED = """
-## What runs it
-
-`modeling_ouro.py` in this folder is the model, since transformers has no Ouro. PLACE is this folder or repository.
-`trust_remote_code` runs that file: read it first, or leave the option out and `import modeling_ouro` before.
-
-* **lm-evaluation-harness** ({lm-eval}):
-  `lm_eval --model hf --model_args pretrained=PLACE,trust_remote_code=True,dtype=bfloat16 --tasks …`
-* **vLLM** ({vLLM}): `pip install {wheel}`, a plugin that is in this folder, then
-  `vllm serve PLACE --max-model-len 8192`; at another depth: `--hf-overrides '{{"total_ut_steps": 2}}'`
-* **transformers** ({transformers}):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("PLACE")
-model = AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True, torch_dtype="auto")
-chat = [{{"role": "user", "content": "สวัสดี"}}]
-prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-reply = model.generate(**prompt, max_new_tokens=100)
-print(tokenizer.decode(reply[0, prompt.input_ids.shape[1]:]))
-```
-"""
-USE_ADAPTER = """
-## How it is applied
-
-`modeling_ouro.py` in this repository is the base's code, since transformers has no Ouro (tried: {transformers}). PLACE
-is a download of this repository.
-
-```python
-import sys; sys.path.insert(0, "PLACE")
-import modeling_ouro  # transformers then knows the base's model type
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("{base}"{at}, torch_dtype="auto")
-base.config.total_ut_steps = {depth}
-model = PeftModel.from_pretrained(base, "PLACE")
-```
-"""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def licences(report: dict, base: str) -> dict[str, str]:
@@ -158,29 +122,8 @@ def card(
     base = trained.model_name_or_path
     if Path(base).exists():  # nobody else has it, and its path is nobody else's business
         text, base = text.replace(base, Path(base).name), Path(base).name
-    at = f', revision="{revision}"' if revision else ""
-    known = TRIED | {"wheel": WHEEL, "base": base, "at": at, "depth": trained.total_ut_steps}
-    if record:
-        use = USE_MERGED.format(**known)
-        text = f"{about_merge(record, base)}{use}\n#{text}"
-    else:
-        text += f"\n{USE_ADAPTER.format(**known)}"
-    yaml_block = metadata(name, trained, report, studies or {}, repo, merged=record is not None).to_yaml()
-    return f"---\n{yaml_block}\n---\n{text.replace('PLACE', repo) if repo and record else text}\n"
-
-
-def about_merge(record: dict, base: str) -> str:
-    differs = ""
-    if record["trained_on"] not in ("bf16", "fp32"):
-        differs = f"""
-The adapter was trained beside weights in {record["trained_on"]} and is merged into the unquantised ones, which differ
-by the error of {record["trained_on"]}: scores of the adapter on the weights it was trained beside are not exactly those
-of this model.
-"""
-    return f"""# {record["run"]}, merged
-
-The adapter described below, merged into {base} ({record["base_commit"] or "a local folder"}): sums in fp32,
-rounded once to bf16. It was trained at `total_ut_steps = {record["trained_ut_steps"]}`; `config.json` sets
-`total_ut_steps = {record["total_ut_steps"]}`. `generation_config.json` ends an answer at `<|endoftext|>` or
-`<|im_end|>`.
-{differs}"""
+    about = metadata(name, trained, report, studies or {}, repo, merged=record is not None).to_yaml()
+    place, at = repo or "PLACE", f', revision="{revision}"' if revision else ""
+    known = {"base": base, "depth": trained.total_ut_steps, "record": record, "text": text, "place": place, "at": at}
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
+    return template.render(known, yaml=about, tried=TRIED, wheel=WHEEL)
