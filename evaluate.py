@@ -25,7 +25,7 @@ from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
 from ouro.files import UserError, call, file_sha256, place
 from ouro.model.cost import forward_flops
-from ouro.model.loading import model_files, read_config, warn_of_depth
+from ouro.model.loading import model_files, read_config, warn_of_depth, with_adapter
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train.run_folder import check_base
 
@@ -210,7 +210,7 @@ def score_jobs(
         own = [job for job in jobs if job.model is model]
         if not own:
             continue
-        with weights.attach(loaded.network, model.adapter):
+        with with_adapter(loaded.network, model.adapter, weights.precision):
             for job in own:
                 begin = time.monotonic()
                 tokens = score_job(job, run, loaded)

@@ -281,11 +281,8 @@ def resolve(
     experiments = read_yaml(EXPERIMENTS) if options.exp else {}
     if row := experiments.get(options.exp.rpartition("/")[2] if several else options.exp) if options.exp else None:
         sources.append((f"experiment {options.exp}", row))
-    sources += [
-        (f"environment {name.upper()}", {name: os.environ[name.upper()]})
-        for name in FROM_ENVIRONMENT
-        if os.environ.get(name.upper())
-    ]
+    given = {name: os.environ.get(name.upper()) for name in FROM_ENVIRONMENT}
+    sources += [(f"environment {name.upper()}", {name: value}) for name, value in given.items() if value]
     sources.append(("command line", {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}))
 
     values, origins = {}, dict.fromkeys(FIELDS, "default")

@@ -22,23 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
+from ouro import files
 from ouro.data.chats import END_OF_TURN
-from ouro.files import (
-    ROOT,
-    Progress,
-    UserError,
-    call,
-    file_sha256,
-    message,
-    read_json,
-    remove_left,
-    seal,
-    sealed_files,
-    sync_folder,
-    unfinished,
-    write_atomic,
-    write_json,
-)
+from ouro.files import ROOT, Progress, UserError, call, file_sha256, read_json, seal, write_atomic, write_json
 from ouro.model import modeling_ouro
 from ouro.model.cost import sizes
 from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config, warn_of_depth
@@ -146,13 +132,13 @@ def merge(run: Resolved) -> None:
         differs = [f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value]
         if differs:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
-        remove_left(target)
+        files.remove_left(target)
         print(f"{target} is there already; to write it anew: {remedy}")
         return
     model = merged_model(trained, adapter, revision, loops)
     megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6
     try:
-        with unfinished(target) as mark, Progress(f"writing {target}, {megabytes:,.0f} MB"):
+        with files.unfinished(target) as mark, Progress(f"writing {target}, {megabytes:,.0f} MB"):
             partial = Path(f"{mark.name}.d")
             model.save_pretrained(partial, max_shard_size="1TB")  # one file, as published
             # Some classes of tokenizers add token types, which `generate` refuses.
@@ -167,7 +153,7 @@ def merge(run: Resolved) -> None:
     except (OSError, SafetensorError) as error:
         why = f"{' '.join(str(error).split())[:300]} ({megabytes:,.0f} MB are needed, {free:,.0f} MB were free)"
         raise UserError(f"{target} could not be written: {why}") from None
-    sync_folder(folder)
+    files.sync_folder(folder)
     print(f"merged: {target}, {megabytes:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
     print("  its README.md says what runs it: transformers, lm-evaluation-harness, vLLM (make serve)")
     if (kept := record["trained_on"]) not in EXACT:
@@ -230,7 +216,7 @@ def push(run: Resolved) -> None:
         commit = api.create_commit(repo, added, commit_message=f"{what} of {run.run}")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
-    print(f"uploaded: {message(commit.commit_url)}")
+    print(f"uploaded: {files.message(commit.commit_url)}")
 
 
 def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> dict[str, Path | bytes]:
@@ -246,7 +232,7 @@ def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> d
     texts = {"README.md": about} | scores(studies, repo)
     return (
         {"modeling_ouro.py": Path(modeling_ouro.__file__)}
-        | {name: source / name for name in sealed_files(source).keys() - {MERGE}}
+        | {name: source / name for name in files.sealed_files(source).keys() - {MERGE}}
         | {path_in_repository(name): results / run.run / name for name in studies}
         | {name: text.encode() for name, text in texts.items()}
     )

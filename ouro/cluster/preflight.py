@@ -97,11 +97,10 @@ def check_memory(run: Resolved) -> str:
     if limit := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
         free = min(free, limit * 2**20)
     processes = int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
+    needed = f"{processes * MEMORY / 1e9:.0f} GB"
     if free < processes * MEMORY:
-        raise UserError(
-            f"{free / 1e9:.1f} GB for {processes} processes, {processes * MEMORY / 1e9:.0f} GB are needed: raise MEM"
-        )
-    return f"{free / 1e9:.0f} GB free, {processes * MEMORY / 1e9:.0f} GB needed"
+        raise UserError(f"{free / 1e9:.1f} GB for {processes} processes, {needed} are needed: raise MEM")
+    return f"{free / 1e9:.0f} GB free, {needed} needed"
 
 
 def check_disk(run: Resolved) -> str:

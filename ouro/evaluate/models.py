@@ -4,7 +4,6 @@ All that one command scores share their weights, which are loaded once: `Weights
 """
 
 import json
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from ouro.model.loading import (
     load_tokenizer,
     loading,
     read_config,
-    with_adapter,
 )
 from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
 from ouro.train.run_folder import recorded_settings, run_settings, whole
@@ -97,16 +95,12 @@ class Weights:
             check_readout(network.eval())
             return network
         s = replace(s, model_name_or_path=self.path, model_revision=self.revision)
-        # `attach` makes the fp8 weights, with each adapter: there they are kept in groups.
+        # `with_adapter` makes the fp8 weights, with each adapter: there they are kept in groups.
         network = load_run_model(s, frozen="bf16" if self.precision == "fp8" else self.precision, device=device)
         if s.torch_compile and device == "cuda":
             network.compile_layers()
             print("its layers are compiled while the first batch is read", flush=True)
         return network
-
-    def attach(self, network: PreTrainedModel, adapter: Path | None) -> AbstractContextManager[None]:
-        """While it is entered, the network computes with an adapter (None: without one), as in training."""
-        return with_adapter(network, adapter, self.precision)
 
 
 @torch.no_grad()
@@ -132,9 +126,8 @@ def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]
     if options.endpoint:
         server = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt)
         name, depth = server.model, server.depth()
-        weights = Weights(
-            name, server.identity(), "served", looped=False, endpoint=options.endpoint, served_depth=depth
-        )
+        identity, url = server.identity(), options.endpoint
+        weights = Weights(name, identity, "served", looped=False, endpoint=url, served_depth=depth)
         name = name.removesuffix(f":{depth}")  # which the names of its results say
         return weights, s, [ModelUnderTest(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:
