@@ -45,10 +45,7 @@ class Job:
 
 def evaluate(run: Resolved) -> None:
     """Scores what the command asks for, and prints the tables.
-
-    Raises:
-        UserError: a mistake in the command, the configuration or the data.
-    """
+    Raises UserError: a mistake in the command, the configuration or the data."""
     specs = asked_tasks(run)
     asked = parse_depths(run.options.ut_steps)
     weights, settings, models = find_models(run)
@@ -79,10 +76,7 @@ def parse_depths(text: str | None) -> list[int] | None:
 
 def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
     """The depths to score.
-
-    Raises:
-        UserError: they are not of this model: one that does not loop has one, and so has a served one.
-    """
+    Raises UserError: they are not of this model: one that does not loop has one, and so has a served one."""
     if weights.looped:
         if asked:
             warn_of_depth(asked[-1], read_config(weights.path, weights.revision).total_ut_steps)
@@ -106,10 +100,7 @@ def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
 
 def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[Task]:
     """The tasks with their items.
-
-    Raises:
-        UserError: a served model cannot be asked for them, or the items cannot be read.
-    """
+    Raises UserError: a served model cannot be asked for them, or the items cannot be read."""
     silent = [name for name, spec in specs.items() if spec["protocol"] not in REPLIES]
     if weights.endpoint and silent:
         raise UserError(
@@ -131,10 +122,7 @@ def find_jobs(
     run: Resolved, weights: Weights, models: list[ModelUnderTest], tasks: list[Task], depths: list[int]
 ) -> list[Job]:
     """What is to be scored: whatever has no current result.
-
-    Raises:
-        UserError: results of all items would be replaced by those of some, or a run was trained on another base.
-    """
+    Raises UserError: results of all items would be replaced by those of some, or a run was trained on another base."""
     options, s = run.options, run.settings
     loaded = {}
     if not weights.endpoint:  # main is looked up once: what is loaded later is of this commit
