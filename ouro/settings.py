@@ -75,7 +75,9 @@ class Settings:
     lora_dropout: float = setting(0.05, "dropout on LoRA's input", at_least=0, at_most=0.9)
     use_rslora: bool = setting(False, "LoRA's scale is lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
     use_dora: bool = setting(False, "adapt direction and magnitude apart (arXiv 2402.09353); slow: PEFT's own layers")
-    loraplus_lr_ratio: float = setting(1.0, "B's learning rate / A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0)
+    loraplus_lr_ratio: float = setting(
+        1.0, "learning rate of B is this many times A's (LoRA+, arXiv 2402.12354)", at_least=0, but_not=0
+    )
     # data
     dataset: str = setting("wangchan", "training set by name, a row of configs/datasets.yaml")
     dataset_path: str | None = run_setting(None, "folder or file in place of its Hub id; for `own` also a Hub id")

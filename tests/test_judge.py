@@ -490,7 +490,8 @@ def test_a_full_disk_is_told_and_what_was_judged_is_kept(server, result):
 
 
 def test_a_second_process_waits_and_finds_what_the_first_has_paid_for(server, questions, result, tmp_path):
-    pairs = [[turn["reply"] for turn in line["turns"]] for line in read_jsonl(result.with_suffix(".items.jsonl"))]
+    lines = read_jsonl(result.with_suffix(".items.jsonl"))
+    pairs = [[endpoint.Reply(turn["reply"]) for turn in line["turns"]] for line in lines]
     process, begin = judge_process(result, told := tmp_path / "told.txt")
     with Cache(result.parent / CACHE) as saved:  # a process that is forked now would hold it, too
         begin.set()
