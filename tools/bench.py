@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import EXPERIMENTS, Resolved, Settings, resolve
 
+import numpy as np
 import torch
 
 
@@ -180,10 +180,9 @@ def bench_row(run: Resolved, folder: Path, name: str, loops: int, gib: float | N
     def trained(processes: int, gpu: int | None = None) -> tuple[float, tuple]:
         lines, manifest = train_beside(run, folder, processes, gib, gpu, **settings)
         lines = lines[2:]  # without the first two steps
-        spent = sum(row["seconds"] for row in lines)
-        speed = sum(row["tokens_per_second"] * row["seconds"] for row in lines) / spent
-        use = sum(row.get("model_flop_use", 0) * row["seconds"] for row in lines) / spent
-        padding = 1 - sum((1 - row["padding"]) * row["seconds"] for row in lines) / spent
+        spent = [row["seconds"] for row in lines]
+        measured = ("tokens_per_second", "model_flop_use", "padding")
+        speed, use, padding = (np.average([row.get(x, 0) for row in lines], weights=spent) for x in measured)
         memory = max(row["memory_gib"] for row in lines)
         estimate = max((plan["estimated_gib"] for plan in manifest.get("plans", ())), default=0)
         return speed, (f"{use:.1%}", f"{padding:.1%}", f"{memory:.1f}", f"{estimate:.1f}")
@@ -197,7 +196,7 @@ def bench_row(run: Resolved, folder: Path, name: str, loops: int, gib: float | N
         line(name, loops, f"GPU {gpu}", f"{speed:,.0f}", "", *rest)
     if count > 1:
         speed, rest = trained(count)
-        line(name, loops, count, f"{speed:,.0f}", f"{speed / statistics.mean(one for one, _ in alone):.3f}", *rest)
+        line(name, loops, count, f"{speed:,.0f}", f"{speed / np.mean([one for one, _ in alone]):.3f}", *rest)
     return None
 
 
