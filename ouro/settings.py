@@ -44,8 +44,7 @@ def setting(default, text: str, changes: str = "learning", **limits):
     changes: what another value makes of a run.
     learning: other numbers are learnt, so the run is neither continued under it nor compared with others;
     run: its folder would hold another record, or the same numbers but for rounding: not continued, but compared;
-    nothing: it may differ.
-    """
+    nothing: it may differ."""
     metadata = {"help": text, "changes": changes} | LIMITS | limits
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
 

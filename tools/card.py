@@ -115,8 +115,7 @@ def card(
 ) -> str:  # fmt: skip
     """README.md of an adapter or, with the `record` of its merge, of a merged model.
 
-    studies: of `published_results`. repo: where it is pushed to. revision: the base's commit.
-    """
+    studies: of `published_results`. repo: where it is pushed to. revision: the base's commit."""
     report = read_json(adapter.parent / "data_report.json", "dataset", "data_revision", "licences")
     text = (adapter / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2].strip("\n")
     base = trained.model_name_or_path

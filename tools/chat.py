@@ -39,8 +39,7 @@ COMMANDS = "/depth 1…{loops}, /base (adapter off and on), /reset (forget), /qu
 class TextStream:
     """Tokens -> text, as soon as its characters are complete.
 
-    Bytes that belong to no character are left out, and so are special tokens and what would steer a terminal.
-    """
+    Bytes that belong to no character are left out, and so are special tokens and what would steer a terminal."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.decoder = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=True)
@@ -54,8 +53,7 @@ class TextStream:
 class Conversation:
     """A model, its depth, and what has been said.
 
-    s: the settings it was trained with; sampling: those that say how it answers now.
-    """
+    s: the settings it was trained with; sampling: those that say how it answers now."""
 
     def __init__(
         self, model: PeftModel | OuroForCausalLM, tokenizer: PreTrainedTokenizerBase, s: Settings, sampling: Settings,

@@ -180,8 +180,7 @@ def write_rows(
     """Writes the rows that are trained, CHUNK at a time, and counts all of them in `tally`.
 
     budget: tokens that all of them may have; a row is left out where the share of the budget that is used up would be
-    larger than the share of the rows that was read, so that what is kept stands evenly spaced.
-    """
+    larger than the share of the rows that was read, so that what is kept stands evenly spaced."""
     ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
     schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32()), "place": pa.string()})
     rows = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)

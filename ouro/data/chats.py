@@ -302,8 +302,7 @@ def cut_question(chat: Chat, tokens: Tokens, limit: int, tokenizer: PreTrainedTo
     """The chat with the end of its first question cut off so that it has at most `limit` tokens; None if it cannot.
 
     The end, because the instruction comes first and its material after it. Not inside a character (a token may be a
-    piece of one) nor between a letter and its marks.
-    """
+    piece of one) nor between a letter and its marks."""
     first = next(i for i, turn in enumerate(chat) if turn["role"] == "user")
     text = chat[first]["content"]
     whole = encode_texts([text], tokenizer)[0]

@@ -71,8 +71,7 @@ class HubSession(requests.Session):
     """Connections to the Hub, each with a timeout; none while HF_HUB_OFFLINE is set, nor after the first has failed.
 
     huggingface_hub asks for a repository's commit without a timeout: a network that drops packets would hang. And it
-    asks for each file six times within 23 s, which helps where a connection is lost, and not where there is none.
-    """
+    asks for each file six times within 23 s, which helps where a connection is lost, and not where there is none."""
 
     answered = False  # the Hub has, to any session
     failure: requests.RequestException | None = None  # of the first request, if it did not
@@ -374,8 +373,7 @@ def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -
 def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
     """Where each row stands, and the row: a line of JSON Lines as it is, or an item of a list, which begins with "[".
 
-    Lines end at \\n alone: U+2028 may stand inside a string. A byte-order mark and blank lines are passed over.
-    """
+    Lines end at \\n alone: U+2028 may stand inside a string. A byte-order mark and blank lines are passed over."""
     numbered = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(lines, 1))
     number, first = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
     if first.lstrip().startswith(b"["):

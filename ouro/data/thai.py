@@ -24,8 +24,7 @@ BLOCK = LEAST // 2
 def normalise(text: str) -> str:
     """Thai text in one spelling: no zero-width characters, composed sara am, tone marks in order, เเ as แ, ๅ as า.
 
-    Lines and spaces stay, unlike in pythainlp's `normalize`; and unlike NFKC, which takes ำ apart, nothing is split.
-    """
+    Lines and spaces stay, unlike in pythainlp's `normalize`; and unlike NFKC, which takes ำ apart, nothing is split."""
     text = remove_zw(text).replace("\ufeff", "").replace("\u2060", "")
     while (ordered := reorder_vowels(text)) != text:  # one correction can make room for another
         text = ordered
@@ -67,8 +66,7 @@ def is_thai(reply: str) -> bool | None:
     """Whether at least 70 % of a reply's letters are Thai; None if it has code or digits alone, in no language.
 
     Left out: code, addresses, formulas, and quotations and brackets without a Thai letter, unless nothing else is
-    there. Vowel and tone marks count as letters. An empty reply is not Thai.
-    """
+    there. Vowel and tone marks count as letters. An empty reply is not Thai."""
     text = CODE.sub(" ", reply)
     outside = QUOTED.sub(lambda found: found[0] if count_letters(found[0])[0] else " ", text)
     thai, letters = count_letters(outside)
@@ -103,8 +101,7 @@ class Overlap:
 
     Characters and not words: Thai has no spaces, and a segmenter may cut the same sentence in two ways. Items are cut
     into blocks of BLOCK characters, one after the other. Any LEAST characters of an item hold a whole block: a text is
-    compared with an item only around a block that both have.
-    """
+    compared with an item only around a block that both have."""
 
     def __init__(self, items: list[tuple[str, list[str]]]):
         """items: where each stands, and its texts, of which those of LEAST characters are looked for; all together

@@ -128,8 +128,7 @@ def usual_beginning(replies: list[str], ended: list[bool]) -> str:
     """The tag with which an unknown prompt seems to begin the thought of each of these replies; else nothing.
 
     Such replies close a thought that they do not open. Most of those that ended by themselves must: one of them may
-    speak of tags.
-    """
+    speak of tags."""
     first = [next(tags(reply), None) for reply in replies]
     closed = [tag.pair for tag in first if tag and not tag.opens]
     others = sum(end and (tag is None or tag.opens) for tag, end in zip(first, ended, strict=True))
@@ -140,8 +139,7 @@ def close_thought(text: str, answer: str) -> str | None:
     """A training answer whose tags are one pair, or None where they cannot be made so.
 
     None at all is right as it is. A closing tag alone gets its opening (templates often write that in the prompt); an
-    opening one alone begins a thought without its answer, which is added where the row has one in another column.
-    """
+    opening one alone begins a thought without its answer, which is added where the row has one in another column."""
     found = list(tags(text))
     opening, closing = PAIRS[found[0].pair] if found else ("", "")
     match [(tag.pair == found[0].pair, tag.opens) for tag in found]:

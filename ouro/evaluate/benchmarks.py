@@ -367,8 +367,7 @@ def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[s
     """What is asked about an item: for each prompt, the continuations that stand for its letters, in their order.
 
     ours: a prompt for each rotation of the options, and the options' texts after each. labels: one, and the letters.
-    generate: one, and nothing.
-    """
+    generate: one, and nothing."""
 
     def shown(item: dict, letter: str) -> str:  # HELM's letters are capitals, and none is left out
         return spec["letters"][list(item["options"]).index(letter)] if "letters" in spec else letter
@@ -399,8 +398,7 @@ def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str,
     """One score a letter from the log-probabilities [prompt][letter], and the letter with the highest, or the key's
     where that one's option has the same text.
 
-    Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter.
-    """
+    Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter."""
     letters = scored_letters(item, spec)
     if spec["protocol"] == "ours":
         texts = list(item["options"].values())

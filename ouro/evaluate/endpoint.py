@@ -51,8 +51,7 @@ Chat = Callable[[list[Messages], Done], None]  # replies to conversations
 class Reply(str):
     """A text that knows how it ended: "" by itself, "cut" at its limit, or "refused: …", when there is no text.
 
-    What a cut left of its last character (U+FFFD) is no part of it.
-    """
+    What a cut left of its last character (U+FFFD) is no part of it."""
 
     end: str
 
@@ -158,8 +157,7 @@ class Server:
     def identity(self) -> str:
         """A hash of address, served name, and what the server's list tells of the model: its root, its length, …
 
-        Errors as `complete`.
-        """
+        Errors as `complete`."""
         told = []
         with contextlib.suppress(NotListed):
             told = self._told()

@@ -17,8 +17,7 @@ class Cache:
     """Texts by key, in a file of JSON lines; each is on the disk when `add` returns.
 
     One process at a time: another waits, and then finds what the first one has paid for. The lock is the kernel's and
-    ends with its process. Where there is none, filelock would make a file of it, which outlives a killed process.
-    """
+    ends with its process. Where there is none, filelock would make a file of it, which outlives a killed process."""
 
     def __init__(self, path: Path):
         self.path, self.texts, self.lock = Path(path), {}, threading.Lock()

@@ -31,8 +31,7 @@ class Tree:
     """Sequences that share a beginning: each node is a token, in depth-first order, and every shared token stands once.
 
     tokens, positions: of each node. last: of each node, the last one below it, so that node i sees node j exactly when
-    j <= i <= last[j]. targets: (sequence, node, token that is to follow it).
-    """
+    j <= i <= last[j]. targets: (sequence, node, token that is to follow it)."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -137,8 +136,7 @@ class Wanted:
     """The pairs (position, token) of a batch whose log-probabilities are read; sequences may share one.
 
     sequences, pair: of each target, its sequence and the number of its pair. positions: all that pairs have, sorted.
-    place, tokens: of each pair, the number of its position, and its token. cuts: of pairs, by READOUT positions.
-    """
+    place, tokens: of each pair, the number of its position, and its token. cuts: of pairs, by READOUT positions."""
 
     def __init__(self, batch: list[Tree], device: torch.device):
         width = width_of(batch)
@@ -180,8 +178,7 @@ def score(
 
     sequences: (tokens, start >= 1). budget: tokens a forward pass. What sequences have in common at their beginning is
     computed once; only states that are read go through the head; neither batches nor padding change anything beyond the
-    rounding of sums.
-    """
+    rounding of sums."""
     looped = isinstance(network, OuroForCausalLM)
     trees = plant(sequences, share=looped)
     total = sum(len(tree.tokens) for tree in trees)
