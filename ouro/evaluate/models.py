@@ -90,8 +90,8 @@ class Weights:
         if not self.looped:
             with loading(f"the model {self.path}"):
                 how = {"torch_dtype": torch.bfloat16 if s.bf16 else torch.float32, "device_map": {"": device}}
-                how |= {"use_safetensors": True, "trust_remote_code": False}
-                network = AutoModelForCausalLM.from_pretrained(self.path, revision=self.revision, **how)
+                how |= {"revision": self.revision, "use_safetensors": True}
+                network = AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False, **how)
             check_readout(network.eval())
             return network
         s = replace(s, model_name_or_path=self.path, model_revision=self.revision)
