@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help env smoke demo train eval eval-baselines chat merge push serve report power data-report fetch preflight cluster-sweep status logs cancel \
-  bench test test-all lint lock build-image sif upload test-images clean FORCE
+  plan bench test test-all lint lock build-image sif upload test-images clean FORCE
 
 # Variables are read in the shell ("$$EXP"), where each is one word and nothing of it is run; make takes them as they stand.
 define as-given
@@ -139,8 +139,11 @@ cancel:  ## cancel what was submitted from here and has not ended [EXP=…]
 	  {print $$1}' <<<"$$queue") && \
 	if [ -n "$$jobs" ]; then scancel $$jobs && echo "cancelled:" $$jobs; else echo "nothing to cancel"; fi
 
-bench: env  ## speed and memory: make bench WHAT=train [CONFIG=configs/a100.yaml]; WHAT=plan [ARGS="--gpu RTX3080"]; more: tools/bench.py
-	@$(PY) tools/bench.py "$${WHAT:-plan}" $(MORE)
+plan: env  ## what the study costs, in hours and disk; what fits a weekend: make plan GPU=RTX3080 HOURS=48 [COUNT=4 STUDY=core CONFIG=… ARGS="…"]
+	@$(PY) -m ouro.cluster.hours $${GPU:+--gpu "$$GPU"} $${COUNT:+--count "$$COUNT"} $${STUDY:+--study "$$STUDY"} $${HOURS:+--hours "$$HOURS"} $(MORE)
+
+bench: env  ## speed and memory, measured: make bench WHAT=train [CONFIG=configs/a100.yaml ARGS="…"]; more: tools/bench.py
+	@$(PY) tools/bench.py "$${WHAT:-train}" $(MORE)
 
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from ouro.files import UserError, read_yaml
+from ouro.files import UserError
 from tools import bench
 
 import pytest
@@ -31,19 +31,10 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(bench, "need_gpus", lambda *_: None)
 
 
-def test_the_plan_has_a_line_for_each_experiment(bench_py):
-    lines = {line[0]: line for line in bench_py("plan", *SMOKE, "--gpu", "H100", "--count", "2")[2:]}
-    assert list(lines) == [name for name in read_yaml("configs/experiments.yaml") if not name.startswith("own")]
-    for name, line in lines.items():
-        assert float(line[-1]) == pytest.approx(2 * float(line[-2]), abs=0.1), name  # GPU-hours and hours
-    asked = bench_py("plan", *SMOKE, "--total_ut_steps", "2")[2:]
-    assert [line[1] for line in asked] == ["2"] * len(lines), "the command line comes after the experiment's row"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--count", "0"], "--count must be at least 1"),
+        (["score", "--count", "0"], "--count must be at least 1"),
         (["train"], "--count 1: this machine has 0 GPUs"),
     ],
 )

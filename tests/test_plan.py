@@ -4,14 +4,17 @@ import dataclasses
 import re
 from pathlib import Path
 
+from ouro.cluster import hours
 from ouro.cluster.plan import predict, typical_lengths
 from ouro.data.batches import Passes
+from ouro.data.cache import prepare
 from ouro.data.chats import Tokens, split_row
 from ouro.data.sources import HubSession, Unreachable, cache_only
 from ouro.files import UserError, read_yaml
 from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, sizes, training_flops
+from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
-from ouro.settings import DATASETS, Settings, resolve
+from ouro.settings import DATASETS, EXPERIMENTS, Settings, resolve
 
 import numpy as np
 import pytest
@@ -184,8 +187,9 @@ def test_hours_are_predicted_from_the_cached_tokens_else_from_the_longest_rows(t
     most = predict(s, "H100", 1)
     assert most.said == "at most " and most.tokens == rows * s.max_length
     assert not (tmp_path / "cache").exists(), "nothing is tokenised for a prediction"
-    made = predict(s, "H100", 1, tokenise=True)
-    assert made == predict(s, "H100", 1) and not made.said
+    prepare(s, load_tokenizer(s.model_name_or_path, None), quiet=True)
+    made = predict(s, "H100", 1)
+    assert not made.said
     assert 0 < made.tokens < most.tokens / 2 and 0 < made.hours < most.hours / 2
     assert made.steps == most.steps == 2 * -(-rows // (2 * 2))
 
@@ -275,3 +279,31 @@ def test_with_the_cache_only_nothing_is_asked_of_the_hub_and_where_it_is_not_it_
 def refuse(asked: list[str], url: str) -> None:
     asked.append(url)
     raise requests.ConnectionError("no way")
+
+
+def test_the_hours_in_the_readme_are_those_that_make_plan_prints():
+    assert hours.table() in Path("README.md").read_text(), "make plan"
+
+
+def test_what_fits_a_weekend_is_offered_with_what_to_type(monkeypatch, capsys):
+    def told(*argv: str) -> str:
+        monkeypatch.setattr("sys.argv", ["hours.py", *argv])
+        hours.main()
+        return capsys.readouterr().out
+
+    offer = told("--gpu", "RTX3080", "--hours", "48")
+    tokens, together = re.search(r"--max_tokens (\d+)", offer)[1], re.search(r"together (\d+) h\.", offer)[1]
+    assert 40 < int(together) <= 48 and 5e6 < int(tokens) < 2e7
+    more = told("--gpu", "RTX3080", "--hours", "72")
+    assert int(re.search(r"--max_tokens (\d+)", more)[1]) > 1.4 * int(tokens)
+    for words in re.findall(r"EXP=(\S+)", offer):
+        assert {name.rpartition("/")[2] for name in words.split(",")} <= {*read_yaml(EXPERIMENTS), "$exp"}
+    for argv, refusal in (
+        (["--gpu", "RTX3080", "--hours", "6"], "6 hours hold too little on 1 x RTX3080: .* are needed for 30 steps"),
+        (["--hours", "6"], "for which GPU. --gpu .make plan GPU=….: one of RTX3080"),
+        (["--gpu", "H100", "--study", "englsh"], "did you mean 'english'"),
+    ):
+        with pytest.raises(UserError, match=refusal):
+            told(*argv)
+    lines = told("--gpu", "H100", "--study", "english", "--total_ut_steps", "2").splitlines()
+    assert [line.split()[1] for line in lines[-3:-1]] == ["2", "2"], "the command line comes after the experiment's row"

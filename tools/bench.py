@@ -3,13 +3,11 @@
     python tools/bench.py train [--only "nf4, 10 GB"] [--count 2]         # train_qlora.py itself, rows of real lengths
     python tools/bench.py generate --config configs/a100.yaml             # tokens/s of generation
     python tools/bench.py score --config configs/a100.yaml                # questions/s of evaluate.py, all depths
-    python tools/bench.py plan --config configs/a100.yaml --gpu H100 --count 4    # predicted: needs no GPU
 
 The weights are random, of the sizes of model_name_or_path. All settings of the config can be given: --max_length 2048.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -26,15 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
-from ouro.cluster.plan import predict
 from ouro.evaluate.scoring import score
-from ouro.files import ROOT, UserError, call, code_version, read_yaml
+from ouro.files import ROOT, UserError, call, code_version
 from ouro.model import generate as generation
-from ouro.model.cost import GPUS, layer_weights, matrix_rate, sizes
+from ouro.model.cost import layer_weights, matrix_rate, sizes
 from ouro.model.generate import Decoder, generate
 from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import OuroForCausalLM
-from ouro.settings import EXPERIMENTS, Resolved, Settings, resolve
+from ouro.settings import Resolved, Settings, resolve
 
 import numpy as np
 import torch
@@ -201,24 +198,7 @@ def bench_row(run: Resolved, folder: Path, name: str, loops: int, gib: float | N
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# plan, generate, score
-
-
-def bench_plan(run: Resolved) -> None:
-    gpu, count = run.options.gpu, run.options.count
-    print(f"{count} x {gpu}, {run.config or 'the defaults'}: predicted, from counted operations")
-    line("", "loops", "twice", "GiB", "tokens/epoch", "steps", "hours", "GPU-hours")
-    for name, changes in read_yaml(EXPERIMENTS).items():
-        if run.options.exp not in (None, name):
-            continue
-        mine = {n: x for n, x in changes.items() if not run.origins[n].startswith(("command line", "environment"))}
-        s = dataclasses.replace(run.settings, **mine)
-        if s.dataset == "own" and not s.dataset_path:  # of rows that only their owner has
-            continue
-        p = predict(s, gpu, count, tokenise=True)
-        said = f"  {p.said.strip()}: {s.dataset} is not here (make fetch)" if p.said else ""
-        line(name, s.total_ut_steps, f"{p.recomputed:.0%}", f"{p.memory / 2**30:.1f}", f"{p.tokens:,.0f}",
-             f"{p.steps:,}", f"{p.hours:.1f}", f"{p.hours * count:.1f}{said}")  # fmt: skip
+# generate, score
 
 
 PROMPT, NEW = 128, 256  # tokens of `bench.py generate`
@@ -308,13 +288,12 @@ def bench_score(run: Resolved) -> None:
         line(kind, f"{2 * number / spent:.1f}", f"{read / spent:,.0f}", share, f"{first:.1f}")
 
 
-WHAT = {"train": bench_train, "plan": bench_plan, "generate": bench_generate, "score": bench_score}
+WHAT = {"train": bench_train, "generate": bench_generate, "score": bench_score}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=WHAT, help="what to measure, or predict")
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="plan: the GPU")
-    parser.add_argument("--count", type=int, default=1, help="plan, train: how many of them")
+    parser.add_argument("what", choices=WHAT, help="what to measure")
+    parser.add_argument("--count", type=int, default=1, help="train: how many GPUs")
     parser.add_argument("--only", nargs="+", choices=TRAIN, help="train: these rows of the table")
     parser.add_argument("--batch", type=int, help="generate: instead of 64")
     parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train, generate: these depths")

@@ -1,12 +1,12 @@
 """What a run will take on a kind of GPU: layers recomputed, memory, steps, hours, and how often it is requeued.
 
-p = predict(settings, "H100", 4)       # from counted operations, as sweep.py and `make bench WHAT=plan` print them
+p = predict(settings, "H100", 4)       # from counted operations, as sweep.py and hours.py print them
 p.told(done=120)                       # "at most 11.2, 1 requeue": of the steps after the 120th
 """
 
 import math
 import os
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ouro.data.batches import Passes
@@ -47,10 +47,11 @@ class Prediction:
         return f"{self.said}{hours:.1f}{said}"
 
 
-def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Prediction:
+def predict(s: Settings, gpu: str, count: int, rows: str = "cached") -> Prediction:
     """What a run takes on `count` GPUs of a kind in GPUS, from counted operations and the share of its peak REACHED.
 
-    Without `tokenise` nothing is downloaded or tokenised for it: the rows are the cache's, where it has them.
+    rows: "cached": those of the cache, where it has them, and nothing is downloaded or tokenised; "typical", "longest":
+    of the lengths that are told without the cache.
     Raises UserError: an unknown GPU, one that is too small or has no fp8, or data of which not even the rows are known.
     """
     if gpu not in GPUS:
@@ -60,11 +61,12 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
     peak, memory = GPUS[gpu]
     config = sizes(s)
     config.total_ut_steps = s.total_ut_steps
-    lengths, share, said = epoch_of(s, tokenise)
+    lengths, share, said = epoch_of(s, rows)
     width = Passes(1).width
     plans = Memory(s, config, (0.99 * memory - 0.6) * 2**30, HOST, width(int(lengths.max(initial=1))))
     try:
-        passes_for(plans)
+        if s.activation_checkpointing.isdecimal() or not plans.plan(plans.largest):  # else it is known to pass
+            passes_for(plans)
     except UserError as error:
         raise UserError(f"{gpu}, {memory} GiB: {error}") from None
     tokens, heads = float(lengths.sum()), s.total_ut_steps if s.loss == "all" else 1
@@ -82,29 +84,31 @@ def predict(s: Settings, gpu: str, count: int, tokenise: bool = False) -> Predic
     return Prediction(recomputed, plans.of(largest, plans.plan(largest)), tokens, steps, hours, said)
 
 
-def epoch_of(s: Settings, tokenise: bool) -> tuple[np.ndarray, float, str]:
+def epoch_of(s: Settings, rows: str) -> tuple[np.ndarray, float, str]:
     """Of an epoch: the tokens of each row, the share of them that is trained, and what that rests on: "", the rows;
     "about ", the table of datasets.yaml; "at most ", max_length, where there is no table, or a copy of other rows."""
-    with nullcontext() if tokenise else cache_only():
-        try:
-            tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
-            rows, report = prepare(s, tokenizer, builder=tokenise, quiet=True)
-            return rows.lengths.astype(float), report["trained_share"], ""
-        except UserError:
-            known = read_yaml(DATASETS).get(s.dataset, {})
-            typical = "tokens" in known and not s.dataset_path and s.dataset not in s.paths
-            budget, said = float(s.max_tokens) if (s.max_tokens or "").isdecimal() else math.inf, "about "
-            if s.max_tokens and budget == math.inf:  # as many tokens as that set has
-                other = epoch_of(replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None), tokenise)
-                if not typical:
-                    return other
-                budget, said = other[0].sum(), other[2] or said
+    with cache_only():
+        if rows == "cached":
+            with suppress(UserError):
+                tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
+                cached, report = prepare(s, tokenizer, builder=False, quiet=True)
+                return cached.lengths.astype(float), report["trained_share"], ""
+        known = read_yaml(DATASETS).get(s.dataset, {})
+        published = not s.dataset_path and s.dataset not in s.paths
+        typical = published and "tokens" in known and rows != "longest"
+        budget, said = float(s.max_tokens) if (s.max_tokens or "").isdecimal() else math.inf, "about "
+        if s.max_tokens and budget == math.inf:  # as many tokens as that set has
+            other = epoch_of(replace(s, dataset=s.max_tokens, dataset_path=None, max_tokens=None), rows)
+            if not typical:
+                return other
+            budget, said = other[0].sum(), other[2] or said
+        count = known.get("rows", {}).get("train")
+        if rows == "cached" or not published or count is None:
             try:
                 count = sum(map(count_rows, find_source(s).files["train"]))
             except UserError:
-                if "rows" not in known:
+                if count is None:
                     raise
-                count = known["rows"]["train"]
     if typical:
         lengths = typical_lengths(np.array(known["tokens"], float), count, s)
     else:
