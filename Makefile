@@ -93,8 +93,8 @@ eval-baselines: env  ## score the baselines of configs/evals.yaml, or one [MODEL
 	for model; do $(PY) evaluate.py --model "$$model" $(EVAL) || failed="$${failed:-} $$model"; done; \
 	if [ -n "$${failed:-}" ]; then echo "error: not scored:$$failed" >&2; exit 2; fi
 
-report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [OUT=. CONFIG=… OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
-	@$(PY) report.py --out "$${OUT:-.}" $(MORE)
+report: env  ## the answer from all runs and scores there are: RESULTS.md, report.html [SERVE=1, a page that follows a sweep; OUT=. CONFIG=… OUTPUT_DIR=… RESULTS_DIR=… ARGS="--csv --latex"]
+	@$(PY) report.py --out "$${OUT:-.}" $(call flag,SERVE,--serve) $(MORE)
 
 power: env  ## what a study can find, by seeds and items: the smallest difference found four times in five [OUT=. ARGS="…"]
 	@$(PY) report.py --power --out "$${OUT:-.}" $(MORE)

@@ -2,6 +2,7 @@
 
     python report.py                                        # reads output/ and results/, whatever is there
     python report.py --out site --csv --latex               # report elsewhere; tables as files too
+    python report.py --serve                                # as a page on this machine, which follows a sweep
     python report.py --power                                # what a study can find, before anything is trained
     python report.py --explain                              # the numbers behind each word
     python report.py --config configs/a100.yaml             # only runs that have this file's settings count
@@ -20,8 +21,9 @@ import textwrap
 from pathlib import Path
 
 from ouro.files import UserError, call, place, printable, read_yaml, write_atomic, write_json
-from ouro.settings import resolve
+from ouro.settings import Resolved, resolve
 from ouro.verdict.compare import compare
+from ouro.verdict.live import inputs, serve
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
 from ouro.verdict.panels import SETTINGS_ALIKE, Key, Panel, panels
 from ouro.verdict.plots import draw, save
@@ -36,6 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", action="store_true", help="tables as RESULTS_DIR/report/<table>.csv too")
     parser.add_argument("--latex", action="store_true", help="the same as .tex, for booktabs")
     parser.add_argument("--power", action="store_true", help="print what a study can find, and write OUT/power.png")
+    parser.add_argument(
+        "--serve", action="store_true", help="serve it on this machine, with each run's loss and time left"
+    )
     parser.add_argument("--explain", action="store_true", help="print the chain of numbers behind each word, too")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two runs item by item to stdout; run or run:depth"
@@ -73,25 +78,15 @@ def elsewhere(output: Path) -> str:
     return "".join(f"\n  make report OUTPUT_DIR={runs} RESULTS_DIR={scores}" for runs, scores in found.items())
 
 
-def main() -> None:
-    run = resolve(__doc__, add_options=options)
-    out = Path(run.options.out)
-    places = [Path(run.settings.output_dir), Path(run.settings.results_dir)]
-    read = " and ".join(f"{place}{' (which is not there)' * (not place.is_dir())}" for place in places)
-    if not any(place.is_dir() for place in places) and not run.options.power:
-        raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
-    reader = Reader(*places)
-    if not reader.runs and not reader.results and (others := elsewhere(places[0])):
-        print(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for{others}\n")
-    if run.options.compare:
-        print(compare(reader, *run.options.compare), end="")
-        return
+def comparable(run: Resolved, reader: Reader) -> dict[Key, Panel]:
+    """What may be compared, of runs that have the settings which --config or the command line names."""
+    asked = {name for name in SETTINGS_ALIKE if run.origins[name] != "default"}
+    return panels(reader, {name: getattr(run.settings, name) for name in asked})
 
-    asked = {name for name in SETTINGS_ALIKE if run.origins[name] != "default"}  # by --config or the command line
-    found = panels(reader, {name: getattr(run.settings, name) for name in asked})  # what may be compared
-    if run.options.power:
-        print_power(found, out)
-        return
+
+def write(run: Resolved, reader: Reader, found: dict[Key, Panel]) -> dict:
+    """Writes the report, its plots and tables, and gives what its templates show."""
+    out = Path(run.options.out)
     made = verdicts(reader, found)
     talks = conversations(reader)
     shown = tables(reader, found, made)  # after all that may be left out, which is one of them
@@ -116,24 +111,53 @@ def main() -> None:
         "plots": Path(os.path.relpath(folder, out)).as_posix(),
         "tables": shown,
         "conversations": talks,
+        "live": [],  # runs_now, where it is served
         "answers": about_answers(reader) if talks else "",
     }
     for name in ("RESULTS.md", "report.html"):
         write_atomic(out / name, fill(name, **content))
+    return content
 
+
+def main() -> None:
+    run = resolve(__doc__, add_options=options)
+    out = Path(run.options.out)
+    places = [Path(run.settings.output_dir), Path(run.settings.results_dir)]
+    read = " and ".join(f"{place}{' (which is not there)' * (not place.is_dir())}" for place in places)
+    if not any(place.is_dir() for place in places) and not run.options.power:
+        raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
+    there, reader = inputs(*places), Reader(*places)
+    if not reader.runs and not reader.results and (others := elsewhere(places[0])):
+        print(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for{others}\n")
+    if run.options.compare:
+        print(compare(reader, *run.options.compare), end="")
+        return
+
+    found = comparable(run, reader)
+    if run.options.power:
+        print_power(found, out)
+        return
+    content = write(run, reader, found)
     print(printable(f"{content['basis']}\n"))
     for name, sentence in content["verdicts"]:
         print(textwrap.fill(printable(f"{name}. {sentence}"), 100, subsequent_indent="  "))
     for what in content["missing"]:
         print(printable(f"missing: {what}"))
     if run.options.explain:
-        for table in (table for table in shown if table.name == "tests"):
+        for table in (table for table in content["tables"] if table.name == "tests"):
             print(f"\n{table.title}\n{textwrap.fill(table.note, 100)}")
             for row in table.texts():
                 told = (f"{name} {cell}" for name, cell in zip(table.columns, row, strict=True))
                 print(textwrap.fill("; ".join(told), 100, initial_indent="- ", subsequent_indent="  "))
     print(f"\nread: {read}")
-    print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {folder}")
+    print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {places[1] / 'report'}")
+    if run.options.serve:
+
+        def again() -> dict:
+            reader = Reader(*places)
+            return write(run, reader, comparable(run, reader))
+
+        serve(content, again, there, *places)
 
 
 if __name__ == "__main__":

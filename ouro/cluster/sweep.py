@@ -10,13 +10,10 @@ in the runs' own folders.
 """
 
 import argparse
-import json
-import math
 import os
 import re
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from ouro.cluster.plan import predict
 from ouro.files import Parser, UserError, call, latest, nearest, read_yaml
 from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
+from ouro.verdict.study import progress
 
 LOGS = Path("slurm/logs")
 
@@ -127,23 +125,6 @@ def why(job: str, name: str) -> str:
     errors = [line.strip() for line in lines if re.search("error", line, re.IGNORECASE)]
     ours = [line for line in errors if not line.startswith("srun:")]  # srun's only repeat that a process failed
     return (ours or errors or ["no message: it was killed, or its node failed"])[-1]
-
-
-def progress(folder: Path) -> tuple[str, str, str, str]:
-    """Step of all steps, loss, tokens/s and time left, by the last lines of metrics.jsonl."""
-    try:
-        *before, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
-        settings = read_yaml(folder / "config.yaml")
-    except (OSError, ValueError):  # not started, or a line is just being written
-        return "-", "-", "-", "-"
-    step, rate = last["step"], last["tokens_per_second"]
-    total = settings["max_steps"]
-    if total < 0:
-        total = math.ceil(round(step / last["epoch"]) * settings["num_train_epochs"])
-    earlier = before[-1] if before else {"step": 0, "num_tokens": 0}
-    pace = (last["num_tokens"] - earlier["num_tokens"]) / rate / (step - earlier["step"])  # seconds a step
-    left = timedelta(seconds=round(pace * (total - step)))
-    return f"{step}/{total}", f"{last['loss']:.4f}", f"{rate:,.0f}", str(left)
 
 
 def status(queue: Queue) -> None:

@@ -193,7 +193,11 @@ def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
             values = [run.tokens if name == "tokens" else run.flops(s) for run, s in zip(mine, studies, strict=True)]
             if values and all(value and math.isfinite(value) for value in values):
                 mean = float(np.mean(values))
-                means[k] = f"{mean / 1e6:,.1f} million" if name == "tokens" else f"{mean:.3g}".replace("e+", "e")
+                means[k] = (
+                    f"{mean / 1e6:{',.1f' if mean > 1e6 else '.2g'}} million"
+                    if name == "tokens"
+                    else f"{mean:.3g}".replace("e+", "e")
+                )
         told += [f"{name} a run {by_depth(means)}"] if means else []
     return "; ".join(told)
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,28 @@ class Reader:
         clusters = [str(row.get("cluster", row["id"])) for row in rows]
         strata = [str(row.get("stratum")) for row in rows]
         return Result(study, path, ids, above, below, [row.get("gold") for row in rows], clusters, strata)
+
+
+def logged(folder: Path) -> list[dict]:
+    """The complete lines of a run's metrics.jsonl; the last may just be written."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()]
+
+
+def progress(folder: Path) -> tuple[str, str, str, str]:
+    """Step of all steps, loss, tokens/s and time left, by the last lines of metrics.jsonl."""
+    try:
+        *before, last = logged(folder)
+        settings = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError, UserError):  # not started
+        return "-", "-", "-", "-"
+    step, rate = last["step"], last["tokens_per_second"]
+    total = settings["max_steps"]
+    if total < 0:
+        total = math.ceil(round(step / last["epoch"]) * settings["num_train_epochs"])
+    earlier = before[-1] if before else {"step": 0, "num_tokens": 0}
+    pace = (last["num_tokens"] - earlier["num_tokens"]) / rate / (step - earlier["step"])  # seconds a step
+    left = timedelta(seconds=round(pace * (total - step)))
+    return f"{step}/{total}", f"{last['loss']:.4f}", f"{rate:,.0f}", str(left)
 
 
 def depth_text(depth: int) -> str:
