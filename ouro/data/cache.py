@@ -233,13 +233,9 @@ def cache_key(
 
 
 def prepare(
-    s: Settings,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str = "train",
-    builder: bool = True,
-    quiet: bool = False,
+    s: Settings, tokenizer: PreTrainedTokenizerBase, split: str = "train", builder: bool = True, quiet: bool = False,
     wait: Callable[[], None] | None = None,
-) -> tuple[Rows, dict]:
+) -> tuple[Rows, dict]:  # fmt: skip
     """The token rows of the training set (or of the part held out of it), from the cache where it has them, and the
     report on them. builder: this process tokenises what the cache lacks; another calls `wait` until the rows are there,
     or, where no `wait` is given, raises UserError. quiet: no progress bar, and no report before a refusal.

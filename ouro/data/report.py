@@ -145,11 +145,8 @@ def density(texts: list[str], tokenizer: PreTrainedTokenizerBase, words: Callabl
     """Tokens a character and a word; words by PyThaiNLP's newmm for Thai, by spaces for English."""
     tokens = sum(len(e.ids) for e in encode_texts(texts, tokenizer)) if texts else 0
     characters, count = sum(map(len, texts)), sum(len(words(text)) for text in texts)
-    return {
-        "tokens_per_character": round(tokens / max(characters, 1), 3),
-        "tokens_per_word": round(tokens / max(count, 1), 2),
-        "texts": len(texts),
-    }
+    a_character, a_word = round(tokens / max(characters, 1), 3), round(tokens / max(count, 1), 2)
+    return {"tokens_per_character": a_character, "tokens_per_word": a_word, "texts": len(texts)}
 
 
 FLOORS = (  # how the reason in rows_dropped begins, the setting, the message, what the user should look at
@@ -178,11 +175,10 @@ def refusals(report: dict, s: Settings) -> list[str]:
     lost = dropped("longer") + report["rows_touched"].get("answer cut", 0)
     share = lost / max(report["rows_kept"] + dropped("longer"), 1)
     if share > s.max_too_long_share:
-        reasons.append(
-            f"{lost} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens and would be left "
-            f"out or lose their answer's end, more than max_too_long_share = {s.max_too_long_share:g}"
-            f"{ways_out(report, s, share)}{first('longer') or first('answer cut')}"
-        )
+        many = f"{lost} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens"
+        floor = f"max_too_long_share = {s.max_too_long_share:g}"
+        what = f"{many} and would be left out or lose their answer's end, more than {floor}"
+        reasons.append(f"{what}{ways_out(report, s, share)}{first('longer') or first('answer cut')}")
     tokens, budget = report["tokens"], report["max_tokens"] or 0
     if budget - tokens > max(0.01 * budget, min(report["tokens_per_row"]["p100"], s.max_length)):
         asked = f"max_tokens = {s.max_tokens} asks for {budget:,}: name a larger set, or fewer tokens"
@@ -192,16 +188,13 @@ def refusals(report: dict, s: Settings) -> list[str]:
     elif not report["trained_tokens"]:
         reasons.append(f"no row of {place} is left to train on: {json.dumps(report['rows_dropped'])}")
     elif report["trained_share"] < s.min_trained_share:
-        reasons.append(
-            f"only {report['trained_share']:.2%} of the tokens of {place} are trained, less than min_trained_share = "
-            f"{s.min_trained_share:g}; are question and answer swapped?"
-        )
+        few = f"only {report['trained_share']:.2%} of the tokens of {place} are trained"
+        floor = f"min_trained_share = {s.min_trained_share:g}"
+        reasons.append(f"{few}, less than {floor}; are question and answer swapped?")
     if report["trained_tokens"] and report["end_token_survival"] < s.min_end_survival:
-        reasons.append(
-            f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}, "
-            f"less than min_end_survival = {s.min_end_survival:g}: the model would not learn to stop"
-            f"{first('answer cut')}"
-        )
+        few = f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}"
+        floor = f"min_end_survival = {s.min_end_survival:g}"
+        reasons.append(f"{few}, less than {floor}: the model would not learn to stop{first('answer cut')}")
     return reasons
 
 
