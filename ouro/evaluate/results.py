@@ -106,9 +106,9 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
         else:
             write_json(file, meanwhile)
         write_atomic(file.with_suffix(".items.jsonl"), text)
-        write_json(file, content)  # last: its presence says that the items are there
         with contextlib.suppress(OSError):  # it is there already, or the file system has no links
             file.with_name(harness_name(file.name)).symlink_to(file.name)
+        write_json(file, content)  # last: its presence says that the items and the link are there
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 
