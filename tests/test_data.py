@@ -14,7 +14,7 @@ from ouro.data.cache import prepare
 from ouro.data.report import print_report
 from ouro.data.sources import read_file, split_files
 from ouro.data.thai import normalise
-from ouro.files import ROOT, UserError, call
+from ouro.files import ROOT, UserError, call, write_atomic
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Settings, resolve
 from ouro.train.run_folder import model_card
@@ -591,12 +591,14 @@ def test_files_of_the_same_rows_or_without_some_are_named(tmp_path, names):
 
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):
     write(tmp_path / "mine.xlsx", "ID,Instruction\n")
+    write_atomic(tmp_path / "mine/mine.py", "raise SystemExit")
     for dataset, path, message in (
         (
             "wangchan",
             str(tmp_path / "mine.xlsx"),
             r"mine.xlsx: a training set is JSONL, JSON, CSV .*; found mine.xlsx \(of a workbook save the sheet as CSV",
         ),
+        ("wangchan", str(tmp_path / "mine"), "Dataset scripts are no longer supported, but found mine.py"),
         ("wangchan", str(tmp_path / "nope"), "no such file or folder: .*nope"),
         ("pairs", None, "dataset pairs is for data of your own: name its folder or file with --dataset_path"),
     ):

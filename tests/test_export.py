@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ouro import files
-from ouro.files import UserError, file_sha256, seal
+from ouro.files import UserError, damage, file_sha256, seal
 from ouro.model.loading import load_ouro, load_run_model, read_config
 from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import REVISIONS, Settings
-from ouro.train.run_folder import is_good
 from tools import export as exporting
 from tools.card import TRIED, WHEEL
 from tools.export import merge_adapter, merged_model
@@ -188,7 +187,7 @@ def test_the_merged_folder_is_a_model_folder_like_the_published_one(export, run)
     assert texts[0] == texts[1]
     model = AutoModelForCausalLM.from_pretrained(merged, torch_dtype="auto")
     assert model.config.total_ut_steps == 3 and model.dtype == torch.bfloat16
-    assert model.generation_config.eos_token_id == [0, 2] and is_good(merged)
+    assert model.generation_config.eos_token_id == [0, 2] and damage(merged) is None
     card = (merged / "README.md").read_text()
     assert "Apache-2.0: 204 rows" in card and "base_model:" not in card and "ouro-tiny (a local folder)" in card
 
@@ -232,7 +231,7 @@ def test_an_interrupted_merge_leaves_nothing(export, run, monkeypatch, last):
         export("merge", RSLORA)
     assert not list(folder.glob("*merged*"))
     export("merge", RSLORA)
-    assert is_good(folder / "merged")
+    assert damage(folder / "merged") is None
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")], ids=repr)

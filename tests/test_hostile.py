@@ -97,6 +97,7 @@ def test_no_code_of_a_model_folder_runs_whoever_would_say_yes(tmp_path, stdin):
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1,024, found 1000000000"),
         ({"vocab_size": -1}, "vocab_size must be"),
+        ({"intermediate_size": None}, "intermediate_size must be .* found None"),
         ({"hidden_size": 10**400}, "hidden_size must be"),
         ({"head_dim": "64"}, "head_dim must be .* found '64'"),
         ({"total_ut_steps": 1.5}, "total_ut_steps must be"),

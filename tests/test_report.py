@@ -466,6 +466,7 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     half = folder / "thai_text-ut1.json"
     broken(half, "cannot be used", half.read_text()[:200])
     broken(folder / "thai_text-ut2.json", "format 9", format=9)
+    broken(results / "seed2/exp3a-wangchan-ut2/thai_text-ut1.json", "recursion", "[" * 100_000)
     broken(folder / "thai_text-ut3.json", "nan", value=float("nan"))
     broken(folder / "thai_text-ut4.json", "and 0 were scored", items=0)
     broken(results / "seed1/exp3a-wangchan-ut2/thai_text-ut1.json", "not a whole number", trained_ut_steps=None)

@@ -106,7 +106,7 @@ def names(run: Path) -> list[str]:
 
 
 def all_good(run: Path) -> bool:
-    return all(map(run_folder.is_good, run_folder.checkpoints(run)))
+    return not any(map(run_folder.damage, run_folder.checkpoints(run)))
 
 
 def copied(run: Path, folder: Path, **settings: object) -> Path:
@@ -240,9 +240,9 @@ def lose_the_contents(checkpoint: Path) -> None:
 )
 def test_damage_is_seen(stopped, tmp_path, damage):
     checkpoint = shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
-    assert run_folder.is_good(checkpoint)
+    assert run_folder.damage(checkpoint) is None
     damage(checkpoint)
-    assert not run_folder.is_good(checkpoint)
+    assert run_folder.damage(checkpoint)
 
 
 def test_files_of_others_are_no_damage_and_are_neither_counted_nor_deleted(stopped, tmp_path):
@@ -317,7 +317,11 @@ def test_with_one_checkpoint_kept_a_newer_damaged_one_goes_and_an_older_one_only
     assert names(run) == ["checkpoint-4"] and all_good(run)
 
 
-def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(whole, stopped, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), Exception("No space left (os error 28)")])
+def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(whole, stopped, tmp_path, monkeypatch, error):
+    def full(folder):  # the second as the library tokenizers raises it
+        raise error
+
     run = copied(stopped, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "seal", full)
@@ -377,6 +381,9 @@ def test_a_complete_run_is_the_adapter_and_is_not_repeated(whole, stopped, tmp_p
     run = copied(whole, tmp_path)
     shutil.copytree(stopped / "checkpoint-3", run / "checkpoint-3")  # as of a kill just after `completed` was written
     assert_same_run(six(tmp_path), whole)
+    flip_a_bit(run / "final_adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match="final_adapter is damaged.*adapter_model.safetensors: bring it back"):
+        six(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +454,7 @@ def change(file: Path, old: bytes, new: bytes) -> None:
         ("metrics.jsonl", lambda f: change(f, b'"step"', b'"st\0p"'), "metrics.jsonl, line 1 is damaged"),
         ("metrics.jsonl", lambda f: change(f, b'"loss"', b'"lo\xffs"'), "metrics.jsonl, line 1 is damaged"),
         ("metrics.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "metrics.jsonl, line 3 is damaged"),
+        ("metrics.jsonl", lambda f: change(f, b'"loss": ', b'"loss": 1'), "not the log that checkpoint-3 was saved"),
         ("checkpoint-3/progress.json", lambda f: f.write_text('{"processes": 1}'), "progress.json has no sums"),
     ],
 )

@@ -254,7 +254,7 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         try:
             with tempfile.TemporaryDirectory() as nowhere:  # for its cache: the user's may be read-only
                 builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
-        except (OSError, ValueError, DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script of that name
             raise UserError(f"{place}: {in_one_line(error)} (is every file there that its README.md names?)") from None
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]

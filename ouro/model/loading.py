@@ -73,7 +73,8 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
         found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         for name, most in LARGEST.items():
             size = found.get(name)
-            if size is not None and (type(size) is not int or not 1 <= size <= most):
+            may_lack = name not in found or name == "head_dim" and size is None
+            if not may_lack and (type(size) is not int or not 1 <= size <= most):
                 raise ValueError(f"config.json: {name} must be a whole number from 1 to {most:,}, found {size!r:.99}")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if type(number := found.get(name, 1)) not in (int, float) or not 0 <= number < math.inf:

@@ -2,12 +2,13 @@
 
     with hold(folder):                     # no other process trains into it meanwhile
         state = claim(folder, run)         # "new", "complete", or the newest good checkpoint, to continue from
-        seal(folder / "checkpoint-100")    # of ouro/files.py: checksums, all on the disk; is_good(…) compares them
+        seal(folder / "checkpoint-100")    # of ouro/files.py: checksums, all on the disk; damage(…) compares them
 
 OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/
 and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -51,7 +52,7 @@ LEASE = 180  # seconds for which a file server may keep the lock of a node that 
 
 
 # What progress.json of a checkpoint holds: LoopTrainer's state beside transformers' own.
-PROGRESS = ("sums", "tokens", "logged_step", "processes", "recent", "rates", "since_log")
+PROGRESS = ("sums", "tokens", "logged_step", "log_sha256", "processes", "recent", "rates", "since_log")
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
 # What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
@@ -148,18 +149,15 @@ def writing(what: str, folder: Path, unfinished: Path):
     """Raises UserError where something of a run could not be written, as on a full disk; what is older stays."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but of a GPU
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's
+    except Exception as error:  # torch.save raises RuntimeError, the library tokenizers Exception itself
+        of_a_disk = isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
+        if not of_a_disk or isinstance(error, torch.OutOfMemoryError):  # which is a RuntimeError too, but of a GPU
+            raise
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f"{what} could not be written to {folder}: {in_short(error)} ({shutil.disk_usage(folder).free / 1e6:,.0f} "
             "MB free); the same command continues from the last good checkpoint"
         ) from None
-
-
-def is_good(folder: Path) -> bool:
-    return damage(folder) is None
 
 
 def remove(path: Path) -> None:
@@ -244,7 +242,7 @@ def claim(folder: Path, run: Resolved) -> str | Path:
         if state == "new" and RANK == 0:
             empty(folder, all_of_it=overwrite)
             write_atomic(folder / "config.yaml", run.as_yaml())
-        if state == "complete" and RANK == 0 and checkpoints(folder) and is_good(folder / "final_adapter"):
+        if state == "complete" and RANK == 0:
             for checkpoint in checkpoints(folder):  # of a run killed just after `completed`
                 remove(checkpoint)
     found = gather_object([str(state) if (folder / "config.yaml").exists() else "nothing"])
@@ -274,6 +272,7 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
             "use another --output_dir or experiment, or --overwrite to delete that run"
         )
     if (folder / "completed").exists():
+        whole(folder / "final_adapter", "bring it back, or --overwrite trains the run again")
         return "complete"
     lost = []
     for checkpoint in checkpoints(folder):
@@ -332,7 +331,8 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     """Takes back what the run recorded after its checkpoint, and records that it was continued.
 
     Raises:
-        UserError: model, data or tokenizer are not those that the run began with, or what it recorded is damaged.
+        UserError: model, data or tokenizer are not those that the run began with, what it recorded is damaged, or the
+            checkpoint is another run's.
     """
     folder, step = checkpoint.parent, step_of(checkpoint)
     advice = "bring it back, use another --output_dir, or --overwrite to delete that run"
@@ -341,6 +341,8 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
         record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu")
         progress = read_json(checkpoint / "progress.json", *PROGRESS)
         kept = logged(folder / "metrics.jsonl", step, progress["logged_step"])
+        if hashlib.sha256(kept).hexdigest() != progress["log_sha256"]:
+            raise UserError(f"{folder}/metrics.jsonl is not the log that {checkpoint.name} was saved with")
     except UserError as error:
         raise UserError(f"{error}\n{advice}") from None
     if changed := changed_inputs(record, found):
@@ -355,12 +357,12 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))
     if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
         print(f"  unlike when it began: {', '.join(changed)}")
-    write_atomic(folder / "metrics.jsonl", b"".join(line + b"\n" for line in kept))
+    write_atomic(folder / "metrics.jsonl", kept)
     entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here}
     write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
 
 
-def logged(metrics: Path, step: int, last: int) -> list[bytes]:
+def logged(metrics: Path, step: int, last: int) -> bytes:
     """The lines of metrics.jsonl up to a checkpoint's step, of which `last` is the last one logged.
 
     Raises:
@@ -381,7 +383,7 @@ def logged(metrics: Path, step: int, last: int) -> list[bytes]:
                 raise UserError(f"{metrics}, line {number} is damaged or missing") from None
             break
         kept.append(line)
-    return kept
+    return b"".join(line + b"\n" for line in kept)
 
 
 def now() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ouro.data.batches import Rows
-from ouro.files import MINUTE, Progress, UserError, sync_folder, write_json
+from ouro.files import MINUTE, Progress, UserError, file_sha256, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
@@ -276,11 +276,12 @@ class LoopTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if RANK == 0:
             with writing(f"step {step}: the checkpoint", folder, staging):
+                sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
+                progress["log_sha256"] = file_sha256(folder / "metrics.jsonl")
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
                 progress["since_log"] = round(time.perf_counter() - self._logged_at, 3)
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
-                sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
                 seal(staging / f"checkpoint-{step}")
                 # Those of this name and newer ones are damaged: the run would have continued from them.
                 for damaged in [other for other in checkpoints(folder) if step_of(other) >= step]:

@@ -189,7 +189,7 @@ class Reader:
             return read(path)
         except KeyError as error:
             self.left_out.append((str(path), f"has no {error}"))
-        except (OSError, UserError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, UserError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.left_out.append((str(path), f"cannot be used: {error}"))
         return otherwise
 
@@ -204,7 +204,7 @@ class Reader:
         for line in lines:
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         if len(rows) < len(lines):
             self.left_out.append((str(path), f"{len(lines) - len(rows)} of {len(lines)} lines are not JSON"))
