@@ -75,11 +75,9 @@ def disk(m: Machine) -> str:
     model = 2 * (c.num_hidden_layers * layer_weights(c) + 2 * c.vocab_size * c.hidden_size)
     adapter = 4 * m.s.r * c.num_hidden_layers * sum(i + o for i, o in product_sizes(c))
     checkpoint = adapter * (1.5 if "8bit" in m.s.optim else 3)
-    return (
-        f"disk: environment {ENVIRONMENT / 1e9:.0f} GB, model {model / 1e9:.1f} GB, data and benchmarks about "
-        f"{DATA / 1e9:.0f} GB; a run {adapter / 1e9:.2f} GB, while it trains "
-        f"{(m.s.save_total_limit + 1) * checkpoint / 1e9:.1f} GB more; a merged model {model / 1e9:.1f} GB"
-    )
+    base = f"environment {ENVIRONMENT / 1e9:.0f} GB, model {model / 1e9:.1f} GB, data about {DATA / 1e9:.0f} GB"
+    more = f"while it trains {(m.s.save_total_limit + 1) * checkpoint / 1e9:.1f} GB more"
+    return f"disk: {base}; a run {adapter / 1e9:.2f} GB, {more}; a merged model {model / 1e9:.1f} GB"
 
 
 def table() -> str:
@@ -104,7 +102,7 @@ def table() -> str:
 
 
 def print_parts(m: Machine) -> None:
-    print(f"{'study':<10} {'runs':>5} {'training':>10} {'(at most)':>10} {'scoring':>10} {'together':>10}")
+    print("study       runs   training  (at most)    scoring   together")
     total = 0.0
     for name in read_yaml(STUDIES):
         try:
@@ -120,9 +118,7 @@ def print_parts(m: Machine) -> None:
 
 
 def print_experiments(m: Machine, study: str) -> None:
-    print(
-        f"{'':<24} {'loops':>5} {'twice':>6} {'GiB':>6} {'tokens/epoch':>13} {'steps':>6} {'hours':>8} {'at most':>8}"
-    )
+    print(f"{'':<24} loops  twice    GiB  tokens/epoch  steps    hours  at most")
     exps, seeds, _ = study_of(study)
     for exp in exps:
         loops = m.s.total_ut_steps if "total_ut_steps" in m.given else read_yaml(EXPERIMENTS)[exp]["total_ut_steps"]
@@ -134,10 +130,7 @@ def print_experiments(m: Machine, study: str) -> None:
 
 def print_offer(m: Machine, hours: float, config: str) -> None:
     """The study of one and four loops with three seeds, on as many rows, an epoch, as fit.
-
-    Raises:
-        UserError: too few do.
-    """
+    Raises UserError: too few do."""
     scored = 7 * m.scoring(TEXTS) / m.count  # six runs and the base
     whole = {exp: m.run(exp, num_train_epochs=1) for exp in (ONE, FOUR)}
     full, left = 3 * sum(p.hours for p in whole.values()), hours - scored
@@ -147,10 +140,8 @@ def print_offer(m: Machine, hours: float, config: str) -> None:
         fits = [m.run(exp, max_tokens=str(tokens), num_train_epochs=1) for exp in (ONE, FOUR)]
         steps = fits[0].steps
     if steps < LEAST:
-        need = scored + full * LEAST / whole[ONE].steps
-        raise UserError(
-            f"{hours:g} hours hold too little on {m.count} x {m.gpu}: {need:.0f} are needed for {LEAST} steps"
-        )
+        need = f"{scored + full * LEAST / whole[ONE].steps:.0f} are needed for {LEAST} steps"
+        raise UserError(f"{hours:g} hours hold too little on {m.count} x {m.gpu}: {need}")
     one, four = (p.hours for p in fits)
     names = ",".join(f"seed{seed}/{exp}" for seed in range(3) for exp in (ONE, FOUR))
     print(f"1 and 4 loops, 3 seeds, {tokens / 1e6:.1f} of {whole[ONE].tokens / 1e6:.0f} million tokens, one epoch "
