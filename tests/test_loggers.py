@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ouro.files import UserError, latest
 from ouro.settings import Settings
-from ouro.train import loggers, stopping
+from ouro.train import loggers, stopping, trainer
 
 import pytest
 import wandb
@@ -20,6 +20,7 @@ from conftest import PATIENCE
 from helpers import ROOT, SMALL, metrics, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerControl, TrainerState
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
@@ -207,3 +208,14 @@ def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_hold
         assert logged == points, name
     for path in run.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_between_logged_steps_one_is_told_when_a_minute_is_over(monkeypatch, capsys, tmp_path):
+    told_by, control = trainer.Metrics(tmp_path / "metrics.jsonl", eval_steps=0), TrainerControl()
+    state = TrainerState(global_step=2, max_steps=10)
+    told_by.on_train_begin(None, state, control)
+    for minute, told in ((60, ""), (0, "step     3/10  left 0:00:0")):
+        monkeypatch.setattr(trainer, "MINUTE", minute)
+        state.global_step = 3
+        told_by.on_step_end(None, state, control)
+        assert capsys.readouterr().out[:26] == told
