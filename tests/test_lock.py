@@ -259,3 +259,12 @@ def test_both_images_have_every_file_that_a_program_needs_and_no_secret():
     files = (ROOT / "singularity.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
     sources = [line.split()[0] for line in files.splitlines()]
     assert [n for n in needed if not any(PurePath(n.split("/")[0]).match(source) for source in sources)] == []
+
+
+def test_the_installer_too_is_known_by_its_hash():
+    script = (ROOT / "tools/env.sh").read_text()
+    assert re.search(r'^uv="uv==[\d.]+ --hash=sha256:[0-9a-f]{64}"$', script, re.M)
+    installs = re.findall(r"pip install .*", script)
+    assert len(installs) == 4 and all("--require-hashes" in line for line in installs)
+    others = [(ROOT / file).read_text() for file in ("Dockerfile", "singularity.def", "Makefile", ".ci/run")]
+    assert not re.search(r"pip3? (install|download)|uvx|uv tool", "".join(others))

@@ -3,11 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
-uv_version=0.13.9
+uv="uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19"
 wanted=$(sha256sum requirements.txt tools/env.sh | sha256sum | cut -d' ' -f1)
 [ "$(cat .venv/.complete 2>/dev/null || true)" = "$wanted" ] && exit 0
 
 fail() { echo "env: $*" >&2; exit 1; }
+install_uv() { "$1" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin <<<"$uv"; }
 
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] ||
   fail "the locked packages are built for Linux on x86-64, this is $(uname -s) on $(uname -m); use WSL2, Docker or a Linux machine"
@@ -27,7 +28,7 @@ case $version in
   3.11 | 3.12 | 3.13)
     "$python" -m venv .venv ||
       fail "'$python -m venv' failed; on Debian or Ubuntu: apt-get install python3-venv, then again"
-    if .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$uv_version"; then
+    if install_uv .venv/bin/python; then
       install=(.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode --require-hashes)
     else
       echo "env: uv could not be installed; using pip, which is slower"
@@ -37,8 +38,7 @@ case $version in
     echo "env: Python $version is not among 3.11, 3.12, 3.13; asking uv for Python 3.12"
     tools=$(mktemp -d)
     trap 'rm -rf "$tools"' EXIT
-    if ! { "$python" -m venv "$tools" && "$tools/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$uv_version" &&
-           "$tools/bin/uv" venv --quiet --python 3.12 .venv; }; then
+    if ! { "$python" -m venv "$tools" && install_uv "$tools/bin/python" && "$tools/bin/uv" venv --quiet --python 3.12 .venv; }; then
       rm -rf .venv
       fail "Python $version is too old or too new and uv could not bring 3.12; install Python 3.11 to 3.13 and run: make env PYTHON=python3.12"
     fi
