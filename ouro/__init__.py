@@ -27,12 +27,12 @@ FOREIGN = (
     "TORCH_COMPILE_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_",
     "TORCH_LINALG_PREFER_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_", "DNNL_DEFAULT_FPMATH_MODE",
     "ONEDNN_DEFAULT_FPMATH_MODE", "USE_TORCH", "USE_TF", "USE_FLAX", "USE_JAX", "FORCE_TF_AVAILABLE",
-    "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+    "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "OPENAI_CUSTOM_HEADERS",
 )  # fmt: skip
 HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
-REMOVED = [
-    f"{name}={os.environ.pop(name)}" for name in sorted(os.environ) if name.startswith(FOREIGN) and name not in HARMLESS
-]
+REMOVED = [name for name in sorted(os.environ) if name.startswith(FOREIGN) and name not in HARMLESS]
+for _name in REMOVED:
+    del os.environ[_name]
 # Imports make half a million objects that stay. With Python's own threshold the garbage collector goes through them
 # again and again, for a fifth of the time that imports take. `ouro.files.call` restores that threshold.
 COLLECT_AT = gc.get_threshold()

@@ -189,7 +189,7 @@ SCALARS = {
               "-+.0123456789"),
 }  # fmt: skip
 Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+    first: [pair for pair in pairs if pair[0].endswith(":null")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, (_pattern, _first) in SCALARS.items():

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ PLACES = ("model_name_or_path", "dataset_path", "paths", "cache_dir", "output_di
 FROM_ENVIRONMENT = ("output_dir", "results_dir", "report_to", "total_ut_steps")  # as OUTPUT_DIR, RESULTS_DIR, …
 
 
-LIMITS = {"at_least": -math.inf, "at_most": math.inf, "but_not": None, "one_of": (), "or_number": False}
+LIMITS = {"at_least": -math.inf, "at_most": sys.float_info.max, "but_not": None, "one_of": (), "or_number": False}
 
 
 def setting(default, text: str, changes: str = "learning", **limits):

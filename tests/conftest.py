@@ -71,6 +71,8 @@ def tokenizer():
 @pytest.fixture
 def server(monkeypatch):
     """The judge that the environment names, and no other server."""
+    from ouro.evaluate import endpoint
+
     import openai
     from fake_openai import FakeServer
     from judging import KEY
@@ -83,6 +85,7 @@ def server(monkeypatch):
     monkeypatch.setenv("JUDGE_MODEL", "a-judge")
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
     yield fake
     fake.close()
 

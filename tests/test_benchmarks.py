@@ -259,6 +259,11 @@ def test_what_is_not_seen_around_a_text_of_m3exam_changes_nothing_but_the_count(
     assert others == [plain | {"id": f"m3exam-low-{n}", "stripped": True} for n in (2, 3, 4)]
 
 
+def test_an_option_of_m3exam_that_is_null_leaves_the_others_without_their_labels(tmp_path):
+    (item,) = load("m3exam", m3exam(tmp_path, {"options": ["1. ก", "2. ข", None, "4. ง"], "answer_text": "4"}))
+    assert (item["options"], item["gold"]) == ({"a": "ก", "b": "ข", "d": "ง"}, "d")
+
+
 def thai_eval(folder: Path, *rows: dict) -> Settings:
     whole = {"exam_type": "xnli_th", "instruction": "ข้อใด", "input": "(1) ก (2) ข (3) ค", "result": "(2) คือคำตอบ",
              "isAnswerable": True, "isMultipleChoice": "TRUE", "isSingleChoiceSolution": True}  # fmt: skip

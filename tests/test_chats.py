@@ -144,8 +144,11 @@ def test_marks_are_also_understood_inverse_as_words_as_json_and_deep(no, yes, ki
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_keys_of_rows_that_sound_like_marks_and_are_none_are_named(kind, prepared):
-    rows = [{"messages": turns(q, "ตอบ"), "exclude": q == 1, "trainer": "ก", "id": 1} for q in questions(2)]
-    assert prepared("chat", {f"train.{kind}": rows})[1]["unread_keys"] == {"exclude": 2, "trainer": 2}
+    rows = [
+        {"messages": turns(q, "ตอบ"), "exclude": q == 1, "trainer": "ก", "weights": [0, 1], "id": 1}
+        for q in questions(2)
+    ]
+    assert prepared("chat", {f"train.{kind}": rows})[1]["unread_keys"] == {"exclude": 2, "trainer": 2, "weights": 2}
 
 
 def test_a_long_row_whose_first_answer_is_not_trained_is_cut_in_its_first_question(prepared, tokenizer):

@@ -473,6 +473,21 @@ def test_again_rates_anew_keeps_what_there_was_and_goes_on_after_an_interruption
     assert json.loads(result.read_text())["study"]["value"] == 2 and len(server.bodies) == 2 * asked
 
 
+def test_another_model_behind_the_judges_name_rates_anew_and_one_that_is_gone_keeps_its_ratings(server, result, capsys):
+    def rate_by(root: str) -> int:
+        judge._served_now.cache_clear()
+        server.models = [{"id": "a-judge", "root": root}]
+        command.rate_file(result, find_judge())
+        return len(server.bodies)
+
+    assert [rate_by(root) for root in "aab"] == [18, 18, 36]
+    judge._served_now.cache_clear()
+    server.close()
+    command.rate_file(result, find_judge())
+    told = capsys.readouterr().out
+    assert "whether it is the same model cannot be asked" in told and told.endswith("rated by a-judge already\n")
+
+
 def test_a_full_disk_is_told_and_what_was_judged_is_kept(server, result):
     cache, (soft, hard) = result.parent / CACHE, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (cache.stat().st_size + 1000, hard))  # room for a few judgements

@@ -71,14 +71,15 @@ def test_a_served_model_is_known_by_address_name_and_what_the_list_tells(server,
     found = []
     for told in ({}, {"root": "a"}, {"root": "b"}, {"root": "b", "max_model_len": 4096}, {"root": "b", "created": 5}):
         model.models = [{"id": "tiny"} | told]
-        found += [find_served(model.url).identity()] * 2
-        assert find_served(model.url).identity() == found[-1], "a clock or a random number is no part of it"
+        found += [find_served(model.url).identity] * 2
+        model.models = [{"id": "tiny", "pricing": {"prompt": "1"}, "status": {"value": "loaded"}} | told]
+        assert find_served(model.url).identity == found[-1], "no clock, random number, price or state is part of it"
     server.models = model.models
-    found.append(find_served(server.url).identity())
+    found.append(find_served(server.url).identity)
     assert len(set(found)) == 6
     monkeypatch.setenv("ENDPOINT_MODEL", "another")
     unlisted = find_served(f"{model.url}/none")
-    assert unlisted.identity() not in found
+    assert unlisted.identity not in found
 
 
 BASES = [[{"id": "thai", "root": "a", "parent": "base"}, {"id": "base", "root": root, "parent": None}] for root in "bc"]
@@ -91,9 +92,9 @@ def test_a_served_model_is_known_by_what_it_is_made_of_too(lists, model, monkeyp
     monkeypatch.setenv("ENDPOINT_MODEL", "thai")
     found = []
     for model.models in lists:
-        found.append(find_served(model.url).identity())
+        found.append(find_served(model.url).identity)
         model.models = [*model.models, {"id": "neighbour"}] if len(model.models) > 1 else model.models
-        assert find_served(model.url).identity() == found[-1]
+        assert find_served(model.url).identity == found[-1]
     assert found[0] != found[1]
 
 

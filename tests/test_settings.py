@@ -125,14 +125,19 @@ def test_paths_are_filled_in_wherever_they_are_written(tmp_path, monkeypatch):
 
 def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_nothing():
     code = "from ouro.files import call; import os; call(lambda: print('ไทย', os.environ.get('NVIDIA_TF32_OVERRIDE')))"
-    theirs = {"ACCELERATE_MIXED_PRECISION": "bf16", "NVIDIA_TF32_OVERRIDE": "1", "TORCHINDUCTOR_CACHE_DIR": "/c"}
+    theirs = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "NVIDIA_TF32_OVERRIDE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/c",
+        "OPENAI_CUSTOM_HEADERS": "Authorization: Bearer secret",
+    }
     environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     for encoding in ("ascii", "latin-1"):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, env=environment | theirs | {"PYTHONIOENCODING": encoding}
         )
         assert (done.returncode, done.stdout) == (0, rb"\u0e44\u0e17\u0e22 None" + b"\n"), done.stderr
-        assert done.stderr.endswith(b": ACCELERATE_MIXED_PRECISION=bf16, NVIDIA_TF32_OVERRIDE=1\n")
+        assert done.stderr.endswith(b": ACCELERATE_MIXED_PRECISION, NVIDIA_TF32_OVERRIDE, OPENAI_CUSTOM_HEADERS\n")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,8 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         ("", ["--output_dir", "a\udcff"], r"command line: output_dir must be text, got 'a\udcff'"),
         ('system_prompt: "\\ud800"', [], r"system_prompt must be text or null, got '\ud800'"),
         ("r: 16\nseed: 1\nr: 32", [], "machine.yaml is not valid YAML: 'r' stands twice, first in line 1 in \""),
+        ("<<: {r: 8}\nr: 16", [], "machine.yaml: unknown setting '<<'"),
+        ("max_grad_norm: .inf", [], "max_grad_norm must be at most "),
         ("paths: {wangchan: a, wangchan: b}", [], "'wangchan' stands twice, first in line 1 in"),
         ("seed: 2020-13-45", [], "seed must be a whole number, got '2020-13-45'"),
         ("max_steps: 1:30", [], "max_steps must be a whole number, got '1:30'"),

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.evaluate.endpoint import Reply, Server, find_judge
-from ouro.evaluate.judge import rate_replies, result_key
+from ouro.evaluate.judge import is_rated, rate_replies, result_key
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import cache_of, harness_rows, save, set_aside
 from ouro.files import Parser, UserError, call
@@ -40,7 +40,7 @@ def rate_file(file: Path, grader: Server, again: bool = False) -> None:
         ]  # fmt: skip
         pairs = [zip(line["resps"], line["turns"], strict=True) for line in old]
         replies = [[Reply(text, turn["end"]) for (text,), turn in pair] for pair in pairs]
-        done = study["key"] == result_key(study["generation_key"], grader)
+        done = is_rated(study, "api")
         name = f"{study['run']} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {error!r}") from None

@@ -238,7 +238,8 @@ def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, spe
         listed = [text_of(option, where, str) for option in row[columns["options"]] or ()]
         marked = [re.match(MARKED, option, re.DOTALL) for option in listed]
         numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
-        texts = [found[2 if all(numbers) else 0] for found in marked]
+        labelled = all(number for number, option in zip(numbers, listed, strict=True) if option)
+        texts = [found[2 if labelled else 0] for found in marked]
         raw += texts
         options = {letter: trim(spell(text)) for letter, text in zip(LETTERS, texts, strict=False) if trim(text)}
         key = text_of(row[columns["answer"]], where)
@@ -267,7 +268,7 @@ def read_item(row: dict, columns: dict, where: str, spell: Spell) -> dict:
     if gold.isdecimal():
         gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
     if len(options) < 2 or gold not in options:
-        raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}")
+        raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}, or is the only one")
     return {"passage": texts.get(columns.get("passage"), ""), "question": texts[columns["question"]],
             "options": options, "gold": gold} | stripped(raw.values())  # fmt: skip
 

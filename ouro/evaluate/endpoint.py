@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cached_property
 from ipaddress import ip_address
 from urllib.parse import quote
 
@@ -34,6 +35,8 @@ AS_PUBLISHED = {"temperature": 0.0, "max_tokens": 2048}  # of a judgement
 ROOM_TO_THINK = 16_384  # tokens of a judgement, once one was cut at the published limit
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "system": None}
 REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: a content filter, its length
+# What a list tells of an offer or its state, which change while the model stays
+OFFER = re.compile("pric|descri|provider|limit|param|deprecat|expir|link|stat(?:e|us)")
 PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
 LONGEST_NAME = 200  # characters of a served model
@@ -68,8 +71,8 @@ class Refused(UserError):
     said = ""
 
 
-class NotListed(Exception):
-    """Of a server that has no list of its models."""
+class NotListed(UserError):
+    """Of a server that has no list of its models, or shows it to other keys."""
 
 
 class NotAsked(Exception):
@@ -154,6 +157,7 @@ class Server:
         with self._errors():
             return {model.id: model.model_dump() for model in self.client.models.list()}
 
+    @cached_property
     def identity(self) -> str:
         """A hash of address, served name, and what the server's list tells of the model: its root, its length, …
 
@@ -163,7 +167,8 @@ class Server:
             told = self._told()
             time.sleep(PAUSE if told else 0)
             later = dict(enumerate(self._told() if told else []))
-            told = [{name: value for name, value in one.items() if later.get(n, {}).get(name) == value}
+            told = [{name: value for name, value in one.items()
+                     if later.get(n, {}).get(name) == value and not OFFER.search(name)}
                     for n, one in enumerate(told)]  # fmt: skip
         return digest([self.url, self.model, *(told or [{}])])[:12]
 
@@ -233,8 +238,8 @@ class Server:
                 problem += f"; Retry-After: {wait[:40]}"
             if again := int(error.request.headers["x-stainless-retry-count"]):
                 problem += f"; given up after {again + 1} attempts"
-            if status in (404, 405) and error.request.url.path.endswith("/models"):
-                raise NotListed from None
+            if status in (403, 404, 405, 501) and error.request.url.path.endswith("/models"):
+                raise NotListed(f"{self.url} does not list its models: {problem}; set ENDPOINT_MODEL") from None
             if isinstance(error.__cause__, BrokenOff):  # of this request alone, if a harmless one is answered
                 raise self.error(problem, REFUSALS[0]) from None
             raise self.error(problem, status, error.response.text if status else "") from None

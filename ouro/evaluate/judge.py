@@ -15,6 +15,7 @@ Each reply and judgement is appended to a cache file beside the results as soon 
 goes on without paying twice.
 """
 
+import functools
 import json
 import math
 import os
@@ -234,7 +235,8 @@ def rate_replies(
         )  # fmt: skip
     numbers = summarise(lines) | count_ends([reply for pair in replies for reply in pair])
     numbers["refused"] += sum((text or "").startswith("refused") for _, text in judgements)
-    numbers |= {"judge": grader.model} if grader else {"judge": None, "unparsed": 0}  # nothing was asked
+    told = {"judge": grader.model, "judge_identity": grader.identity} if grader else {"judge": None, "unparsed": 0}
+    numbers |= told  # without a judge nothing was asked
     print_summary(name, numbers)
     turns = [(f"{line['id']} turn {n}", turn) for line in lines for n, turn in enumerate(line["turns"], 1)]
     if cut := [name for name, turn in turns if turn["end"] == "cut"]:
@@ -257,7 +259,7 @@ def _ask_judge(
     }
 
     def key(messages: Messages) -> str:
-        return digest(["judgement", grader.url, grader.model, grader.options, messages])
+        return digest(["judgement", grader.identity, grader.options, messages])
 
     jobs = {key(prompt): prompt for prompt in prompts.values()}
     missing = [prompt for k, prompt in jobs.items() if k not in saved.texts]
@@ -343,18 +345,31 @@ def print_summary(name: str, numbers: dict) -> None:
 
 
 def result_key(generation_key: str, grader: Server | None) -> str:
-    """A result's `key`: what its replies depend on, and the judge."""
+    """A result's `key`: what its replies depend on, the judge's address and name, and how it is asked and read."""
     patterns = [pattern.pattern for pattern in (SCALE, LINE, NAMED, SINGLE, ANY)]
     how = AS_PUBLISHED, INSTRUCTION, AGAIN, *patterns
     return digest([generation_key, grader and [grader.url, grader.model, *how]])
 
 
 def is_rated(study: dict, choice: str) -> bool:
-    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL at JUDGE_BASE_URL; without an address
-    those of any judge of that name, and without a name of any."""
+    """Whether a result has what `--judge` asks for: the ratings of JUDGE_MODEL at JUDGE_BASE_URL, by the model that is
+    served there now; without an address those of any judge of that name, and without a name of any."""
     url, model = (os.environ.get(name, "").strip() for name in ("JUDGE_BASE_URL", "JUDGE_MODEL"))
     if choice == "none":
         return True
     if url and model:
-        return study["key"] == result_key(study["generation_key"], find_judge())
+        same = study["key"] == result_key(study["generation_key"], find_judge())
+        return same and _served_now(url, model) in (study.get("judge_identity"), None)
     return study.get("judge") in ([model] if model else {study.get("judge")} - {None})
+
+
+@functools.cache
+def _served_now(url: str, model: str) -> str | None:
+    """The identity of the judge that the environment names; None, with a warning, where it cannot be asked."""
+    judge = find_judge()
+    judge.client = judge.client.with_options(max_retries=0)
+    try:
+        return judge.identity
+    except UserError as error:
+        print(f"warning: {error}\nits ratings are taken as they are: whether it is the same model cannot be asked")
+    return None

@@ -126,7 +126,7 @@ def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]
     if options.endpoint:
         server = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt)
         name, depth = server.model, server.depth()
-        identity, url = server.identity(), options.endpoint
+        identity, url = server.identity, options.endpoint
         weights = Weights(name, identity, "served", looped=False, endpoint=url, served_depth=depth)
         name = name.removesuffix(f":{depth}")  # which the names of its results say
         return weights, s, [ModelUnderTest(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]

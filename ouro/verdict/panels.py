@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 MEASURED_ALIKE = ("model", "model_revision", "precision", "weights", "metric", "protocol", "benchmark_revision",
-                  "split", "limit", "prompt_sha256", "judge", "replies")  # fmt: skip
+                  "split", "limit", "prompt_sha256", "judge", "judge_identity", "replies")  # fmt: skip
 SETTINGS_ALIKE = tuple(name for name in LEARNING if name not in ("total_ut_steps", "dataset"))
 ARMS = {  # arm: settings that may differ between depths; settings whose values are studies of their own
     "equal-tokens": ((), ()),
