@@ -81,13 +81,13 @@ def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
         if asked:
             warn_of_depth(asked[-1], read_config(weights.path, weights.revision).total_ut_steps)
         return asked or [1, 2, 3, 4]
-    if told := weights.served_depth:
-        if asked not in (None, [told]):
+    if told := weights.served_depths:
+        if not set(asked or told) <= set(told):
             raise UserError(
-                f"{weights.path} at {weights.endpoint} answers at depth {told}: leave --ut_steps out; "
-                "make serve UT=… serves another depth"
+                f"{weights.path} at {weights.endpoint} answers at depth {', '.join(map(str, told))}: leave --ut_steps "
+                "out; make serve UT=… serves another depth"
             )
-        return [told]
+        return asked or told
     if weights.endpoint and (asked is None or len(asked) > 1):
         raise UserError(
             f"{weights.endpoint} answers at one depth and does not say which: name it by --ut_steps, as --ut_steps 4 "
@@ -282,7 +282,8 @@ def reply(job: Job, depth: int, run: Resolved, loaded: Loaded) -> Outcome:
     title = f"{job.model.run} at {depth} loops, {task.name}"
     length = s.max_new_tokens or reply_tokens(loaded.tokenizer, task.spec["reply_characters"])
     if endpoint := loaded.weights.endpoint:
-        chat = find_endpoint(endpoint, length, s.temperature, s.seed, s.system_prompt)
+        by_request = depth if len(loaded.weights.served_depths) > 1 else None
+        chat = find_endpoint(endpoint, length, s.temperature, s.seed, s.system_prompt, by_request)
     else:
         chat = chat_with(loaded.network, loaded.tokenizer, depth, s, length)
     file = file_of(run, job.model, task, depth)

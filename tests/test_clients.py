@@ -37,7 +37,6 @@ TABLE = ROOT / "docs/clients.md"
 PINNED = f"transformers-{transformers.__version__}"  # beside .venv's torch, as the others
 BUILT = (PINNED, "transformers-4.57.6", "transformers-5.24.0", "vllm-0.32.0")  # by tests/peers.sh
 NANO, DEPTH, EXP = "sample/ouro-nano", 2, "exp3a-wangchan-ut2"
-SERVED = f"{EXP}:{DEPTH}"  # its name there
 TEXTS = ["The mountain is high and", "She took the book and went to", "จงบอกชื่อ"]
 ran: dict[tuple[str, str], str] = {}  # (client, version) -> what works
 
@@ -170,6 +169,18 @@ merged, base, adapter, prompts = sys.argv[1:5]
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(prompts)]
 wanted = vllm.SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=0)
 told = {"version": vllm.__version__.partition("+")[0]}
+requests = [(prompt, depth) for prompt in prompts for depth in (1, 2, 3, 4)]
+by_request = vllm.LLM(merged, dtype="bfloat16", max_model_len=512, max_num_seqs=5, max_num_batched_tokens=64,
+                      enforce_eager=True, hf_overrides={"total_ut_steps": 4, "depth_by_request": True},
+                      logits_processors=["ouro_vllm_model:Depth"])  # prompts in pieces, requests come and go
+own = [vllm.SamplingParams(temperature=0, max_tokens=4 + 2 * depth, logprobs=0, extra_args={"total_ut_steps": depth})
+       for _, depth in requests]
+for (_, depth), reply in zip(requests, by_request.generate([prompt for prompt, _ in requests], own, use_tqdm=False)):
+    told.setdefault(f"merged-by-request-{depth}", []).append(
+        [list(reply.outputs[0].token_ids), [list(one.values())[0].logprob for one in reply.outputs[0].logprobs]])
+del by_request
+gc.collect()
+cleanup_dist_env_and_memory()
 for depth in (1, 2, 3, 4):
     for kind, model in (("merged", merged), ("lora", base)):
         engine = vllm.LLM(model, dtype="bfloat16", max_model_len=512, enforce_eager=True, enable_prefix_caching=False,
@@ -188,13 +199,14 @@ print("RESULT", json.dumps(told))
 
 @torch.no_grad()
 def distance(model, prompt: list[int], reply: list[int], logprobs: list[float], depth: int) -> tuple[float, float]:
-    """How far their log-probabilities of the prompt's tokens are from ours, on average, and how much less likely than
-    ours their least likely greedy choice is."""
+    """How far their log-probabilities, of the prompt's tokens or of the reply's, are from ours on average, and how much
+    less likely than ours their least likely greedy choice is."""
     ids = torch.tensor([prompt + reply])
     found = model(input_ids=ids, total_ut_steps=depth).logits[0, :-1].log_softmax(-1)
     chosen = found.gather(1, ids[0, 1:, None])[:, 0]
     behind = (found.amax(-1) - chosen)[len(prompt) - 1 :]
-    return float((chosen[: len(prompt) - 1] - Tensor(logprobs)).abs().mean()), float(behind.max())
+    compared = chosen[: len(prompt) - 1] if len(logprobs) == len(prompt) - 1 else chosen[len(prompt) - 1 :]
+    return float((compared - Tensor(logprobs)).abs().mean()), float(behind.max())
 
 
 @pytest.mark.parametrize("name", versions("vllm"))
@@ -208,25 +220,26 @@ def test_vllm_with_the_plugin_answers_as_we_do_merged_and_by_lora_at_every_depth
     )  # fmt: skip
     assert told["version"] == name.partition("-")[2]
     for depth in (1, 2, 3, 4):
-        for kind, model in ours.items():
+        for kind, model in (ours | {"merged-by-request": ours["merged"]}).items():
             for prompt, (reply, logprobs) in zip(prompts, told[f"{kind}-{depth}"], strict=True):
                 near, behind = distance(model, prompt, reply, logprobs, depth)
                 far, _ = distance(model, prompt, reply, logprobs, depth % 4 + 1)
                 assert near < 0.05 and behind < 0.2, (kind, depth)
                 assert far > 2 * near, "another depth is told apart"
-    ran["vLLM (CPU), with the plugin", told["version"]] = "merged folder and LoRA at depths 1 to 4"
+    ran["vLLM (CPU), with the plugin", told["version"]] = "merged folder and LoRA at depths 1 to 4; depth by request"
 
 
-@pytest.fixture(scope="module", params=["adapter", "merged folder"])
+@pytest.fixture(scope="module", params=["adapter", "merged folder", "merged folder, depth by request"])
 def served(request, run, tmp_path_factory):
-    """The address of what `make serve` prints for the adapter or the merged model, run as it is printed."""
+    """What `make serve` prints, run as it is printed: the param, its address, its name."""
     place, address = environment(BUILT[-1]), port()
     folder = tmp_path_factory.mktemp("served")
     kept = {"PATH": f"{place}/bin:{os.environ['PATH']}", "HF_HOME": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
     kept |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CACHE_ROOT": str(folder), "VLLM_PORT": address}
+    by_request = ["--by_request"] * request.param.endswith("by request")
     exported = subprocess.run(
         [sys.executable, "tools/export.py", "serve", "--config", "tests/smoke.yaml", "--exp", EXP, "--output_dir",
-         run.parent], capture_output=True, text=True, check=True)  # fmt: skip
+         run.parent, *by_request], capture_output=True, text=True, check=True)  # fmt: skip
     _, adapter, merged = re.split("# The .*clients ask.*\n", exported.stdout)
     command = (adapter if request.param == "adapter" else merged).strip()
     with open(folder / "log", "w") as log:
@@ -240,16 +253,16 @@ def served(request, run, tmp_path_factory):
             break
         except OSError:
             time.sleep(1)
-    yield request.param, f"http://127.0.0.1:{address}/v1"
+    yield request.param, f"http://127.0.0.1:{address}/v1", f"{EXP}:1-{DEPTH}" if by_request else f"{EXP}:{DEPTH}"
     os.killpg(server.pid, signal.SIGTERM)
     server.wait(PATIENCE)
 
 
 def test_a_live_server_replies_as_we_do(served, ours):
-    kind, address = served
+    kind, address, name = served
     for text in TEXTS:
         prompt = prompt_tokens([{"role": "user", "content": text}], load_tokenizer(NANO))
-        asked = {"model": SERVED, "prompt": prompt, "temperature": 0, "max_tokens": 16, "prompt_logprobs": 0}
+        asked = {"model": name, "prompt": prompt, "temperature": 0, "max_tokens": 16, "prompt_logprobs": 0}
         body = json.dumps(asked | {"return_token_ids": True}).encode()
         wanted = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(wanted, timeout=PATIENCE) as answer:
@@ -262,14 +275,14 @@ def test_a_live_server_replies_as_we_do(served, ours):
 
 
 def test_a_live_server_is_scored_and_judges_and_what_is_too_long_for_it_is_left_out(served, tmp_path):
-    kind, address = served
+    kind, address, name = served
     questions = json.loads((ROOT / "sample/mt_bench_thai/mt_bench_thai_full.json").read_text(encoding="utf-8"))[:2]
     questions[1]["turns"][0] = "a b c d e f " * 3000  # more tokens than the server takes
     (tmp_path / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
     command = [sys.executable, "evaluate.py", "--config", "tests/smoke.yaml", "--endpoint", address,
                "--tasks", "mt_bench_thai", "--paths", f"mt_bench_thai={tmp_path}/questions.json",
                "--max_new_tokens", "16", "--results_dir", str(tmp_path)]  # fmt: skip
-    judge = {"JUDGE_BASE_URL": address, "JUDGE_MODEL": SERVED, "ENDPOINT_MODEL": SERVED}
+    judge = {"JUDGE_BASE_URL": address, "JUDGE_MODEL": name, "ENDPOINT_MODEL": name}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | judge, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     file = tmp_path / f"baseline-{EXP}/mt_bench_thai-ut{DEPTH}.items.jsonl"
@@ -278,6 +291,9 @@ def test_a_live_server_is_scored_and_judges_and_what_is_too_long_for_it_is_left_
     assert [turn["end"].startswith("refused") for turn in second["turns"]] == [True, True]
     study = json.loads(file.with_name("mt_bench_thai-ut2.json").read_text())["study"]
     assert study["refused"] == 2 and "left out" in done.stderr
+    if kind.endswith("by request"):
+        shallower = read_jsonl(file.with_name("mt_bench_thai-ut1.items.jsonl"))[0]
+        assert shallower["turns"][0]["reply"] != first["turns"][0]["reply"]
     ran[f"vLLM over HTTP, by `make serve`: {kind}", BUILT[-1].partition("-")[2]] = (
         "replies, log-probabilities; `evaluate.py --endpoint` and judge; too long prompts are left out and counted"
     )

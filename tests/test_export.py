@@ -417,6 +417,7 @@ def commands(printed: str) -> list[list[str]]:
     """The arguments of each vllm command, as a shell passes them."""
     lines = [line for line in printed.replace("\\\n", "").splitlines() if not line.startswith("#")]
     found = [shlex.split(line) for line in lines]
+    found = [words[words[0] == "VLLM_USE_V2_MODEL_RUNNER=0" :] for words in found]
     assert all(words[0] == f"PYTHONPATH={exporting.PLUGIN}" and words[1] == "vllm" for words in found)
     return [arguments for _, _, *arguments in found]
 
@@ -446,6 +447,10 @@ def test_vllm_is_told_adapter_depth_rank_and_pinned_base(export, run, tmp_path, 
     deeper = export("serve", RSLORA, "--total_ut_steps", 4)
     assert json.loads(option(commands(deeper)[0], "--hf-overrides")) == {"total_ut_steps": 4}
     assert f"clients ask for model '{RSLORA}:4'" in deeper
+    any_depth = export("serve", RSLORA, "--by_request")
+    assert f"clients ask for model '{RSLORA}:1-3'" in any_depth and "\nVLLM_USE_V2_MODEL_RUNNER=0 " in any_depth
+    overrides = json.loads(option(commands(any_depth)[0], "--hf-overrides"))
+    assert overrides == {"total_ut_steps": 3, "depth_by_request": True}
     (tmp_path / "seed1").mkdir()
     moved = folder.rename(tmp_path / "seed1" / RSLORA)  # as a sweep with SEEDS has it
     (arguments,) = commands(export("serve", f"seed1/{RSLORA}"))

@@ -158,6 +158,11 @@ def test_results_of_a_served_run_have_the_depth_that_the_server_tells(model, tmp
     evaluated(*command, "--ut_steps", 4)
     rows = report_tables.baseline_rows(Reader(tmp_path, tmp_path).results)
     assert [row["read at"][1] for row in rows] == ["2", "4"]
+    model.models, before = [{"id": "any:1-3", "owned_by": "vllm"}], len(model.bodies)
+    evaluated(*command, "--ut_steps", "1,3")
+    assert {body["vllm_xargs"]["total_ut_steps"] for body in model.bodies[before:]} == {1, 3}
+    assert len(list((tmp_path / "baseline-any").glob("*-ut[13].json"))) == 2
+    assert not any("vllm_xargs" in body for body in model.bodies[:before])
     model.models = [{"id": "a:4", "owned_by": "library"}]
     with pytest.raises(UserError, match="does not say which: name it by --ut_steps"):
         evaluated(*command)

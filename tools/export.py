@@ -241,13 +241,18 @@ def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> d
 # ------------------------------------------------------------------------------------------------------------- serve
 
 
-def command(model: str, loops: int, length: int, *options: str, revision: str | None = None) -> str:
-    """The vLLM command of a model, an option a line."""
+def command(
+    model: str, loops: int, length: int, *options: str, revision: str | None = None, by_request: bool = False
+) -> str:
+    """The vLLM command of a model, an option a line. by_request: each request may name its depth, up to `loops`."""
+    runner = "VLLM_USE_V2_MODEL_RUNNER=0 " if by_request else ""  # the other never tells a model whose logits it makes
+    overrides = {"total_ut_steps": loops} | ({"depth_by_request": True} if by_request else {})
     lines = [
-        f"PYTHONPATH={shlex.quote(str(PLUGIN))} vllm serve {shlex.quote(model)}",
+        f"{runner}PYTHONPATH={shlex.quote(str(PLUGIN))} vllm serve {shlex.quote(model)}",
         *([f"--revision {revision}"] if revision else []),
         f"--dtype bfloat16 --max-model-len {length}",
-        f"--hf-overrides {shlex.quote(json.dumps({'total_ut_steps': loops}))}",
+        f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
+        *(["--logits-processors ouro_vllm_model:Depth"] if by_request else []),
         *options,
     ]
     return " \\\n  ".join(lines)
@@ -265,7 +270,9 @@ def serve(run: Resolved) -> None:
     if unservable and not merged.exists():
         raise UserError(f"vLLM cannot serve adapters with {unservable}: make merge EXP={run.run}, then it serves that")
 
-    asked = f"{run.run}:{loops}"  # by which evaluate.py knows the depth: vLLM tells its clients names alone
+    by_request = run.options.by_request and loops > 1
+    told = f":1-{loops}" if by_request else f":{loops}"  # for evaluate.py: vLLM tells its clients names alone
+    asked = f"{run.run}{told}"
     length = min(max(SERVED, trained.max_length), config.max_position_embeddings)
     slot = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim / 2**20  # K and V, 2 bytes
     with torch.device("meta"):
@@ -278,19 +285,19 @@ def serve(run: Resolved) -> None:
         place = str(Path(name).resolve()) if Path(name).exists() else name
         if (kept := frozen_kind(trained)) not in EXACT:
             print(f"# The adapter was trained beside {kept} weights; here it stands beside bf16 ones: nearly the same.")
-        print(f"# The adapter; clients ask for model {asked!r} ({f'{place}:{loops}'!r}: the base at this depth).")
+        print(f"# The adapter; clients ask for model {asked!r} ({place + told!r}: the base).")
         options = (
             f"--generation-config {shlex.quote(str(folder.resolve()))}",
             f"--enable-lora --max-lora-rank {rank}",
-            f"--served-model-name {shlex.quote(f'{place}:{loops}')}",
+            f"--served-model-name {shlex.quote(place + told)}",
             f"--lora-modules {shlex.quote(f'{asked}={adapter.resolve()}')}",
         )
-        last = command(place, loops, length, *options, revision=revision)
+        last = command(place, loops, length, *options, revision=revision, by_request=by_request)
         print(last)
     if merged.exists():
         model = str(whole(merged, f"rm -r {shlex.quote(str(merged))}, and merge again").resolve())
         print(f"# The merged model; clients ask for model {asked!r}.")
-        last = command(model, loops, length, f"--served-model-name {shlex.quote(asked)}")
+        last = command(model, loops, length, f"--served-model-name {shlex.quote(asked)}", by_request=by_request)
         print(last, flush=True)
     if run.options.run:
         if not shutil.which("vllm"):
@@ -306,6 +313,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo", help="push: the repository, USER/NAME")
     parser.add_argument("--merged", action="store_true", help="push: the merged model in place of the adapter")
     parser.add_argument("--run", action="store_true", help="serve: run the last of the printed commands")
+    parser.add_argument(
+        "--by_request", action="store_true", help="serve: each request may name a depth, up to this one"
+    )
     parser.add_argument("--public", action="store_true", help="push: a repository that everybody can read")
 
 

@@ -39,6 +39,7 @@ REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: 
 OFFER = re.compile("pric|descri|provider|limit|param|deprecat|expir|link|stat(?:e|us)")
 PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
+DEPTHS = re.compile(r":(?:(1)-)?([1-9])$")  # at the end of a served model's name
 LONGEST_NAME = 200  # characters of a served model
 # A choice's finish_reason: at the limit, by a filter, or not by itself. None: the server does not know that it ended.
 AT_LIMIT, FILTERED = ("length", "max_tokens", "model_length", "none"), ("content_filter", "safety", "refusal")
@@ -172,14 +173,14 @@ class Server:
                     for n, one in enumerate(told)]  # fmt: skip
         return digest([self.url, self.model, *(told or [{}])])[:12]
 
-    def depth(self) -> int | None:
-        """The depth that vLLM answers at, which is told by the name that `make serve` gives: RUN:4. Errors as
-        `complete`."""
+    def depths(self) -> list[int]:
+        """The depths that vLLM answers at, which the name that `make serve` gives tells: RUN:4, or RUN:1-4 where each
+        request names one; none where it does not. Errors as `complete`."""
         with contextlib.suppress(NotListed):
             told = self._told()
-            if told and told[0].get("owned_by") == "vllm" and (found := re.search(r":([1-9]\d*)$", self.model)):
-                return int(found[1])
-        return None
+            if told and told[0].get("owned_by") == "vllm" and (found := DEPTHS.search(self.model)):
+                return [*range(int(found[1] or found[2]), int(found[2]) + 1)]
+        return []
 
     def _told(self) -> list[dict]:
         """The list's entry of the model, and of those it is an adapter of; where its name is not in the list, as with
@@ -353,10 +354,15 @@ def find_judge(choice: str = "api") -> Server | None:
     return _server("judge", url, model, threads=8, options=AS_PUBLISHED, price=price)
 
 
-def find_endpoint(url: str, max_tokens: int, temperature: float, seed: int, system: str | None) -> Server:
-    """A served model to be tested: ENDPOINT_MODEL, or the only one in the server's list.
+def find_endpoint(
+    url: str, max_tokens: int, temperature: float, seed: int, system: str | None, depth: int | None = None
+) -> Server:
+    """A served model to be tested: ENDPOINT_MODEL, or the only one in the server's list. depth: of each request, where
+    it names one.
     Raises UserError: not an address, no answer, or several models and none chosen."""
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    if depth:
+        options["extra_body"] = {"vllm_xargs": {"total_ut_steps": depth}}
     name = os.environ.get("ENDPOINT_MODEL", "")
     server = _server("endpoint", url, name, threads=64, options=options, system=system)
     if not server.model:

@@ -4,12 +4,12 @@ All that one command scores share their weights, which are loaded once: `Weights
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import digest
-from ouro.evaluate.endpoint import find_endpoint
+from ouro.evaluate.endpoint import DEPTHS, find_endpoint
 from ouro.evaluate.scoring import readout
 from ouro.files import SUMS, UserError, file_sha256, read_yaml
 from ouro.model.loading import (
@@ -73,7 +73,7 @@ class Weights:
     double_quant: bool = True
     looped: bool = True
     endpoint: str | None = None  # address of a server that has it loaded
-    served_depth: int | None = None  # where the server tells
+    served_depths: list[int] = field(default_factory=list)  # where the server tells
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.looped:
@@ -125,10 +125,10 @@ def find_models(run: Resolved) -> tuple[Weights, Settings, list[ModelUnderTest]]
         raise UserError("give one of --exp, --adapter, --model, --base and --endpoint")
     if options.endpoint:
         server = find_endpoint(options.endpoint, s.max_new_tokens, s.temperature, s.seed, s.system_prompt)
-        name, depth = server.model, server.depth()
+        name, depths = server.model, server.depths()
         identity, url = server.identity, options.endpoint
-        weights = Weights(name, identity, "served", looped=False, endpoint=url, served_depth=depth)
-        name = name.removesuffix(f":{depth}")  # which the names of its results say
+        weights = Weights(name, identity, "served", looped=False, endpoint=url, served_depths=depths)
+        name = DEPTHS.sub("", name) if depths else name  # the names of its results tell them
         return weights, s, [ModelUnderTest(f"baseline-{name.strip('/').replace('/', '--')}", "baseline")]
     if options.model:
         return find_baseline(options.model, s)

@@ -11,6 +11,10 @@ from transformers import AutoConfig, PretrainedConfig
 class OuroConfig(PretrainedConfig):
     model_type = "ouro"
 
+    def update(self, settings):  # by --hf-overrides
+        super().update(settings)
+        OuroConfig.served = self
+
 
 def register() -> None:
     from vllm import ModelRegistry  # not above: vLLM imports this file while it is imported itself

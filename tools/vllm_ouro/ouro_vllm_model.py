@@ -3,9 +3,13 @@
 The same layers run `total_ut_steps` times, the final norm after each loop. Each (loop, layer) has keys and values of
 its own, hence an `Attention` of its own, numbered as if the loops were more layers. The last loop answers: the exit
 gate is not loaded.
+
+With {"depth_by_request": true} in --hf-overrides and --logits-processors ouro_vllm_model:Depth, each request may name a
+depth up to the server's: "vllm_xargs": {"total_ut_steps": 2}. All loops run; vLLM's older runner alone can do this.
 """
 
 import torch
+from ouro_vllm import OuroConfig
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.model_executor.layers.attention import Attention
@@ -13,6 +17,41 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+
+def asked_depth(params) -> int | None:
+    return (params.extra_args or {}).get("total_ut_steps")
+
+
+class Depth(LogitsProcessor):
+    """Leaves logits alone: it is how vLLM tells which request stands where in the batch, before each pass."""
+
+    by_row = {}  # depth of the requests that name one, by their place
+    sampling = False  # whether the next logits are the batch's, a row a request, and not those of a prompt's tokens
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        if not getattr(vllm_config.model_config.hf_config, "depth_by_request", False):
+            raise ValueError('ouro_vllm_model:Depth needs --hf-overrides with "depth_by_request": true')
+
+    @classmethod
+    def validate_params(cls, params):
+        depth, deepest = asked_depth(params), OuroConfig.served.total_ut_steps
+        if depth is not None and not (isinstance(depth, int) and 1 <= depth <= deepest):
+            raise ValueError(f"total_ut_steps must be a whole number from 1 to {deepest}, got {depth!r}")
+        if depth not in (None, deepest) and params.prompt_logprobs is not None:
+            raise ValueError(f"prompt_logprobs are at depth {deepest} alone")
+
+    def is_argmax_invariant(self):
+        return True
+
+    def apply(self, logits):
+        return logits
+
+    def update_state(self, batch_update):
+        Depth.sampling = True
+        process_dict_updates(self.by_row, batch_update, lambda params, *_: asked_depth(params))
 
 
 class OuroAttention(LlamaAttention):
@@ -61,11 +100,13 @@ class OuroModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        states = []
         for loop in range(self.config.total_ut_steps):
             for layer in self.layers:
                 x = layer(positions, x, loop)
             x = self.norm(x)
-        return x
+            states.append(x)
+        return torch.cat(states, -1) if getattr(self.config, "depth_by_request", False) else x
 
 
 class OuroForCausalLM(LlamaForCausalLM):
@@ -78,6 +119,16 @@ class OuroForCausalLM(LlamaForCausalLM):
 
     def _init_model(self, vllm_config, prefix="", layer_type=OuroDecoderLayer):
         return OuroModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def compute_logits(self, hidden_states):
+        if getattr(self.config, "depth_by_request", False):
+            states = hidden_states.unflatten(-1, (self.config.total_ut_steps, -1))  # (rows, loops, hidden)
+            loops = [self.config.total_ut_steps - 1] * len(states)
+            for row, depth in Depth.by_row.items() if Depth.sampling else ():
+                loops[row] = depth - 1
+            Depth.sampling = False
+            hidden_states = states[range(len(states)), torch.tensor(loops, device=states.device)]
+        return super().compute_logits(hidden_states)
 
     def load_weights(self, weights):
         return super().load_weights((name, weight) for name, weight in weights if "early_exit_gate" not in name)
