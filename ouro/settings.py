@@ -267,7 +267,7 @@ def resolve(
     group = parser.add_argument_group("settings, see ouro/settings.py")
     for name, default in vars(Settings()).items():
         kind = getattr(TYPES[name], "__name__", "str")
-        text = f"{explained(name)} (default: {default})"
+        text = f"{explained(name)} (default: {default})".replace("%", "%%")  # which argparse would fill in
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.upper(), help=text)
     options, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -253,6 +253,14 @@ def test_the_table_in_docs_is_the_one_that_is_printed():
     assert Path("docs/settings.md").read_text() == settings.table(), "python -m ouro.settings > docs/settings.md"
 
 
+def test_help_tells_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        resolve("", ["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "hold 2 % of the training rows" in " ".join(shown.split())
+    assert [name for name in FIELDS if f"--{name} " not in shown] == []
+
+
 @pytest.mark.parametrize("below", ["", "/run/x"])
 def test_a_file_where_a_folder_is_wanted_is_a_mistake(tmp_path, capsys, below):
     (tmp_path / "file").touch()
