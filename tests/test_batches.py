@@ -337,12 +337,13 @@ def test_loss_and_gradients_do_not_depend_on_the_passes(tokenizer, sample, nine_
 
 def test_nor_do_they_with_dropout(sample, nine_rows):
     model = fused("nf4, double", lora_dropout=0.3)
-    results = {name: step_of(model, batches_of(sample, nine_rows, name, seed=42), "last") for name in LAYOUTS}
+    numbers = nine_rows[:5]
+    results = {name: step_of(model, batches_of(sample, numbers, name, seed=42), "last") for name in LAYOUTS}
     total, grads = results.pop("alone")
     for other, other_grads in results.values():
         assert_close(other, total, 1e-5)
         assert_same_gradients(other_grads, grads, 1e-4)
-    other, _ = step_of(model, batches_of(sample, nine_rows, "packed", seed=43), "last")
+    other, _ = step_of(model, batches_of(sample, numbers, "packed", seed=43), "last")
     assert abs(other - total) > 1e-4 * total, "that a mask is seen"
 
 

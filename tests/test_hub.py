@@ -317,7 +317,12 @@ LACKS = {  # the command, what the Hub has, what the message says
     "no model": (TOKENIZER, None, {}, "ByteDance/Ouro-2.6B is not a local folder and is not a valid model identifier"),
     "no dataset": (REPORT, None, {}, "airesearch/WangchanThaiInstruct from the Hub: .*Repository Not Found"),
     "no pinned revision": (TOKENIZER, f"{MODEL}@{OTHER_COMMIT}", TINY, f"{PINNED[MODEL]} is not a valid git id"),
-    "no open benchmark": (OPEN_ITEMS, None, {}, "iapp/openthaieval .*--paths openthaieval=FOLDER.*--overlap none"),
+    "no open benchmark": (
+        OPEN_ITEMS,
+        None,
+        {},
+        "iapp/openthaieval .*--paths openthaieval=FOLDER.*--overlap names fewer",
+    ),
     "nothing wanted": ([FETCH, "--only", "thai_exam"], EXAM, {"data/x.csv": "a"}, "holds none of thai_exam.tar.gz"),
     "no main branch": (REPORT, f"{WANGCHAN}@{OTHER_COMMIT}", PUBLISHED, "Revision Not Found .*Instruct/revision/main"),
     "no file in it": (ITEMS, EXAM, {"thai_exam.tar.gz": archive("onet")}, "thai_exam.tar.gz holds no ic/ic_test.jsonl"),

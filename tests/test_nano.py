@@ -51,7 +51,7 @@ def test_its_tokenizer_has_no_merges_in_thai_and_single_digits(tokenizer):
 def test_depth_matters_on_english_that_it_has_not_seen(pretrain):
     rows = read_jsonl(NANO / "heldout.jsonl")
     assert all(row["held_out"] for row in rows) and len({row["source"] for row in rows}) >= 4
-    bits = pretrain.bits_per_character(NANO, rows, "cpu")["all"]
+    bits = pretrain.bits_per_character(NANO, rows[::2], "cpu")["all"]
     assert bits[0] >= bits[3] + 0.10
     assert bits[0] > bits[1] > bits[2]
     assert bits[3] < 1.5  # it has learned something: a random model needs about 3.5
@@ -97,7 +97,7 @@ def test_english_in_other_letters_is_not_thai_and_has_hardly_a_merge(pretrain, t
 def test_the_base_reads_bytes_that_it_has_not_seen_as_bytes(pretrain):
     """In Thai it is surer than of bytes at random (24 bits a character), but knows nothing of the language yet."""
     rows = read_jsonl(ROOT / "sample/texts/thai.jsonl")
-    bits = pretrain.bits_per_character(NANO, [{"source": "thai", "text": row["text"]} for row in rows[:4]], "cpu")
+    bits = pretrain.bits_per_character(NANO, [{"source": "thai", "text": row["text"]} for row in rows[:1]], "cpu")
     assert all(10 < value < 24 for value in bits["thai"])
 
 
