@@ -16,20 +16,20 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # Seconds: what takes longer hangs, whatever the machine. Less than the half hour after which torch's processes give up
 # waiting for each other, so that a hang is not taken for an error.
 PATIENCE = 600
-SLOWEST = (
+SLOWEST = [
     "cluster",
-    "smoke",
+    "report",
     "resume",
-    "demo",
     "hub",
-    "lora",
-    "generate",
+    "batches",
     "evaluate",
-    "judge",
-    "served",
     "guards",
+    "loading",
+    "smoke",
+    "nano",
+    "demo",
     "fsdp",
-)
+]
 
 
 def pytest_collection_modifyitems(items):

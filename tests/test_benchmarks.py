@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ouro.evaluate import benchmarks, tasks
-from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, wilson, windows
+from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, windows
 from ouro.files import UserError
 from ouro.settings import Settings
 
@@ -522,13 +522,6 @@ def test_bits_per_character_is_a_ratio_of_sums():
     assert numbers["value"] == 66 / 40
     rest = [10 - 16.5, 40 - 33.0, 16 - 16.5]
     assert numbers["stderr"] == pytest.approx((sum(r * r for r in rest) * 3 / 2) ** 0.5 / 40)
-
-
-@pytest.mark.parametrize(("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)])
-def test_intervals_are_wilsons(hits, n, low, high):
-    # The second is the worked example of Newcombe (1998); the first follows from the formula by hand.
-    assert wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
-    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
 def test_the_gap_between_languages_is_paired_by_question():

@@ -104,18 +104,6 @@ def test_real_items_score_as_every_option_run_alone(network, tokenizer, name):
     np.testing.assert_allclose(scores.log_p, expected, atol=1e-4 * 8, rtol=1e-4)
 
 
-def test_batches_and_padding_change_no_prediction(network, tokenizer):
-    task = load_task("thai_exam", SETTINGS, 1, [])
-    task.items, task.prompts = task.items[:3], task.prompts[:3]
-    one, other = (tasks.score_choices(network, tokenizer, task, [1, 4], budget, "test") for budget in (1, 4000))
-    for mine, theirs in zip(one, other, strict=True):
-        for a, b in zip(mine.lines, theirs.lines, strict=True):
-            assert a["prediction"] == b["prediction"]
-            np.testing.assert_allclose(a["resps"], b["resps"], atol=2e-4)
-        for name in ("exit_distribution", "state_distance"):
-            assert mine.numbers[name] == pytest.approx(theirs.numbers[name], rel=1e-5)
-
-
 @torch.no_grad()
 def test_exits_and_distances_are_means_over_the_tokens_that_are_read():
     network = tiny()

@@ -131,13 +131,6 @@ def test_graphs_that_were_captured_before_serve_the_passes_of_their_shape(monkey
     assert pair(made=False)[0].get_base_model().model.prepare is None
 
 
-def test_the_model_does_not_know_of_graphs():
-    model, plain = pair()[0], moved(adapted(loops=3, lora_dropout=0.3))
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in model.state_dict().items())
-
-
 @pytest.mark.parametrize("made", [False, True], ids=["plain", "graphs"])
 def test_evaluation_and_masked_batches_run_as_before(replays, made):
     models = pair(Plan(6, 3), made)

@@ -84,13 +84,6 @@ def test_smoke_reads_and_writes_nothing_outside_its_folders():
     assert (s.output_dir, s.results_dir) == ("output/smoke", "results/smoke")
 
 
-def test_the_saved_config_is_itself_a_config_that_gives_the_same_settings(tmp_path):
-    run = resolve("", ["--config", "tests/smoke.yaml", "--exp", "exp5b-r1-ut4", "--learning_rate", "1e-5"])
-    again = resolve("", ["--config", config(tmp_path, run.as_yaml())])
-    assert again.settings == run.settings
-    assert "# experiment exp5b-r1-ut4" in run.as_yaml()
-
-
 @given(text=st.text(), name=st.text(min_size=1))
 @hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=40)
 @example(
