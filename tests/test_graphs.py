@@ -2,7 +2,7 @@
 
 from ouro.model import graphs
 from ouro.model.cost import Plan
-from ouro.model.graphs import Waiting, run_by_plan
+from ouro.model.graphs import run_by_plan
 from ouro.model.lora import fuse, refresh
 
 import pytest
@@ -95,17 +95,6 @@ def test_a_pass_has_the_plan_of_its_size(monkeypatch):
         one_pass(model, batch_of(*shape))
         assert calls == expected
         calls.clear()
-
-
-def test_states_that_wait_come_back_in_turn():
-    waiting = Waiting(5, 12, torch.zeros(1))
-    states = [torch.randn(2, 3) for _ in range(5)]
-    for _ in range(2):
-        for number, x in enumerate(states):
-            waiting.put(number, x)
-        waiting.settle()
-        for number in reversed(range(5)):
-            assert torch.equal(waiting.get(number, 4, states[0].shape), states[number])
 
 
 def test_graphs_serve_however_many_documents_and_are_made_once_for_a_shape(monkeypatch):

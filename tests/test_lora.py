@@ -73,15 +73,6 @@ def test_recomputed_layers_of_pefts_own_change_no_gradient_and_draw_the_same_dro
     assert_same_gradients(grads, same_grads, 1e-6)
 
 
-def test_scoring_is_pefts_too():
-    batch = {name: x for name, x in rows([0], [1], [3], left=True).items() if name != "labels"}
-    with torch.no_grad():
-        assert_close(fused().eval()(**batch).logits, adapted().eval()(**batch).logits, 1e-5)
-        loaded = adapted(lora_dropout=0.4).eval()
-        fuse(loaded, KINDS["fp32"][1])  # as evaluate.py does: the groups are made after `eval`
-        assert_close(loaded(**batch).logits, adapted().eval()(**batch).logits, 1e-5)
-
-
 @kinds
 def test_state_dict_and_saved_files_do_not_know_of_groups(kind, tmp_path):
     model = adapted(kind)

@@ -109,14 +109,6 @@ def test_a_named_number_of_layers_is_taken_in_every_loop(asked, count):
         assert memory(free, activation_checkpointing=asked, total_ut_steps=3).plan(4096) == Plan(3 * count)
 
 
-def test_what_is_no_number_of_layers_is_refused():
-    for asked in ("-1", "half", "3.0", ""):
-        with pytest.raises(UserError, match="activation_checkpointing must be one of auto, none, full, a number, got"):
-            resolve("", ["--activation_checkpointing", asked])
-    with pytest.raises(UserError, match="activation_checkpointing = 49, and the model has 48 layers"):
-        passes_for(memory(activation_checkpointing="49"))
-
-
 @pytest.mark.parametrize(("use_qlora", "frees"), [(False, (16, 20, 32, 48, 78.6, 140)), (True, (9.3, 12, 24, 80))])
 def test_auto_computes_twice_and_copies_as_little_as_fits_and_more_for_a_longer_pass(use_qlora, frees):
     for free in frees:

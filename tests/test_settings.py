@@ -133,6 +133,10 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         assert done.stderr.endswith(b": ACCELERATE_MIXED_PRECISION, NVIDIA_TF32_OVERRIDE, OPENAI_CUSTOM_HEADERS\n")
 
 
+BELOW = {"max_loss_spike": 0.99, "min_loss": -0.1, "max_token_accuracy": -1, "eval_steps": -1, "eval_rows": 0,
+         "save_steps": 0, "save_total_limit": 0}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "expected"),
     [
@@ -156,6 +160,7 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         ("max_steps: 0", [], "max_steps must not be 0 (optimizer steps; -1: as num_train_epochs says)"),
         ("loraplus_lr_ratio: 0.0", [], "loraplus_lr_ratio must not be 0 (learning rate of B is"),
         ("", ["--num_train_epochs", "inf"], "command line: num_train_epochs must be at most 1000000, got inf"),
+        *((f"{name}: {value}", [], f"{name} must be at least ") for name, value in BELOW.items()),
         ("bf16: maybe", [], "bf16 must be true or false, got 'maybe'"),
         ("bf16: 1", [], "bf16 must be true or false, got 1"),
         ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
