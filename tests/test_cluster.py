@@ -642,6 +642,9 @@ def test_the_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+FLAGS = ("GPU", "MERGED", "PUBLIC", "RUN", "SERVE")
+
+
 @pytest.mark.parametrize("origin", ["command line", "environment"])
 def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
     """With a stand-in for the programs, which prints its arguments and what it reads from the environment."""
@@ -652,7 +655,7 @@ def test_make_hands_every_variable_to_its_program_as_one_word(tmp_path, origin):
     for target, line in re.findall(r"^([a-z.-]+):.*## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE):
         taken = re.findall(r"\b([A-Z_]+)=", line)
         planned = not taken or target in ("cluster-sweep", "sif")  # these would do something
-        flags = {name: str(int(name != "MERGED")) for name in taken if name in ("GPU", "MERGED", "PUBLIC", "RUN")}
+        flags = {name: str(int(name != "MERGED")) for name in taken if name in FLAGS}
         text = "a  b'\"; touch RAN; $(touch RAN) `touch RAN` $(shell touch RAN) & ก\n\\*".replace(
             "RAN", str(tmp_path / "ran")
         )

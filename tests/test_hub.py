@@ -321,7 +321,7 @@ LACKS = {  # the command, what the Hub has, what the message says
         OPEN_ITEMS,
         None,
         {},
-        "iapp/openthaieval .*--paths openthaieval=FOLDER.*--overlap names fewer",
+        "iapp/openthaieval .*--paths openthaieval=FOLDER.*no check: --overlap n",
     ),
     "nothing wanted": ([FETCH, "--only", "thai_exam"], EXAM, {"data/x.csv": "a"}, "holds none of thai_exam.tar.gz"),
     "no main branch": (REPORT, f"{WANGCHAN}@{OTHER_COMMIT}", PUBLISHED, "Revision Not Found .*Instruct/revision/main"),

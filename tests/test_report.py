@@ -639,7 +639,7 @@ def test_both_benchmarks_of_exams_are_one_with_each_exam_a_stratum(tmp_path):
 def test_an_exams_interval_stays_between_0_and_100_and_a_single_item_has_none(tmp_path):
     levels = {"thai_exam": (0.99, 0.01, 0.5, 0.3)}
     fabricate.study(tmp_path, tasks=("thai_exam",), levels=levels, items=12, lines=2)
-    write_report(tmp_path, "--csv")
+    write_report(tmp_path, "--csv", figures=True)
     found = [re.findall(r"[\d.]+", row["value"]) for row in table(tmp_path, "benchmarks")]
     for value, low, high in (map(float, numbers) for numbers in found):
         assert 0 <= low <= value <= high <= 100 and low < high
