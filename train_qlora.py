@@ -14,7 +14,6 @@ step, save and exit with code 75: run it again. Any other failure is 1 or, with 
 
 import argparse
 import json
-import math
 import sys
 import traceback
 from pathlib import Path
@@ -31,7 +30,15 @@ from ouro.settings import Resolved, Settings, resolve
 from ouro.train import processes
 from ouro.train.build import build, check_frozen
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
-from ouro.train.machine import capture_graphs, check_device, plan_steps, shard_frozen_weights, trainer_arguments, unused
+from ouro.train.machine import (
+    capture_graphs,
+    check_device,
+    last_step,
+    plan_steps,
+    shard_frozen_weights,
+    trainer_arguments,
+    unused,
+)
 from ouro.train.processes import LOCAL_RANK, RANK, WORLD_SIZE, among_others, leave, print0, speaks, wait_for_data
 from ouro.train.run_folder import (
     changed_inputs,
@@ -112,10 +119,10 @@ def build_model(s: Settings, device: str | int, memory: Memory) -> tuple[PeftMod
     return model, flops
 
 
-def planned_before(folder: Path) -> int | None:
-    """Tokens of a pass, by the manifest of a run that is continued: other ones would round otherwise."""
+def planned_before(folder: Path) -> dict | None:
+    """How rows were put into passes, by the manifest of a run that is continued: other ones would round otherwise."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("pass_tokens") if manifest.exists() else None
+    return json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
 
 
 def train(run: Resolved) -> Path:
@@ -170,8 +177,7 @@ def train(run: Resolved) -> Path:
         if s.fsdp and WORLD_SIZE > 1:
             shard_frozen_weights(trainer.model)
 
-        at, epochs = step_of(state) if begun else 0, s.num_train_epochs * len(steps)
-        last = s.max_steps if s.max_steps > 0 else math.ceil(epochs)
+        at, last = step_of(state) if begun else 0, last_step(s, steps)
         capture_graphs(trainer.model, steps, at, last, s.lora_dropout > 0, quiet=RANK > 0)
         trainer.train(resume_from_checkpoint=str(state) if begun else None)
         if trainer.state.global_step < trainer.state.max_steps:

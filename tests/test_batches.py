@@ -1,6 +1,7 @@
 """From rows on disk to the passes of a step: packs, widths, shares, batches, noise; and that none of it is learnt."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -97,7 +98,7 @@ def test_a_row_longer_than_a_pack_has_one_of_its_own_and_no_rows_are_no_packs():
     assert pack({3: 9, 5: 4, 8: 3}, 7) == [[3], [5, 8]] and pack({}, 7) == []
 
 
-GRIDS = [Passes(4608), Passes(16384, alone=10**9), Passes(512), Passes(2048, grain=1), Passes(10**6, grain=1)]
+GRIDS = [Passes(4608), Passes(16384, alone=None), Passes(512), Passes(2048, grain=1), Passes(10**6, grain=1)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda p: f"{p.tokens}-{p.alone}-{p.grain}")
 
 
@@ -115,7 +116,7 @@ def test_a_steps_passes_are_shared_out_whole_and_each_row_is_in_one(grid, proces
             filled = sum(sizes) if each.packed else max(sizes)
             assert each.width == grid.width(filled) >= filled
             if each.packed:
-                assert len(sizes) > 1 and max(sizes) <= grid.alone
+                assert grid.alone is None or (len(sizes) > 1 and max(sizes) <= grid.alone)
             else:
                 assert set(map(grid.width, sizes)) == {each.width}
             assert len(sizes) == 1 or each.tokens <= grid.width(grid.tokens), "only a row alone may be longer"
@@ -132,8 +133,8 @@ def test_no_process_has_much_more_to_do_than_another():
 def test_widths_are_few_and_add_at_most_a_sixteenth():
     grid = Passes(1)
     widths = {grid.width(n) for n in range(1, 16385)}
-    assert len(widths) == 80 and all(grid.width(width) == width and width % 64 == 0 for width in widths)
-    assert all(n <= grid.width(n) <= max(n + 63, n * 17 / 16 + 1) for n in range(1, 16385))
+    assert len(widths) == 48 and all(grid.width(width) == width and width % 256 == 0 for width in widths)
+    assert all(n <= grid.width(n) <= max(n + 255, n * 17 / 16 + 1) for n in range(1, 16385))
     assert [Passes(1, grain=1).width(n) for n in (1, 777, 5001)] == [1, 777, 5001]
 
 
@@ -144,11 +145,16 @@ def test_of_lengths_like_the_real_ones_less_than_a_twentieth_is_padding(grid, pr
     steps = Steps(rows, 32, 0, grid, collate, lambda each: each.tokens, processes)
     passes = [p for n in range(100) for share in steps.shares_of(n) for p in share]
     padding = 1 - rows.lengths.sum() / sum(p.tokens for p in passes)
-    assert 0 < padding < 0.05 and steps.padding(100) == pytest.approx(padding)
-    shapes = steps.shapes(0, 100)
+    shapes, told = steps.shapes(0, 100)
+    assert 0 < padding < 0.05 and told == pytest.approx(padding)
     assert shapes == sorted(shapes, key=lambda shape: -shape[0] * shape[1])
-    assert set(shapes) == {(1, p.width, len(p.rows) + 1) if p.packed else (len(p.rows), p.width, 0) for p in passes}
-    assert set(steps.shapes(98, 99)) <= set(shapes) and len(steps.shapes(98, 99)) <= 32
+    assert {shape[:2] for shape in shapes} == {(1 if p.packed else len(p.rows), p.width) for p in passes}
+    documents = [len(p.rows) + 1 for p in passes if p.packed]  # with the padding
+    assert {shape[2] for shape in shapes if shape[2]} == {max(16, 2 ** math.ceil(math.log2(n))) for n in documents}
+    assert {shape[2] > 0 for shape in shapes} == {p.packed for p in passes}
+    some, _ = steps.shapes(98, 99)
+    assert set(some) <= set(shapes) and len(some) <= 32
+    assert set(shapes) < set(steps.shapes(0, 300)[0]), "later epochs have other passes"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_graphs_that_were_captured_before_serve_the_passes_of_their_shape(monkey
     monkeypatch.setattr(graphs.Captured, "__init__", lambda *a: made.append(tuple(a[3].shape)) or init(*a))
     models = pair(Plan(2))
     prepare = models[0].get_base_model().model.prepare
-    prepare(2, 9, 0, True)
+    prepare(2, 9, 0, True).capture()
     prepare(1, 40, 3, True)
     for batch in (batch_of(2, 9), batch_of(1, 40) | {"position_ids": torch.arange(40)[None] % 20}):
         assert_same(models, batch)
@@ -157,7 +157,7 @@ def test_steps_of_the_optimizer_reach_the_graphs_and_gradients_are_added_up(plan
 @gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("plan", [Plan(), Plan(3), Plan(4, 4)], ids=["kept", "computed twice", "waiting"])
-def test_replayed_passes_are_those_of_layers_on_this_gpu(replays, monkeypatch, plan, compiled):
+def test_replayed_passes_are_those_of_layers_on_this_gpu(replays, plan, compiled):
     models = []
     for _ in range(2):
         model = adapted(size=SIZES[0], lora_dropout=0.4).cuda()  # flash attention wants heads of 8, 16, ...
@@ -168,7 +168,6 @@ def test_replayed_passes_are_those_of_layers_on_this_gpu(replays, monkeypatch, p
             model.compile_layers(one_size=True)
         models.append(model)
     run_by_plan(models[0], lambda tokens: plan, LARGEST, True, True)
-    monkeypatch.setattr(graphs, "DOCUMENTS", 1)
     for batch in (rows([0, 1], [3]), rows([0], [3]), rows([0, 1], [3]), rows([1, 2], [4]), rows([0, 1, 3, 2])):
         on_gpu = {name: x.cuda() for name, x in with_noise(batch).items()}
         results = []

@@ -599,10 +599,11 @@ def test_the_plans_of_the_passes_are_printed_and_kept(monkeypatch, capsys):
             f"estimate {plan['estimated_gib']} GiB of 78.0 free"
         )
     assert told["plans"][-1]["recomputed"] > told["plans"][0]["recomputed"]
-    recorded = machine.plan_steps(s, Lengths([300, 9000]), 0, recorded=1234)
-    assert recorded[0].passes.tokens == recorded[2]["pass_tokens"] == 1234, (
-        "a run goes on with the passes it began with"
-    )
+    before = {"pass_tokens": 1234, "pass_grain": 1024}
+    recorded = machine.plan_steps(s, Lengths([300, 9000]), 0, before)
+    assert (recorded[0].passes.tokens, recorded[0].passes.grain) == (1234, 1024) and recorded[
+        2
+    ].items() >= before.items(), "a run goes on with the passes it began with"
 
 
 def test_where_the_graphs_of_all_widths_do_not_fit_the_widths_are_fewer(monkeypatch):
@@ -611,7 +612,7 @@ def test_where_the_graphs_of_all_widths_do_not_fit_the_widths_are_fewer(monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9.3 * 2**30, 10 * 2**30))
     s = Settings(rows_per_step=1, model_name_or_path="ByteDance/Ouro-2.6B")
     steps, memory, told = machine.plan_steps(s, Lengths(range(1000, 16385, 50)), 0)
-    assert memory.plan(memory.largest) and steps.passes.grain == 512 and told["pass_shapes"] < 40
+    assert memory.plan(memory.largest) and steps.passes.grain >= 512 and told["pass_shapes"] < 40
     assert not replace(memory, shapes=60).plan(memory.largest), "as with the finest grain"
 
 

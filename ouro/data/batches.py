@@ -73,13 +73,14 @@ class Passes:
     """How a machine puts rows together into passes, of what goes through the model at once.
 
     tokens: so many that shorter rows fill together. alone: longer rows stand apart from others: several of one width
-    are rows of a batch, each with causal attention, the fastest kind; the others are documents of one row. grain: a
-    width is a multiple of 1/16 of the power of two below it, and of this; 1: a width is that of the rows, not rounded.
+    are rows of a batch, each with causal attention, the fastest kind; the others are documents of one row. None: no
+    row stands apart, not even one that nothing fits beside, so that there are fewer kinds of passes. grain: a width is
+    a multiple of 1/16 of the power of two below it, and of this; 1: a width is that of the rows, not rounded.
     """
 
     tokens: int
-    alone: int = 1024
-    grain: int = 64
+    alone: int | None = 1024
+    grain: int = 256
 
     def width(self, n: int) -> int:
         if self.grain == 1:
@@ -91,7 +92,7 @@ class Passes:
         """The passes of these rows (number -> tokens), the longest first; enough of them for so many processes."""
         tokens = min(self.tokens, max(-(-sum(lengths.values()) // processes), 1))
         widths: dict[int, list[int]] = defaultdict(list)
-        short = {row: n for row, n in lengths.items() if n <= min(self.alone, tokens)}
+        short = {row: n for row, n in lengths.items() if self.alone is None or n <= min(self.alone, tokens)}
         for row, n in lengths.items():
             if row not in short:
                 widths[self.width(n)].append(row)
@@ -100,7 +101,9 @@ class Passes:
             count = max(1, tokens // width)
             passes += [Pass(tuple(rows[at : at + count]), width, False) for at in range(0, len(rows), count)]
         for rows in pack(short, tokens):
-            passes.append(Pass(tuple(rows), self.width(sum(short[row] for row in rows)), len(rows) > 1))
+            passes.append(
+                Pass(tuple(rows), self.width(sum(short[row] for row in rows)), self.alone is None or len(rows) > 1)
+            )
         return sorted(passes, key=lambda p: (-p.tokens, p.rows))
 
 
@@ -209,18 +212,22 @@ class Steps:
             self._cached = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         return self._cached[1]
 
-    def shapes(self, first: int, last: int) -> list[tuple[int, int, int]]:
-        """(rows, width, documents) of the batches of steps first..last - 1, at most an epoch of them, the largest
-        first: what graphs are captured for. documents: 0 where each row is one."""
-        passes = [p for n in range(first, min(last, first + len(self))) for share in self.shares_of(n) for p in share]
-        found = {(1, p.width, len(p.rows) + 1) if p.packed else (len(p.rows), p.width, 0) for p in passes}
-        return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape))
+    def shapes(self, first: int, last: int) -> tuple[list[tuple[int, int, int]], float]:
+        """(rows, width, documents) of the batches of steps first..last - 1, the largest first: what graphs are captured
+        for; and the share of padding. documents: that there is room for, 0 where each row is one."""
+        found, real, padded = set(), 0, 0
+        for step in range(first, last):
+            lengths = {row: int(self.rows.lengths[row]) for row in self.rows_of(step)}
+            for each in self.passes.of(lengths, self.processes):
+                found.add((1, each.width, room(len(each.rows) + 1)) if each.packed else (len(each.rows), each.width, 0))
+                padded += each.tokens
+            real += sum(lengths.values())
+        return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape)), 1 - real / max(padded, 1)
 
-    def padding(self, count: int) -> float:
-        """The share of padding in the first `count` steps."""
-        passes = [p for n in range(count) for share in self.shares_of(n) for p in share]
-        real = sum(int(self.rows.lengths[row]) for p in passes for row in p.rows)
-        return 1 - real / max(sum(p.tokens for p in passes), 1)
+
+def room(documents: int) -> int:
+    """Places for documents in the graphs of a pass with so many: 16, 32, 64, ..."""
+    return 1 << max(4, (documents - 1).bit_length())
 
 
 def noise(seed: int, step: int, row: int, length: int) -> np.ndarray:

@@ -131,7 +131,7 @@ class Memory:
     compiled: bool = True
 
     def __post_init__(self):
-        self.shapes = self.shapes or (12 if self.s.use_qlora else 40)  # until the rows' own are known
+        self.shapes = self.shapes or (30 if self.s.use_qlora else 60)  # until the rows' own are known
 
     @property
     def calls(self) -> int:
@@ -235,6 +235,6 @@ def passes_for(memory: Memory) -> Passes:
     sizes = sorted({grid.width(n) for n in range(1024, 16384 + 1, 64)})
     if s.use_qlora:
         fit = [n for n in sizes if n <= grid.width(longest) or n <= 4096]
-        return dataclasses.replace(grid, tokens=max([n for n in fit if memory.plan(n)], default=longest), alone=10**9)
+        return dataclasses.replace(grid, tokens=max([n for n in fit if memory.plan(n)], default=longest), alone=None)
     whole = [n for n in sizes if dataclasses.replace(memory, largest=max(n, longest)).plan(n) == Plan()]
     return dataclasses.replace(grid, tokens=max(whole, default=2048))

@@ -7,21 +7,20 @@ the first calls of a pass keep their input alone, a *state* of 4 KB a token, and
 pass; of those the first ones' states wait in the CPU's memory, copied beside the computation.
 
 A CPU starts the thousands of kernels of a pass more slowly than a GPU runs them. So for each shape of a pass all
-layers in all loops are captured as two graphs, forward and backward, at its first use; all graphs compute in one
-memory, one after the other.
+layers in all loops are captured as two graphs, forward and backward; all graphs compute in one memory, one after the
+other.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+from ouro.data.batches import room
 from ouro.model.cost import Plan
 from ouro.model.lora import Group
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-
-DOCUMENTS = 16  # that the graphs have room for in a pass of several, or twice, four times, … as many
 
 
 def groups_of(layer: nn.Module) -> list[Group]:
@@ -160,9 +159,9 @@ class Memory:
     kept: its bytes, which torch does not count as allocated between replays. turn: number of forward passes replayed.
     """
 
-    def __init__(self, like: Tensor, largest: int, states: int, parameters: list[nn.Parameter]):
-        """like: of the states' dtype and width, (1, hidden); largest: tokens of the largest pass; states: of a pass
-        whose gradients are given."""
+    def __init__(self, like: Tensor, largest: int, head: int, states: int, parameters: list[nn.Parameter]):
+        """like: of the states' dtype and width, (1, hidden); largest: tokens of the largest pass; head: numbers of an
+        attention head; states: of a pass whose gradients are given."""
         self.pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
         # By default a process captures all graphs on one stream, of the GPU that was current at its first capture.
         self.stream = torch.cuda.Stream(like.device) if like.is_cuda else None
@@ -170,22 +169,17 @@ class Memory:
         self.state = like.new_zeros(largest, like.shape[-1])
         self.grads = [torch.zeros_like(self.state) for _ in range(states)]
         self.outs = [torch.zeros_like(self.state) for _ in range(states)]
+        self.places = [like.new_zeros(largest, 1, head) for _ in range(2)]  # cos and sin
+        self.noise = like.new_zeros(largest, dtype=torch.int32)
         # Stand-ins: DDP waits for the adapters' own gradients on another stream, which a capture may not touch.
         self.parameters = [nn.Parameter(p.detach()) for p in parameters]
         self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=like.device)
 
-    def capture(self, work: Callable[[], None], warm_up: Callable[[], None], x: Tensor) -> Callable[[], None]:
-        """`work` as a graph on the GPU of x; on a CPU it stays what it is. Draws no random numbers.
-
-        warm_up: is called before, so that all is compiled and libraries have chosen their kernels.
-        """
+    def capture(self, work: Callable[[], None], x: Tensor) -> Callable[[], None]:
+        """`work` as a graph on the GPU of x; on a CPU it stays what it is. Nothing is drawn or compiled."""
         if not x.is_cuda:
             return work
         with torch.cuda.device_of(x):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                warm_up()
-            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # The mode lets other threads, NCCL's and the data loader's, use the GPU during the capture.
@@ -214,30 +208,38 @@ class Captured:
     def __init__(self, decoder, memory: Memory, x, cos, documents: int, noise, loops: int, last: bool, plan, waiting):
         self.decoder, self.memory, self.loops, self.last, self.plan = decoder, memory, loops, last, plan
         self.waiting, self.groups, tokens = waiting, groups_of(decoder), x.shape[0] * x.shape[1]
-        rooms = memory.state, *memory.grads, *memory.outs
-        self.state, *both = (room[:tokens].view(x.shape) for room in rooms)
+        buffers = memory.state, *memory.grads, *memory.outs
+        self.state, *both = (buffer[:tokens].view(x.shape) for buffer in buffers)
         self.grads, self.outs = both[: len(memory.grads)], both[len(memory.grads) :]
-        self.cos, self.sin, self.noise = torch.zeros_like(cos), torch.zeros_like(cos), noise
+        self.cos, self.sin = (place[: cos.shape[0] * cos.shape[1]].view(cos.shape) for place in memory.places)
+        self.noise = noise if noise is None else memory.noise[:tokens].view(noise.shape)
         self.documents = None
         if documents:
             self.documents = torch.full((documents + 1,), tokens, dtype=torch.int32, device=x.device)
             self.documents[0] = 0
-        if noise is not None:
-            self.noise = torch.zeros_like(noise)
         self.states: tuple[Tensor, ...] = ()
-        self.forward = memory.capture(self.run_forward, self.warm_up, x)
-        self.backward = memory.capture(self.run_backward, lambda: None, x)  # `warm_up` has run its kernels, too
-        if x.is_cuda:
-            self.states = ()
-        if x.is_cuda:
-            torch.cuda.reset_peak_memory_stats(x.device)  # `memory.kept` counts what the captures took
+        self.forward = self.backward = None
+        self.warm_up()
 
     def warm_up(self) -> None:
+        """All is compiled, and libraries have chosen their kernels; on the stream of the captures."""
         arguments = self.cos, self.sin, None, self.documents is None, self.documents, None, None, self.noise
-        with standing_in(self.groups, self.memory.parameters), torch.enable_grad():
-            x = self.state.detach().requires_grad_()
-            y = self.decoder.norm(self.decoder.layers[0](x, *arguments))  # the others run the same kernels
-        torch.autograd.grad(y, (x, *self.memory.parameters), self.grads[0], allow_unused=True)
+        beside = torch.cuda.stream(self.memory.stream) if self.memory.stream else nullcontext()
+        with torch.cuda.device_of(self.state), beside, standing_in(self.groups, self.memory.parameters):
+            with torch.enable_grad():
+                x = self.state.detach().requires_grad_()
+                y = self.decoder.norm(self.decoder.layers[0](x, *arguments))  # the others run the same kernels
+            torch.autograd.grad(y, (x, *self.memory.parameters), self.grads[0], allow_unused=True)
+
+    def capture(self) -> "Captured":
+        """Captures the graphs, unless they are there."""
+        if not self.forward:
+            self.forward = self.memory.capture(self.run_forward, self.state)
+            self.backward = self.memory.capture(self.run_backward, self.state)
+            if self.state.is_cuda:
+                self.states = ()
+                torch.cuda.reset_peak_memory_stats(self.state.device)  # `memory.kept` counts what the captures took
+        return self
 
     def run_forward(self) -> None:
         with standing_in(self.groups, self.memory.parameters), torch.enable_grad():
@@ -301,26 +303,24 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
     waits = plan(largest).waiting
     waiting = Waiting(waits, largest * like.shape[-1], like) if waits else None
     if graphs:
-        memory = Memory(like, largest, 1 if last else loops, parameters)
+        memory = Memory(like, largest, decoder.config.head_dim, 1 if last else loops, parameters)
         model.get_base_model().graph_memory = memory
 
     def graphs_of(x, cos, documents: int, noise) -> Captured:
-        """Captured at the first call. documents: of the pass, 0 where each row is one."""
-        room = documents and DOCUMENTS
-        while room < documents:
-            room *= 2
-        key = x.shape, len(cos), room
+        """Warmed up at the first call. documents: of the pass, 0 where each row is one."""
+        key = x.shape, len(cos), documents and room(documents)
         if key not in captured:
             planned = plan(x.shape[0] * x.shape[1])
-            captured[key] = Captured(decoder, memory, x.detach(), cos, room, noise, loops, last, planned, waiting)
+            captured[key] = Captured(decoder, memory, x.detach(), cos, key[2], noise, loops, last, planned, waiting)
         return captured[key]
 
-    def prepare(batch: int, width: int, documents: int, noise: bool) -> None:
-        """Captures the graphs of a shape of pass before its first use."""
+    def prepare(batch: int, width: int, documents: int, noise: bool) -> Captured:
+        """The graphs of a shape of pass, to be captured before its first use and after all others are warmed up: no
+        warm-up can use the memory of the graphs."""
         x = like.new_zeros(batch, width, like.shape[-1])
         cos, _ = decoder.rotations(torch.arange(width, device=x.device)[None], x.dtype)
         drawn = torch.zeros(batch, width, dtype=torch.int32, device=x.device) if noise else None
-        graphs_of(x, cos, documents, drawn)
+        return graphs_of(x, cos, documents, drawn)
 
     def run(x, cos, sin, mask, causal, documents, loops: int, past_key_values=None, noise=None) -> tuple[Tensor, ...]:
         training = decoder.training and torch.is_grad_enabled()
@@ -329,7 +329,7 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
         if not graphs:
             planned = plan(x.shape[0] * x.shape[1])
             return loops_by_plan(decoder, x, cos, sin, causal, documents, noise, loops, planned, waiting)
-        ours = graphs_of(x, cos, 0 if documents is None else len(documents) - 1, noise)
+        ours = graphs_of(x, cos, 0 if documents is None else len(documents) - 1, noise).capture()
         return _Replayed.apply(ours, x, cos, sin, documents, noise, *parameters)
 
     decoder.run_loops, decoder.prepare = run, prepare if graphs else None

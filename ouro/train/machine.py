@@ -130,10 +130,14 @@ def host_memory() -> float:
     return free / 2 / (LOCAL_WORLD_SIZE or 1)
 
 
-def plan_steps(s: Settings, rows: Rows, device: str | int, recorded: int | None = None) -> tuple[Steps, Memory, dict]:
+def last_step(s: Settings, steps: Steps) -> int:
+    return s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * len(steps))
+
+
+def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None = None) -> tuple[Steps, Memory, dict]:
     """The steps of this process, the memory of their passes, and for the manifest what was planned; printed, too.
 
-    recorded: tokens of a pass by the manifest of a run that is continued: the same ones give the same bytes.
+    before: what the manifest of a run that is continued says of that: the same passes give the same bytes.
 
     Raises:
         UserError: the longest row does not fit.
@@ -147,8 +151,9 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, recorded: int | None 
     longest = int(rows.lengths.max(initial=1))
     memory = Memory(s, config, free, host, longest, compiled=is_compiled(s, device))
     passes = passes_for(memory)
-    if recorded:
-        passes = dataclasses.replace(passes, tokens=recorded)
+    if before:
+        grain = before.get("pass_grain", passes.grain)
+        passes = dataclasses.replace(passes, tokens=before.get("pass_tokens", passes.tokens), grain=grain)
 
     plan_of = cache(memory.plan)  # asked for every pass of an epoch, and the same while passes are shared out
 
@@ -158,19 +163,18 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, recorded: int | None 
     drawn = s.seed if s.lora_dropout else None
     # With fsdp all processes take part in each pass: a layer's weights are gathered from all of them.
     shared = cost, WORLD_SIZE, RANK, s.fsdp
-    count = -(-len(rows) // s.rows_per_step)
-    count = min(count, s.max_steps) if s.max_steps > 0 else count
     while True:
         steps = Steps(rows, s.rows_per_step, s.seed, passes, partial(collate, seed=drawn), *shared)
-        shapes = {shape[:2] for shape in steps.shapes(0, count)}
+        shapes, padding = steps.shapes(0, last_step(s, steps))
         memory.largest, memory.shapes = max(passes.width(longest), passes.width(passes.tokens)), len(shapes)
         if memory.plan(memory.largest):
             break
         if passes.grain > longest:
             raise UserError(f"the graphs of {len(shapes)} shapes of passes leave too little memory: lower max_length")
         passes = dataclasses.replace(passes, grain=2 * passes.grain)  # fewer widths have fewer graphs
-    told = {"pass_tokens": passes.tokens, "pass_shapes": len(shapes), "padding": round(steps.padding(count), 4)}
-    print0(f"passes: of {passes.tokens:,} tokens where rows are shorter, {told['padding']:.1%} padding")
+    told = {"pass_tokens": passes.tokens, "pass_grain": passes.grain, "pass_shapes": len(shapes)}
+    told["padding"] = round(padding, 4)
+    print0(f"passes: of {passes.tokens:,} tokens where rows are shorter, {len(shapes)} shapes, {padding:.1%} padding")
     if free is None or not memory.compiled:
         return steps, memory, told
     told["plans"] = []
@@ -186,7 +190,8 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, recorded: int | None 
 
 
 def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool, quiet: bool) -> None:
-    """Captures the graphs of all passes of an epoch, the largest first: memory then runs out at once, or not at all.
+    """Captures the graphs of all passes of steps first..last - 1, the largest first: memory then runs out at once, or
+    not at all.
 
     Raises:
         UserError: it ran out.
@@ -194,14 +199,19 @@ def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise:
     prepare = getattr(model.get_base_model().model, "prepare", None)
     if not prepare:
         return
-    shapes = steps.shapes(first, last)
-    with Progress("the layers are compiled, and captured as CUDA graphs", len(shapes), "shapes", quiet) as progress:
-        for shape in shapes:
-            try:
-                prepare(*shape, noise)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"a pass of {shape[0]} x {shape[1]} tokens: {in_short(error)}\nset activation_checkpointing to "
-                    "full, or max_length lower; does another process use this GPU (nvidia-smi)?"
-                ) from None
-            progress.update()
+    shapes, _ = steps.shapes(first, last)
+    made = []
+    try:
+        with Progress("the layers are compiled", len(shapes), "shapes", quiet) as progress:
+            for shape in shapes:
+                made.append(prepare(*shape, noise))
+                progress.update()
+        with Progress("the layers are captured as CUDA graphs", len(made), "shapes", quiet) as progress:
+            for captured in made:
+                captured.capture()
+                progress.update()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"passes of up to {shapes[0][0]} x {shapes[0][1]} tokens: {in_short(error)}\nset activation_checkpointing "
+            "to full, or max_length lower; does another process use this GPU (nvidia-smi)?"
+        ) from None
