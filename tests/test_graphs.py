@@ -100,11 +100,10 @@ def test_a_pass_has_the_plan_of_its_size(monkeypatch):
 def test_graphs_serve_however_many_documents_and_are_made_once_for_a_shape(monkeypatch):
     made, init = [], graphs.Captured.__init__
     monkeypatch.setattr(graphs.Captured, "__init__", lambda *a: made.append(a[5]) or init(*a))
-    monkeypatch.setattr(graphs, "DOCUMENTS", 2)
     models = pair(Plan(2))
-    for count in (2, 4, 1, 8, 4, 5, 1):  # documents of one row of 40 tokens
+    for count in (2, 20, 1, 4, 20, 5, 1):  # documents of one row of 40 tokens
         assert_same(models, batch_of(1, 40) | {"position_ids": torch.arange(40)[None] % (40 // count)})
-    assert made == [2, 4, 0, 8]
+    assert made == [16, 32, 0]
 
 
 def test_graphs_that_were_captured_before_serve_the_passes_of_their_shape(monkeypatch):

@@ -101,9 +101,8 @@ class Passes:
             count = max(1, tokens // width)
             passes += [Pass(tuple(rows[at : at + count]), width, False) for at in range(0, len(rows), count)]
         for rows in pack(short, tokens):
-            passes.append(
-                Pass(tuple(rows), self.width(sum(short[row] for row in rows)), self.alone is None or len(rows) > 1)
-            )
+            packed = len(rows) > 1 or self.alone is None
+            passes.append(Pass(tuple(rows), self.width(sum(short[row] for row in rows)), packed))
         return sorted(passes, key=lambda p: (-p.tokens, p.rows))
 
 

@@ -131,7 +131,7 @@ class Memory:
     compiled: bool = True
 
     def __post_init__(self):
-        self.shapes = self.shapes or (30 if self.s.use_qlora else 60)  # until the rows' own are known
+        self.shapes = self.shapes or (12 if self.s.use_qlora else 60)  # until the rows' own are known
 
     @property
     def calls(self) -> int:
@@ -165,7 +165,7 @@ class Memory:
         adapters = c.num_hidden_layers * s.r * sum(i + o for i, o in sizes) * adapter
         read = 1 if s.loss == "last" else s.total_ut_steps
         loss = 2 * CHUNK * c.vocab_size * number + (3 + 2 * read) * self.state * self.largest
-        graphs = self.shapes * GRAPH * self.calls / 192 if self.compiled else 0
+        graphs = self.shapes * GRAPH[s.use_qlora] * self.calls / 192 if self.compiled else 0
         held_out = self.inside * self.largest if s.eval_steps else 0  # those passes run without graphs
         return weights + adapters + graphs + max(loss, held_out)
 
@@ -175,8 +175,8 @@ class Memory:
         states = (plan.recomputed - plan.waiting + (2 if plan.waiting else 0)) * self.state * tokens
         decoded = 4 * 2 * self.config.hidden_size * self.config.intermediate_size * self.number * self.s.use_qlora
         # A layer that is computed again is alone, but for its states: what is kept of later calls has been freed.
-        again = (2.6 if self.s.use_qlora else 1.8) * self.inside * tokens + decoded if plan.recomputed else 0
-        return self.fixed() + states + max(kept + 0.6 * self.inside * tokens, again)
+        again = (2.2 if self.s.use_qlora else 1.8) * self.inside * tokens if plan.recomputed else 0
+        return self.fixed() + states + decoded + max(kept + 0.6 * self.inside * tokens, again)
 
     def plan(self, tokens: int) -> Plan | None:
         """That with the least to compute twice, and then to copy, that fits; None where none does."""
@@ -197,7 +197,8 @@ class Memory:
         return None
 
 
-GRAPH = 60 * 2**20  # bytes of a pair of graphs of 192 layer calls, as measured on an H200
+# Bytes of a pair of graphs of 192 layer calls, as measured on an H200; by whether weights are decoded in them.
+GRAPH = {False: 60 * 2**20, True: 82 * 2**20}
 
 
 def fitting(memory: Memory) -> int:

@@ -68,9 +68,15 @@ class Nf4(Bf16):
 
 
 def decoded(
-    frozen: list[Tensor], count: int, width: int, dtype: torch.dtype, zero: Tensor | float = 0.0
+    frozen: list[Tensor], count: int, width: int, dtype: torch.dtype, zero: Tensor | None = None
 ) -> list[Tensor]:
-    """The weights (out, width) of `count` projections; zero, which is added to the code: see lora.py."""
+    """The weights (out, width) of `count` projections; zero, which is added to what is decoded: see lora.py."""
     _, _, code, *states = frozen
     each = len(states) // count
-    return [nf4_weight(states[k * each : (k + 1) * each], code + zero, width, dtype) for k in range(count)]
+    weights = []
+    for k in range(count):
+        packed, absmax, *nested = states[k * each : (k + 1) * each]
+        if zero is not None:
+            packed, absmax = packed + zero.to(packed.dtype), absmax + zero.to(absmax.dtype)
+        weights.append(nf4_weight((packed, absmax, *nested), code, width, dtype))
+    return weights
