@@ -101,8 +101,8 @@ def test_graphs_serve_however_many_documents_and_are_made_once_for_a_shape(monke
     made, init = [], graphs.Captured.__init__
     monkeypatch.setattr(graphs.Captured, "__init__", lambda *a: made.append(a[5]) or init(*a))
     models = pair(Plan(2))
-    for count in (2, 20, 1, 4, 20, 5, 1):  # documents of one row of 40 tokens
-        assert_same(models, batch_of(1, 40) | {"position_ids": torch.arange(40)[None] % (40 // count)})
+    for count in (2, 20, 1, 4, 20, 5, 1):  # documents of one row of 100 tokens
+        assert_same(models, batch_of(1, 100) | {"position_ids": torch.arange(100)[None] % (100 // count)})
     assert made == [16, 32, 0]
 
 

@@ -73,10 +73,6 @@ def decoded(
     """The weights (out, width) of `count` projections; zero, which is added to what is decoded: see lora.py."""
     _, _, code, *states = frozen
     each = len(states) // count
-    weights = []
-    for k in range(count):
-        packed, absmax, *nested = states[k * each : (k + 1) * each]
-        if zero is not None:
-            packed, absmax = packed + zero.to(packed.dtype), absmax + zero.to(absmax.dtype)
-        weights.append(nf4_weight((packed, absmax, *nested), code, width, dtype))
-    return weights
+    if zero is not None:
+        states = [t + zero.to(t.dtype) for t in states]
+    return [nf4_weight(states[k * each : (k + 1) * each], code, width, dtype) for k in range(count)]
