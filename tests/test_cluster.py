@@ -642,6 +642,17 @@ def test_the_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
+def test_a_squeue_that_no_slurm_answers_is_told_in_one_line(tmp_path):
+    path = program(tmp_path / "bin/squeue", "echo first >&2; echo no controller >&2; exit 1")
+    env = {"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["make", "-s", "ENV=true", "status"], capture_output=True, text=True, cwd=ROOT, env=env)
+    told = done.stderr.splitlines()
+    assert told[0] == (
+        "error: squeue is here, and no Slurm answers it (no controller): type this on a cluster's login node"
+    )
+    assert done.returncode == 2 and len(told) == 2 and told[1].startswith("make: ") and not done.stdout
+
+
 FLAGS = ("GPU", "MERGED", "PUBLIC", "RUN", "SERVE")
 
 

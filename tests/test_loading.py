@@ -461,3 +461,9 @@ def test_a_config_of_another_editor_or_a_later_peft_is_read_and_a_key_that_stand
     file.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 64, "lora_alpha": 8'))
     with pytest.raises(UserError, match="adapter_config.json: 'lora_alpha' stands twice"):
         loading.load_run_model(s, folder / "final_adapter")
+
+
+def test_more_loops_than_a_model_was_made_for_are_warned_of(capsys):
+    for asked in (4, 5):
+        loading.warn_of_depth(asked, 4)
+    assert capsys.readouterr().out.startswith("warning: 5 loops, and this model was made for 4: deeper ones read worse")
