@@ -199,7 +199,7 @@ def write_rows(
                     tally.drop(BEYOND, where)
                     continue
                 tokens_kept += size
-                tally.lengths.append((len(tokens.ids), chats.cuttable(chat, tokens, tokenizer), tokens.trained))
+                tally.measure(len(tokens.ids), chats.cuttable(chat, tokens, tokenizer), tokens.trained)
                 if fitted:
                     pieces += [(piece.ids, piece.trained, where) for piece in fitted]
                     tally.keep(where, chat, fitted, what, licence_of(row, source.entry))

@@ -5,13 +5,14 @@ import math
 import os
 import random
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ouro.data.batches import IGNORE, Rows
-from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts, split_row
+from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts
 from ouro.data.sources import read_file
 from ouro.data.thai import count_letters
 from ouro.files import ROOT, printable, write_json
@@ -37,7 +38,7 @@ PLACES = 5  # of rows that the report names for each reason
 
 @dataclass
 class Tally:
-    """What is counted row by row; all but the last five stand in the report under the same names."""
+    """What is counted row by row; all but the last six stand in the report under the same names."""
 
     rows_in: int = 0
     rows_kept: int = 0
@@ -50,7 +51,8 @@ class Tally:
     unread_keys: Counter = field(default_factory=Counter)  # of turns, and of rows what sounds like a mark
     duplicates: Counter = field(default_factory=Counter)
     overlap: list = field(default_factory=list)
-    lengths: list = field(default_factory=list)  # of rows before the length policy: (tokens, cuttable, trained)
+    lengths: array = field(default_factory=lambda: array("q"))  # of rows before the length policy, see measure()
+    bounds: array = field(default_factory=lambda: array("q"))  # of all of them, end to end
     answers: list = field(default_factory=list)  # a random sample of them
     letters: Counter = field(default_factory=Counter)  # Thai ones, all
     ended: int = 0  # rows whose answer is trained up to its end
@@ -60,6 +62,11 @@ class Tally:
         places = self.first_dropped.setdefault(reason, [])
         if len(places) < PLACES:
             places.append(where)
+
+    def measure(self, tokens: int, cuttable: int, trained: list[int]) -> None:
+        """A row before the length policy, as numbers end to end: as tuples a million rows would have 300 MB."""
+        self.bounds.extend(trained)
+        self.lengths.extend((tokens, cuttable, len(self.bounds)))
 
     def drop(self, reason: str, where: str) -> None:
         self.rows_dropped[reason] += 1
@@ -87,13 +94,15 @@ def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase, ma
     """The part of the data report that is kept in the cache beside the rows."""
     longest = tokenizer.model_max_length
     limits = {max_length} | {1024 << n for n in range(7) if 1024 << n <= longest}
-    lengths, before = rows.lengths, np.array([n for n, *_ in tally.lengths], int)
+    lengths, bounds = rows.lengths, np.array(tally.bounds, int)
+    measured = np.array(tally.lengths, int).reshape(-1, 3)
+    before = measured[:, 0]
     tokens = int(lengths.sum())
     counts, edges = np.histogram(before, bins=40, range=(0, max(before.max(initial=1), 1)))
     order = np.argsort(lengths, kind="stable")
     shown = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])]) if len(order) else ()
     english = [row["text"] for _, row in read_file(ROOT / "sample/texts/english.jsonl")]
-    inner = ("lengths", "answers", "letters", "ended", "chance")
+    inner = ("lengths", "bounds", "answers", "letters", "ended", "chance")
     return {name: value for name, value in vars(tally).items() if name not in inner} | {
         "licences": dict(tally.licences.most_common()),
         "licences_left_out": dict(tally.licences_left_out.most_common()),
@@ -104,8 +113,8 @@ def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase, ma
         "tokens_per_row": {f"p{q}": int(np.percentile(before, q)) if len(before) else 0 for q in (5, 50, 95, 100)},
         "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
         "longest_possible": longest,
-        "too_long": {str(limit): policies_at(limit, tally.lengths) for limit in sorted(limits)},
-        "max_length_needed": lengths_needed(tally.lengths),
+        "too_long": {str(limit): policies_at(limit, measured, bounds) for limit in sorted(limits)},
+        "max_length_needed": lengths_needed(measured, bounds),
         "thai_share_of_letters": round(tally.letters["thai"] / max(tally.letters["all"], 1), 3),
         "tokens_per_unit": {
             "Thai": density(tally.answers, tokenizer, lambda text: [w for w in word_tokenize(text) if w.strip()]),
@@ -115,27 +124,32 @@ def data_report(tally: Tally, rows: Rows, tokenizer: PreTrainedTokenizerBase, ma
     }
 
 
-def policies_at(limit: int, lengths: list[tuple]) -> dict[str, int]:
-    """How many rows each length policy would touch at `limit` tokens; lengths: see Tally."""
-    long = [row for row in lengths if row[0] > limit]
-    savable = sum(n - limit <= most for n, most, _ in long)
+def policies_at(limit: int, measured: np.ndarray, bounds: np.ndarray) -> dict[str, int]:
+    """How many rows each length policy would touch at `limit` tokens; measured (rows, 3), bounds: see Tally."""
+    long = measured[:, 0] > limit
+    n, most, ends = measured[long].T
+    savable = int((n - limit <= most).sum())
+    # The pieces that split_row makes of a row begin to have new tokens at 0, limit, limit + step, limit + 2 step, …
+    start, stop = bounds.reshape(-1, 2).T
+    row = np.repeat(np.arange(len(long)), np.diff(measured[:, 2], prepend=0) // 2)
+    trained = (start < stop) & long[row]
+    row, step = row[trained], limit - limit // 2
+    first, last = (np.maximum(0, 1 + (at - limit) // step) for at in (start[trained], stop[trained] - 1))
+    shared = (row[1:] == row[:-1]) & (first[1:] == last[:-1])  # by two answers
     return {
-        "drop": len(long),
+        "drop": len(n),
         "truncate_prompt_cut": savable,
-        "truncate_prompt_dropped": len(long) - savable,
-        "split_pieces": sum(len(split_row(Tokens(np.zeros(n, np.uint32), trained), limit)) for n, _, trained in long),
-        "truncate_ends_lost": sum(trained[-1] > limit for *_, trained in long),
+        "truncate_prompt_dropped": len(n) - savable,
+        "split_pieces": int((last - first + 1).sum() - shared.sum()),
+        "truncate_ends_lost": int((bounds[ends - 1] > limit).sum()),
     }
 
 
-def lengths_needed(lengths: list[tuple]) -> dict[str, int]:
+def lengths_needed(measured: np.ndarray, bounds: np.ndarray) -> dict[str, int]:
     """The max_length at which a policy leaves out, or takes the end of, at most 1 - KEPT of the rows."""
-    needed = {
-        "drop": [n for n, *_ in lengths],
-        "truncate_prompt": [n - most for n, most, _ in lengths],
-        "truncate": [trained[-1] for *_, trained in lengths],
-    }
-    if not lengths:
+    n, most, ends = measured.T
+    needed = {"drop": n, "truncate_prompt": n - most, "truncate": bounds[ends - 1]}
+    if not len(n):
         return dict.fromkeys(needed, 0)
     kept = {policy: np.quantile(counts, KEPT, method="inverted_cdf") for policy, counts in needed.items()}
     return {policy: math.ceil(length / ROUND) * ROUND for policy, length in kept.items()}
