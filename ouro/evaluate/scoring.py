@@ -185,37 +185,38 @@ def score(
     log_p = np.zeros((len(depths), len(sequences)))
     # Sums over tokens: a line for the exits at each depth, and one for the distances.
     sums = torch.zeros(len(depths) + 1, max(depths), dtype=torch.float64, device=network.device)
-    progress = Progress(title, total, "tokens")
 
     def collect(wanted: Wanted, found: Tensor) -> None:
         for place, values in enumerate(found.cpu().numpy()):
             np.add.at(log_p[place], wanted.sequences, values[wanted.pair])
 
     launched: tuple[Wanted, Tensor] | None = None
-    for batch in batches_of(trees, budget):
-        wanted = Wanted(batch, network.device)
-        lengths = torch.tensor([len(tree.tokens) for tree in batch], device=network.device)
-        real = (torch.arange(width_of(batch), device=network.device) < lengths[:, None]).double()  # 0: padding
-        found, gates, before = [], [], None
-        for loop, state in enumerate(states_by_loop(network, batch, max(depths)), 1):
-            if looped:
-                gates.append(network.model.early_exit_gate(state).squeeze(-1))
-                if before is not None:
-                    wide = torch.promote_types(state.dtype, torch.float32)
-                    change, size = (torch.linalg.vector_norm(x, dim=-1, dtype=wide) for x in (state - before, before))
-                    sums[-1, loop - 1] += (change / size * real).sum()
-                before = state
-            if loop in depths:
+    with Progress(title, total, "tokens") as progress:
+        for batch in batches_of(trees, budget):
+            wanted = Wanted(batch, network.device)
+            lengths = torch.tensor([len(tree.tokens) for tree in batch], device=network.device)
+            real = (torch.arange(width_of(batch), device=network.device) < lengths[:, None]).double()  # 0: padding
+            found, gates, before = [], [], None
+            for loop, state in enumerate(states_by_loop(network, batch, max(depths)), 1):
                 if looped:
-                    exits = exit_distribution(torch.stack(gates))
-                    sums[depths.index(loop), :loop] += (exits * real).sum((1, 2))
-                found.append(wanted.read(network, state))
-        if launched:  # only now, when the GPU has the next batch to work on, is the one before waited for
-            collect(*launched)
-        launched = wanted, torch.stack(found)
-        progress.update(sum(len(tree.tokens) for tree in batch))
+                    gates.append(network.model.early_exit_gate(state).squeeze(-1))
+                    if before is not None:
+                        wide = torch.promote_types(state.dtype, torch.float32)
+                        change, size = (
+                            torch.linalg.vector_norm(x, dim=-1, dtype=wide) for x in (state - before, before)
+                        )
+                        sums[-1, loop - 1] += (change / size * real).sum()
+                    before = state
+                if loop in depths:
+                    if looped:
+                        exits = exit_distribution(torch.stack(gates))
+                        sums[depths.index(loop), :loop] += (exits * real).sum((1, 2))
+                    found.append(wanted.read(network, state))
+            if launched:  # only now, when the GPU has the next batch to work on, is the one before waited for
+                collect(*launched)
+            launched = wanted, torch.stack(found)
+            progress.update(sum(len(tree.tokens) for tree in batch))
     collect(*launched)
-    progress.close()
     if not looped:
         return Scores(log_p, None, [], total)
     means = (sums / total).tolist()

@@ -230,20 +230,19 @@ class LoopTrainer(SFTTrainer):
         passes = dataclasses.replace(steps.passes, grain=1).of(
             {row: int(rows.lengths[row]) for row in chosen}, WORLD_SIZE
         )
-        progress = Progress("held-out loss", len(passes), "passes")
-        for at in range(0, len(passes), WORLD_SIZE):
-            mine = passes[at : at + WORLD_SIZE][RANK::WORLD_SIZE]
-            # With fsdp all processes take part in each pass: one without a pass left makes the first, uncounted.
-            each = (mine or passes)[0]
-            batch = collate([(row, *rows.row(row)) for row in each.rows], each)
-            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-            # Not compiled, as the layers would be anew for each of these shapes.
-            with self.arithmetic(), torch.compiler.set_stance("force_eager"):
-                out = network(**batch, objective="all", num_items_in_batch=1)
-            progress.update(min(WORLD_SIZE, len(passes) - at))
-            if mine:
-                sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
-        progress.close()
+        with Progress("held-out loss", len(passes), "passes") as progress:
+            for at in range(0, len(passes), WORLD_SIZE):
+                mine = passes[at : at + WORLD_SIZE][RANK::WORLD_SIZE]
+                # With fsdp all processes take part in each pass: one without a pass left makes the first, uncounted.
+                each = (mine or passes)[0]
+                batch = collate([(row, *rows.row(row)) for row in each.rows], each)
+                batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                # Not compiled, as the layers would be anew for each of these shapes.
+                with self.arithmetic(), torch.compiler.set_stance("force_eager"):
+                    out = network(**batch, objective="all", num_items_in_batch=1)
+                progress.update(min(WORLD_SIZE, len(passes) - at))
+                if mine:
+                    sums += torch.cat((out.loop_losses.double(), out.trained_tokens[None].double()))
         network.train()
         *losses, tokens = self.accelerator.reduce(sums).tolist()
         return [round(loss / max(tokens, 1), 6) for loss in losses]
