@@ -112,6 +112,15 @@ def test_absurd_numbers_of_a_config_are_refused_before_memory_is_taken(tmp_path,
             load(str(folder))
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "../model.safetensors"])
+def test_weights_are_those_of_safetensors_files_in_the_folder(tmp_path, name):
+    folder = folder_with(tmp_path / "model", "config.json", {})
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is no .safetensors file beside it"):
+        load_ouro(str(folder))
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 @pytest.mark.parametrize("text", ["[" * 100_000, "null", "[]", "1" * 5000, "\x00", "\udcff"], ids=range(6))
 def test_a_json_file_of_another_shape_is_one_message(tmp_path, name, text):

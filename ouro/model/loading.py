@@ -79,6 +79,10 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if type(number := found.get(name, 1)) not in (int, float) or not 0 <= number < math.inf:
                 raise ValueError(f"config.json: {name} must be a number, found {number!r:.99}")
+        if (index := Path(path, "model.safetensors.index.json")).exists():  # model_files sees no others
+            for name in set(json.loads(index.read_bytes())["weight_map"].values()):
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise ValueError(f"{index.name} names {name!r:.99}, which is no .safetensors file beside it")
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
