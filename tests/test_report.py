@@ -148,6 +148,14 @@ def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
     assert family == {"13"}, "one family: three depths of three aspects, and English at four"
 
 
+@pytest.mark.parametrize(("items", "word"), [(5, "undecided"), (400, "no difference that matters")])
+def test_a_few_questions_that_all_models_answer_alike_show_nothing(tmp_path, items, word):
+    none = {"thai_exam": (-1,) * 4}
+    fabricate.study(tmp_path, items=items, levels=none, base=none, tasks=["thai_exam"], depths=(1, 4))
+    write_report(tmp_path)
+    assert verdicts(tmp_path)["thai_exams"]["words"] == {"4": word}
+
+
 def test_a_verdict_is_what_numpy_and_scipy_make_of_the_items_files(tmp_path):
     """One whole verdict by hand: values, standard errors by cluster, Welch, Holm, to the printed digits."""
     make_study(tmp_path, (0, 0.01, 0.03, 0.05), (0, 0.005, 0.01, 0.02), items=200, seed_sd=0.02, cluster=5)

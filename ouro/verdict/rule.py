@@ -102,9 +102,12 @@ def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], 
     """panel: whose items they are, of adapters trained on Thai."""
     study = panel.study
     aspect, clusters = study["aspect"], len(cells[0].parts)
-    dataset = str(adapters(panel)[0].study["dataset"])
-    return Test(quantity, aspect, dataset, depth, panel.metric, stats.estimate(cells), panel.items, clusters,
-                study["task"], rests)  # fmt: skip
+    dataset, found = str(adapters(panel)[0].study["dataset"]), stats.estimate(cells)
+    if not panel.metric.log:
+        # The spread of a few items that are all answered alike is zero, and says nothing: as if in two more clusters
+        # the models differed by half an answer, once to either side (Agresti & Min 2005).
+        found.items = np.maximum(found.items, 1 / (clusters + 2) ** 2)
+    return Test(quantity, aspect, dataset, depth, panel.metric, found, panel.items, clusters, study["task"], rests)
 
 
 def adapters(panel: Panel) -> list[Result]:
