@@ -127,11 +127,8 @@ def planned_before(folder: Path) -> dict | None:
 
 def train(run: Resolved) -> Path:
     """Runs the experiment, or the rest of it, and gives its folder.
-
-    Raises:
-        UserError: anything in the settings, the data, the machine or the folder that would waste the run.
-        Stopped: a signal or the time limit ended it after a checkpoint.
-    """
+    Raises UserError: anything in the settings, the data, the machine or the folder that would waste the run; Stopped: a
+    signal or the time limit ended it after a checkpoint."""
     s, folder = run.settings, Path(run.settings.output_dir) / run.run
     device, arguments = check(run, folder)
     print_settings(run, folder, device)

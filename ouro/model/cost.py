@@ -81,8 +81,7 @@ def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pai
     tokens: run through the layers; pairs: of a token and one it attends to, n (n + 1) / 2 for a document of n tokens;
     trained: tokens whose logits are formed. Frozen weights have no gradient, so each of their products costs 2
     operations a weight forward and 2 backward; LoRA's 2 and 4; attention 4 a pair and inner size forward and, its
-    scores computed again, 10 backward (Dao 2023, FlashAttention-2, section 4.1, which counts 2.5 times the forward).
-    """
+    scores computed again, 10 backward (Dao 2023, FlashAttention-2, section 4.1, which counts 2.5 times the forward)."""
     layer = 4 * layer_weights(config) + 6 * rank * sum(i + o for i, o in product_sizes(config))
     attention = 3.5 * 4 * config.num_attention_heads * config.head_dim
     head = 4 * config.hidden_size * config.vocab_size
@@ -119,8 +118,7 @@ class Memory:
     measured peaks in `bench.py train`.
 
     free: bytes of the GPU, None without one; host: of the CPU, for states that wait there; largest: tokens of the
-    largest pass; shapes: of passes, each with graphs of its own; compiled: the layers are.
-    """
+    largest pass; shapes: of passes, each with graphs of its own; compiled: the layers are."""
 
     s: Settings
     config: OuroConfig
@@ -212,10 +210,7 @@ def fitting(memory: Memory) -> int:
 def passes_for(memory: Memory) -> Passes:
     """How rows are put together here: as many tokens as need nothing computed twice; where all of it is in any case, as
     with 4-bit weights, which are decoded anew for each pass, as many as fit.
-
-    Raises:
-        UserError: the longest row does not fit, by the estimate, with all layers computed twice.
-    """
+    Raises UserError: the longest row does not fit, by the estimate, with all layers computed twice."""
     s, longest = memory.s, memory.largest
     layers = memory.config.num_hidden_layers
     if s.activation_checkpointing.isdecimal() and int(s.activation_checkpointing) > layers:

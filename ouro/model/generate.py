@@ -309,11 +309,8 @@ def generate(
     on_tokens(prompt, tokens): called as tokens come, a few at a time; on_end(prompt, reply): as each reply is whole.
     batch_size: sequences at once; by itself as many as memory allows. Longest prompts start first; one that ends makes
     room for the next.
-
-    Raises:
-        UserError: a prompt and its answer are longer than the model's positions, or than free memory.
-        ValueError: arguments out of range, a model in training mode, or weights that cannot be merged.
-    """
+    Raises UserError: a prompt and its answer are longer than the model's positions, or than free memory; ValueError:
+    arguments out of range, a model in training mode, or weights that cannot be merged."""
     if depth < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
         raise ValueError("depth, max_new_tokens and batch_size must be at least 1, temperature at least 0")
     if not prompts:

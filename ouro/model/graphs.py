@@ -104,8 +104,7 @@ class _Recomputed(torch.autograd.Function):
     """layer(x, *arguments), of which only x is kept for the backward pass, or waits on the CPU.
 
     The parameters are the layer's, here to be given their gradients. Unlike torch's checkpoint this stores no state of
-    a random number generator, and so can be captured in a graph.
-    """
+    a random number generator, and so can be captured in a graph."""
 
     @staticmethod
     def forward(ctx, layer, arguments, parameters, wait, x, *_):
@@ -295,8 +294,7 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
 
     plan: for a number of tokens, padding included, not more than `largest`. last: only the last loop's state is given,
     for an objective that reads no other. graphs: captured, a pair of graphs for each shape; the backward pass of a
-    batch must then come before the next forward pass, which raises RuntimeError otherwise.
-    """
+    batch must then come before the next forward pass, which raises RuntimeError otherwise."""
     decoder = model.get_base_model().model
     run_loops, captured, parameters = decoder.run_loops, {}, adapters(decoder)
     like, loops = decoder.norm.weight.detach()[None], decoder.config.total_ut_steps

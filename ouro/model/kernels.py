@@ -73,8 +73,7 @@ if triton:
                 HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
         """One head of one sequence, one of `splits` parts of its past; the last part holds the new token too.
 
-        Each of a block's BLOCK places has its own running softmax: threads wait for each other only at the end.
-        """
+        Each of a block's BLOCK places has its own running softmax: threads wait for each other only at the end."""
         batch, head, part = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
         at = tl.load(position + batch).to(tl.int32)
         d = tl.arange(0, DIM)
@@ -189,8 +188,7 @@ def multiply(
     stands between two products takes no kernel of its own.
 
     x, y: (1, width). state: x, or where y is given x + norm(y, after), then normed by `last` if that is given.
-    before: the weight of a norm for this product alone.
-    """
+    before: the weight of a norm for this product alone."""
     size, width = matrix.shape
     out = x.new_empty(1, size)
     state = x if y is None else torch.empty_like(x)  # not into x: programs of the kernel that start later read it

@@ -61,11 +61,8 @@ def warn_of_depth(asked: int, known: int) -> None:
 
 def read_config(path: str, revision: str | None) -> PretrainedConfig:
     """The config.json of a folder or Hub id, of any causal model.
-
-    Raises:
-        UserError: there is none, it asks for code of its own, or it has sizes that no model has (lists of so many
-            layers, and then the layers, would be made before any weights are found not to fit).
-    """
+    Raises UserError: there is none, it asks for code of its own, or it has sizes that no model has (lists of so many
+    layers, and then the layers, would be made before any weights are found not to fit)."""
     revision = revision or REVISIONS.get(path)
     with loading(f"the model {path}", BROKEN):
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
@@ -96,11 +93,8 @@ def model_files(path: str, revision: str | None) -> dict[str, str]:
 
 def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint (folder or Hub id), at the pinned revision, checked against the model's config.
-
-    Raises:
-        UserError: it cannot be read, has no chat template, its vocabulary lacks <|im_end|> or is larger than the
-            model's, or `max_length` is more than the model's positions.
-    """
+    Raises UserError: it cannot be read, has no chat template, its vocabulary lacks <|im_end|> or is larger than the
+    model's, or `max_length` is more than the model's positions."""
     place = Path(path)
     if not place.exists() and (place.is_absolute() or (place.parent.is_dir() and place.parent != Path())):
         raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
@@ -142,12 +136,9 @@ def load_ouro(
     The published repositories load at the revisions pinned in REVISIONS unless another is given. With `nf4` the layers'
     projections are quantised (bitsandbytes, computing in `dtype`); embeddings, norms, head and exit gate keep `dtype`.
     A folder whose config.json holds `init_seed` and that has no weights gives a random model, the same at every call.
-
-    Raises:
-        UserError: its config.json cannot be read, see `read_config`.
-        OSError: no such file, or no network and no cached copy (the message says which).
-        ValueError: the checkpoint is not an Ouro model, or names of its tensors do not fit.
-    """
+    Raises UserError: its config.json cannot be read, see `read_config`; OSError: no such file, or no network and no
+    cached copy (the message says which); ValueError: the checkpoint is not an Ouro model, or names of its tensors do
+    not fit."""
     quantization = None
     if nf4:
         quantization = BitsAndBytesConfig(
@@ -210,10 +201,7 @@ def has_fp8() -> bool:
 
 def frozen_here(s: Settings, who: str) -> Frozen:
     """The frozen weights beside which this machine can read a run: its own, or, with a warning, bf16 in place of fp8.
-
-    Raises:
-        UserError: bf16 without a GPU.
-    """
+    Raises UserError: bf16 without a GPU."""
     if s.bf16 and not torch.cuda.is_available():
         raise UserError(f"{who} computes in bf16 on a GPU, and no CUDA GPU is found here")
     kind = frozen_kind(s)
@@ -250,10 +238,7 @@ WITHOUT_MEANING = ("peft_version", "base_model_name_or_path", "revision", "auto_
 
 def adapter_config(adapter: Path) -> tuple[LoraConfig, str | None]:
     """A saved LoRA adapter of all projections as PEFT is to load it, and the base that it was made for.
-
-    Raises:
-        UserError: a missing or broken file, naming the key that is wrong or stands twice.
-    """
+    Raises UserError: a missing or broken file, naming the key that is wrong or stands twice."""
     try:
         found = from_json((adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -280,12 +265,9 @@ def adapter_config(adapter: Path) -> tuple[LoraConfig, str | None]:
 
 def check_adapter(adapter: Path, s: Settings, trained: Settings | None) -> None:
     """That an adapter belongs to the settings' base, tensor by tensor, and to its run's settings (None: of no run).
-
-    Raises:
-        UserError: a missing or broken file, another base or scale than recorded, other tensors than the base's layers
-            take (PEFT would leave them out, and begin anew where some are missing), or one that is no number anywhere
-            or zero everywhere, with which it would score as the base.
-    """
+    Raises UserError: a missing or broken file, another base or scale than recorded, other tensors than the base's
+    layers take (PEFT would leave them out, and begin anew where some are missing), or one that is no number anywhere or
+    zero everywhere, with which it would score as the base."""
     config, made_for = adapter_config(adapter)
     for key in COMPUTED:
         if trained and getattr(trained, key) != getattr(config, key):
@@ -328,10 +310,7 @@ def put_adapter(
     """Puts a saved or a new adapter into the model's layers, in place; None: the model computes without one.
 
     fused: groups of projections compute together, which is how they are trained; DoRA is left to PEFT's own layers.
-
-    Raises:
-        UserError: the adapter cannot be read, or not beside such weights.
-    """
+    Raises UserError: the adapter cannot be read, or not beside such weights."""
     if adapter is None:
         if frozen != "fp8":
             return model
@@ -377,10 +356,7 @@ def load_run_model(
 
     adapter: a saved one, a new one, or none. frozen: the kind of the frozen weights; None: as in the run's training.
     fused: see `put_adapter`. total_ut_steps: loops; None: as the checkpoint says.
-
-    Raises:
-        UserError: base or adapter cannot be read, or they do not belong together.
-    """
+    Raises UserError: base or adapter cannot be read, or they do not belong together."""
     if isinstance(adapter, Path):
         check_adapter(adapter, s, s)
     frozen = frozen or frozen_kind(s)

@@ -63,8 +63,7 @@ class _Products(torch.autograd.Function):
     """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
     key: int32 (rows,), as of `dropout`, or None where there is none. tensors: what the group keeps, copies of A
-    and B among it; and the parameters that those are copies of, here only to be given their gradients.
-    """
+    and B among it; and the parameters that those are copies of, here only to be given their gradients."""
 
     @staticmethod
     def forward(ctx, x, key, p, kind, outs, scale, *tensors):
@@ -107,8 +106,7 @@ class Group(nn.Module):
     """The projections of one input, computed together: (…, in) -> one (…, out) each.
 
     It owns no parameter and nothing of the state dict: the adapters stay PEFT's, and what is here are copies in the
-    weights' dtype, which `refresh` brings up to date.
-    """
+    weights' dtype, which `refresh` brings up to date."""
 
     def __init__(self, projections: list[LoraLayer], kind: str, number: int):
         super().__init__()
@@ -156,10 +154,7 @@ class Group(nn.Module):
 
 def fuse(model: PeftModel, kind: str) -> None:
     """Makes the layers' groups compute together, in place; `kind` is how frozen weights are kept: bf16, fp8 or nf4.
-
-    Raises:
-        ValueError: an adapter whose products are not plain LoRA's (DoRA).
-    """
+    Raises ValueError: an adapter whose products are not plain LoRA's (DoRA)."""
     number = 0
     for layer in model.get_base_model().model.layers:
         parts = dict(layer.self_attn.named_children()) | dict(layer.mlp.named_children())

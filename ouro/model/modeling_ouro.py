@@ -48,9 +48,7 @@ ONE_VALUE = {
 
 class OuroConfig(PretrainedConfig):
     """Settings of an Ouro model, with the names of the published config.json; the defaults are Ouro-2.6B's.
-
-    Raises:
-        ValueError: for a variant that is not supported (ONE_VALUE, fewer heads of keys, other than full attention).
+    Raises ValueError: for a variant that is not supported (ONE_VALUE, fewer heads of keys, other than full attention).
     """
 
     model_type = "ouro"
@@ -120,8 +118,7 @@ class OuroOutput(CausalLMOutputWithPast):
     loop_hidden_states, loop_logits: one tensor a loop, (batch, seq, hidden) and (batch, kept positions, vocab).
     gate_logits: (loops, batch, seq); `exit_distribution` turns them into exit probabilities.
     loop_losses: (loops,), with `objective="all"`.
-    correct_tokens, trained_tokens: scalars; greedy predictions that were right, out of the trained positions.
-    """
+    correct_tokens, trained_tokens: scalars; greedy predictions that were right, out of the trained positions."""
 
     loop_hidden_states: tuple[Tensor, ...] | None = None
     loop_logits: tuple[Tensor, ...] | None = None
@@ -156,8 +153,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
     """Attention of q on k and v, all (batch, heads, seq, head_dim), in one of three forms.
 
     mask: bool, broadcastable to (batch, heads, queries, keys); causal: no mask, query i sees keys 0..i; documents:
-    int32 (documents + 1,), where each document of the packed rows starts and ends in the flattened batch.
-    """
+    int32 (documents + 1,), where each document of the packed rows starts and ends in the flattened batch."""
     if documents is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     batch, heads, seq, dim = q.shape
@@ -228,8 +224,7 @@ class OuroDecoderLayer(GradientCheckpointingLayer):
     """One block with sandwich norms: before each sub-layer, and after it inside the residual branch.
 
     It holds no number that differs between layers or loops (the cache slot is an argument), so that `torch.compile`
-    translates it once for all of them.
-    """
+    translates it once for all of them."""
 
     def __init__(self, config: OuroConfig):
         super().__init__()
@@ -293,10 +288,7 @@ class OuroModel(OuroPreTrainedModel):
         documents: `document_bounds` of position_ids, so that the GPU need not be asked; without a mask or a cache.
         past_key_values, or `cache`: one with a slot for each (loop, layer), or empty.
         noise: int32 (batch, seq), a random number a token, from which groups of projections (`project`) draw dropout.
-
-        Raises:
-            ValueError: arguments that contradict each other, or a cache filled at another depth.
-        """
+        Raises ValueError: arguments that contradict each other, or a cache filled at another depth."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
@@ -407,8 +399,7 @@ def document_starts(position_ids: Tensor, token: Tensor | None = None) -> Tensor
     """Where a document follows another in its row: a token whose position is not one above that of the token before.
 
     position_ids: (batch, seq). token: bool (batch, seq), False for padding, which is passed over. The first token of a
-    row follows nothing and is False.
-    """
+    row follows nothing and is False."""
     batch, seq = position_ids.shape
     if token is None:
         return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
@@ -427,8 +418,7 @@ def document_bounds(starts: Tensor) -> Tensor:
 def positions_trained(labels: Tensor, starts: Tensor | None = None, token: Tensor | None = None) -> Tensor:
     """Positions of the flattened batch from which a label is predicted, the one after each, int64 (trained,).
 
-    labels, starts (as of `document_starts`; None: a document a row), token (False for padding): (batch, seq).
-    """
+    labels, starts (as of `document_starts`; None: a document a row), token (False for padding): (batch, seq)."""
     trained = labels[:, 1:] != IGNORE
     if starts is not None:  # the first token of a document has nothing before it to be predicted from
         trained = trained & ~starts[:, 1:]
@@ -504,8 +494,7 @@ def exit_distribution(gate_logits: Tensor) -> Tensor:
     """Probability of leaving after each loop, (loops, ...) from gate logits of that shape (arXiv 2510.25741, 3.2).
 
     p_t = sigmoid(g_t) * prod_{j<t} (1 - sigmoid(g_j)), and the last loop takes what remains: its own gate is not read.
-    In fp32 (float64 for float64), also in a bf16 model.
-    """
+    In fp32 (float64 for float64), also in a bf16 model."""
     wide = gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))
     stay = F.logsigmoid(-wide[:-1]).cumsum(0)  # log of the mass that has not left after loop t
     before = torch.cat((torch.zeros_like(wide[:1]), stay))
@@ -589,10 +578,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             (the published `labels=` path); "all": the mean over loops of each loop's cross-entropy.
         num_items_in_batch: trained tokens of the whole step, over accumulation and ranks; the loss is divided by it.
         trained: `positions_trained` of labels and position_ids, so that the GPU need not be asked; without a mask.
-
-        Raises:
-            ValueError: arguments that contradict each other or lie out of range.
-        """
+        Raises ValueError: arguments that contradict each other or lie out of range."""
         asked = [exit_at_step is not None, exit_threshold is not None, use_weighted_exit]
         if sum(asked) > 1:
             raise ValueError("give at most one of exit_at_step, exit_threshold and use_weighted_exit")

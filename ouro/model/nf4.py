@@ -15,8 +15,7 @@ def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch
 
     code: the 16 numbers. state: indices into it, two a byte, the first in the higher half; a scale for each 64 of them.
     Doubly quantised the scales are indices too, and behind them stand the numbers that they mean, a scale for each 256,
-    and the mean that was subtracted.
-    """
+    and the mean that was subtracted."""
     packed, absmax, *nested = state
     if nested:
         scales_code, scales, mean = nested
@@ -27,11 +26,7 @@ def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch
 
 
 def nf4_state(weight: Tensor) -> list[Tensor]:
-    """What `nf4_weight` reads, of a bitsandbytes Params4bit.
-
-    Raises:
-        ValueError: it is quantised in another way.
-    """
+    """What `nf4_weight` reads, of a bitsandbytes Params4bit. Raises ValueError: it is quantised in another way."""
     state = weight.quant_state
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     if state.quant_type != "nf4" or state.blocksize != 64 or (nested and state.state2.blocksize != 256):

@@ -35,10 +35,7 @@ def is_compiled(s: Settings, device: str | int) -> bool:
 def build(s: Settings, device: str | int, memory: Memory) -> PeftModel:
     """The model to train: frozen weights, new adapters, layers that compute together, are compiled, and run by the
     plans of `memory`.
-
-    Raises:
-        UserError: no such model, or one that this machine cannot train as the settings say.
-    """
+    Raises UserError: no such model, or one that this machine cannot train as the settings say."""
     if s.deterministic:  # without warn_only=True, under which attention's backward pass would sum in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
         torch.use_deterministic_algorithms(True)

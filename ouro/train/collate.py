@@ -15,8 +15,7 @@ def collate(
     input_ids, labels: int64 (batch, width). trained: the positions that predict (`positions_trained`). Where several
     rows stand in one there are position_ids too, which begin at 0 in each (and in the padding), and `documents`, their
     bounds. noise: int32 (batch, width), what dropout is drawn from, unless `seed` is None. All of this is computed
-    here, where no GPU has to be waited for.
-    """
+    here, where no GPU has to be waited for."""
     batch = 1 if how.packed else len(rows)
     input_ids = torch.zeros(batch, how.width, dtype=torch.long)
     labels, positions = torch.full_like(input_ids, IGNORE), torch.zeros_like(input_ids)

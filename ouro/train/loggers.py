@@ -19,11 +19,8 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 
 def check_logger(settings: Settings) -> None:
     """Whether the package is there and the W&B server takes a run of this user; nothing is asked on the terminal.
-
-    Raises:
-        UserError: no such package, no API key, one that the server refuses, no server, or a WANDB_… variable that W&B
-            does not know.
-    """
+    Raises UserError: no such package, no API key, one that the server refuses, no server, or a WANDB_… variable that
+    W&B does not know."""
     there = {"tensorboard": is_tensorboard_available(), "wandb": find_spec("wandb")}
     if not there.get(settings.report_to, True):
         raise UserError(f"report_to = {settings.report_to} needs the package {settings.report_to}; or --report_to none")
@@ -54,10 +51,7 @@ def check_logger(settings: Settings) -> None:
 
 def start_logger(run: Resolved, folder: Path) -> None:
     """Starts the W&B run, or the rest of it, that transformers' callback then writes to; its files are in `folder`.
-
-    Raises:
-        UserError: the server refuses it, as for an entity that is not the user's.
-    """
+    Raises UserError: the server refuses it, as for an entity that is not the user's."""
     if run.settings.report_to != "wandb" or RANK > 0:
         return
     import wandb

@@ -32,10 +32,7 @@ from trl import SFTConfig
 
 def check_device(s: Settings) -> str | int:
     """The device of this process; a machine that cannot run these settings is refused here, not an hour later.
-
-    Raises:
-        UserError: bf16 without a GPU that computes in it, more processes than GPUs, or nothing to compile with.
-    """
+    Raises UserError: bf16 without a GPU that computes in it, more processes than GPUs, or nothing to compile with."""
     if not torch.cuda.is_available():
         if s.bf16:
             raise UserError(
@@ -106,8 +103,7 @@ def shard_frozen_weights(model: PeftModel) -> None:
     """Leaves each process its share of the layers' frozen projections; a layer is whole only while it runs (FSDP2).
 
     The adapter is left to DDP, and so are optimizer, checkpoints and exact resume. The numbers stay the same bits,
-    except that with a loss of several loops FSDP2's hooks change the order in which a loop's gradients are summed.
-    """
+    except that with a loss of several loops FSDP2's hooks change the order in which a loop's gradients are summed."""
     decoder = model.get_base_model().model
     mesh = init_device_mesh(model.device.type, (WORLD_SIZE,))
     for module in decoder.modules():
@@ -138,10 +134,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     """The steps of this process, the memory of their passes, and for the manifest what was planned; printed, too.
 
     before: what the manifest of a run that is continued says of that: the same passes give the same bytes.
-
-    Raises:
-        UserError: the longest row does not fit.
-    """
+    Raises UserError: the longest row does not fit."""
     config, free, host = sizes(s), None if device == "cpu" else torch.cuda.mem_get_info()[0], host_memory()
     config.total_ut_steps = s.total_ut_steps
     if WORLD_SIZE > 1:  # all processes must make the same passes
@@ -192,10 +185,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
 def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool, quiet: bool) -> None:
     """Captures the graphs of all passes of steps first..last - 1, the largest first: memory then runs out at once, or
     not at all.
-
-    Raises:
-        UserError: it ran out.
-    """
+    Raises UserError: it ran out."""
     prepare = getattr(model.get_base_model().model, "prepare", None)
     if not prepare:
         return

@@ -46,10 +46,7 @@ def print0(text: str) -> None:
 
 def wait_for_data() -> None:
     """A moment, while another process of this node tokenises.
-
-    Raises:
-        UserError: a process has failed, which says why.
-    """
+    Raises UserError: a process has failed, which says why."""
     time.sleep(0.2)
     try:
         failed = _get_default_store().add("failed", 0) if torch.distributed.is_initialized() else 0

@@ -82,10 +82,7 @@ def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, objec
 
 def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings]:
     """The folder of a trained run, and the settings it was trained with: of a model on the Hub with the commit.
-
-    Raises:
-        UserError: it is not trained yet; the message holds the command that does it.
-    """
+    Raises UserError: it is not trained yet; the message holds the command that does it."""
     name = name or run.run
     folder = Path(run.settings.output_dir) / name
     if not (folder / "completed").exists():
@@ -106,10 +103,7 @@ def check_base(folder: Path, path: str, files: dict[str, str] | None = None) -> 
     """That the base of a trained run is the one it was trained on; one on the Hub is, by the commit of `run_settings`.
 
     files: the `model_files` of what is at `path`, where they are known.
-
-    Raises:
-        UserError: it is another, beside which the adapter means nothing; or the manifest is damaged.
-    """
+    Raises UserError: it is another, beside which the adapter means nothing; or the manifest is damaged."""
     record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     found = {"model_files": files or model_files(path, None)} if "model_files" in record and Path(path).is_dir() else {}
     if changed := changed_inputs(record, found):
@@ -118,10 +112,7 @@ def check_base(folder: Path, path: str, files: dict[str, str] | None = None) -> 
 
 def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
     """A run's folder, the settings it was trained with, and its adapter.
-
-    Raises:
-        UserError: it is not trained, the adapter is damaged, or its base is another one now.
-    """
+    Raises UserError: it is not trained, the adapter is damaged, or its base is another one now."""
     folder, trained = run_settings(run)
     check_base(folder, trained.model_name_or_path)
     return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
@@ -129,10 +120,7 @@ def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
 
 def whole(folder: Path, remedy: str) -> Path:
     """`folder`, after its checksums were compared. remedy: what the user is told to do where it is not whole.
-
-    Raises:
-        UserError: it is not there, or its files are not those that were written.
-    """
+    Raises UserError: it is not there, or its files are not those that were written."""
     if not folder.is_dir():
         raise UserError(f"no {folder}: {remedy}")
     if why := damage(folder):
@@ -195,10 +183,7 @@ def checkpoints(folder: Path) -> list[Path]:
 @contextmanager
 def hold(folder: Path):
     """Keeps other processes from training into `folder` meanwhile. Process 0 does it for its whole group.
-
-    Raises:
-        UserError: another trains into it; for a job that was requeued, still after LEASE.
-    """
+    Raises UserError: another trains into it; for a job that was requeued, still after LEASE."""
     if RANK > 0:
         yield
         return
@@ -229,11 +214,8 @@ def hold(folder: Path):
 def claim(folder: Path, run: Resolved) -> str | Path:
     """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
     continue from. Process 0 goes first, and the others see what it left.
-
-    Raises:
-        UserError: the folder holds something else: a run with other settings that has begun, which is neither continued
-            nor counted as this one, or files that are no run; or it is not the same folder for all processes.
-    """
+    Raises UserError: the folder holds something else: a run with other settings that has begun, which is neither
+    continued nor counted as this one, or files that are no run; or it is not the same folder for all processes."""
     if run.options.overwrite and REQUEUED:
         print0("a job that was requeued continues: --overwrite was done when it began")
     overwrite = run.options.overwrite and RANK == 0 and not REQUEUED
@@ -329,11 +311,8 @@ def changed_inputs(record: dict, found: dict) -> str:
 
 def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     """Takes back what the run recorded after its checkpoint, and records that it was continued.
-
-    Raises:
-        UserError: model, data or tokenizer are not those that the run began with, what it recorded is damaged, or the
-            checkpoint is another run's.
-    """
+    Raises UserError: model, data or tokenizer are not those that the run began with, what it recorded is damaged, or
+    the checkpoint is another run's."""
     folder, step = checkpoint.parent, step_of(checkpoint)
     advice = "bring it back, use another --output_dir, or --overwrite to delete that run"
     found = inputs(s, report)
@@ -364,10 +343,7 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
 
 def logged(metrics: Path, step: int, last: int) -> bytes:
     """The lines of metrics.jsonl up to a checkpoint's step, of which `last` is the last one logged.
-
-    Raises:
-        UserError: a line of them is damaged or missing. One that was written after the checkpoint may be torn.
-    """
+    Raises UserError: a line of them is damaged or missing. One that was written after the checkpoint may be torn."""
     try:
         lines = metrics.read_bytes().split(b"\n")
     except OSError as error:

@@ -7,10 +7,7 @@ import re
 def seconds(text: str, each: int = 60) -> float:
     """A time as Slurm writes it: minutes (or so many seconds `each`), MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS,
     UNLIMITED.
-
-    Raises:
-        ValueError: anything else.
-    """
+    Raises ValueError: anything else."""
     if text in ("UNLIMITED", "INFINITE"):
         return float("inf")
     if not re.fullmatch(r"(\d+-)?\d+(:\d{1,2}){0,2}", text):

@@ -136,10 +136,7 @@ class LoopTrainer(SFTTrainer):
 
     def _check_pending(self) -> None:
         """Checks the numbers fetched last, mostly of the step before: the GPU has the next one to do meanwhile.
-
-        Raises:
-            UserError: they say that the run is lost.
-        """
+        Raises UserError: they say that the run is lost."""
         if self._unchecked is None:
             return
         step, numbers, arrived = self._unchecked
@@ -260,10 +257,7 @@ class LoopTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Under another name, with checksums and synced, then renamed; only then do older ones go.
-
-        Raises:
-            UserError: it could not be written, as on a full disk; the older ones stay.
-        """
+        Raises UserError: it could not be written, as on a full disk; the older ones stay."""
         folder, step = Path(self.args.output_dir), self.state.global_step
         staging = folder / ".saving"
         if RANK == 0:

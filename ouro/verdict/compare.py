@@ -15,10 +15,7 @@ EXAMPLES = 5  # items of each benchmark that are shown
 
 
 def chosen(reader: Reader, name: str) -> dict[str, Result]:
-    """By task: a model's results at the depth named (run:depth), else at its own.
-
-    Raises:
-        UserError: no such run."""
+    """By task: a model's results at the depth named (run:depth), else at its own. Raises UserError: no such run."""
     run, colon, depth = name.rpartition(":") if re.search(r":\d+$", name) else (name, "", "")
     mine = [r for r in reader.results if r.study["run"] == run]
     if not mine:
@@ -76,9 +73,7 @@ def compare_task(reader: Reader, one: Result, two: Result) -> dict:
 
 def compare(reader: Reader, first: str, second: str) -> str:
     """Two models item by item, as Markdown: `run` or `run:depth`, without it the depth that the run was trained at.
-
-    Raises:
-        UserError: no such run or depth, or no benchmark in common."""
+    Raises UserError: no such run or depth, or no benchmark in common."""
     one, two = chosen(reader, first), chosen(reader, second)
     tasks = sorted(one.keys() & two.keys())
     if not tasks:

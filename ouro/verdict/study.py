@@ -195,9 +195,7 @@ class Reader:
 
     def lines(self, path: Path) -> list[dict]:
         """JSON lines; broken ones, as a stopped run may leave at its log's end, are left out.
-
-        Raises:
-            ValueError: a file of more than LARGEST bytes."""
+        Raises ValueError: a file of more than LARGEST bytes."""
         if (size := path.stat().st_size) > LARGEST:
             raise ValueError(f"{size / 2**20:,.0f} MiB, and at most {LARGEST >> 20} are read")
         rows, lines = [], path.read_bytes().splitlines()
