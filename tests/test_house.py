@@ -69,3 +69,17 @@ def test_architecture_names_what_is_there():
             found = [node for node in body if isinstance(node, kinds) and node.name == part]
             assert found, f"docs/architecture.md: no {name} in {path}"
             body = found[0].body
+
+
+def test_the_thai_readme_says_what_the_english_one_says():
+    """The same sections, commands, links and output, and no number that the English one does not have."""
+    english, thai = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.th.md"))
+
+    def same(text: str) -> list:
+        commands = [re.split(r" +# ", line)[0] for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+                    for line in block.splitlines()]  # fmt: skip
+        links = set(re.findall(r"\]\(((?!README).*?)\)", text))
+        return [text.count("\n## "), commands, links, re.findall(r"^Thai text, .*\n.*$", text, re.MULTILINE)]
+
+    numbers = [set(re.findall(r"\d+(?:[.,]\d+)*", text)) for text in (english, thai)]
+    assert same(english) == same(thai) and not numbers[1] - numbers[0]
