@@ -151,6 +151,11 @@ def find_jobs(
                 results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
                 jobs.append(Job(model, task, study, stale))
+                told = {files[d].name: results.read_study(files[d]) or {} for d in stale}
+                old = [name for name, was in told.items() if {"key", "generation_key"} & was.keys() and not
+                       {was.get("key"), was.get("generation_key")} & {*stale.values()}]  # fmt: skip
+                if old and not options.again:
+                    print(f"{model.run}: {', '.join(old)}: of other weights, items or settings than now, scored anew")
         if most > len(jobs):
             print(f"{model.run}: {most - len(jobs)} of {len(tasks)} tasks are complete already")
     return jobs

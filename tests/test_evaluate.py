@@ -411,6 +411,10 @@ def test_a_repeated_command_computes_nothing_and_a_changed_one_what_changed(stud
     evaluated(place, *argv)
     changed = {name for name, data in contents(place / "results").items() if data != before[name]}
     assert changed and {name.split("/")[0] for name in changed} == {"exp3a-wangchan-ut2"}
+    told = [line for line in capsys.readouterr().out.splitlines() if "than now, scored anew" in line]
+    assert len(told) == 2 and all(
+        re.match("exp3a-wangchan-ut2: .*-ut1.json, .*-ut2.json: of other", line) for line in told
+    )
 
     text = (ROOT / "configs/evals.yaml").read_text()
     (tmp_path / "evals.yaml").write_text(text.replace("คำถาม: {question}", "ถาม: {question}"))
