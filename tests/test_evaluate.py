@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_jsonl
-from local_hub import LocalHub, Scripts, copy_project, write
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
@@ -676,46 +675,3 @@ def test_a_result_that_cannot_be_written_is_named_and_its_items_come_first(tmp_p
     with pytest.raises(UserError, match=r"x-ut1.json: No space left on device; what was finished before is kept"):
         results.save(tmp_path / "x-ut1.json", {}, [{"id": 1}])
     assert {file.name for file in tmp_path.iterdir()} == {"x-ut1.items.jsonl", "results_x_ut1.json"}
-
-
-@pytest.mark.slow
-def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(tmp_path):
-    """From a Hub, at main, in real processes."""
-    copy_project(tmp_path / "project")
-    tiny_model = {file.name: file.read_bytes() for file in Path(MODEL).iterdir()}
-    items = {f"data/{file.name}": file.read_bytes() for file in (ROOT / "sample/belebele/data").iterdir()}
-    hub, repositories = LocalHub(), {"datasets/facebook/belebele": items, "a/tiny": tiny_model}
-    wanted = [hub.add(name, write(tmp_path / f"first-{n}", files), branch="main")
-              for n, (name, files) in enumerate(repositories.items())]  # fmt: skip
-    scripts = Scripts(hub, tmp_path, modules=("evaluate",))
-    argv = ["evaluate.py", "--base", "--model_name_or_path", "a/tiny", "--use_qlora", "false", "--bf16", "false",
-            "--tasks", "belebele_english", "--ut_steps", "1", "--seed", "5"]  # fmt: skip
-    folder = tmp_path / "project/results/base-fp32"
-
-    def revisions() -> list[str]:
-        s = block(folder / "belebele_english-ut1.json")
-        noted = json.loads((folder / "manifest.json").read_text())["tasks"]["belebele_english"]
-        assert noted["benchmark_revision"] == s["benchmark_revision"]
-        assert noted["model"]["revision"] == s["model_revision"]
-        assert noted["prompt_sha256"] == s["prompt_sha256"] and noted["seed"] == 5 and s["skipped"] == 0
-        return [s["benchmark_revision"], s["model_revision"]]
-
-    try:
-        said = scripts.output(*argv)
-        assert "belebele_english: eng_Latn 24 items (900 expected); has facebook/belebele changed since" in said
-        assert revisions() == wanted
-        assert "1 of 1 tasks are complete already" in scripts.output(*argv)
-        for n, (name, files) in enumerate(repositories.items()):
-            wanted[n] = hub.add(name, write(tmp_path / f"newer-{n}", files), branch="main")
-            assert "complete already" not in scripts.output(*argv), "the same content, but another commit"
-            assert revisions() == wanted
-        hub.close()
-        offline = Scripts(hub, tmp_path, offline=True, modules=("evaluate",))
-        try:
-            assert "1 of 1 tasks are complete already" in offline.output(*argv)
-        finally:
-            offline.close()
-            hub.open()
-    finally:
-        scripts.close()
-        hub.close()

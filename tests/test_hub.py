@@ -527,3 +527,46 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkey
     with pytest.raises(files.UserError, match="12.0 MB do not fit; set HF_HOME"):
         fetch.fetch(Settings(), "model")
     assert "free in the cache's file system: 12.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(tmp_path):
+    """From a Hub, at main, in real processes."""
+    copy_project(tmp_path / "project")
+    tiny_model = {file.name: file.read_bytes() for file in Path(MODEL).iterdir()}
+    items = {f"data/{file.name}": file.read_bytes() for file in (ROOT / "sample/belebele/data").iterdir()}
+    hub, repositories = LocalHub(), {"datasets/facebook/belebele": items, "a/tiny": tiny_model}
+    wanted = [hub.add(name, write(tmp_path / f"first-{n}", files), branch="main")
+              for n, (name, files) in enumerate(repositories.items())]  # fmt: skip
+    scripts = Scripts(hub, tmp_path, modules=("evaluate",))
+    argv = ["evaluate.py", "--base", "--model_name_or_path", "a/tiny", "--use_qlora", "false", "--bf16", "false",
+            "--tasks", "belebele_english", "--ut_steps", "1", "--seed", "5"]  # fmt: skip
+    folder = tmp_path / "project/results/base-fp32"
+
+    def revisions() -> list[str]:
+        s = json.loads((folder / "belebele_english-ut1.json").read_text())["study"]
+        noted = json.loads((folder / "manifest.json").read_text())["tasks"]["belebele_english"]
+        assert noted["benchmark_revision"] == s["benchmark_revision"]
+        assert noted["model"]["revision"] == s["model_revision"]
+        assert noted["prompt_sha256"] == s["prompt_sha256"] and noted["seed"] == 5 and s["skipped"] == 0
+        return [s["benchmark_revision"], s["model_revision"]]
+
+    try:
+        said = scripts.output(*argv)
+        assert "belebele_english: eng_Latn 24 items (900 expected); has facebook/belebele changed since" in said
+        assert revisions() == wanted
+        assert "1 of 1 tasks are complete already" in scripts.output(*argv)
+        for n, (name, files) in enumerate(repositories.items()):
+            wanted[n] = hub.add(name, write(tmp_path / f"newer-{n}", files), branch="main")
+            assert "complete already" not in scripts.output(*argv), "the same content, but another commit"
+            assert revisions() == wanted
+        hub.close()
+        offline = Scripts(hub, tmp_path, offline=True, modules=("evaluate",))
+        try:
+            assert "1 of 1 tasks are complete already" in offline.output(*argv)
+        finally:
+            offline.close()
+            hub.open()
+    finally:
+        scripts.close()
+        hub.close()
