@@ -591,13 +591,15 @@ def test_files_of_the_same_rows_or_without_some_are_named(tmp_path, names):
 
 def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):
     write(tmp_path / "mine.xlsx", "ID,Instruction\n")
+    write(tmp_path / "mine.ods", "ID,Instruction\n")
     write_atomic(tmp_path / "mine/mine.py", "raise SystemExit")
     for dataset, path, message in (
         (
             "wangchan",
             str(tmp_path / "mine.xlsx"),
-            r"mine.xlsx: a training set is JSONL, JSON, CSV .*; found mine.xlsx \(of a workbook save the sheet as CSV",
+            "mine.xlsx is not a readable Excel workbook: File is not a zip file",
         ),
+        ("wangchan", str(tmp_path / "mine.ods"), "mine.ods: a training set is JSONL, JSON, CSV .*; found mine.ods"),
         ("wangchan", str(tmp_path / "mine"), "Dataset scripts are no longer supported, but found mine.py"),
         ("wangchan", str(tmp_path / "nope"), "no such file or folder: .*nope"),
         ("pairs", None, "dataset pairs is for data of your own: name its folder or file with --dataset_path"),

@@ -11,6 +11,7 @@ from ouro.data.sources import entry_of, find_source
 from ouro.files import UserError
 from ouro.settings import Settings
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
@@ -42,6 +43,17 @@ def as_csv(rows: list[dict]) -> str:
     return text.getvalue()
 
 
+def as_workbook(*sheets: list[dict]) -> bytes:
+    """With an empty row in each sheet, and an empty sheet beside those given."""
+    content = io.BytesIO()
+    with pd.ExcelWriter(content, engine="openpyxl") as writer:
+        for number, rows in enumerate(sheets):
+            table = pd.DataFrame([rows[0], dict.fromkeys(rows[0]), *rows[1:]])
+            table.to_excel(writer, sheet_name=f"S{number}", index=False)
+        pd.DataFrame().to_excel(writer, sheet_name="empty", index=False)
+    return content.getvalue()
+
+
 @pytest.fixture
 def prepared(tmp_path, tokenizer):
     return partial(prepare_set, tmp_path, "own", tokenizer=tokenizer)
@@ -53,6 +65,7 @@ FORMS = {  # name -> files, which of them is named, the layout that is said
     "Alpaca without some inputs": ({"mine.jsonl": SPARSE}, "mine.jsonl", "alpaca: columns instruction, output, input;"),
     "Alpaca, JSON with a mark": ({"mine.json": BOM + json.dumps(ALPACA)}, "mine.json", "alpaca: "),
     "Alpaca, Excel's CSV": ({"mine.csv": BOM + as_csv(ALPACA)}, "mine.csv", "alpaca: "),
+    "Alpaca, a workbook": ({"mine.xlsx": as_workbook(ALPACA)}, "mine.xlsx", "alpaca: "),
     "Alpaca, Parquet": ({"mine.parquet": ALPACA}, "mine.parquet", "alpaca: "),
     "ShareGPT": ({"mine.jsonl": SHAREGPT}, "mine.jsonl", "sharegpt: columns conversations; not read: id;"),
     "ShareGPT, Parquet": ({"train.parquet": SHAREGPT}, "", "sharegpt: columns conversations; not read: id;"),
@@ -122,6 +135,21 @@ def test_a_layout_that_is_not_clear_is_asked_for(fault, prepared):
     rows, message = REFUSED[fault]
     with pytest.raises(UserError, match=message):
         prepared({"mine.jsonl": rows}, "mine.jsonl")
+
+
+def test_a_workbooks_rows_are_placed_and_what_is_no_single_table_is_refused(prepared, tmp_path):
+    (tmp_path / "one.xlsx").write_bytes(
+        as_workbook([{"prompt": 1, "completion": 2.5}, {"prompt": "ก", "completion": None}])
+    )
+    read = list(sources.read_file(tmp_path / "one.xlsx"))
+    assert [(where.rpartition(", ")[2], row) for where, row in read] == [
+        ("row 2", {"prompt": "1", "completion": "2.5"}),
+        ("row 4", {"prompt": "ก", "completion": ""}),
+    ]
+    with pytest.raises(UserError, match=r"mine.xlsx: 2 sheets hold rows \(S0, S1\), one must: save it as CSV UTF-8"):
+        prepared({"mine.xlsx": as_workbook(ALPACA, PAIRS)}, "mine.xlsx")
+    with pytest.raises(UserError, match="mine.xlsx is not a readable Excel workbook"):
+        prepared({"mine.xlsx": as_workbook(ALPACA)[:-900]}, "mine.xlsx")
 
 
 def test_a_layout_that_is_named_is_read_where_two_would_fit(prepared, tmp_path, tokenizer):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ouro.files import UserError, file_sha256
 
-KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")  # files of rows
+KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".xlsx")
 SHARD = re.compile(r"(.*?)[-_. ]*(\d+)[-_. ]?of[-_. ]?(\d+)(?!\d)")  # "train", "00001", "00003"
 TOTAL = re.compile(r"_(\d{1,3}|0\d+)")  # what follows the number in "train-1_3"
 COPY = re.compile(r"^copy of |[-_ ]+(?:copy|สำเนา)(?: ?\(?\d+\)?)?$| ?\(\d+\)$|[-_.](?:old|bak|backup)$")

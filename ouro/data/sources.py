@@ -10,6 +10,7 @@ import math
 import re
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ouro.data.thai import trim
 from ouro.files import ROOT, UserError, file_sha256, from_json, nearest, read_yaml
 from ouro.settings import DATASETS, EVALS, Settings
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import requests
@@ -259,8 +261,8 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
     if wrong := [file.name for file in files if not file.name.endswith(KINDS)]:
-        raise UserError(f"{place}: a training set is JSONL, JSON, CSV (.gz too), Parquet or a folder of save_to_disk; "
-                        f"found {', '.join(wrong[:5])} (of a workbook save the sheet as CSV UTF-8)")  # fmt: skip
+        raise UserError(f"{place}: a training set is JSONL, JSON, CSV (.gz too), Parquet, Excel's .xlsx or a folder of "
+                        f"save_to_disk; found {', '.join(wrong[:5])}")  # fmt: skip
     if not files and not may_lack:
         raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
     check_files(f"{place}, split {split}", files)
@@ -285,9 +287,10 @@ def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
 
 
 def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSONL, JSON, CSV, Parquet or Arrow file, each with where it stands; never the whole file in memory,
-    but for JSON that is one list. columns: must be there, and with the `optional` ones are all that is wanted; or none.
-    Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column missing."""
+    """The rows of a JSONL, JSON, CSV, Excel, Parquet or Arrow file, each with where it stands; never the whole file in
+    memory, but for JSON that is one list, and Excel. columns: must be there, and with the `optional` ones are all that
+    is wanted; or none. Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column
+    missing."""
     if file.suffix in (".parquet", ".arrow"):
         with table_file(file) as table:
             parquet = file.suffix == ".parquet"
@@ -303,6 +306,9 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
                     yield f"{file}, row {number}", row
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
+        return
+    if file.suffix == ".xlsx":
+        yield from read_workbook(file, columns)
         return
     with unpacked(file) as opened:
         if is_csv(file):
@@ -335,6 +341,27 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
         raise UserError(f"{name}, after line {end}: not valid UTF-8: save it as CSV UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{name}, line {end + 1}: not valid CSV ({error})") from None
+
+
+def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The rows of the only sheet of an Excel workbook that is not empty, like those of `read_csv`."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > WHOLE:
+                raise UserError(f"{file} unpacks to more than {WHOLE / 2**20:.0f} MB: save it as CSV UTF-8")
+        sheets = pd.read_excel(file, sheet_name=None, header=None, dtype=str, keep_default_na=False, engine="openpyxl")
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, zipfile.BadZipFile) as error:  # SyntaxError: its XML
+        raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
+    full = {name: sheet for name, sheet in sheets.items() if len(sheet)}
+    if len(full) != 1:
+        raise UserError(f"{file}: {len(full)} sheets hold rows ({', '.join(full)}), one must: save it as CSV UTF-8")
+    header, *rows = next(iter(full.values())).itertuples(index=False, name=None)
+    named = [column for column, name in enumerate(header) if name]
+    check_once(f"{file}", names := [header[column] for column in named])
+    check_columns(f"{file}", names, columns)
+    for number, cells in enumerate(rows, 2):
+        if any(cells):
+            yield f"{file}, row {number}", {header[column]: cells[column] for column in named}
 
 
 def check_once(where: str, names: list[str]) -> None:
@@ -435,7 +462,7 @@ def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
         with table_file(file) as parquet:
             return parquet.metadata.num_rows
-    if file.suffix == ".arrow" or is_csv(file):
+    if file.suffix in (".arrow", ".xlsx") or is_csv(file):
         return sum(1 for _ in read_file(file))
     with unpacked(file) as opened:
         return sum(1 for _ in rows_of(f"{file}", lines_of(opened, f"{file}")))
