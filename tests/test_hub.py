@@ -533,7 +533,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkey
 def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(tmp_path):
     """From a Hub, at main, in real processes."""
     copy_project(tmp_path / "project")
-    tiny_model = {file.name: file.read_bytes() for file in Path(MODEL).iterdir()}
+    tiny_model = {file.name: file.read_bytes() for file in (ROOT / "sample/ouro-tiny").iterdir()}
     items = {f"data/{file.name}": file.read_bytes() for file in (ROOT / "sample/belebele/data").iterdir()}
     hub, repositories = LocalHub(), {"datasets/facebook/belebele": items, "a/tiny": tiny_model}
     wanted = [hub.add(name, write(tmp_path / f"first-{n}", files), branch="main")

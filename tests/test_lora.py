@@ -310,8 +310,7 @@ def test_compiled_layers_give_the_same_gradients_from_one_translation(monkeypatc
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_a_compiled_layer_keeps_no_decoded_weight_for_the_backward_pass(kind):
     """While this was written, torch kept the halves of NF4's bytes: 50 MB a layer call of the published model."""
     model = fused(kind, lora_dropout=0.3)
@@ -321,7 +320,7 @@ def test_a_compiled_layer_keeps_no_decoded_weight_for_the_backward_pass(kind):
     x = torch.randn(1, 29, decoder.config.hidden_size, requires_grad=True)
     cos, sin = decoder.rotations(torch.arange(29)[None], x.dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        compiled = torch.compile(layer.forward)
+        compiled = torch.compile(layer.forward, backend="aot_eager_decomp_partition")  # no kernels
         compiled(x, cos, sin, None, True, None, None, None, noise).sum().backward()
     kept = [t for t in kept if t.untyped_storage().data_ptr() not in own]
     assert len(kept) > 5 and all(29 in t.shape for t in kept if t.numel() > 64)
