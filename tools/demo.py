@@ -1,4 +1,4 @@
-"""The whole study in miniature, on CPUs and without a network, in five minutes on four cores: `make demo`.
+"""The whole study in miniature, on CPUs and without a network, in seven minutes on two cores: `make demo`.
 
     python tools/demo.py                   # Thai and English, 1 and 4 loops, 3 seeds of each; scored; the report
     DEMO_SEEDS=1 python tools/demo.py       # one seed: the same in a third of the time, and less sure
