@@ -23,7 +23,7 @@ from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
-from ouro.files import UserError, call, file_sha256, place
+from ouro.files import UserError, call, file_sha256, place, remove_left
 from ouro.model.cost import forward_flops
 from ouro.model.loading import model_files, read_config, warn_of_depth, with_adapter
 from ouro.settings import Resolved, Settings, resolve
@@ -157,6 +157,8 @@ def find_jobs(
                 if old and not options.again:
                     print(f"{model.run}: {', '.join(old)}: of other weights, items or settings than now, scored anew")
         if most > len(jobs):
+            # nothing is written where all is complete, and so nothing met that a killed process left there
+            remove_left(Path(s.results_dir) / model.run / "manifest.json")
             print(f"{model.run}: {most - len(jobs)} of {len(tasks)} tasks are complete already")
     return jobs
 

@@ -406,8 +406,10 @@ def test_a_repeated_command_computes_nothing_and_a_changed_one_what_changed(stud
     file = place / "output/exp3a-wangchan-ut2/final_adapter/adapter_model.safetensors"
     save_file({name: w * 1.5 for name, w in load_file(file).items()}, file)
     (place / "results/base-fp32/english_text-ut1.json").write_text("{")  # half a file is none
+    (left := place / "results/seed7/exp2-wangchan-ut1/.manifest.json.0123.tmp").touch()
     (place / "results/exp2-wangchan-ut1/english_text-ut2.items.jsonl").unlink()  # nor is one without its items
     evaluated(place, *argv)
+    assert not left.exists()
     changed = {name for name, data in contents(place / "results").items() if data != before[name]}
     assert changed and {name.split("/")[0] for name in changed} == {"exp3a-wangchan-ut2"}
     told = [line for line in capsys.readouterr().out.splitlines() if "than now, scored anew" in line]
