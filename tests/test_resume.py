@@ -278,23 +278,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
     assert (run / "damaged-1-checkpoint-3/optimizer.pt").exists(), "nothing is deleted"
 
 
-def test_without_a_good_checkpoint_nothing_is_deleted_and_overwrite_starts_anew(stopped, tmp_path, capsys):
+def test_without_a_good_checkpoint_all_are_set_aside_and_the_run_starts_anew(whole, stopped, tmp_path, capsys):
     run = copied(stopped, tmp_path)
     flip_a_bit(run / "checkpoint-3/adapter_model.safetensors")
     lose_the_contents(run / "checkpoint-2")
     before = contents(run)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match="checkpoint-3 is there: --resume auto continues"):
+        six(tmp_path, "--resume", "never")
+    (run / "final_adapter").mkdir()  # as of a copy that lost `completed`
+    with pytest.raises(UserError, match="(?s)checkpoint-3 is damaged.*final_adapter is there\nbring one back"):
         six(tmp_path)
-    assert "checkpoint-3 is damaged: its files are not those of its SHA256SUMS: adapter_model" in str(refused.value)
-    assert f"{run}/checkpoint-2 is damaged: its SHA256SUMS is empty\n" in str(refused.value) and contents(run) == before
+    (run / "final_adapter").rmdir()
+    assert contents(run) == before
+    assert_same_run(six(tmp_path), whole)
+    printed = capsys.readouterr().out
+    assert "warning: no checkpoint is whole, so smoke starts from zero and all 3 steps are trained again: " in printed
+    assert f"{run}/checkpoint-3 is damaged: its files are not those of its SHA256SUMS: adapter_model" in printed
+    assert f"{run}/checkpoint-2 is damaged: its SHA256SUMS is empty\n" in printed
+    for name in ("checkpoint-3/optimizer.pt", "checkpoint-2/optimizer.pt", "metrics.jsonl", "manifest.json"):
+        assert (run / f"damaged-1-{name}").read_bytes() == (stopped / name).read_bytes(), "nothing is deleted"
+    assert "continued" not in json.loads((run / "manifest.json").read_text())
+
+
+def test_checkpoints_that_cannot_be_read_now_are_not_taken_for_damaged(stopped, tmp_path, monkeypatch):
+    run = copied(stopped, tmp_path)
+
+    def away(opened, algorithm):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = contents(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.hashlib, "file_digest", away)
+        with pytest.raises(UserError, match="cannot read .*/checkpoint-3/.*: Input/output error"):
+            run_folder.claim(run, resolved(*SIX))
+    assert contents(run) == before
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(stopped, tmp_path, capsys):
+    run = copied(stopped, tmp_path)
+    mine = ("notes.txt", "plots/loss.png", "old.tmp", "checkpoint-best/weights")
+    for name in mine:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    for name in ("damaged-1-checkpoint-1", "merged", ".manifest.json.0.tmp.d"):
+        (run / name).mkdir()
+    (run / ".manifest.json.0.tmp").touch()
     assert one_step(tmp_path, "--overwrite") == 1
-    assert f"deleting the unfinished run in {run}" in capsys.readouterr().out
-    (run / "checkpoint-1").rename(run / "final_adapter")  # as of a copy that lost `completed`
-    with pytest.raises(UserError, match="final_adapter is there\nbring one back"):
-        six(tmp_path)
-    (run / "final_adapter").rename(run / "checkpoint-1")
+    printed = capsys.readouterr().out
+    assert f"deleting the unfinished run in {run}" in printed
+    assert f"left in {run}, as no run has written it: checkpoint-best, notes.txt, old.tmp, plots\n" in printed
     assert names(run) == ["checkpoint-1"] and [line["step"] for line in metrics(run)] == [1]
     assert "continued" not in json.loads((run / "manifest.json").read_text())
+    ours = {"config.yaml", "manifest.json", "data_report.json", "metrics.jsonl", "checkpoint-1"}
+    assert set(os.listdir(run)) == ours | {name.partition("/")[0] for name in mine}
+    assert all((run / name).exists() for name in mine)
 
 
 def full(folder: Path) -> None:

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
@@ -27,8 +28,10 @@ from ouro.files import (
     UserError,
     code_version,
     damage,
+    file_sha256,
     lock,
     markdown,
+    printable,
     read_json,
     read_yaml,
     seal,
@@ -56,11 +59,20 @@ PROGRESS = ("sums", "tokens", "logged_step", "log_sha256", "processes", "recent"
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
 # What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
+WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged")
+UNFINISHED = r"\..+\.tmp(\.d)?"  # of a process that was killed
+FORMS = re.compile(rf"checkpoint-\d+|damaged-\d+-(checkpoint-\d+|metrics\.jsonl|manifest\.json)|{UNFINISHED}")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run, or the merging of its adapter, writes a file or folder of this name into the run's folder."""
+    return name in WRITTEN or FORMS.fullmatch(name) is not None
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds more than what is written before its manifest: a run refused so early has not."""
-    return any(path.name not in EARLY and not path.name.startswith(".") for path in folder.iterdir())
+    """Whether a run's folder holds more of it than what is written before its manifest: one refused so early has not
+    begun."""
+    return any(is_ours(name) and name not in EARLY and not name.startswith(".") for name in os.listdir(folder))
 
 
 def recorded_settings(folder: Path) -> Settings:
@@ -157,11 +169,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Renames a damaged checkpoint, which may be one that could not be read for a while, for the user to delete."""
-    names = (checkpoint.with_name(f"damaged-{n}-{checkpoint.name}") for n in count(1))
-    aside = checkpoint.rename(next(path for path in names if not os.path.lexists(path)))
-    print(f"{checkpoint} is damaged: renamed to {aside.name}, which you may delete")
+def set_aside(damaged: list[Path], with_them: Sequence[Path] = ()) -> None:
+    """Renames damaged checkpoints, and before them what belongs to them, to damaged-1-NAME or the next number that none
+    of them has: they may be what could not be read for a while, and are the user's to delete."""
+    paths = [*with_them, *damaged]
+    names = ([path.with_name(f"damaged-{n}-{path.name}") for path in paths] for n in count(1))
+    free = next(each for each in names if not any(map(os.path.lexists, each)))
+    for path, aside in zip(paths, free, strict=True):
+        path.rename(aside)
+    told = ", ".join(map(str, damaged))
+    print(f"{told}: damaged, renamed to {', '.join(path.name for path in free)}, which you may delete")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -213,7 +230,8 @@ def hold(folder: Path):
 
 def claim(folder: Path, run: Resolved) -> str | Path:
     """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
-    continue from. Process 0 goes first, and the others see what it left.
+    continue from. Process 0 goes first, and the others see what it left. Where no checkpoint is whole, they are set
+    aside with the run's log and manifest, and it is "new".
     Raises UserError: the folder holds something else: a run with other settings that has begun, which is neither
     continued nor counted as this one, or files that are no run; or it is not the same folder for all processes."""
     if run.options.overwrite and REQUEUED:
@@ -222,6 +240,9 @@ def claim(folder: Path, run: Resolved) -> str | Path:
     with PartialState().main_process_first():
         state = state_of(folder, run, overwrite)
         if state == "new" and RANK == 0:
+            if not overwrite and (damaged := checkpoints(folder)):
+                record = [folder / name for name in ("metrics.jsonl", "manifest.json")]
+                set_aside(damaged, [path for path in record if path.exists()])
             empty(folder, all_of_it=overwrite)
             write_atomic(folder / "config.yaml", run.as_yaml())
         if state == "complete" and RANK == 0:
@@ -238,7 +259,8 @@ def claim(folder: Path, run: Resolved) -> str | Path:
 
 
 def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
-    """What `claim` gives; "new" also for a run that is to be deleted, or that was ended before its first checkpoint."""
+    """What `claim` gives; "new" also for a run that is to be deleted, that was ended before its first checkpoint, or of
+    which no checkpoint is whole."""
     # a kill while config.yaml is first written leaves its temporary file in the folder, and that is hidden
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return "new"
@@ -256,8 +278,8 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
     if (folder / "completed").exists():
         whole(folder / "final_adapter", "bring it back, or --overwrite trains the run again")
         return "complete"
-    lost = []
-    for checkpoint in checkpoints(folder):
+    lost, there = [], checkpoints(folder)
+    for checkpoint in there:
         if run.options.resume == "never":
             raise UserError(f"{checkpoint} is there: --resume auto continues from it, --overwrite starts anew")
         why = damage(checkpoint)
@@ -266,16 +288,21 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
                 print0(f"{line}: an older one is used")
             return checkpoint
         lost.append(f"{checkpoint} is damaged: {why}")
-    lost += [f"{path} is there" for path in (folder / "final_adapter", folder / "merged") if path.exists()]
-    if lost:
-        lines = "\n  ".join([f"{folder} holds an unfinished run without a checkpoint to continue from:", *lost])
+    if made := [f"{path} is there" for path in (folder / "final_adapter", folder / "merged") if path.exists()]:
+        lines = "\n  ".join([f"{folder} holds an unfinished run without a checkpoint to continue from:", *lost, *made])
         raise UserError(f"{lines}\nbring one back, use another --output_dir, or --overwrite to delete that run")
+    for file in (file for checkpoint in there for file in checkpoint.glob("[!.]*") if file.is_file()):
+        file_sha256(file)  # a UserError: what cannot be read now, as from a file server, may be whole
+    if lost:
+        steps = f"all {step_of(there[0])} steps are trained again"
+        print0(f"warning: no checkpoint is whole, so {run.run} starts from zero and {steps}: {'; '.join(lost)}")
     return "new"
 
 
 def empty(folder: Path, all_of_it: bool) -> None:
     """Deletes the run in a folder, if there is one; or of one that was ended before its first checkpoint, what it
-    would write again. A kill in between leaves an unfinished run, and no checkpoint without what belongs to it."""
+    would write again. Nothing else, nor config.yaml, which is written anew: without it the folder would be no run's.
+    A kill in between leaves an unfinished run, and no checkpoint without what belongs to it."""
     config = folder / "config.yaml"
     if not config.exists():
         return
@@ -283,9 +310,11 @@ def empty(folder: Path, all_of_it: bool) -> None:
         print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
     first = [folder / "completed", *checkpoints(folder)]
     rest = [path for path in sorted(folder.iterdir()) if path not in (*first, config)]
-    for path in (*first, *rest, config):
-        if all_of_it or path.name in REWRITTEN or path.suffix == ".tmp":
+    for path in (*first, *rest):
+        if is_ours(path.name) if all_of_it else path.name in REWRITTEN or re.fullmatch(UNFINISHED, path.name):
             remove(path)
+    if kept := [path.name for path in rest if not is_ours(path.name) and not path.name.startswith(".")]:
+        print(printable(f"left in {folder}, as no run has written it: {', '.join(kept)}"))
 
 
 def inputs(s: Settings, report: dict) -> dict:

@@ -277,7 +277,7 @@ class LoopTrainer(SFTTrainer):
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 seal(staging / f"checkpoint-{step}")
                 # Those of this name and newer ones are damaged: the run would have continued from them.
-                for damaged in [other for other in checkpoints(folder) if step_of(other) >= step]:
+                if damaged := [other for other in checkpoints(folder) if step_of(other) >= step]:
                     set_aside(damaged)
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
                 shutil.rmtree(staging, ignore_errors=True)
