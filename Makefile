@@ -126,7 +126,7 @@ cluster-sweep:  ## submit the study to Slurm; harmless to repeat [STUDY=core|eng
 	@$(if $(value EXP),$(error cluster-sweep submits several: make $@ EXPS="$(value EXP)"))$(SITE) && slurm/run_experiments.sh
 
 status:  ## how far each submitted experiment is, and why one failed
-	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" -m ouro.cluster.sweep <<<"$$queue"
+	@$(SITE) && queue=$$(live_jobs) && "$${python[@]}" -m ouro.cluster.status <<<"$$queue"
 
 logs:  ## the end of an experiment's newest log: make logs EXP=exp2-wangchan-ut1
 	@$(need-exp)newest=$$(ls -t slurm/logs/*_"$$EXP"*.out 2>/dev/null | head -n 1) || { echo "error: no log of $$EXP in slurm/logs" >&2; exit 2; }; \

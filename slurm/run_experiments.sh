@@ -23,7 +23,7 @@ dry=${DRY:-}
 # The queue is read before the folders: a job that ends in between is then complete, and not submitted again.
 queue=$(live_jobs) || { [ -n "$dry" ] && echo "squeue failed: what is queued or running is not known"; }
 [ -z "${STUDY:-}" ] || [ -z "${EXPS:-}" ] || fail "STUDY=$STUDY names its experiments: leave EXPS out"
-plan=$("${python[@]}" -m ouro.cluster.sweep --plan --processes $((NODES * GPUS)) --seeds "${SEEDS:-}" \
+plan=$("${python[@]}" -m ouro.cluster.sweep --processes $((NODES * GPUS)) --seeds "${SEEDS:-}" \
   --exps "${EXPS:-exp1-wangchan-ut4 exp2-wangchan-ut1 exp3a-wangchan-ut2 exp3b-wangchan-ut3}" \
   --study "${STUDY:-}" --config "${CONFIG:-configs/a100.yaml}" --args="${ARGS:-}" <<<"$queue")
 

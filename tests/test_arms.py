@@ -195,7 +195,7 @@ def test_a_part_of_the_study_is_planned_with_its_own_seeds_and_the_hours_of_all_
         monkeypatch.setenv(name, value)
 
     def lines(*argv: str) -> list[list[str]]:
-        argv = ["sweep.py", "--plan", "--processes", "2", "--output_dir", str(tmp_path), "--use_qlora", "false", *argv]
+        argv = ["sweep.py", "--processes", "2", "--output_dir", str(tmp_path), "--use_qlora", "false", *argv]
         monkeypatch.setattr("sys.argv", argv)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
         sweep.main()

@@ -581,7 +581,7 @@ def test_a_mistake_in_a_sweep_is_refused_before_anything_is_submitted(on_a_clust
     ],
 )
 def test_args_are_words_as_in_a_shell_on_any_number_of_lines(on_a_cluster, monkeypatch, capsys, text, told):
-    argv = ["sweep.py", "--plan", "--exps", STUDY[0], *on_a_cluster, f"--args={text}"]
+    argv = ["sweep.py", "--exps", STUDY[0], *on_a_cluster, f"--args={text}"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     if told:
@@ -606,7 +606,7 @@ def test_the_status_is_read_in_any_locale(tmp_path):
     files.write_atomic(tmp_path / "slurm/logs/jobs.tsv", f"7\ttrain\tไทย\t{tmp_path}/ไทย\t{tmp_path}/ไทย\n")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run(
-        [sys.executable, "-m", "ouro.cluster.sweep"], cwd=tmp_path, env=environment, capture_output=True,
+        [sys.executable, "-m", "ouro.cluster.status"], cwd=tmp_path, env=environment, capture_output=True,
         input=f"7\tRUNNING\tไทย\ttrain {tmp_path}/ไทย\t{tmp_path}\n".encode(),
     )  # fmt: skip
     assert done.returncode == 0 and b" 7 RUNNING " in done.stdout, done.stderr

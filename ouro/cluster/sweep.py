@@ -1,8 +1,7 @@
-"""What a sweep of the cluster has left to do, and how far it is. Both read the user's live jobs from standard input.
+"""What a sweep of the cluster has left to do, beside the user's live jobs, which standard input has.
 
-    squeue … | python -m ouro.cluster.sweep          # make status: a line a run, and why one failed
-    squeue … | python -m ouro.cluster.sweep --plan --exps "exp1-wangchan-ut4" --config configs/a100.yaml [any setting]
-    squeue … | python -m ouro.cluster.sweep --plan --study english            # a row of configs/studies.yaml
+    squeue … | python -m ouro.cluster.sweep --exps "exp1-wangchan-ut4" --config configs/a100.yaml [any setting]
+    squeue … | python -m ouro.cluster.sweep --study english            # a row of configs/studies.yaml
 
 The plan is decided here and submitted by slurm/run_experiments.sh, because Python may run in a container that has no
 sbatch: a line a job, tab-separated, as Job has them. What was submitted stands in slurm/logs/jobs.tsv, everything else
@@ -11,19 +10,15 @@ in the runs' own folders.
 
 import argparse
 import os
-import re
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from ouro.cluster.plan import predict
+from ouro.cluster.status import Queue, evaluated, live_jobs
 from ouro.files import Parser, UserError, call, latest, nearest, read_yaml
 from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
-from ouro.verdict.study import progress
-
-LOGS = Path("slurm/logs")
 
 
 @dataclass
@@ -39,15 +34,6 @@ class Job:
     state: str
     arguments: list[str]  # of train_qlora.py, evaluate.py or report.py
     gpu_hours: float = 0.0  # predicted, of what is left to train
-
-
-Queue = list[list[str]]  # of each live job of the user's: id, state, reason, and kind and folder of the Job
-
-
-def evaluated(folder: Path, scores: Path) -> bool:
-    """Whether the run was scored after it was trained; eval.sbatch leaves the file."""
-    done, scored = folder / "completed", scores / "evaluated"
-    return done.exists() and scored.exists() and scored.stat().st_mtime >= done.stat().st_mtime
 
 
 def study_of(name: str) -> tuple[list[str], list[str], bool]:
@@ -117,71 +103,18 @@ def state_of(folder: Path, run: Resolved) -> tuple[str, int]:
     return f"resumes at step {step}" if step else "new", step
 
 
-def why(job: str, name: str) -> str:
-    """The last error that a job's log holds since it was last requeued."""
-    log = LOGS / f"{job}_{name}.err"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = text.rpartition("DUE TO JOB REQUEUE ***")[2].splitlines()
-    errors = [line.strip() for line in lines if re.search("error", line, re.IGNORECASE)]
-    ours = [line for line in errors if not line.startswith("srun:")]  # srun's only repeat that a process failed
-    return (ours or errors or ["no message: it was killed, or its node failed"])[-1]
-
-
-def status(queue: Queue) -> None:
-    """Prints a line for each run that was submitted from here, and below it why one failed."""
-    if not (LOGS / "jobs.tsv").exists():
-        raise UserError("nothing has been submitted from here yet: make cluster-sweep")
-    live = {id: state if state == "RUNNING" else f"{state} ({reason})" for id, state, reason, _ in queue}
-    runs: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}  # folders -> kind -> the newest job's id and name
-    for line in os.fsdecode((LOGS / "jobs.tsv").read_bytes()).splitlines():  # paths, in whatever locale
-        job, kind, name, folder, scores = line.split("\t")
-        runs.setdefault((folder, scores), {})[kind] = job, name
-    layout = "{:<28} {:>8} {:<24} {:>12} {:>8} {:>9} {:>16}  {}"
-    print(layout.format("experiment", "job", "state", "step", "loss", "tokens/s", "time left", "evaluation"))
-    for (folder, scores), kinds in runs.items():
-        if "report" in kinds:
-            continue
-        training = job, name = kinds.get("train", ("-", Path(folder).name))
-        scoring = kinds.get("eval", ("-", ""))
-        done, failed = (Path(folder) / "completed").exists(), []
-        *numbers, left = progress(Path(folder))
-        if done or job not in live:
-            left = "-"
-        if not done and job not in live:
-            failed.append(training)
-        state, scored = "complete" if done else live.get(job, "failed"), "-"
-        if evaluated(Path(folder), Path(scores)):
-            scored = "complete"
-        elif scoring[0] in live:
-            scored = f"job {scoring[0]} {live[scoring[0]]}"
-        elif done:
-            scored, failed = "failed", [scoring]
-        print(layout.format(name, job, state, *numbers, left, scored))
-        for one in failed:
-            print(f"    job {one[0]}: {why(*one)}\n    then: make cluster-sweep again, which continues it")
-    if report := runs.get((os.getcwd(),) * 2):
-        job, _ = report["report"]
-        print(f"report: job {job} {live.get(job, 'has ended')}")
-
-
 def main() -> None:
     parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="store_true", help="the jobs of a sweep, instead of how far they are")
     parser.add_argument("--exps", default="", help="experiments of the sweep, with spaces between them")
     parser.add_argument("--seeds", default="", help="their seeds, likewise; none: the config's")
     parser.add_argument("--processes", type=int, default=1, help="GPUs of a run")
     parser.add_argument("--study", default="", help="or a part of the study, with its own seeds unless some are named")
     options, rest = parser.parse_known_args()
-    live = os.fsdecode(sys.stdin.buffer.read())
-    queue = [line.split("\t")[:4] for line in live.splitlines() if line]
-    if not options.plan:
-        status(queue)
-        return
     exps, seeds, evaluate = options.exps.split(), options.seeds.split(), True
     if options.study:
         exps, own, evaluate = study_of(options.study)
         seeds = seeds or own
-    jobs = plan(exps, seeds, options.processes, latest(rest), queue, evaluate)
+    jobs = plan(exps, seeds, options.processes, latest(rest), live_jobs(), evaluate)
     for job in jobs:
         fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
         if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:
