@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ouro.data.cache import prepare
 from ouro.data.report import print_report, save_report
-from ouro.data.sources import entry_of
+from ouro.data.sources import check_places
 from ouro.files import call
 from ouro.model.loading import load_tokenizer
 from ouro.settings import resolve
@@ -26,7 +26,7 @@ import torch
 
 def main() -> None:
     s = resolve(__doc__).settings
-    entry_of(s.dataset)  # a wrong name is said before the model is asked for
+    check_places(s)  # said before the model is asked for, which may take a network
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     rows, report = prepare(s, tokenizer)
     print_report(report)

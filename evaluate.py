@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ouro.data.sources import read_file
+from ouro.data.sources import check_places, read_file
 from ouro.data.thai import reply_tokens
 from ouro.evaluate import benchmarks, judge, results, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest
@@ -62,7 +62,9 @@ def asked_tasks(run: Resolved) -> dict[str, dict]:
     if run.options.limit is not None and run.options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {run.options.limit}")
     specs = benchmarks.table()["tasks"]
-    return {name: specs[name] for name in benchmarks.task_names(run.settings.tasks, specs)}
+    names = benchmarks.task_names(run.settings.tasks, specs)
+    check_places(run.settings, names, trained=False)  # before the network is asked for another of them
+    return {name: specs[name] for name in names}
 
 
 def parse_depths(text: str | None) -> list[int] | None:

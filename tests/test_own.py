@@ -1,6 +1,7 @@
 """Data of one's own: its layout is recognised and said, whatever form its files have; what is unclear is refused."""
 
 import csv
+import importlib
 import io
 import json
 from functools import partial
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers import ROOT
 from training_sets import chatml, prepare_set, questions, texts, trained_texts
 
 ASKED = questions(3)
@@ -177,3 +179,35 @@ def test_a_row_of_the_table_needs_no_more_than_language_and_columns(tmp_path, mo
     table.write_text("mine: {language: th, prompt: [ask]}\n")
     with pytest.raises(UserError, match=r"datasets.yaml, mine: language, and prompt and completion, or messages, must"):
         entry_of("mine")
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "told"),
+    [
+        ("data_config", ["--dataset", "own", "--dataset_path", "nope.csv"], "no such file or folder: nope.csv"),
+        ("data_config", ["--dataset", "own", "--dataset_path", "sample/nope"], "no such file or folder: sample/nope"),
+        ("data_config", ["--dataset", "own"], r"is for data of your own: name its folder or file with --dataset_path"),
+        ("data_config", ["--paths", "thai_exam=nope"], "paths: thai_exam=nope: no such file or folder"),
+        ("data_config", ["--overlap", "thai_exm"], "overlap: unknown benchmark 'thai_exm'"),
+        ("data_config", ["--max_tokens", "wangchn"], "unknown dataset 'wangchn'"),
+        ("evaluate", ["--base", "--paths", "english_text=nope.jsonl"], "paths: english_text=nope.jsonl: no such file"),
+        ("evaluate", ["--base", "--paths", "belebele=nope"], "paths: belebele=nope: no such file or folder"),
+        ("evaluate", ["--model", "./nope"], r"no folder \./nope"),
+        ("evaluate", ["--model", "output/exp2-wangchan-ut1/nope"], "no folder output/exp2-wangchan-ut1/nope"),
+    ],
+)
+def test_what_is_not_on_this_machine_is_said_before_the_network_is_asked_for_anything(
+    tmp_path, monkeypatch, program, argv, told
+):
+    def asked(self, method, url, **_):
+        raise AssertionError(f"{url} was asked for")
+
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "output/exp2-wangchan-ut1").mkdir(parents=True)
+    monkeypatch.setattr(sources.HubSession, "request", asked)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "configs/default.yaml")
+    monkeypatch.setattr("sys.argv", [f"{program}.py", "--config", config, "--bf16", "false", *argv])
+    with pytest.raises(UserError, match=told):
+        importlib.import_module(program).main()

@@ -208,33 +208,60 @@ def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
     return known | {"note": f"{note}; held out: 2 % of the questions, by a hash"}
 
 
+def place_of(settings: Settings, entry: dict) -> Path | None:
+    """The folder or file that a training set is read from; None: the Hub's repository of its row, or, where that names
+    none, of `dataset_path`.
+    Raises UserError: it is not there, or it is for data of one's own and none is named."""
+    name, local = settings.dataset, settings.dataset_path or settings.paths.get(settings.dataset)
+    if local is None and "path" in entry:
+        local = ROOT / entry["path"]
+    own = "hub_id" not in entry and "path" not in entry
+    if local is None and own:
+        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path "
+                        "(make … DATASET_PATH=mine.csv)")  # fmt: skip
+    if local is None:
+        return None
+    there = Path(local).exists()
+    if own and not there and HUB_ID.fullmatch(local) and not local.endswith(KINDS) and not Path(local).parent.is_dir():
+        return None
+    if not there:
+        raise UserError(f"dataset {name}: no such file or folder: {local}")
+    return Path(local)
+
+
+def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = True) -> None:
+    """Before the network is asked for anything: that what the settings name on this machine is there, of the training
+    set (where one is `trained`), and of `paths` for the benchmarks in `overlap` and these tasks.
+    Raises UserError: it is not, or a name is unknown."""
+    names = set(tasks)
+    if trained:
+        names |= {*overlap_names(settings)}
+        place_of(settings, entry_of(settings.dataset))
+        if settings.max_tokens and not settings.max_tokens.isdecimal():
+            entry_of(settings.max_tokens)
+    evals = read_yaml(EVALS)["tasks"]
+    names |= {evals[task]["benchmark"] for task in names & evals.keys()}
+    for name in sorted(names & settings.paths.keys()):
+        if not Path(settings.paths[name]).exists():
+            raise UserError(f"paths: {name}={settings.paths[name]}: no such file or folder")
+
+
 def find_source(settings: Settings) -> Source:
     """The training set that the settings name: a local folder or file, else the Hub's (or its cache's) snapshot.
     Raises UserError: an unknown name, nothing readable at the path, no network and no cached copy, a revision or a
     configuration that does not exist, a missing shard."""
     name, entry = settings.dataset, entry_of(settings.dataset)
-    local, commit = settings.dataset_path or settings.paths.get(name), None
-    if local is None and "path" in entry:
-        local = ROOT / entry["path"]
-    hub_id = entry.get("hub_id")
-    if local is None and not hub_id:
-        raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path "
-                        "(make … DATASET_PATH=mine.csv)")  # fmt: skip
-    own = not hub_id and "path" not in entry
-    if own and not Path(local).exists() and HUB_ID.fullmatch(local) and not local.endswith(KINDS):
-        hub_id, local = local, None
-    if local is None:
+    place, commit = place_of(settings, entry), None
+    if place is None:
+        hub_id = entry.get("hub_id") or settings.dataset_path or settings.paths[name]
         try:  # downloads what the cache lacks
             place = Path(snapshot_download(hub_id, repo_type="dataset", revision=entry.get("revision"),
                                            allow_patterns=patterns_of(entry)))  # fmt: skip
         except (OSError, ValueError) as error:
             refusal = hub_error(name, hub_id, error)
+            own = "hub_id" not in entry
             raise UserError(f"no such folder: {hub_id}; as a Hub id: {refusal}") if own else refusal from None
         commit = place.name  # a snapshot's folder is named by its commit
-    else:
-        place = Path(local)
-        if not place.exists():
-            raise UserError(f"dataset {name}: no such file or folder: {local}")
     train = held_out = split_files(place, entry.get("config"), "train")
     if "layouts" in entry:
         entry = recognised(entry, place, train)
@@ -533,15 +560,22 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(part)
 
 
-def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
-    """Where each item of the benchmarks in `overlap` stands, and all its texts."""
+def overlap_names(settings: Settings) -> list[str]:
+    """The benchmarks in `overlap`. Raises UserError: an unknown one, or one that is a part of a training set."""
+    specs = read_yaml(EVALS)["benchmarks"]
     names = [] if settings.overlap in ("", "none") else settings.overlap.split(",")
-    specs, items = read_yaml(EVALS)["benchmarks"], []
     for name in names:
         if name not in specs:
             raise UserError(f"overlap: unknown benchmark {name!r}{nearest(name, specs)}")
         if "file" not in specs[name]:
             raise UserError(f"overlap: {name} is a part of a training set, which is held out already")
+    return names
+
+
+def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
+    """Where each item of the benchmarks in `overlap` stands, and all its texts."""
+    specs, items = read_yaml(EVALS)["benchmarks"], []
+    for name in overlap_names(settings):
         try:
             for file in benchmark_files(specs[name]):
                 rows = read_benchmark(name, specs[name], settings.paths.get(name), file)

@@ -59,10 +59,19 @@ def warn_of_depth(asked: int, known: int) -> None:
         print(f"warning: {asked} loops, and this model was made for {known}: deeper ones read worse in Ouro's paper")
 
 
+def check_folder(path: str) -> None:
+    """Raises UserError: a folder that is not there, and would be asked for on the Hub under that name."""
+    place = Path(path)
+    looks_local = path.startswith(("/", "./")) or (place.parent.is_dir() and place.parent != Path())
+    if not place.exists() and looks_local:
+        raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
+
+
 def read_config(path: str, revision: str | None) -> PretrainedConfig:
     """The config.json of a folder or Hub id, of any causal model.
     Raises UserError: there is none, it asks for code of its own, or it has sizes that no model has (lists of so many
     layers, and then the layers, would be made before any weights are found not to fit)."""
+    check_folder(path)
     revision = revision or REVISIONS.get(path)
     with loading(f"the model {path}", BROKEN):
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
@@ -95,9 +104,7 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
     """The tokenizer of a checkpoint (folder or Hub id), at the pinned revision, checked against the model's config.
     Raises UserError: it cannot be read, has no chat template, its vocabulary lacks <|im_end|> or is larger than the
     model's, or `max_length` is more than the model's positions."""
-    place = Path(path)
-    if not place.exists() and (place.is_absolute() or (place.parent.is_dir() and place.parent != Path())):
-        raise UserError(f"no folder {path} (and it does not look like a Hub id, org/name)")
+    check_folder(path)
     revision = revision or REVISIONS.get(path)
     try:
         config = read_config(path, revision)  # first: without a network it fails sooner
@@ -105,7 +112,7 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except UserError as error:
         advice = "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
-        raise UserError(f"{error}\n{advice}" if not place.exists() else str(error)) from None
+        raise UserError(f"{error}\n{advice}" if not Path(path).exists() else str(error)) from None
     if not isinstance(config, OuroConfig):
         raise UserError(f"{path} is a {config.model_type!r} model, not 'ouro'")
     if not tokenizer.chat_template:
