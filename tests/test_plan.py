@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from ouro.cluster import hours
+from ouro.cluster import hours, preflight
 from ouro.cluster.plan import predict, typical_lengths
 from ouro.data.batches import Passes
 from ouro.data.cache import prepare
@@ -14,11 +14,13 @@ from ouro.files import UserError, read_yaml
 from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, sizes, training_flops
 from ouro.model.loading import load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
-from ouro.settings import DATASETS, EXPERIMENTS, Settings, resolve
+from ouro.settings import DATASETS, EXPERIMENTS, Resolved, Settings, resolve
+from ouro.train import machine
 
 import numpy as np
 import pytest
 import requests
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, http_backoff
@@ -151,6 +153,33 @@ def test_the_studys_longest_rows_fit_the_cards_that_its_configurations_are_for(c
         assert passes.tokens >= 4096 and m.plan(passes.tokens)
     else:  # as much as needs nothing twice
         assert m.plan(passes.tokens) == Plan() != m.plan(passes.tokens + 512)
+
+
+def test_preflight_asks_for_the_memory_in_which_states_of_the_longest_rows_wait(monkeypatch):
+    """On a card of 10 GB: 175 states of 64 MiB at four loops, in half of what is free; short rows need none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9.3 * GIB, 10 * GIB))
+    monkeypatch.setattr(machine, "free_memory", lambda: 20e9)
+
+    def asked(exp: str, *argv: str) -> Resolved:
+        return resolve("", ["--config", "configs/default.yaml", "--exp", exp, *argv])
+
+    refused = (
+        r"^20\.0 GB for 1 process, 25 GB are needed \(twice the 12 GB in which states of layers wait, for rows of "
+    )
+    refused += r"16,384 tokens at 4 loops\): end what .*, or set max_length to"
+    with pytest.raises(UserError, match=refused) as error:
+        preflight.check_memory(asked("exp1-wangchan-ut4"))
+    length = str(error.value).rpartition(" ")[2]
+    told = preflight.check_memory(asked("exp1-wangchan-ut4", "--max_length", length))
+    assert 18 < int(re.match(r"20 GB free, (\d+) GB needed \(twice", told)[1]) <= 20
+    assert preflight.check_memory(asked("exp1-wangchan-ut4", "--max_length", "2048")) == "20 GB free, 2 GB needed"
+    unknown = preflight.check_memory(asked("own-ut4", "--dataset_path", "sample/wangchan/train.jsonl"))
+    assert unknown.startswith("20 GB free, 2 GB needed; were there rows of 16,384 tokens at 4 loops: twice the 12 GB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 * GIB, 10 * GIB))
+    with pytest.raises(UserError, match=r"4\.0 GiB of GPU memory are free, and 8\.4 of the CPU's"):
+        preflight.check_memory(asked("exp1-wangchan-ut4"))
 
 
 def test_what_does_not_fit_is_refused_with_the_length_that_does():

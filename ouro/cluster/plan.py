@@ -59,11 +59,9 @@ def predict(s: Settings, gpu: str, count: int, rows: str = "cached") -> Predicti
     if s.frozen_weights == "fp8" and gpu not in HOPPER:
         raise UserError(f"frozen_weights: fp8 needs a Hopper GPU ({' or '.join(HOPPER)}), not {gpu}; set it to auto")
     peak, memory = GPUS[gpu]
-    config = sizes(s)
-    config.total_ut_steps = s.total_ut_steps
     lengths, share, said = epoch_of(s, rows)
-    width = Passes(1).width
-    plans = Memory(s, config, (0.99 * memory - 0.6) * 2**30, HOST, width(int(lengths.max(initial=1))))
+    plans, width = memory_for(s, lengths, (0.99 * memory - 0.6) * 2**30, HOST), Passes(1).width
+    config = plans.config
     try:
         if s.activation_checkpointing.isdecimal() or not plans.plan(plans.largest):  # else it is known to pass
             passes_for(plans)
@@ -82,6 +80,13 @@ def predict(s: Settings, gpu: str, count: int, rows: str = "cached") -> Predicti
     hours = flops * steps / per_epoch / (peak * 1e12 * REACHED["nf4" if s.use_qlora else "bf16"] * count) / 3600
     largest = int(widths[-1])
     return Prediction(recomputed, plans.of(largest, plans.plan(largest)), tokens, steps, hours, said)
+
+
+def memory_for(s: Settings, lengths: np.ndarray, free: float, host: float, compiled: bool = True) -> Memory:
+    """Of passes that hold the longest of these rows; free, host: bytes of the GPU and of the CPU."""
+    config = sizes(s)
+    config.total_ut_steps = s.total_ut_steps
+    return Memory(s, config, free, host, Passes(1).width(int(lengths.max(initial=1))), compiled=compiled)
 
 
 def epoch_of(s: Settings, rows: str) -> tuple[np.ndarray, float, str]:

@@ -12,6 +12,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -92,15 +94,48 @@ def check_gpu(run: Resolved) -> str:
 
 
 def check_memory(run: Resolved) -> str:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    if limit := int(os.environ.get("SLURM_MEM_PER_NODE", 0)):
-        free = min(free, limit * 2**20)
-    processes = int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
-    needed = f"{processes * MEMORY / 1e9:.0f} GB"
-    if free < processes * MEMORY:
-        raise UserError(f"{free / 1e9:.1f} GB for {processes} processes, {needed} are needed: raise MEM")
-    return f"{free / 1e9:.0f} GB free, {needed} needed"
+    from ouro.train.machine import PINNED, free_memory
+
+    free, processes = free_memory(), int(os.environ.get("SLURM_GPUS_ON_NODE", 1))
+    waiting, said, remedy = waiting_states(run.settings, free / processes - MEMORY)
+    least = processes * (MEMORY + waiting / PINNED)
+    needed = f"{least / 1e9:.0f} GB"
+    if free < least:
+        has = f"{free / 1e9:.1f} GB for {processes} process{'es' * (processes > 1)}"
+        more = "raise MEM" if "SLURM_MEM_PER_NODE" in os.environ else "end what else uses it"
+        raise UserError(f"{has}, {needed} are needed{said}: {more}{remedy}")
+    return f"{free / 1e9:.0f} GB free, {needed} needed{said}"
+
+
+def waiting_states(s: Settings, free: float) -> tuple[float, str, str]:
+    """Of the CPU's memory the bytes in which states of layers wait while the longest row is trained on this GPU; words
+    on that, and what fits into as many bytes as are `free`.
+    Raises UserError: that row fits into no memory."""
+    from ouro.cluster.plan import epoch_of, memory_for
+    from ouro.model.cost import fitting, passes_for
+    from ouro.train.build import is_compiled
+    from ouro.train.machine import PINNED
+
+    import numpy as np
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0, "", ""
+    lengths, known = np.array([s.max_length]), "at most "
+    with suppress(UserError):  # which check_data tells
+        lengths, _, known = epoch_of(s, "cached")
+    memory = memory_for(s, lengths, torch.cuda.mem_get_info()[0], math.inf, is_compiled(s, torch.cuda.current_device()))
+    here = replace(memory, host=PINNED * max(free, 0))
+    if not (plan := memory.plan(memory.largest)):
+        passes_for(here)  # which refuses it
+    if not plan or not plan.waiting:
+        return 0.0, "", ""
+    waiting = plan.waiting * memory.slot
+    rows = f"rows of {memory.largest:,} tokens at {s.total_ut_steps} loops"
+    told = f"twice the {waiting / 1e9:.0f} GB in which states of layers wait, for {rows}"
+    if known == "at most ":  # the rows are not tokenised yet, and may all be short
+        return 0.0, f"; were there {rows}: {told}", ""
+    return waiting, f" ({told})", f", or set max_length to {fitting(here)}"
 
 
 def check_disk(run: Resolved) -> str:

@@ -151,6 +151,11 @@ class Memory:
         """A layer call's input, a token."""
         return self.number * self.config.hidden_size
 
+    @property
+    def slot(self) -> int:
+        """What a state that waits takes of the CPU's memory, which is pinned by powers of two."""
+        return 2 ** math.ceil(math.log2(max(self.state * self.largest, 1)))
+
     def fixed(self) -> float:
         """Weights, adapters, the graphs and what they read and write, the loss."""
         s, c, sizes, number = self.s, self.config, product_sizes(self.config), self.number
@@ -188,8 +193,7 @@ class Memory:
         for recomputed in range(self.calls + 1):
             if self.of(tokens, Plan(recomputed)) <= usable:
                 return Plan(recomputed)
-        room = int(self.host / max(2 ** math.ceil(math.log2(self.state * self.largest)), 1))  # pinned by powers of two
-        for waiting in range(3, min(self.calls, room) + 1):
+        for waiting in range(3, int(min(self.calls, self.host / self.slot)) + 1):
             if self.of(tokens, Plan(self.calls, waiting)) <= usable:
                 return Plan(self.calls, waiting)
         return None

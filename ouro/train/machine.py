@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTConfig
 
+PINNED = 0.5  # share of the CPU's free memory that states may wait in; the rest is for everything else
+
 
 def check_device(s: Settings) -> str | int:
     """The device of this process; a machine that cannot run these settings is refused here, not an hour later.
@@ -119,11 +121,15 @@ def shard_frozen_weights(model: PeftModel) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shares)
 
 
+def free_memory() -> float:
+    """Bytes of the CPU's memory that are free here, of a job of Slurm's at most those that it has."""
+    free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20 or free)
+
+
 def host_memory() -> float:
-    """Bytes of the CPU's memory that this process may pin for states: half of its share of what is free."""
-    text = Path("/proc/meminfo").read_text()
-    free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    return free / 2 / (LOCAL_WORLD_SIZE or 1)
+    """Bytes of the CPU's memory that this process may pin for states: of its share of what is free so much."""
+    return PINNED * free_memory() / (LOCAL_WORLD_SIZE or 1)
 
 
 def last_step(s: Settings, steps: Steps) -> int:
