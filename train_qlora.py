@@ -13,7 +13,6 @@ step, save and exit with code 75: run it again. Any other failure is 1 or, with 
 """
 
 import argparse
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -119,12 +118,6 @@ def build_model(s: Settings, device: str | int, memory: Memory) -> tuple[PeftMod
     return model, flops
 
 
-def planned_before(folder: Path) -> dict | None:
-    """How rows were put into passes, by the manifest of a run that is continued: other ones would round otherwise."""
-    manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
-
-
 def train(run: Resolved) -> Path:
     """Runs the experiment, or the rest of it, and gives its folder.
     Raises UserError: anything in the settings, the data, the machine or the folder that would waste the run; Stopped: a
@@ -147,7 +140,8 @@ def train(run: Resolved) -> Path:
                 continue_from(state, s, report)
             save_report(folder / "data_report.json", report)
         start_logger(run, folder)
-        steps, memory, planned = plan_steps(s, rows, device, planned_before(folder) if begun else None)
+        before = read_json(folder / "manifest.json") if begun else None
+        steps, memory, planned = plan_steps(s, rows, device, before)
         model, flops = build_model(s, device, memory)
         if RANK == 0 and not begun:
             write_json(folder / "manifest.json", manifest(run, model, report, flops, planned))
@@ -175,7 +169,7 @@ def train(run: Resolved) -> Path:
             shard_frozen_weights(trainer.model)
 
         at, last = step_of(state) if begun else 0, last_step(s, steps)
-        capture_graphs(trainer.model, steps, at, last, s.lora_dropout > 0, quiet=RANK > 0)
+        capture_graphs(trainer.model, steps, at, last, s.lora_dropout > 0)
         trainer.train(resume_from_checkpoint=str(state) if begun else None)
         if trainer.state.global_step < trainer.state.max_steps:
             raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")

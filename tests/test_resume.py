@@ -481,16 +481,10 @@ def change(file: Path, old: bytes, new: bytes) -> None:
     [
         ("manifest.json", lambda f: os.truncate(f, 99), "cannot read .*manifest.json: damaged"),
         ("manifest.json", Path.unlink, "cannot read .*manifest.json: No such file"),
-        (
-            "manifest.json",
-            lambda f: change(f, b"tokenizer_sha256", b"tokenizer"),
-            "json has no tokenizer_sha256: .*vers",
-        ),
+        ("manifest.json", lambda f: change(f, b"tokenizer_sha256", b"x"), "json has no tokenizer_sha256: .*version"),
         ("manifest.json", lambda f: f.write_text("[1]"), "json has no object"),
-        ("metrics.jsonl", Path.unlink, "cannot read .*metrics.jsonl"),
-        ("metrics.jsonl", lambda f: change(f, b'"step"', b'"st\0p"'), "metrics.jsonl, line 1 is damaged"),
-        ("metrics.jsonl", lambda f: change(f, b'"loss"', b'"lo\xffs"'), "metrics.jsonl, line 1 is damaged"),
-        ("metrics.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "metrics.jsonl, line 3 is damaged"),
+        ("metrics.jsonl", Path.unlink, "not the log that checkpoint-3 was saved with"),
+        ("metrics.jsonl", lambda f: os.truncate(f, f.stat().st_size - 9), "not the log that checkpoint-3 was saved"),
         ("metrics.jsonl", lambda f: change(f, b'"loss": ', b'"loss": 1'), "not the log that checkpoint-3 was saved"),
         ("checkpoint-3/progress.json", lambda f: f.write_text('{"processes": 1}'), "progress.json has no sums"),
     ],
@@ -577,16 +571,8 @@ def test_a_run_killed_with_all_its_steps_only_writes_its_end(tmp_path, monkeypat
     def killed(*args) -> None:
         raise KeyboardInterrupt
 
-    argv = [
-        "--max_steps",
-        "-1",
-        "--num_train_epochs",
-        "0.015",
-        "--lr_scheduler_type",
-        "constant_with_warmup",
-        "--eval_steps",
-        "0",
-    ]
+    argv = ["--max_steps", "-1", "--num_train_epochs", "0.015", "--lr_scheduler_type", "constant_with_warmup"]
+    argv += ["--eval_steps", "0"]
     whole = six(tmp_path / "whole", *argv)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_qlora, "save_adapter", killed)

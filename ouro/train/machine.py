@@ -151,8 +151,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     memory = Memory(s, config, free, host, longest, compiled=is_compiled(s, device))
     passes = passes_for(memory)
     if before:
-        grain = before.get("pass_grain", passes.grain)
-        passes = dataclasses.replace(passes, tokens=before.get("pass_tokens", passes.tokens), grain=grain)
+        passes = dataclasses.replace(passes, tokens=before["pass_tokens"], grain=before["pass_grain"])
 
     plan_of = cache(memory.plan)  # asked for every pass of an epoch, and the same while passes are shared out
 
@@ -188,7 +187,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     return steps, memory, told
 
 
-def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool, quiet: bool) -> None:
+def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool) -> None:
     """Captures the graphs of all passes of steps first..last - 1, the largest first: memory then runs out at once, or
     not at all.
     Raises UserError: it ran out."""
@@ -198,11 +197,11 @@ def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise:
     shapes, _ = steps.shapes(first, last)
     made = []
     try:
-        with Progress("the layers are compiled", len(shapes), "shapes", quiet) as progress:
+        with Progress("the layers are compiled", len(shapes), "shapes") as progress:
             for shape in shapes:
                 made.append(prepare(*shape, noise))
                 progress.update()
-        with Progress("the layers are captured as CUDA graphs", len(made), "shapes", quiet) as progress:
+        with Progress("the layers are captured as CUDA graphs", len(made), "shapes") as progress:
             for captured in made:
                 captured.capture()
                 progress.update()

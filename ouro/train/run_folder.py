@@ -55,7 +55,8 @@ LEASE = 180  # seconds for which a file server may keep the lock of a node that 
 
 
 # What progress.json of a checkpoint holds: LoopTrainer's state beside transformers' own.
-PROGRESS = ("sums", "tokens", "logged_step", "log_sha256", "processes", "recent", "rates", "since_log")
+PROGRESS = ("sums", "tokens", "logged_step", "log_bytes", "log_sha256", "processes", "recent", "rates", "since_log")
+PLANNED = ("pass_tokens", "pass_grain")  # of the manifest: how a run that is continued puts rows into passes
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
 # What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
@@ -346,11 +347,12 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     advice = "bring it back, use another --output_dir, or --overwrite to delete that run"
     found = inputs(s, report)
     try:
-        record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu")
+        record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu", *PLANNED)
         progress = read_json(checkpoint / "progress.json", *PROGRESS)
-        kept = logged(folder / "metrics.jsonl", step, progress["logged_step"])
+        log = folder / "metrics.jsonl"
+        kept = log.read_bytes()[: progress["log_bytes"]] if log.exists() else b""
         if hashlib.sha256(kept).hexdigest() != progress["log_sha256"]:
-            raise UserError(f"{folder}/metrics.jsonl is not the log that {checkpoint.name} was saved with")
+            raise UserError(f"{log} is not the log that {checkpoint.name} was saved with")
     except UserError as error:
         raise UserError(f"{error}\n{advice}") from None
     if changed := changed_inputs(record, found):
@@ -365,30 +367,9 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))
     if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
         print(f"  unlike when it began: {', '.join(changed)}")
-    write_atomic(folder / "metrics.jsonl", kept)
+    write_atomic(log, kept)
     entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here}
     write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
-
-
-def logged(metrics: Path, step: int, last: int) -> bytes:
-    """The lines of metrics.jsonl up to a checkpoint's step, of which `last` is the last one logged.
-    Raises UserError: a line of them is damaged or missing. One that was written after the checkpoint may be torn."""
-    try:
-        lines = metrics.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read {metrics}: {error.strerror}") from None
-    kept, found = [], 0
-    for number, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)["step"]
-            if found > step:
-                break
-        except (ValueError, LookupError, TypeError, RecursionError):
-            if found < last:
-                raise UserError(f"{metrics}, line {number} is damaged or missing") from None
-            break
-        kept.append(line)
-    return b"".join(line + b"\n" for line in kept)
 
 
 def now() -> str:

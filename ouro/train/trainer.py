@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ouro.data.batches import Rows
-from ouro.files import MINUTE, Progress, UserError, file_sha256, sync_folder, write_json
+from ouro.files import MINUTE, Progress, UserError, file_sha256, seal, sync_file, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
@@ -23,17 +23,7 @@ from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Settings
 from ouro.train.collate import collate
 from ouro.train.processes import RANK, WORLD_SIZE, print0
-from ouro.train.run_folder import (
-    checkpoints,
-    holds_all_steps,
-    in_short,
-    remove,
-    seal,
-    set_aside,
-    step_of,
-    sync_file,
-    writing,
-)
+from ouro.train.run_folder import checkpoints, holds_all_steps, in_short, remove, set_aside, step_of, writing
 from ouro.train.stopping import Stopper
 
 import torch
@@ -61,7 +51,6 @@ class LoopTrainer(SFTTrainer):
         self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
         self._unchecked: tuple | None = None
-        self._unmeasured = False  # whether the base's held-out loss is still to be measured
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
         self._rates: list[float] = []
         super().__init__(*args, data_collator=itemgetter(0), **kwargs)  # a batch is a step's share
@@ -93,8 +82,6 @@ class LoopTrainer(SFTTrainer):
         inputs: an item of `Steps`. The loss is the sum over the trained tokens of all passes in all processes, divided
         by their number; so no gradient depends on how the rows were put into passes and shared out, but for rounding.
         """
-        if self._unmeasured:
-            self.measure_base()
         network, objective = self.network(), self.settings.loss
         device, sums = self.args.device, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in inputs["passes"]:
@@ -116,7 +103,7 @@ class LoopTrainer(SFTTrainer):
         if RANK == 0:
             path = Path(self.args.output_dir) / "manifest.json"
             write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
-        self._unmeasured, self._logged_at = False, time.perf_counter()
+        self._logged_at = time.perf_counter()
 
     def after_step(self, control: TrainerControl) -> None:
         """The numbers of the step are looked at before anything of it is logged or saved."""
@@ -269,9 +256,10 @@ class LoopTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if RANK == 0:
             with writing(f"step {step}: the checkpoint", folder, staging):
-                sync_file(folder / "metrics.jsonl")  # what was logged up to here counts from now on
+                log = folder / "metrics.jsonl"
+                sync_file(log)  # what was logged up to here counts from now on
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
-                progress["log_sha256"] = file_sha256(folder / "metrics.jsonl")
+                progress |= {"log_bytes": log.stat().st_size, "log_sha256": file_sha256(log)}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
                 progress["since_log"] = round(time.perf_counter() - self._logged_at, 3)
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
@@ -298,7 +286,6 @@ class LoopTrainer(SFTTrainer):
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
             self._rates, since_log = progress["rates"], progress["since_log"]
-        self._unmeasured = self.held_out is not None and not resume_from_checkpoint
         self._logged_at = time.perf_counter() - since_log
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -375,8 +362,8 @@ class Metrics(TrainerCallback):
 
 
 class Guards(TrainerCallback):
-    """Looks at each step's numbers, and copies the adapters to where lora.py's groups read them: after a checkpoint was
-    read, and after each step."""
+    """Looks at each step's numbers, measures the base before the first, and copies the adapters to where lora.py's
+    groups read them: after a checkpoint was read, and after each step."""
 
     def __init__(self, trainer: LoopTrainer):
         self.trainer = trainer
@@ -386,6 +373,8 @@ class Guards(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         refresh(model)
+        if self.trainer.held_out is not None and state.global_step == 0:
+            self.trainer.measure_base()
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         refresh(model)
