@@ -10,7 +10,6 @@ import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import train_qlora
 from ouro.data.batches import Passes, Rows, Steps
@@ -92,11 +91,11 @@ def assert_finite(checkpoint: Path) -> None:
 # a loss or a gradient that is no number
 
 
-def broken_model(folder: Path) -> Path:
-    """The tiny model with NaN in the embedding of the rare sign's first token: rows without it do not meet it."""
+def broken_model(folder: Path, token: int) -> Path:
+    """The tiny model with NaN in the embedding of a token: rows without it do not meet it."""
     model = load_ouro(MODEL, dtype=torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight[rare_token()] = math.nan
+        model.get_input_embeddings().weight[token] = math.nan
     model.save_pretrained(folder)
     load_tokenizer(MODEL).save_pretrained(folder)
     return folder
@@ -113,26 +112,15 @@ def rare_token() -> int:
 QUESTIONS = [(f"คำถามที่ {i}", "ตอบ" * (i * i % 7 + 1)) for i in range(18)]
 
 
-@pytest.fixture(scope="module")
-def with_a_bad_row(tmp_path_factory):
-    """Data of which one row, in the third step of four rows, makes a broken model's loss not a number."""
-    folder = tmp_path_factory.mktemp("bad row")
-    for bad in range(len(QUESTIONS)):
-        rows = list(QUESTIONS)
-        rows[bad] = (rows[bad][0], rows[bad][1][:-1] + RARE)  # as long as it was
-        data = pairs(folder / "data.jsonl", rows)
-        place = f"data.jsonl, line {bad + 1}"
-        if place in places_of(prepared(*data, "--model_name_or_path", MODEL), 3, 4):
-            return data, place, prepared(*data)
-    raise AssertionError("no row is in the third step")
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, with_a_bad_row, monkeypatch, capsys):
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, monkeypatch, capsys):
     """Saving is due in that step: the numbers are looked at before. The same command continues, and ends at the same
     step."""
-    data, place, rows = with_a_bad_row
-    model = ["--model_name_or_path", str(broken_model(tmp_path / "model"))]
-    argv = [*data, *model, *PLAIN, *FOUR, "--max_steps", "8", "--eval_steps", "0", "--save_steps", "1"]
+    file, rows = tmp_path / "data.jsonl", list(QUESTIONS)
+    whole = prepared(*pairs(file, rows))
+    bad = int(whole.place(rows_of(whole, 3, 4)[0]).rpartition(" ")[2])
+    rows[bad - 1] = (rows[bad - 1][0], rows[bad - 1][1][:-1] + RARE)
+    model = ["--model_name_or_path", str(broken_model(tmp_path / "model", rare_token()))]
+    argv = [*pairs(file, rows), *model, *PLAIN, *FOUR, "--max_steps", "8", "--eval_steps", "0", "--save_steps", "1"]
     argv += ["--logging_steps", "10", "--output_dir", str(tmp_path / "out")]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["train_qlora.py", *latest([*SMALL, *argv])])
@@ -141,28 +129,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, wit
         told = capsys.readouterr().err
         assert ended.value.code == 2 and told.count("\n") == 3 and "the newest good checkpoint stays" in told
         assert told.startswith("error: step 3: the loss is nan, the gradient's norm nan; lower learning_rate")
-        assert named_rows(told) == places_of(rows, 3, 4) and place in named_rows(told)
+        assert f"data.jsonl, line {bad}" in named_rows(told) == places_of(whole, 3, 4)
         run = tmp_path / "out/smoke"
         assert checkpoints(run) == ["checkpoint-1", "checkpoint-2"]
         for name in checkpoints(run):
             assert_finite(run / name)
         assert not (run / "final_adapter").exists() and not (run / "completed").exists()
         assert [line["step"] for line in metrics(run)] == [1]
-
-
-def test_an_absurd_learning_rate_stops_within_two_steps(tmp_path, with_a_bad_row):
-    """With the 8-bit optimiser of the study."""
-    data, *_ = with_a_bad_row
-    argv = [*data, *PLAIN, *FOUR, "--max_steps", "12", "--save_steps", "1", "--eval_steps", "0"]
-    argv += ["--optim", "paged_adamw_8bit", "--learning_rate", "1e30", "--warmup_ratio", "0", "--logging_steps", "10"]
-    with pytest.raises(UserError, match=r"step \d+: the loss is .*lower learning_rate") as error:
-        trained(tmp_path, *argv)
-    step, rows = int(re.match(r"step (\d+)", str(error.value))[1]), prepared(*data)
-    assert step <= 3, "the first update is that of step 1"
-    assert named_rows(error.value) == places_of(rows, step, 4)
-    assert checkpoints(tmp_path / "smoke") == [f"checkpoint-{k}" for k in range(1, step)]
-    for name in checkpoints(tmp_path / "smoke"):
-        assert_finite(tmp_path / "smoke" / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,45 +151,29 @@ def bare_trainer(recent=(), rates=(), **settings) -> LoopTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_none_is_lost_in_the_loss_or_in_the_gradient(bad):
-    trainer = bare_trainer()
-    assert trainer._lost(1, 2.0, 0.5, 1.0) is None
-    assert f"the loss is {bad:g}, the gradient's norm 1" in trainer._lost(1, bad, 0.5, 1.0)
-    assert f"the loss is 2, the gradient's norm {bad:g}" in trainer._lost(1, 2.0, 0.5, bad)
+LOSSES = [2.0] * 25 + [4.0] * 24 + [100.0]  # median 3, mean 4.9
+ABOVE = math.nextafter(3 * 2.5, 1e9)
 
 
-def test_a_spike_is_more_than_the_setting_times_the_median_of_fifty_steps():
-    losses = [2.0] * 25 + [4.0] * 24 + [100.0]  # median 3, mean 4.9
-    for factor in (1.0, 2.5, 3.0):
-        trainer = bare_trainer(losses, max_loss_spike=factor)
-        assert trainer._lost(200, 3 * factor, 0.5, 1.0) is None, "at the value"
-        message = trainer._lost(200, math.nextafter(3 * factor, 1e9), 0.5, 1.0)
-        assert f"max_loss_spike = {factor:g} times the median 3.0000 of the 50 steps before" in message
-        assert trainer._lost(200, 0.0, 0.5, 1.0) is None
-    assert bare_trainer(losses[:49])._lost(200, 1e9, 0.5, 1.0) is None, "49 steps are too few"
-
-
-def test_a_real_spike_stops_the_run_at_the_step_and_with_the_median_that_a_recount_gives(tmp_path):
-    """At learning rate 0 the losses are those of the rows; the epochs, of 7 steps, end within the 50 steps."""
-    data = pairs(tmp_path / "data.jsonl", QUESTIONS[:8])
-    argv = [*data, *PLAIN, "--learning_rate", "0", "--lora_dropout", "0", "--eval_steps", "0", "--logging_steps", "1"]
-    argv += ["--rows_per_step", "1", "--max_steps", "70"]
-    with pytest.raises(UserError, match="max_loss_spike") as error:
-        trained(tmp_path, *argv, "--max_loss_spike", "1.01")
-    losses = [line["loss"] for line in metrics(tmp_path / "smoke")]  # up to the step before, or with the step
-    step, loss, usual = re.match(
-        r"step (\d+): the loss is ([\d.]+), more than max_loss_spike = 1.01 times the median ([\d.]+) of the 50 steps",
-        str(error.value),
-    ).groups()
-    step = int(step)
-    before = losses[: step - 1]
-    assert step > 50 and len(before) == step - 1
-    assert float(usual) == pytest.approx(median(before[-50:]), abs=1e-4)
-    assert float(loss) > 1.01 * median(before[-50:])
-    assert not any(before[k] > 1.01 * median(before[k - 50 : k]) for k in range(50, len(before)))
-    rows = prepared(*data)
-    assert named_rows(error.value) == places_of(rows, step, 1) and len(named_rows(error.value)) == 1
+@pytest.mark.parametrize(
+    ("step", "loss", "accuracy", "norm", "recent", "told"),
+    [
+        (1, 2.0, 0.5, 1.0, [], None),
+        (1, math.nan, 0.5, 1.0, [], "the loss is nan, the gradient's norm 1"),
+        (1, -math.inf, 0.5, 1.0, [], "the loss is -inf, the gradient's norm 1"),
+        (1, 2.0, 0.5, math.inf, [], "the loss is 2, the gradient's norm inf"),
+        (200, 3 * 2.5, 0.5, 1.0, LOSSES, None),
+        (200, ABOVE, 0.5, 1.0, LOSSES, "max_loss_spike = 2.5 times the median 3.0000 of the 50 steps before"),
+        (200, 1e9, 0.5, 1.0, LOSSES[:49], None),
+        (100, 0.02, 0.995, 1.0, [], None),
+        (100, math.nextafter(0.02, 0), 0.5, 1.0, [], "(min_loss = 0.02)"),
+        (100, 2.0, math.nextafter(0.995, 1), 1.0, [], "(max_token_accuracy = 0.995) before step 100"),
+        (101, 0.0, 1.0, 1.0, [], None),
+    ],
+)
+def test_numbers_that_lose_a_run_are_beyond_a_threshold(step, loss, accuracy, norm, recent, told):
+    reason = bare_trainer(recent, max_loss_spike=2.5)._lost(step, loss, accuracy, norm)
+    assert told in reason if told else reason is None
 
 
 @pytest.fixture
@@ -232,69 +189,48 @@ def kept(monkeypatch) -> list[LoopTrainer]:
     return kept
 
 
-def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, kept):
+def test_in_every_epoch_a_step_has_one_loss_to_measure_spikes_by_and_rows_to_name(tmp_path, monkeypatch, kept):
+    seen, lost = [], LoopTrainer._lost
+    monkeypatch.setattr(
+        LoopTrainer, "_lost", lambda self, *args: seen.append((*args, list(self._recent))) or lost(self, *args)
+    )
     data = pairs(tmp_path / "data.jsonl", QUESTIONS[:7])
-    argv = [*data, *PLAIN, *FOUR, "--num_train_epochs", "3", "--eval_steps", "0"]
+    argv = [*data, *PLAIN, *FOUR, "--num_train_epochs", "3", "--eval_steps", "0", "--logging_steps", "1"]
     lines, rows = metrics(trained(tmp_path, *argv)), prepared(*data)
-    assert len(lines) == 3 * math.ceil(len(rows) / 4)
-    for step in range(1, len(lines) + 1):
+    assert len(lines) == len(seen) == 3 * math.ceil(len(rows) / 4)
+    losses = [line["loss"] for line in lines]
+    for i, (step, loss, accuracy, norm, before) in enumerate(seen):
+        assert (step, accuracy) == (i + 1, pytest.approx(lines[i]["mean_token_accuracy"], abs=1e-4))
+        assert (loss, norm) == pytest.approx((losses[i], lines[i]["grad_norm"]), abs=1e-6)
+        assert before == pytest.approx(losses[:i], abs=1e-6)
         assert sorted(kept[0]._rows_of(step)) == sorted(places_of(rows, step, 4))
-    assert list(kept[0]._recent) == pytest.approx([line["loss"] for line in lines], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("step", "loss", "accuracy", "trips"),
-    [
-        (100, 0.02, 0.995, False),
-        (100, math.nextafter(0.02, 0), 0.5, True),
-        (100, 2.0, math.nextafter(0.995, 1), True),
-        (1, 0.0, 0.0, True),
-        (101, 0.0, 1.0, False),
-    ],
-)
-def test_a_collapse_is_beyond_a_threshold_and_not_after_collapse_steps(step, loss, accuracy, trips):
-    reason = bare_trainer()._lost(step, loss, accuracy, 1.0)
-    assert bool(reason) == trips
-    if trips:
-        assert reason.startswith("collapsed, there is nothing to learn: loss ")
-        for name in ("min_loss = 0.02", "max_token_accuracy = 0.995", "step 100", "data_report.json"):
-            assert name in reason
 
 
 def test_rows_with_nothing_to_learn_stop_the_run_early(tmp_path):
     data = pairs(tmp_path / "data.jsonl", [(question, "ก") for question, _ in QUESTIONS])
     argv = [*data, *PLAIN, *FOUR, "--learning_rate", "2e-3", "--eval_steps", "0", "--save_steps", "1"]
     argv += ["--max_steps", "30", "--logging_steps", "1", "--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
-    with pytest.raises(UserError, match=r"step \d+: collapsed, there is nothing to learn: loss [\d.]+ \(min_loss") as e:
-        trained(tmp_path / "a", *argv, "--min_loss", "0.5")
-    step = int(re.match(r"step (\d+)", str(e.value))[1])
-    assert named_rows(e.value) == places_of(prepared(*data), step, 4)
-    assert "(min_loss = 0.5)" in str(e.value) and "(max_token_accuracy = 0.995)" in str(e.value)
-    assert "data_report.json" in str(e.value) and (tmp_path / "a/smoke/data_report.json").exists()
-    lines = metrics(tmp_path / "a/smoke")
-    assert len(lines) == step - 1
-    assert all(line["loss"] >= 0.5 and line["mean_token_accuracy"] <= 0.995 for line in lines)
-    assert checkpoints(tmp_path / "a/smoke") == [f"checkpoint-{k}" for k in (step - 2, step - 1)]
+    with pytest.raises(UserError, match=r"step \d+: collapsed, there is nothing to learn: .* data_report.json") as e:
+        trained(tmp_path, *argv, "--min_loss", "0.5")
+    step, run = int(re.match(r"step (\d+)", str(e.value))[1]), tmp_path / "smoke"
+    assert named_rows(e.value) == places_of(prepared(*data), step, 4) and (run / "data_report.json").exists()
+    assert len(metrics(run)) == step - 1 and all(line["loss"] >= 0.5 for line in metrics(run))
+    assert checkpoints(run) == [f"checkpoint-{k}" for k in (step - 2, step - 1)]
 
 
 def test_a_machine_that_became_slow_is_warned_of_below_half_the_median_of_the_first_fifty_steps(capsys):
-    trainer = bare_trainer()
-    for step, rate in enumerate((100.0, 1.0, 900.0, 100.0, 100.0), 46):
-        trainer._watch(step, rate)  # step 47 is slow, but not more than a step of the first fifty
-    trainer._watch(51, 50.0)
-    assert capsys.readouterr().out == ""
-    trainer._watch(52, math.nextafter(50, 0))
-    warned = capsys.readouterr().out
-    assert warned.startswith("warning: step 52: 50 tokens/s, less than half of the 100 of the first 50 steps")
-    assert warned.count("\n") == 1 and "nvidia-smi" in warned
-    trainer._watch(53, 1000.0)
-    assert capsys.readouterr().out == ""
-    rare = bare_trainer()  # logging_steps: 100
-    for step, rate in ((1, 1.0), (100, 100.0), (200, 90.0)):  # the first compiles, and is no measure
+    trainer, rare = bare_trainer(), bare_trainer()
+    # Step 47 is slow, but not more than a step of the first fifty; the first step compiles, and is no measure.
+    for step, rate in ((46, 100.0), (47, 1.0), (48, 900.0), (49, 100.0), (50, 100.0), (51, 50.0)):
+        trainer._watch(step, rate)
+    for step, rate in ((1, 1.0), (100, 100.0), (200, 90.0)):  # logging_steps: 100
         rare._watch(step, rate)
     assert capsys.readouterr().out == ""
+    trainer._watch(52, math.nextafter(50, 0))
     rare._watch(300, 49.0)
-    assert "49 tokens/s, less than half of the 100" in capsys.readouterr().out
+    warned = capsys.readouterr().out.splitlines()
+    assert warned[0].startswith("warning: step 52: 50 tokens/s, less than half of the 100 of the first 50 steps")
+    assert len(warned) == 2 and "step 300: 49 tokens/s, less than half of the 100" in warned[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,16 +427,14 @@ def test_a_4_bit_model_keeps_the_precision_of_what_is_not_in_4_bits(tmp_path, hi
     run, rows = resolved("--optim", "adamw_torch"), prepared("--dataset", "sample")
     arguments = machine.trainer_arguments(run, tmp_path, use_cpu=True)
     arguments.bf16 = True
-    steps = machine.plan_steps(run.settings, rows, "cpu")[0]
     trainer = LoopTrainer(
         model=model, settings=run.settings, held_out=None, flops=None, stopper=None, args=arguments,
-        train_dataset=steps, processing_class=load_tokenizer(MODEL),
+        train_dataset=machine.plan_steps(run.settings, rows, "cpu")[0], processing_class=load_tokenizer(MODEL),
     )  # fmt: skip
     assert {name: p.dtype for name, p in trainer.model.named_parameters()} == before
-    assert {str(dtype) for name, dtype in before.items() if "lora_" in name} == {"torch.float32"}
-    base = trainer.model.get_base_model()
-    for weight in (base.get_input_embeddings().weight, base.lm_head.weight, base.model.norm.weight):
-        assert weight.dtype == torch.bfloat16
+    for name, dtype in before.items():
+        if "lora_" in name or "norm" in name or "embed" in name or "lm_head" in name:
+            assert dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
 
 
 def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
@@ -525,26 +459,21 @@ def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
     assert ended == [0], "one that is alone returns"
 
 
-@pytest.mark.parametrize(
-    "variables",
-    ["WORLD_SIZE=2", "RANK=1 WORLD_SIZE=1", "RANK=1", "LOCAL_RANK=0", "RANK=x", "WORLD_SIZE=", "WORLD_SIZE=0",
-     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
-     "RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
-     "RANK=0 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
-     "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_WORLD_SIZE=1",
-     "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=http"],
-)  # fmt: skip
+GROUP = "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=29500"
+LAUNCHERS = ("", "RANK=0 WORLD_SIZE=1", "MASTER_ADDR=a", f"{GROUP} LOCAL_WORLD_SIZE=1")  # whole
+HALVES = ["WORLD_SIZE=2", "RANK=1 WORLD_SIZE=1", "RANK=1", "LOCAL_RANK=0", "RANK=x", "WORLD_SIZE=", "WORLD_SIZE=0",
+          "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", f"{GROUP} MASTER_PORT=", f"{GROUP} MASTER_PORT=http",
+          f"{GROUP} RANK=2", f"{GROUP} LOCAL_RANK=2", f"{GROUP} LOCAL_RANK=1 LOCAL_WORLD_SIZE=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", [*LAUNCHERS, *HALVES])
 def test_half_of_a_launchers_variables_is_refused_before_anything_is_read(monkeypatch, variables):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    for whole in ("", "RANK=0 WORLD_SIZE=1", "MASTER_ADDR=a", "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 "
-                  "MASTER_ADDR=a MASTER_PORT=29500"):  # fmt: skip
-        with monkeypatch.context() as patch:
-            for name, value in (pair.split("=") for pair in whole.split()):
-                patch.setenv(name, value)
-            processes.check_launcher()
     for name, value in (pair.split("=") for pair in variables.split()):
         monkeypatch.setenv(name, value)
+    if variables in LAUNCHERS:
+        return processes.check_launcher()
     monkeypatch.setattr(train_qlora, "resolve", None)
     with pytest.raises(UserError, match=f"^.*{variables.split()[-1]}.* in the environment is no process of a group"):
         train_qlora.main()
@@ -562,25 +491,29 @@ def test_what_does_nothing_is_said(monkeypatch):
     assert machine.unused(Settings(fsdp=True), 0) == ["torch_compile: true does nothing with fsdp"]
 
 
-def test_a_machine_that_cannot_do_what_is_asked_is_refused(tmp_path, monkeypatch):
-    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None), ("get_device_name", "T4")):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    with pytest.raises(UserError, match=rf"^torch_compile needs {tmp_path}/Python.h: apt-get install python3-dev"):
-        machine.check_device(Settings())
-    assert machine.check_device(Settings(torch_compile=False)) == 0
+@pytest.mark.parametrize(
+    ("here", "told"),
+    [
+        ({"processes": 3}, r"^3 processes on \S+ and 1 GPUs: start one for each GPU$"),
+        ({"capability": (7, 5)}, "^T4 has no bfloat16"),
+        ({"compiler": None}, "^torch_compile needs a C compiler"),
+        ({"header": "nowhere"}, "^torch_compile needs nowhere/Python.h: apt-get install python3-dev"),
+    ],
+)
+def test_a_machine_that_cannot_do_what_is_asked_is_refused(tmp_path, monkeypatch, here, told):
+    def seem(processes=1, capability=(9, 0), compiler="/usr/bin/cc", header=str(tmp_path)) -> None:
+        answers = {"is_available": True, "device_count": 1, "set_device": None, "get_device_name": "T4"}
+        for name, value in (answers | {"get_device_capability": capability}).items():
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+        monkeypatch.setattr(machine.shutil, "which", lambda name: compiler)
+        monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": header})
+        monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", processes)
+
     (tmp_path / "Python.h").touch()
+    seem()
     assert machine.check_device(Settings()) == 0
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="^torch_compile needs a C compiler"):
-        machine.check_device(Settings())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(UserError, match="^T4 has no bfloat16"):
-        machine.check_device(Settings())
-    monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 3)
-    with pytest.raises(UserError, match=r"^3 processes on \S+ and 1 GPUs: start one for each GPU$"):
+    seem(**here)
+    with pytest.raises(UserError, match=told):
         machine.check_device(Settings())
 
 
@@ -635,40 +568,19 @@ def test_deterministic_asks_for_sums_in_one_order_and_does_not_only_warn():
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. Of the allocated memory 70 GiB are …"
 
 
-def test_a_gpu_that_is_full_in_a_step_is_said_with_what_can_be_lowered(tmp_path, monkeypatch):
-    def full(parameters) -> None:
-        if steps.append(1) or len(steps) == 2:
-            raise torch.OutOfMemoryError(FULL)
-
-    steps = []
-    monkeypatch.setattr(trainer, "add_over_processes", full)
-    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    argv = [*data, *PLAIN, *FOUR, "--eval_steps", "0", "--save_steps", "1", "--max_steps", "2", "--max_length", "512"]
-    with pytest.raises(UserError) as error:
-        trained(tmp_path, *argv)
-    assert str(error.value).splitlines() == [
-        "step 2: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.",
-        "set activation_checkpointing to full, or lower max_length (512); the same command continues from the last "
-        "good checkpoint",
-    ]
-    assert checkpoints(tmp_path / "smoke") == ["checkpoint-1"]
-
-
-def test_a_gpu_that_is_full_while_saving_is_no_full_disk(tmp_path, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError(FULL)
-
-    monkeypatch.setattr(trainer, "seal", full)
-    data = pairs(tmp_path / "data.jsonl", QUESTIONS)
-    with pytest.raises(UserError, match="^step 2: CUDA out of memory"):
-        trained(tmp_path, *data, *PLAIN, *FOUR, "--eval_steps", "0", "--max_steps", "1")
-
-
-def test_a_gpu_that_is_full_before_the_first_step_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name", "told"),
+    [  # while saving it is no full disk
+        (loading, "load_ouro", "^CUDA out .* GiB free.: does another process use this GPU"),
+        (trainer, "add_over_processes", "^step 1: CUDA out .* GiB free.\n.*lower max_length .512.; the same command"),
+        (trainer, "seal", "^step 2: CUDA out .* GiB free.\n.*lower max_length .512.; the same command continues"),
+    ],
+)
+def test_a_gpu_that_is_full_is_said_with_what_can_be_lowered(tmp_path, monkeypatch, module, name, told):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(loading, "load_ouro", full)
-    message = r"^CUDA out of memory\. .* 1.00 GiB free\.: does another process use this GPU \(nvidia-smi\)\?$"
-    with pytest.raises(UserError, match=message):
-        trained(tmp_path, *pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, "--eval_steps", "0")
+    monkeypatch.setattr(module, name, full)
+    argv = [*pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, *FOUR, "--eval_steps", "0", "--max_length", "512"]
+    with pytest.raises(UserError, match=told):
+        trained(tmp_path, *argv, "--max_steps", "1")
