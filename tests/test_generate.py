@@ -28,9 +28,12 @@ def theirs(model, prompts: list[list[int]], depth: int, new: int = NEW) -> list[
     return [a[0, len(p) :].tolist() for a, p in zip(answers, prompts, strict=True)]
 
 
-def ours(model, prompts: list[list[int]] = PROMPTS, **changes) -> list[list[int]]:
+def ours(model, prompts: list[list[int]] = PROMPTS, at_once: int | None = None, **changes) -> list[list[int]]:
     options = {"depth": model.config.total_ut_steps, "max_new_tokens": NEW, "stop": []}
-    return generate(model, prompts, **options | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        if at_once:
+            patch.setattr(Decoder, "rows", lambda *_: at_once)
+        return generate(model, prompts, **options | changes)
 
 
 @sizes
@@ -43,13 +46,13 @@ def test_greedy_tokens_are_those_of_a_loop_without_a_cache_at_every_depth(size):
     assert len({*map(tuple, expected)}) > 1
 
 
-def test_batch_size_and_order_change_no_token():
+def test_how_many_run_at_once_and_their_order_change_no_token():
     model = tiny().float()
     alone = [ours(model, [p])[0] for p in PROMPTS]
     assert alone == theirs(model, PROMPTS, model.config.total_ut_steps)
-    for batch_size in (1, 4, 5, None):
-        assert ours(model, batch_size=batch_size) == alone
-        assert ours(model, PROMPTS[::-1], batch_size=batch_size) == alone[::-1]
+    for at_once in (1, 4, 5, None):
+        assert ours(model, at_once=at_once) == alone
+        assert ours(model, PROMPTS[::-1], at_once=at_once) == alone[::-1]
 
 
 def test_an_adapter_answers_while_it_is_active_and_as_it_is_now():
@@ -99,8 +102,8 @@ def test_fp8_weights_are_decoded_as_the_products_of_training_read_them():
         assert torch.equal(decoder.layers[1][name], matrix), name
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_reply_ends_before_the_stop_token_and_the_next_prompt_comes_in(batch_size):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_reply_ends_before_the_stop_token_and_the_next_prompt_comes_in(at_once):
     model, heard = tiny(), {}
     plain = ours(model)
     stop = {plain[0][0], plain[1][3], plain[4][11]}
@@ -111,7 +114,7 @@ def test_a_reply_ends_before_the_stop_token_and_the_next_prompt_comes_in(batch_s
         assert new
         heard.setdefault(index, []).extend(new)
 
-    assert ours(model, stop=stop, batch_size=batch_size, on_tokens=listen) == expected
+    assert ours(model, stop=stop, at_once=at_once, on_tokens=listen) == expected
     assert [heard.get(n, []) for n in range(len(PROMPTS))] == expected
 
 
@@ -124,22 +127,22 @@ def test_a_reply_has_as_many_tokens_as_asked_for():
 
 def test_an_interrupted_call_leaves_nothing_behind():
     model = tiny()
-    expected = ours(model, batch_size=4)
+    expected = ours(model, at_once=4)
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ours(model, batch_size=4, on_tokens=interrupt)
-    assert ours(model, batch_size=4) == expected
+        ours(model, at_once=4, on_tokens=interrupt)
+    assert ours(model, at_once=4) == expected
 
 
 def test_a_sample_depends_on_seed_and_prompt_alone():
     model = tiny()
     first = ours(model, temperature=1.0, seed=3)
     assert first != ours(model)
-    for batch_size in (1, 2, 5):
-        assert ours(model, temperature=1.0, seed=3, batch_size=batch_size) == first
+    for at_once in (1, 2, 5):
+        assert ours(model, temperature=1.0, seed=3, at_once=at_once) == first
     assert ours(model, temperature=1.0, seed=4) != first
     same = ours(model, [PROMPTS[1]] * 6, temperature=1.0)
     assert len({*map(tuple, same)}) == 6, "equal prompts of one call are sampled apart"
@@ -163,7 +166,6 @@ def test_what_is_out_of_range_or_does_not_fit_is_refused():
         ({"depth": 0}, "at least 1"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -1.0}, "at least 0"),
-        ({"batch_size": 0}, "at least 1"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -190,11 +192,10 @@ def test_the_batch_follows_from_free_memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 2**30, 141 * 2**30))
         for name in ("memory_reserved", "memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, lambda _: 0)
-        assert decoder.rows(4, 1024, 100, None) == rows
-        assert decoder.rows(4, 1024, 3, None) == min(rows, 4)
-        assert decoder.rows(4, 1024, 100, 7) == 7
+        assert decoder.rows(4, 1024, 100) == rows
+        assert decoder.rows(4, 1024, 3) == min(rows, 4)
     with pytest.raises(UserError, match="a cache of 4096 tokens at 4 loops takes 6.0 GiB, and 3.5 GiB"):
-        decoder.rows(4, 4096, 1, None)
+        decoder.rows(4, 4096, 1)
 
 
 @gpu
@@ -203,7 +204,7 @@ def test_a_captured_step_gives_the_tokens_of_the_model_on_this_gpu():
     prompts = [[n % 1000 + 3 for n in prompt] for prompt in PROMPTS]
     for depth in (1, 4):
         expected = theirs(model, prompts, depth)
-        for batch_size in (1, 4, None):
-            assert ours(model, prompts, depth=depth, batch_size=batch_size) == expected
+        for at_once in (1, 4, None):
+            assert ours(model, prompts, depth=depth, at_once=at_once) == expected
     short = ours(model, prompts, stop=[expected[0][3]])
     assert ours(model, prompts[:1], stop=[expected[0][3]]) == short[:1], "with the steps captured before"

@@ -4,7 +4,7 @@
     python tools/bench.py generate --config configs/a100.yaml             # tokens/s of generation
     python tools/bench.py score --config configs/a100.yaml                # questions/s of evaluate.py, all depths
 
-The weights are random, of the sizes of model_name_or_path. All settings of the config can be given: --max_length 2048.
+The weights are random, of the sizes of model_name_or_path. All settings of the config can be given: --rows_per_step 8.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro.evaluate.scoring import score
-from ouro.files import ROOT, UserError, call, code_version
+from ouro.files import ROOT, UserError, call, code_version, read_json
 from ouro.model import generate as generation
 from ouro.model.cost import layer_weights, matrix_rate, sizes
 from ouro.model.generate import Decoder, generate
@@ -36,24 +35,24 @@ from ouro.settings import Resolved, Settings, resolve
 import numpy as np
 import torch
 
+CUDA = torch.cuda.is_available()
+
 
 def seconds(work: Callable[[], object]) -> float:
     """Of work on the CPU or the GPU."""
     started = time.perf_counter()
     work()
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def title(what: str, *columns: str, count: int = 1) -> None:
     """What is measured, on what, and the names of a table's columns; the first of a row's name is left blank."""
-    cuda = torch.cuda.is_available()
-    machine = f"{count} x {torch.cuda.get_device_name()}" if cuda else f"{os.cpu_count()} CPU cores"
+    machine = f"{count} x {torch.cuda.get_device_name()}" if CUDA else f"{os.cpu_count()} CPU cores"
     code = code_version()
     commit = f"{code['git_commit'][:7]}{' and changes' if code['git_dirty'] else ''}"
-    print(f"{machine}, torch {torch.__version__}, commit {commit}, {datetime.now(UTC):%Y-%m-%d}")
-    print(what)
+    print(f"{machine}, torch {torch.__version__}, commit {commit}, {datetime.now(UTC):%Y-%m-%d}\n{what}")
     line("", *columns)
 
 
@@ -65,22 +64,11 @@ def random_model(s: Settings) -> OuroForCausalLM:
     config = sizes(s)
     config.architectures, config.init_seed = ["OuroForCausalLM"], None
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda" if CUDA else "cpu"):
         torch.set_default_dtype(torch.bfloat16 if s.bf16 else torch.float32)
         model = OuroForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     return model.eval()
-
-
-def save_random(s: Settings, folder: Path) -> None:
-    """A checkpoint of random weights."""
-    random_model(s).save_pretrained(folder)
-    load_tokenizer(str(ROOT / "sample/ouro-tiny"), None).save_pretrained(folder)
-
-
-def need_gpus(count: int) -> None:
-    if count > torch.cuda.device_count():
-        raise UserError(f"--count {count}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,6 +88,7 @@ TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all),
     "bf16, rows of 2,048": (BF16 | {"lora_dropout": 0}, None, 2048, (4, 1)),
     "fp8, rows of 2,048": (FP8 | {"lora_dropout": 0}, None, 2048, (4,)),
 }
+STEPS = {"max_steps": 7, "eval_steps": 0, "save_steps": 10**6, "overlap": "none", "min_loss": 0}
 
 
 def real_length(chance: random.Random) -> int:
@@ -109,7 +98,7 @@ def real_length(chance: random.Random) -> int:
     if kind < 0.03:
         return int(100 + 1500 * chance.random())
     middle, spread = (2700, 0.17) if kind < 0.515 else (8032, 0.5)
-    return int(middle * math.exp(spread * chance.gauss(0, 1)))
+    return min(REAL, int(middle * math.exp(spread * chance.gauss(0, 1))))
 
 
 def write_rows(path: Path, count: int, length: int, tokenizer) -> None:
@@ -118,7 +107,7 @@ def write_rows(path: Path, count: int, length: int, tokenizer) -> None:
     words = [word for word in (f" {chr(c)}" for c in range(97, 123)) if len(tokenizer(word).input_ids) == 1]
 
     def row(number: int) -> dict:
-        wanted = min(REAL, real_length(chance)) if length == REAL else length
+        wanted = real_length(chance) if length == REAL else length
         chat = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "a"}]
         more = wanted - len(tokenizer.apply_chat_template(chat))
         question = more // 2 if length == REAL else 0
@@ -128,80 +117,70 @@ def write_rows(path: Path, count: int, length: int, tokenizer) -> None:
     path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(count)), encoding="utf-8")
 
 
-def train_beside(run: Resolved, folder: Path, processes: int, gib: float | None, gpu: int | None = None, **changes):
-    """Runs train_qlora.py with these settings (on that GPU alone, of which it may use so many GiB) and gives its
-    metrics, line by line, and its manifest; its output goes to `folder`.
+def trained(run: Resolved, folder: Path, gpus: int, gib: float | None, **settings) -> tuple[float, list[str]]:
+    """Runs train_qlora.py on so many GPUs, of each of which it may use so many GiB. Of its steps after the second:
+    tokens/s, of rows and not of padding, and the row's other cells.
     Raises UserError: it failed."""
     output = Path(tempfile.mkdtemp(dir=folder))
-    values = {"model_name_or_path": folder / "model", "output_dir": output, "report_to": "none"}
-    values |= {"overlap": "none", "eval_steps": 0, "save_steps": 10**6, "logging_steps": 1, "min_loss": 0} | changes
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    needed = {"model_name_or_path": folder / "model", "output_dir": output, "report_to": "none", "logging_steps": 1}
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     script = ["tools/capped.py", str(gib), "train_qlora.py"] if gib else ["train_qlora.py"]
     config = ["--config", run.config] if run.config else []
-    settings = [f"--{key}={value}" for key, value in values.items()]
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    one = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, *start, *script, *config, *settings]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | one, **pipes)
+    command = [sys.executable, *start, *script, *config, *typed(settings | given(run) | needed)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"train_qlora.py failed:\n{done.stdout[-3000:]}")
     (metrics,) = output.glob("*/metrics.jsonl")
-    lines = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
-    return lines, json.loads(metrics.with_name("manifest.json").read_text(encoding="utf-8"))
+    steps = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()][2:]
+    measured = ("tokens_per_second", "model_flop_use", "padding")
+    spent = [step["seconds"] for step in steps]
+    speed, use, padding = (np.average([step.get(name, 0) for step in steps], weights=spent) for name in measured)
+    memory = max(step["memory_gib"] for step in steps)
+    plans = read_json(metrics.with_name("manifest.json")).get("plans", ())
+    estimate = max((plan["estimated_gib"] for plan in plans), default=0)
+    return speed, [f"{use:.1%}", f"{padding:.1%}", f"{memory:.1f}", f"{estimate:.1f}"]
+
+
+def given(run: Resolved) -> dict[str, object]:
+    """The settings of the command line."""
+    return {name: getattr(run.settings, name) for name, origin in run.origins.items() if origin == "command line"}
+
+
+def typed(settings: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def bench_train(run: Resolved) -> None:
-    """train_qlora.py's own tokens/s, of rows and not of padding, everything it does included; after the first steps."""
+    """train_qlora.py's own tokens/s, everything it does included: on one GPU and, with --count, on several."""
     s, count, only = run.settings, run.options.count, run.options.only or TRAIN
-    need_gpus(count)
-    title(f"train_qlora.py, steps of {s.rows_per_step} rows", "loops", "GPUs", "tok/s", "x one GPU", "FLOP use",
-          "padding", "GiB", "estimate", count=count)  # fmt: skip
+    if not 1 <= count <= torch.cuda.device_count():
+        raise UserError(f"--count {count}: this machine has {torch.cuda.device_count()} GPUs")
+    title(" ".join([f"steps of {s.rows_per_step} rows, train_qlora.py", *typed(given(run))]), "loops", "GPUs", "tok/s",
+          "x one GPU", "FLOP use", "padding", "GiB", "estimate", count=count)  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        save_random(s, folder / "model")
-        tokenizer = load_tokenizer(str(folder / "model"), None)
-        for length in (REAL, 2048):
+        random_model(s).save_pretrained(folder / "model")
+        tokenizer = load_tokenizer(str(ROOT / "sample/ouro-tiny"))
+        tokenizer.save_pretrained(folder / "model")
+        for length in {length for _, _, length, _ in TRAIN.values()}:
             write_rows(folder / f"{length}.jsonl", s.rows_per_step * 9, length, tokenizer)
         for name, (changes, gib, length, depths) in TRAIN.items():
+            rows = {"dataset": "pairs", "dataset_path": folder / f"{length}.jsonl", "max_length": length}
             for loops in (depth for depth in depths if name in only and depth in run.options.loops):
-                both = {"max_length": length} | changes | {"total_ut_steps": loops, "dataset": "pairs"}
-                both |= {"dataset_path": folder / f"{length}.jsonl", "cache_dir": s.cache_dir, "max_steps": 7}
-                bench_row(run, folder, name, loops, gib, both)
-
-
-def bench_row(run: Resolved, folder: Path, name: str, loops: int, gib: float | None, settings: dict) -> None:
-    """A line for each GPU by itself, all at once, as cards differ by a few percent, and one for all together."""
-    count = run.options.count
-
-    def trained(processes: int, gpu: int | None = None) -> tuple[float, tuple]:
-        lines, manifest = train_beside(run, folder, processes, gib, gpu, **settings)
-        lines = lines[2:]  # without the first two steps
-        spent = [row["seconds"] for row in lines]
-        measured = ("tokens_per_second", "model_flop_use", "padding")
-        speed, use, padding = (np.average([row.get(x, 0) for row in lines], weights=spent) for x in measured)
-        memory = max(row["memory_gib"] for row in lines)
-        estimate = max((plan["estimated_gib"] for plan in manifest.get("plans", ())), default=0)
-        return speed, (f"{use:.1%}", f"{padding:.1%}", f"{memory:.1f}", f"{estimate:.1f}")
-
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            alone = list(pool.map(partial(trained, 1), range(count)))
-    except UserError as error:
-        return line(name, loops, str(error).strip().splitlines()[-1])
-    for gpu, (speed, rest) in enumerate(alone):
-        line(name, loops, f"GPU {gpu}", f"{speed:,.0f}", "", *rest)
-    if count > 1:
-        speed, rest = trained(count)
-        line(name, loops, count, f"{speed:,.0f}", f"{speed / np.mean([one for one, _ in alone]):.3f}", *rest)
-    return None
+                try:
+                    one, cells = trained(run, folder, 1, gib, **STEPS | rows | changes, total_ut_steps=loops)
+                    line(name, loops, 1, f"{one:,.0f}", "", *cells)
+                    if count > 1:
+                        speed, cells = trained(run, folder, count, gib, **STEPS | rows | changes, total_ut_steps=loops)
+                        line(name, loops, count, f"{speed:,.0f}", f"{speed / one:.3f}", *cells)
+                except UserError as error:  # the other rows are measured all the same
+                    line(name, loops, str(error).strip().splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# generate, score
+# generate
 
-
-PROMPT, NEW = 128, 256  # tokens of `bench.py generate`
+PROMPT, NEW, TOGETHER = 128, 256, 64  # tokens of each prompt and each reply, and sequences at once, where they fit
 
 
 def copy_rate(device: str) -> float:
@@ -214,31 +193,28 @@ def copy_rate(device: str) -> float:
 
 @torch.no_grad()
 def bench_generate(run: Resolved) -> None:
+    """tokens/s between two tokens and of a whole call, beside transformers' loop without a cache."""
     model = random_model(run.settings)
-    config, device, size = model.config, model.device, 2 if run.settings.bf16 else 4
+    config, device, number = model.config, model.device, model.dtype.itemsize
     rate = copy_rate(device.type)
-    layers = size * layer_weights(config) * config.num_hidden_layers
-    head = size * config.hidden_size * config.vocab_size
     title(f"{config.num_hidden_layers} layers, hidden {config.hidden_size}; {PROMPT} + {NEW} tokens; a copy moves "
           f"{rate / 1e12:.2f} TB/s", "loops", "batch", "tok/s", "ms a step", "of the limit", "whole call", "first call",
           "cache GiB")  # fmt: skip
     model.decoder = decoder = Decoder(model)
-    generation.KEPT = math.inf
+    generation.KEPT = math.inf  # the cache is still there after a call
     for loops in run.options.loops:
-        for batch in (1, run.options.batch or 64):
-            prompts = torch.randint(3, config.vocab_size, (batch, PROMPT)).tolist()
-            call = partial(generate, model, prompts, depth=loops, max_new_tokens=NEW, stop=[], batch_size=batch)
-            try:
-                first, whole = seconds(call), seconds(call)
-                decoder.position.fill_(PROMPT)
-                decoder.active.fill_(1)
-                step = seconds(lambda: [decoder.run() for _ in range(NEW - 1)]) / (NEW - 1)
-                read = loops * layers + head + batch * decoder.row_bytes(loops, PROMPT + NEW // 2)  # at its mean length
-                line("generate", loops, batch, f"{batch / step:,.1f}", f"{step * 1e3:.2f}", f"{read / rate / step:.0%}",
-                     f"{batch * NEW / whole:,.0f}", f"{first:.1f} s",
-                     f"{decoder.slots.numel() * decoder.slots.itemsize / 2**30:.1f}")  # fmt: skip
-            except RuntimeError as error:  # one row's failure, out of memory too, must not cost the others
-                line("generate", loops, batch, f"  {type(error).__name__}: {error}"[:2000])
+        weights = loops * layer_weights(config) * config.num_hidden_layers + config.hidden_size * config.vocab_size
+        for wanted in (1, TOGETHER):
+            prompts = torch.randint(3, config.vocab_size, (wanted, PROMPT)).tolist()
+            reply = partial(generate, model, prompts, depth=loops, max_new_tokens=NEW, stop=[])
+            first, whole = seconds(reply), seconds(reply)
+            batch = len(decoder.token)
+            decoder.position.fill_(PROMPT)
+            decoder.active.fill_(1)
+            step = seconds(lambda: [decoder.run() for _ in range(NEW - 1)]) / (NEW - 1)
+            read = number * weights + batch * decoder.row_bytes(loops, PROMPT + NEW // 2)  # of the cache at its mean
+            line("generate", loops, batch, f"{batch / step:,.1f}", f"{step * 1e3:.2f}", f"{read / rate / step:.0%}",
+                 f"{wanted * NEW / whole:,.0f}", f"{first:.1f} s", f"{decoder.slots.nbytes / 2**30:.1f}")  # fmt: skip
             decoder.release()
         ids = torch.randint(3, config.vocab_size, (1, PROMPT + NEW // 2), device=device)
         options = {"use_cache": False, "do_sample": False, "pad_token_id": 0, "total_ut_steps": loops}
@@ -248,44 +224,50 @@ def bench_generate(run: Resolved) -> None:
         line("stock", loops, 1, f"{1 / step:,.1f}", f"{step * 1e3:.2f}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# score
+
+QUESTION, DEPTHS = 512, [1, 2, 3, 4]  # tokens, and what is read of them in one pass, by `bench.py score`
+
+
+def letters(draw: Callable[[int], list[int]]) -> list[tuple[list[int], int]]:
+    """A question whose five answers are a token each."""
+    question = draw(QUESTION)
+    return [(question + [letter], QUESTION) for letter in range(3, 8)]
+
+
+def texts(draw: Callable[[int], list[int]]) -> list[tuple[list[int], int]]:
+    """A question whose five answers are texts, in five rotations."""
+    question, options = draw(QUESTION // 2), [draw(QUESTION // 10) for _ in range(5)]
+    prompts = [question + sum(options[turn:] + options[:turn], []) for turn in range(5)]
+    return [(prompt + option, len(prompt)) for prompt in prompts for option in options]
+
+
 @torch.no_grad()
 def bench_score(run: Resolved) -> None:
-    s, depths, count = run.settings, [1, 2, 3, 4], 512
-    model, budget = random_model(s), s.eval_batch_tokens
-    config, cuda = model.config, torch.cuda.is_available()
-    rate = matrix_rate("cuda") if cuda else None
-    if cuda and s.torch_compile:
+    """Questions/s of both kinds, all depths from one pass."""
+    s, model, chance = run.settings, random_model(run.settings), random.Random(0)
+    rate = matrix_rate("cuda") if CUDA else None
+    if CUDA and s.torch_compile:
         model.compile_layers()
-    chance = random.Random(0)
+    flops = max(DEPTHS) * model.config.num_hidden_layers * 2 * layer_weights(model.config)  # of a token
+    title(f"questions of {QUESTION} tokens, 5 options, depths {DEPTHS} from one pass, {s.eval_batch_tokens:,} tokens a "
+          "batch" + (f"; products of bf16: {rate / 1e12:.0f} TFLOP/s" if rate else ""),
+          "questions/s", "tokens/s", "of that", "first s")  # fmt: skip
 
     def draw(length: int) -> list[int]:
-        return [chance.randrange(3, config.vocab_size) for _ in range(length)]
+        return [chance.randrange(3, model.config.vocab_size) for _ in range(length)]
 
-    def letters() -> list[tuple[list[int], int]]:
-        question = draw(count)
-        return [(question + [letter], count) for letter in range(3, 8)]
-
-    def texts() -> list[tuple[list[int], int]]:
-        question, options = draw(count // 2), [draw(count // 10) for _ in range(5)]
-        prompts = [question + sum(options[turn:] + options[:turn], []) for turn in range(5)]
-        return [(prompt + option, len(prompt)) for prompt in prompts for option in options]
-
-    flops = max(depths) * config.num_hidden_layers * 2 * layer_weights(config)  # of a token
-    title(f"questions of {count} tokens, 5 options, depths {depths} from one pass, {budget:,} tokens a batch"
-          + (f"; products of bf16: {rate / 1e12:.0f} TFLOP/s" if rate else ""),
-          "questions/s", "tokens/s", "of that", "first s")  # fmt: skip
-    for kind, make, tokens in (("letters, one prompt", letters, count), ("texts, five rotations", texts, 4 * count)):
-
-        def scored(number: int, make=make) -> tuple[float, int]:
-            asked = [sequence for _ in range(number) for sequence in make()]
-            read = []
-            return seconds(lambda: read.append(score(model, asked, depths, budget).tokens)), read[0]
-
-        number = max(1, 4 * budget // tokens)
-        first, _ = scored(number)
-        spent, read = scored(2 * number)
-        share = f"{flops * read / spent / rate:.0%}" if rate else ""
-        line(kind, f"{2 * number / spent:.1f}", f"{read / spent:,.0f}", share, f"{first:.1f}")
+    for kind, make, tokens in (("letters, one prompt", letters, 512), ("texts, five rotations", texts, 2048)):
+        spent, number = [], max(1, 4 * s.eval_batch_tokens // tokens)
+        for count in (number, 2 * number):
+            asked = [sequence for _ in range(count) for sequence in make(draw)]
+            started = time.perf_counter()
+            read = score(model, asked, DEPTHS, s.eval_batch_tokens).tokens  # what it gives has left the GPU
+            spent.append(time.perf_counter() - started)
+        first, last = spent
+        share = f"{flops * read / last / rate:.0%}" if rate else ""
+        line(kind, f"{count / last:.1f}", f"{read / last:,.0f}", share, f"{first:.1f}")
 
 
 WHAT = {"train": bench_train, "generate": bench_generate, "score": bench_score}
@@ -295,14 +277,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--count", type=int, default=1, help="train: how many GPUs")
     parser.add_argument("--only", nargs="+", choices=TRAIN, help="train: these rows of the table")
-    parser.add_argument("--batch", type=int, help="generate: instead of 64")
     parser.add_argument("--loops", type=int, nargs="+", default=(4, 1), help="train, generate: these depths")
 
 
 def main() -> None:
     run = resolve(__doc__, add_options=options)
-    if run.options.count < 1:
-        raise UserError(f"--count must be at least 1, got {run.options.count}")
     WHAT[run.options.what](run)
 
 

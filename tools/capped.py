@@ -4,6 +4,7 @@
     python tools/capped.py 9.3 train_qlora.py --config configs/default.yaml --exp exp2-wangchan-ut1
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ import ouro  # noqa: F401 - before torch
 import torch
 
 if __name__ == "__main__":
-    limit = int(float(sys.argv[1]) * 2**30)
+    limit, gpu = int(float(sys.argv[1]) * 2**30), int(os.environ.get("LOCAL_RANK", 0))
     sys.argv = sys.argv[2:]
     whole = torch.cuda.mem_get_info
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(gpu).total_memory, gpu)
     torch.cuda.mem_get_info = lambda *device: tuple(min(limit, number) for number in whole(*device))
     runpy.run_path(sys.argv[0], run_name="__main__")

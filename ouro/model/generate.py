@@ -137,11 +137,11 @@ class Decoder:
         """Cache of one sequence."""
         return depth * len(self.layers) * 2 * self.inner * capacity * self.dtype.itemsize
 
-    def rows(self, depth: int, capacity: int, prompts: int, batch_size: int | None) -> int:
-        """How many sequences to run at once: as many as there are, as was asked for, or as memory allows."""
+    def rows(self, depth: int, capacity: int, prompts: int) -> int:
+        """How many sequences to run at once: as many as there are, or as memory allows."""
         wanted = power_of_two(prompts, up=True)  # few different sizes: each is compiled for
-        if batch_size is not None or not self.cuda:
-            return min(batch_size or 16, wanted)
+        if not self.cuda:
+            return min(16, wanted)
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free += 0 if self.slots is None else self.slots.numel() * self.slots.itemsize
@@ -263,9 +263,7 @@ class Decoder:
         self.position[rows] = 0
 
 
-def prepared(
-    model: OuroForCausalLM | PeftModel, prompts: list[list[int]], depth: int, new: int, batch_size: int | None
-) -> Decoder:
+def prepared(model: OuroForCausalLM | PeftModel, prompts: list[list[int]], depth: int, new: int) -> Decoder:
     """The model's decoder with its weights as they are now and an empty cache; raises as `generate` does."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base.training:
@@ -283,7 +281,7 @@ def prepared(
         base.decoder = decoder = Decoder(base)
     decoder.copy_weights()
     capacity = -(-longest // 256) * 256
-    decoder.prepare(depth, decoder.rows(depth, capacity, len(prompts), batch_size), capacity)
+    decoder.prepare(depth, decoder.rows(depth, capacity, len(prompts)), capacity)
     decoder.clear(slice(None))
     return decoder
 
@@ -300,22 +298,20 @@ def generate(
     seed: int | Sequence[int] = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_end: Callable[[int, list[int]], None] | None = None,
-    batch_size: int | None = None,
 ) -> list[list[int]]:
     """The new tokens after each prompt, up to `max_new_tokens` or the first of `stop`, which is left out.
 
     depth: loops; the last of them is read. temperature: 0 is greedy. seed: with a prompt's place in the list it decides
     what is sampled, whatever else is in the batch; several: one for each prompt, and its place does not matter.
     on_tokens(prompt, tokens): called as tokens come, a few at a time; on_end(prompt, reply): as each reply is whole.
-    batch_size: sequences at once; by itself as many as memory allows. Longest prompts start first; one that ends makes
-    room for the next.
+    As many sequences run at once as memory allows. Longest prompts start first; one that ends makes room for the next.
     Raises UserError: a prompt and its answer are longer than the model's positions, or than free memory; ValueError:
     arguments out of range, a model in training mode, or weights that cannot be merged."""
-    if depth < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
-        raise ValueError("depth, max_new_tokens and batch_size must be at least 1, temperature at least 0")
+    if depth < 1 or max_new_tokens < 1 or temperature < 0:
+        raise ValueError("depth and max_new_tokens must be at least 1, temperature at least 0")
     if not prompts:
         return []
-    decoder = prepared(model, prompts, depth, max_new_tokens, batch_size)
+    decoder = prepared(model, prompts, depth, max_new_tokens)
     decoder.temperature.fill_(temperature)
     batch = len(decoder.token)
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))] if isinstance(seed, int) else seed
