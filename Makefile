@@ -159,10 +159,14 @@ lint: env  ## ruff alone
 
 lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the versions of pixi.toml
 	@tools/env.sh "$$PYTHON"
+	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes \
+	  --custom-compile-command "make lock" requirements.in -o requirements.txt >/dev/null
 	@.venv/bin/python tools/lock.py
 
-pixi.lock: pixi.lock.in tools/lock.py $(if $(value PYPI_INDEX)$(value PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
-	@"$$PYTHON" tools/lock.py --render $@ $${PYPI_INDEX:+--index "$$PYPI_INDEX"} $${PYPI_FILES:+--files "$$PYPI_FILES"}
+pixi.lock: pixi.lock.in $(if $(value PYPI_INDEX)$(value PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
+	@read -r index files < <("$$PYTHON" -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url, "https://" + PyPI.file_storage_domain)') || \
+	  { echo "error: $$PYTHON has no pip, which knows PyPI's addresses" >&2; exit 2; }; \
+	sed "s|@PYPI_INDEX@|$${PYPI_INDEX:-$$index}|; s|@PYPI_FILES@|$${PYPI_FILES:-$$files}|" $< >$@
 
 build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build

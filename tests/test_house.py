@@ -43,8 +43,8 @@ def test_programs_and_tools_import_ouro_before_torch():
     """ouro/__init__.py sets what torch, bitsandbytes and PyThaiNLP read from the environment when they are imported."""
     ours = {"ouro", *(path.stem for path in ROOT.glob("*.py"))}
     for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")):
-        first, *_ = [*(x for x in imported(ast.parse(path.read_text()).body) if x not in sys.stdlib_module_names), None]
-        assert first in ours or (path.name, first) == ("lock.py", None), path
+        first = next(x for x in imported(ast.parse(path.read_text()).body) if x not in sys.stdlib_module_names)
+        assert first in ours, path
 
 
 def test_transformers_is_never_allowed_code_of_a_model_folder():

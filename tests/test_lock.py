@@ -12,6 +12,9 @@ import sys
 import tomllib
 from pathlib import Path, PurePath
 
+from ouro.files import UserError
+from tools import lock as lock_py
+
 import pytest
 import yaml
 from helpers import ROOT
@@ -19,6 +22,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
+from rattler import LockFile, MatchSpec
 
 INDEX, FILES = "https://index.example/simple", "https://files.example"
 VIRTUAL = {"__unix", "__linux", "__glibc", "__archspec"}  # what a Linux machine has, by pixi's reckoning
@@ -27,17 +31,27 @@ GLIBC = [f"manylinux{version}_x86_64" for version in ("2014", "2010", "1", *(f"_
 PLATFORM = {*cpython_tags((3, 12), ["cp312"], GLIBC), *compatible_tags((3, 12), "cp312", GLIBC)}
 
 
-def render(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools/lock.py", "--render", folder / "pixi.lock", *options]
-    return subprocess.run(command, capture_output=True, text=True)
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs make in a folder that has nothing but what renders the lock."""
+    for name in ("Makefile", "pixi.lock.in"):
+        shutil.copy(ROOT / name, folder / name)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIXI", "MAKE", "MFLAGS"))} | environment
+    command = ["make", "--no-print-directory", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def lock(tmp_path_factory) -> str:
+def lock(tmp_path_factory) -> Path:
+    """The lock, rendered for a mirror."""
     folder = tmp_path_factory.mktemp("lock")
-    done = render(folder, "--index", INDEX, "--files", FILES)
+    done = make(folder, "pixi.lock", f"PYPI_INDEX={INDEX}", f"PYPI_FILES={FILES}")
     assert done.returncode == 0, done.stderr
-    return (folder / "pixi.lock").read_text()
+    return folder / "pixi.lock"
+
+
+@pytest.fixture(scope="module")
+def content(lock) -> dict:
+    return yaml.load(lock.read_text(), yaml.CSafeLoader)
 
 
 @pytest.fixture(scope="module")
@@ -45,88 +59,60 @@ def manifest() -> dict:
     return tomllib.loads((ROOT / "pixi.toml").read_text())
 
 
-def asked_of(manifest: dict, env: str) -> list[tuple[str, str | dict]]:
-    """An environment's PyPI requirements, as the manifest has them."""
-    features = [manifest["feature"][name] for name in manifest["environments"][env]["features"]]
-    return [pair for part in [manifest, *features] for pair in part["pypi-dependencies"].items()]
+@pytest.mark.parametrize("env", ["default", "cu128", "cpu"])
+def test_the_lock_is_what_the_manifest_asks_for(manifest, lock, content, env):
+    """Nothing that pixi would refuse to install."""
+    assert content["environments"].keys() == manifest["environments"].keys()
+    assert content["environments"][env]["indexes"] == [INDEX]
+    environment = dict(LockFile.from_path(lock).environments())[env]
+    packages = environment.packages(environment.platforms()[0])
+    conda = {p.name: p for p in packages if "/conda-forge/" in p.location}
+    wanted = [f"{name} {version}" for name, version in manifest["dependencies"].items()]
+    wanted += [spec for p in conda.values() for spec in p.package_record.depends]
+    missing = [spec for spec in wanted if (name := spec.split()[0]) not in VIRTUAL
+               and not (name in conda and conda[name].satisfies(MatchSpec(spec)))]  # fmt: skip
+    assert missing == []
+    # Without `purls` pixi takes conda's tzdata for PyPI's.
+    assert all("purls" in entry for entry in content["packages"] if "conda" in entry)
 
-
-def faults(manifest: dict, text: str, folder: Path) -> list[str]:
-    """Why pixi would not install this lock for this manifest."""
-    from rattler import LockFile, MatchSpec
-
-    path = folder / "checked.lock"
-    path.write_text(text)
-    environments = dict(LockFile.from_path(path).environments())
-    raw = yaml.load(text, Loader=yaml.CSafeLoader)
-    purls = {entry["conda"]: entry.get("purls") for entry in raw["packages"] if "conda" in entry}
-    bad = [f"environment {name}" for name in environments.keys() ^ manifest["environments"].keys()]
-    for env, environment in environments.items():
-        if raw["environments"][env]["indexes"] != [INDEX]:
-            bad.append(f"{env}: indexes")
-        packages = environment.packages(environment.platforms()[0])
-        conda = {p.name: p for p in packages if "/conda-forge/" in p.location}
-        wanted = [f"{name} {version}" for name, version in manifest["dependencies"].items()]
-        wanted += [spec for p in conda.values() for spec in p.package_record.depends]
-        for spec in wanted:
-            found = conda.get(name := spec.split()[0])
-            if name not in VIRTUAL and not (found and found.satisfies(MatchSpec(spec))):
-                bad.append(f"{env}: {spec} is not locked")
-        # Without `purls` pixi takes conda's tzdata for PyPI's.
-        bad += [f"{env}: {name} has no purls" for name, p in conda.items() if purls.get(p.location) is None]
-
-        wheels = {p.name: p for p in packages if "/conda-forge/" not in p.location}
-        for name, found in wheels.items():
-            *fits, _, tags = parse_wheel_filename(found.location.rsplit("/", 1)[1].replace("%2B", "+"))
-            if fits != [name, type(fits[1])(found.version)] or not tags & PLATFORM:
-                bad.append(f"{env}: {found.location} is not {name} {found.version} for Python 3.12")
-        python = str(conda["python"].version)
-        marked = default_environment() | {"python_version": "3.12", "python_full_version": python}
-        asked = {name: spec if isinstance(spec, dict) else {"version": spec} for name, spec in asked_of(manifest, env)}
-        bad += [f"{env}: {name} is not from {spec['index']}" for name, spec in asked.items()
-                if "index" in spec and not wheels[name].location.startswith(f"{spec['index']}/")]  # fmt: skip
-        needed = [Requirement(name + spec["version"]) for name, spec in asked.items()]
-        needed += [Requirement(text) for found in wheels.values() for text in found.requires_dist]
-        for requirement in needed:
-            if requirement.marker is None or requirement.marker.evaluate(marked | {"extra": ""}):
-                found = wheels.get(name := canonicalize_name(requirement.name))
-                if not (found and found.satisfies(f"{name}{requirement.specifier}")):
-                    bad.append(f"{env}: {requirement} is not locked")
-    return sorted(bad)
-
-
-def test_the_lock_is_what_the_manifest_asks_for(manifest, lock, tmp_path):
-    assert faults(manifest, lock, tmp_path) == []
+    wheels = {p.name: p for p in packages if "/conda-forge/" not in p.location}
+    for name, found in wheels.items():
+        *fits, _, tags = parse_wheel_filename(found.location.rsplit("/", 1)[1].replace("%2B", "+"))
+        assert fits == [name, type(fits[1])(found.version)] and tags & PLATFORM, found.location
+    asked = manifest["pypi-dependencies"].copy()
+    for feature in manifest["environments"][env]["features"]:
+        asked |= manifest["feature"][feature]["pypi-dependencies"]
+    if isinstance(torch := asked["torch"], dict):
+        assert wheels["torch"].location.startswith(f"{torch['index']}/")
+        asked["torch"] = torch["version"]
+    marked = default_environment() | {"python_version": "3.12", "python_full_version": str(conda["python"].version)}
+    needed = [Requirement(name + version) for name, version in asked.items()]
+    needed += [Requirement(text) for found in wheels.values() for text in found.requires_dist]
+    for requirement in needed:
+        if requirement.marker is None or requirement.marker.evaluate(marked | {"extra": ""}):
+            name = canonicalize_name(requirement.name)
+            assert wheels[name].satisfies(f"{name}{requirement.specifier}"), requirement
 
 
 @pytest.mark.parametrize("env", ["default", "cu128", "cpu"])
-def test_every_environment_has_the_versions_and_hashes_of_requirements_txt(lock, env):
-    pins = {
-        name: (version, set(re.findall(r"sha256:(\w+)", hashes)))
-        for name, version, hashes in re.findall(
-            r"^([a-z0-9-]+)==(\S+)(.*(?:\n    .*)*)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
-        )
-    }
-    raw = yaml.load(lock, Loader=yaml.CSafeLoader)
-    entries = {entry["pypi"]: entry for entry in raw["packages"] if "pypi" in entry}
-    rows = raw["environments"][env]["packages"]["linux-64"]
+def test_every_environment_has_the_versions_and_hashes_of_requirements_txt(content, env):
+    pins = re.findall(r"^([a-z0-9-]+)==(\S+)(.*(?:\n    .*)*)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    entries = {entry["pypi"]: entry for entry in content["packages"] if "pypi" in entry}
+    rows = content["environments"][env]["packages"]["linux-64"]
     wheels = {entry["name"]: entry for entry in (entries[row["pypi"]] for row in rows if "pypi" in row)}
     assert wheels["torch"]["version"] == {"default": "2.7.1"}.get(env, f"2.7.1+{env}")
     assert wheels["transformers"]["version"] == "4.54.1"
-    assert wheels.keys() == {name for name in pins if env != "cpu" or not name.startswith(CUDA)}
+    assert wheels.keys() == {name for name, *_ in pins if env != "cpu" or not name.startswith(CUDA)}
     # torch is another build of the same version, and has CUDA packages of its own
-    built = {"default": (), "cu128": ("torch", "nvidia-"), "cpu": ("torch",)}[env]
-    for name, entry in wheels.items():
+    built = {"default": (), "cu128": ("torch", "nvidia-"), "cpu": ("torch", *CUDA)}[env]
+    for name, version, hashes in pins:
         if not name.startswith(built):
-            assert (entry["version"], entry["sha256"] in pins[name][1]) == (pins[name][0], True), name
-    assert wheels["torch"]["version"].split("+")[0] == pins["torch"][0]
+            assert wheels[name]["version"] == version and wheels[name]["sha256"] in hashes, name
 
 
-def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
-    """With pip's answers replayed from the lock, and uv's from requirements.txt: neither can be asked offline."""
-    from tools import lock as tool
-
-    packages = yaml.load(lock, Loader=yaml.CSafeLoader)["packages"]
+def test_make_lock_writes_the_committed_files_again(monkeypatch):
+    """With pip's answers replayed from the lock: it cannot be asked offline."""
+    packages = yaml.load(lock_py.LOCK.read_text(), yaml.CSafeLoader)["packages"]
     entries = {(entry["name"], entry["version"]): entry for entry in packages if "pypi" in entry}
 
     def replay(pins: dict[str, str]) -> dict[str, dict]:
@@ -137,27 +123,27 @@ def test_make_lock_writes_the_committed_files_again(lock, monkeypatch):
             found[name] = {"metadata": entry, "download_info": download}
         return found
 
-    monkeypatch.setattr(tool, "pip_report", replay)
-    monkeypatch.setattr(tool, "resolve_pins", tool.PINS.read_text)
-    assert tool.renew() == (tool.PINS.read_text(), tool.LOCK.read_text(), tool.MANIFEST.read_text())
-
-    monkeypatch.setattr(tool, "resolve_pins", lambda: tool.PINS.read_text().replace("torch==2.7.1", "torch==2.8.0"))
-    with pytest.raises(ValueError, match=r"torch 2\.8\.0: .* of 2\.7\.1 alone"):
-        tool.renew()
+    monkeypatch.setattr(lock_py, "report", replay)
+    assert lock_py.renew() == (lock_py.LOCK.read_text(), lock_py.MANIFEST.read_text())
 
 
-def test_the_addresses_are_pip_s_unless_given(tmp_path):
-    assert render(tmp_path).returncode == 0
-    committed, text = (ROOT / "pixi.lock.in").read_text(), (tmp_path / "pixi.lock").read_text()
+def test_a_lock_of_another_torch_or_of_two_versions_is_refused(monkeypatch, tmp_path):
+    pins = lock_py.PINS.read_text()
+    for other in (pins.replace("torch==2.7.1", "torch==2.8.0"), f"{pins}\nnumpy==1.0 ; python_version < '3.12'"):
+        monkeypatch.setattr(lock_py, "PINS", tmp_path / "requirements.txt")
+        lock_py.PINS.write_text(other)
+        with pytest.raises(UserError, match=r"builds of torch 2\.7\.1 alone, and one version"):
+            lock_py.renew()
+
+
+def test_the_committed_lock_names_no_host_of_the_index_and_the_rendered_one_pip_s(tmp_path):
+    assert make(tmp_path, "pixi.lock").returncode == 0
+    committed, text = (path.read_text() for path in (ROOT / "pixi.lock.in", tmp_path / "pixi.lock"))
     hosts, rendered = (set(re.findall(r"https?://([^/\s]+)", part)) for part in (committed, text))
-    assert hosts == {"conda.anaconda.org", "download.pytorch.org"}, "no host of the index"
-    assert len(rendered) == 4 and not re.search(r"@[A-Z_]+@", text), "the index and its files beside them"
-
-
-def test_an_address_that_is_none_is_refused_and_nothing_written(tmp_path):
-    done = render(tmp_path, "--files", "mirror.example/files")
-    assert done.returncode == 2 and "not an address to fetch packages from: mirror.example/files" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert hosts == {"conda.anaconda.org", "download.pytorch.org"}
+    assert len(rendered) == 4 and "@PYPI" not in text, "the index and its files beside them"
+    without_pip = make(tmp_path, "-B", "pixi.lock", "PYTHON=false")
+    assert without_pip.returncode == 2 and "error: false has no pip" in without_pip.stderr
 
 
 def test_pixi_has_a_task_for_every_verb(manifest):
@@ -167,34 +153,23 @@ def test_pixi_has_a_task_for_every_verb(manifest):
 
 def test_make_takes_pixi_where_it_is_found(tmp_path):
     """With a stand-in for pixi that prints its arguments; inside `pixi run` the environment's own Python is taken."""
-    (tmp_path / "tools").mkdir()
-    for name in ("Makefile", "pixi.lock.in", "tools/lock.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "pixi").write_text('#!/bin/sh\necho pixi "$@"\n')
     (tmp_path / "pixi").chmod(0o755)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PIXI", "MAKE", "MFLAGS"))}
-    env["PATH"] = f"{tmp_path}:{env['PATH']}"
-    command = ["make", "--no-print-directory", "lint", f"PYTHON={sys.executable}", "PIXI_ENV=cu128"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = make(tmp_path, "lint", "PIXI_ENV=cu128", PATH=path)
     assert done.stdout.splitlines()[-2:] == [
         "pixi install --quiet --locked --environment cu128",
         "pixi run --frozen --environment cu128 python -m ruff check .",
     ], done.stderr
     assert (tmp_path / "pixi.lock").is_file()
-    inside = subprocess.run(
-        [*command, "-n"], cwd=tmp_path, env=env | {"PIXI_ENVIRONMENT_NAME": "cu128"}, capture_output=True
-    )
-    assert inside.stdout.decode().splitlines() == [":", "python -m ruff check ."]
+    inside = make(tmp_path, "-n", "lint", PATH=path, PIXI_ENVIRONMENT_NAME="cu128")
+    assert inside.stdout.splitlines() == [":", "python -m ruff check ."]
 
 
 def test_both_images_have_the_same_base_packages_and_settings():
     docker, singularity = (ROOT / "Dockerfile").read_text(), (ROOT / "singularity.def").read_text()
-    for pattern in (
-        r"nvidia/cuda@sha256:[0-9a-f]{64}\b",
-        r"apt-get install [^&\n]*",
-        r"HF_HOME=/\S+",
-        "NVIDIA_DISABLE_REQUIRE=1",
-    ):
+    base, packages = r"nvidia/cuda@sha256:[0-9a-f]{64}\b", r"apt-get install [^&\n]*"
+    for pattern in (base, packages, r"HF_HOME=/\S+", "NVIDIA_DISABLE_REQUIRE=1"):
         one, other = (re.search(pattern, text)[0].strip() for text in (docker, singularity))
         assert one == other
 
@@ -218,16 +193,8 @@ def test_both_images_have_every_file_that_a_program_needs_and_no_secret():
         return re.fullmatch("/" + re.escape(rule).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*"), path) is not None
 
     assert [name for name in needed if ignored(name)] == []
-    secrets = (
-        ".env",
-        "slurm/site.env",
-        "slurm/logs/1.out",
-        "output/x",
-        "results/x",
-        "wandb-key",
-        ".git/config",
-        ".venv/x",
-    )
+    secrets = [".env", "slurm/site.env", "slurm/logs/1.out", "wandb-key"]
+    secrets += [f"{folder}/x" for folder in ("output", "results", ".git", ".venv")]
     assert [name for name in secrets if not ignored(name)] == []
     files = (ROOT / "singularity.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
     sources = [line.split()[0] for line in files.splitlines()]
