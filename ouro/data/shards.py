@@ -1,8 +1,8 @@
 """Whether the files of a training set are all there, and each of its rows once, by their names and contents."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -41,10 +41,10 @@ def check_unread(where: str, folder: Path, files: list[Path]) -> None:
 def check_files(where: str, files: list[Path]) -> None:
     """Raises UserError where rows of a split are missing, as after a download that was cut, or there twice, as beside a
     copy, another format or another export of them: a run would train on other rows than are meant, without a word."""
-    groups: dict[tuple, list[Path]] = {}
+    groups: dict[tuple, list[Path]] = defaultdict(list)
     for file in files:
-        groups.setdefault((file.parent, group_of(file)), []).append(file)
-    alone, contents = [], {}
+        groups[file.parent, group_of(file)].append(file)
+    alone = []
     for group in groups.values():
         shards = [shard for file in group if (shard := SHARD.match(stem(file)))]
         if len({int(shard[3]) for shard in shards}) > 1 or len(shards) < len(group) > 1:
@@ -54,10 +54,10 @@ def check_files(where: str, files: list[Path]) -> None:
             check_numbers(where, dict(zip(group, numbers, strict=True)), int(shards[0][3]))
         else:
             alone += group
-    sizes = Counter(file.stat().st_size for file in alone)
+    sizes, contents = Counter(file.stat().st_size for file in alone), defaultdict(list)
     for file in alone:
         if sizes[file.stat().st_size] > 1 and file.stat().st_size:
-            contents.setdefault(file_sha256(file), []).append(file)
+            contents[file_sha256(file)].append(file)
     for same in contents.values():
         if len(same) > 1:
             refuse_twice(where, same)
@@ -66,23 +66,15 @@ def check_files(where: str, files: list[Path]) -> None:
             check_numbers(where, series, count)
 
 
-def numbered(files: list[Path]) -> Iterator[dict[Path, tuple[str, int, int]]]:
-    """Those whose names are equal but for one number: name, start and end of it. Where several numbers differ, it is
-    the last."""
-    alike: dict[tuple, dict[Path, list[re.Match]]] = {}
+def numbered(files: list[Path]) -> Iterable[dict[Path, tuple[str, int, int]]]:
+    """Those whose names are equal but for one number: name, start and end of it."""
+    series: dict[tuple, dict] = defaultdict(dict)
     for file in files:
-        if numbers := [*re.finditer(r"\d+", stem(file))]:
-            alike.setdefault((file.parent, *re.split(r"\d+", stem(file))), {})[file] = numbers
-    for group in alike.values():
-        columns = zip(*([number[0] for number in numbers] for numbers in group.values()), strict=True)
-        differ = [place for place, column in enumerate(columns) if len({*column}) > 1]
-        place = differ[0] if len(differ) == 1 else -1
-        series: dict[tuple, dict] = {}
-        for file, numbers in group.items():
-            number = numbers[place]
-            rest = (number.string[: number.start()], number.string[number.end() :])
-            series.setdefault(rest, {})[file] = (number.string, *number.span())
-        yield from series.values()
+        name = stem(file)
+        for number in re.finditer(r"\d+", name):
+            rest = (file.parent, name[: number.start()], name[number.end() :])
+            series[rest][file] = (name, *number.span())
+    return series.values()
 
 
 def count_of(series: list[tuple[str, int, int]]) -> int:

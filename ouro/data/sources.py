@@ -34,7 +34,6 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-PATTERNS = [*(f"*{kind}" for kind in KINDS), "*.md"]  # of a dataset: no code, no pickles
 MARKS = ("weight", "train", "trainable", "used_in_training", "loss", "need_loss", "loss_weight", "loss_mask")
 MARK = re.compile(r"(?:is|do|to|should|needs?|used?(?:in|for))?(?:weight|train(?:ing|able|ed)?|loss(?:weight|mask)?)")
 INVERSE_MARKS = ("mask", "ignore_loss")  # where they are true a row or turn is not trained
@@ -162,8 +161,10 @@ KEYS = {
 
 
 def patterns_of(entry: dict) -> list[str]:
-    """Of a training set's repository the files that are downloaded: all of rows and cards, or those of its `folder`."""
-    return [*(f"{entry['folder']}/*{kind}" for kind in KINDS), "*.md"] if "folder" in entry else PATTERNS
+    """Of a training set's repository the files that are downloaded: rows, of its `folder` if it names one, and cards,
+    but no code and no pickles."""
+    folder = f"{entry['folder']}/" if "folder" in entry else ""
+    return [*(f"{folder}*{kind}" for kind in KINDS), "*.md"]
 
 
 def entry_of(name: str) -> dict:
@@ -319,33 +320,30 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
     is wanted; or none. Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column
     missing."""
     if file.suffix in (".parquet", ".arrow"):
-        with table_file(file) as table:
-            parquet = file.suffix == ".parquet"
-            names = (table.schema_arrow if parquet else table.schema).names
-            check_columns(f"{file}", names, columns)
-            check_once(f"{file}", names)
-            read = {*columns, *optional}
-            wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
-            batches = table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table)
-            number = 0
-            try:
-                for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                    yield f"{file}, row {number}", row
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
-        return
-    if file.suffix == ".xlsx":
+        yield from read_table(file, columns, optional)
+    elif file.suffix == ".xlsx":
         yield from read_workbook(file, columns)
-        return
-    with unpacked(file) as opened:
-        if is_csv(file):
-            yield from read_csv(f"{file}", opened, columns)
-        else:
-            yield from read_lines(f"{file}", lines_of(opened, f"{file}"), columns)
+    else:
+        with unpacked(file) as opened:
+            read = read_csv if file.name.endswith((".csv", ".csv.gz")) else read_lines
+            yield from read(f"{file}", opened, columns)
 
 
-def is_csv(file: Path) -> bool:
-    return file.name.endswith((".csv", ".csv.gz"))
+def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """The rows of a Parquet or Arrow file, ROWS of them in memory at a time. Errors as `read_file`."""
+    with table_file(file) as table:
+        parquet, number = file.suffix == ".parquet", 0
+        names = (table.schema_arrow if parquet else table.schema).names
+        check_columns(f"{file}", names, columns)
+        check_once(f"{file}", names)
+        read = {*columns, *optional}
+        wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
+        batches = table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table)
+        try:
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{file}, row {number}", row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
 
 
 def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
@@ -406,29 +404,19 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{file} is damaged: {in_one_line(error)}") from None
 
 
-def lines_of(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """Its lines. A small compressed file may hold a line that no memory does."""
-    for line in iter(partial(file.readline, LONGEST + 1), b""):
-        if len(line) > LONGEST:
+def numbered_lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, without a byte-order mark. They end at \\n alone: U+2028 may stand inside
+    a string."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:  # a small compressed file may hold a line that no memory does
             raise UserError(f"{name}: a line of more than {LONGEST >> 20} MiB: this is no file of rows")
-        yield line
+        yield number, line.removeprefix(codecs.BOM_UTF8)
 
 
-def read_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The objects of JSON Lines or of a JSON list. Errors as `read_file`."""
-    for where, row in rows_of(name, lines):
-        row = parse_json(where, row) if isinstance(row, bytes) else row
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-        check_columns(where, row, columns)
-        yield where, row
-
-
-def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
-    """Where each row stands, and the row: a line of JSON Lines as it is, or an item of a list, which begins with "[".
-
-    Lines end at \\n alone: U+2028 may stand inside a string. A byte-order mark and blank lines are passed over."""
-    numbered = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(lines, 1))
+def read_lines(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """The objects of JSON Lines, of which blank ones are passed over, or of a JSON list, which begins with "[". Errors
+    as `read_file`."""
+    numbered = numbered_lines(name, file)
     number, first = next(((n, line) for n, line in numbered if line.strip()), (1, b""))
     if first.lstrip().startswith(b"["):
         text = bytearray(b"\n" * (number - 1) + first)
@@ -436,11 +424,17 @@ def rows_of(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, object]]:
             text += line
             if len(text) > WHOLE:
                 raise UserError(f"{name}: a JSON list of more than {WHOLE >> 20} MiB: write a row a line (JSON Lines)")
-        yield from ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text), 1))
+        rows = ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text), 1))
     elif first.strip() == b"{":
         raise UserError(f"{name}, line {number}: an object over several lines; rows are one a line, or one JSON list")
     else:
-        yield from ((f"{name}, line {n}", line) for n, line in chain([(number, first)], numbered) if line.strip())
+        lines = ((f"{name}, line {n}", line) for n, line in chain([(number, first)], numbered) if line.strip())
+        rows = ((where, parse_json(where, line)) for where, line in lines)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+        check_columns(where, row, columns)
+        yield where, row
 
 
 def parse_json(where: str, text: bytes | bytearray) -> object:
@@ -489,10 +483,7 @@ def count_rows(file: Path) -> int:
     if file.suffix == ".parquet":
         with table_file(file) as parquet:
             return parquet.metadata.num_rows
-    if file.suffix in (".arrow", ".xlsx") or is_csv(file):
-        return sum(1 for _ in read_file(file))
-    with unpacked(file) as opened:
-        return sum(1 for _ in rows_of(f"{file}", lines_of(opened, f"{file}")))
+    return sum(1 for _ in read_file(file))
 
 
 def benchmark_files(spec: dict) -> list[str]:
