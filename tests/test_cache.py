@@ -1,13 +1,12 @@
 """The cache of token rows: what makes a new one, and that no kill, race, full disk or bad row leaves a wrong one."""
 
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,7 +18,7 @@ import data_config
 from ouro import settings
 from ouro.data import cache, chats, sources
 from ouro.data.batches import Rows
-from ouro.data.cache import CHUNK, CODE, prepare
+from ouro.data.cache import CHUNK, CODE, prepare, rows_sha256
 from ouro.files import UserError, call, read_yaml
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Settings
@@ -28,6 +27,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import PATIENCE
+from helpers import read_jsonl, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "sample/ouro-tiny")
@@ -52,10 +52,8 @@ SECOND = multiprocessing.get_context("forkserver")  # forking this process would
 
 
 def write_set(path: Path, rows: list[tuple[str, str, str, str]]) -> None:
-    columns = ("Instruction", "Input", "Output", "License")
-    lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_jsonl(path, *(dict(zip(("Instruction", "Input", "Output", "License"), row, strict=True)) for row in rows))
 
 
 def plain(data: Path, cache: Path) -> Settings:
@@ -83,10 +81,6 @@ def contents(rows: Rows) -> list[tuple[list[int], list[int]]]:
     return [tuple(part.tolist() for part in rows.row(i)) for i in range(len(rows.lengths))]
 
 
-def digest(rows: Rows) -> str:
-    return hashlib.sha256(json.dumps(contents(rows)).encode()).hexdigest()
-
-
 def prepared(world, **changes) -> tuple[list, dict]:
     rows, report = prepare(replace(world.s, **changes), world.tokenizer, quiet=True)
     return contents(rows), report
@@ -104,16 +98,16 @@ def listing(folder: Path) -> list[str]:
 # what makes a new cache
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new), encoding="utf-8")
+def change_benchmark(world, monkeypatch):
+    path = world.folder / "exam/data/onet/onet_test.jsonl"
+    *others, last = read_jsonl(path)
+    write_jsonl(path, *others, last | {"question": ASKED})
 
 
 def change_one_byte(world, monkeypatch):
     path = world.folder / "data/train.jsonl"
     before = path.stat()
-    edit(path, "มี 50 เขต", "มี 51 เขต")
+    path.write_text(path.read_text(encoding="utf-8").replace("มี 50 เขต", "มี 51 เขต"), encoding="utf-8")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = path.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
@@ -137,25 +131,11 @@ def change_template(world, monkeypatch):
     assert world.tokenizer.chat_template != template
 
 
-def change_benchmark(world, monkeypatch):
-    path = world.folder / "exam/data/onet/onet_test.jsonl"
-    *others, last = path.read_text(encoding="utf-8").splitlines()
-    item = json.dumps(json.loads(last) | {"question": ASKED}, ensure_ascii=False)
-    path.write_text("\n".join([*others, item]) + "\n", encoding="utf-8")
-
-
 def change_entry(world, monkeypatch):
     table = world.folder / "datasets.yaml"
     entry = read_yaml(settings.DATASETS)["sample"] | {"prompt": ["Instruction"]}
     table.write_text(yaml.safe_dump({"sample": entry}), encoding="utf-8")
     monkeypatch.setattr(sources, "DATASETS", table)
-
-
-def setting(**changes):
-    def change(world, monkeypatch):
-        world.s = replace(world.s, **changes)
-
-    return change
 
 
 NEW_ROWS = {
@@ -165,11 +145,11 @@ NEW_ROWS = {
     "chat template": change_template,
     "benchmark": change_benchmark,
     "datasets.yaml": change_entry,
-    "max_length": setting(max_length=1024),
-    "length_policy": setting(length_policy="truncate_prompt"),
-    "licence": setting(licence="permissive"),
-    "normalise_thai": setting(normalise_thai=False),
-    "system_prompt": setting(system_prompt="ตอบสั้น ๆ"),
+    "max_length": {"max_length": 1024},
+    "length_policy": {"length_policy": "truncate_prompt"},
+    "licence": {"licence": "permissive"},
+    "normalise_thai": {"normalise_thai": False},
+    "system_prompt": {"system_prompt": "ตอบสั้น ๆ"},
 }
 
 
@@ -177,22 +157,13 @@ NEW_ROWS = {
 def test_a_change_of_what_rows_are_made_of_gives_new_rows(world, monkeypatch, change):
     rows, report = prepared(world)
     assert len(rows) == 6 and report["rows_dropped"] == {"empty (Instruction)": 1, "longer than 120 tokens": 1}
-    change(world, monkeypatch)
-    new_rows, new_report = prepared(world)
+    if callable(change):
+        change(world, monkeypatch)
+    new_rows, new_report = prepared(world, **({} if callable(change) else change))
     assert new_report["cache"] != report["cache"] and not new_report["from_cache"]
     assert new_rows != rows
-    assert (
-        files(report["cache"]).keys()
-        == files(new_report["cache"]).keys()
-        == {"rows.arrow", "report.json", "SHA256SUMS"}
-    )
-
-
-def test_rows_that_repeat_items_are_kept_only_where_that_is_asked(world, monkeypatch):
-    change_benchmark(world, monkeypatch)
-    dropped, report = prepared(world)
-    kept, other = prepared(world, drop_overlap=False)
-    assert len(kept) == len(dropped) + 1 and other["cache"] != report["cache"]
+    if change is change_benchmark:
+        assert prepared(world, drop_overlap=False)[0] == rows
 
 
 def test_a_special_token_that_only_the_tokenizers_settings_name_makes_a_new_cache(world):
@@ -211,30 +182,20 @@ def test_a_change_of_any_file_of_the_code_makes_the_rows_anew(world, monkeypatch
     rows, report = prepared(world)
     monkeypatch.setattr(cache, "CODE", copies)
     assert prepared(world)[1] == report | {"from_cache": True}
-    seen = {report["cache"]}
-    for path in copies:
-        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        new_rows, new_report = prepared(world)
-        assert new_report["cache"] not in seen and not new_report["from_cache"] and new_rows == rows, path.name
-        seen.add(new_report["cache"])
+    copies[-1].write_text(copies[-1].read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    new_rows, new_report = prepared(world)
+    assert new_report["cache"] != report["cache"] and not new_report["from_cache"] and new_rows == rows
 
 
-SAME_ROWS = {
-    "learning_rate": {"learning_rate": 1.0},
-    "rows_per_step": {"rows_per_step": 7},
-    "pass_tokens": {"pass_tokens": 512},
-    "seed": {"seed": 1},
-    "output_dir": {"output_dir": "elsewhere"},
-    "total_ut_steps": {"total_ut_steps": 2},
-    "floors": {"max_empty_share": 0.5, "max_too_long_share": 0.5, "min_trained_share": 0.001, "min_end_survival": 0.1},
-}
-
-
-@pytest.mark.parametrize("changes", SAME_ROWS.values(), ids=SAME_ROWS)
-def test_a_change_of_anything_else_reads_the_cache(world, changes):
+def test_a_change_of_anything_else_reads_the_cache(world):
     rows, report = prepared(world)
-    again, other = prepared(world, **changes)
-    assert (again, other["cache"], other["from_cache"]) == (rows, report["cache"], True)
+    for changes in (
+        {"learning_rate": 1.0, "rows_per_step": 7, "pass_tokens": 512, "seed": 1, "total_ut_steps": 2},
+        {"max_empty_share": 0.5, "max_too_long_share": 0.5, "min_trained_share": 0.001, "min_end_survival": 0.1},
+        {"output_dir": "elsewhere"},
+    ):
+        again, other = prepared(world, **changes)
+        assert (again, other["cache"], other["from_cache"]) == (rows, report["cache"], True), changes
 
 
 def test_an_identical_copy_elsewhere_reads_the_cache_and_names_rows_of_its_own(world):
@@ -291,7 +252,7 @@ def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -
     connection.recv()
     try:
         rows, report = prepare(s, tokenizer, builder=builder, quiet=True, wait=partial(time.sleep, 0.2))
-        connection.send((digest(rows), report))
+        connection.send((rows_sha256(rows), report))
     except Exception as error:  # noqa: BLE001
         connection.send(repr(error))
 
@@ -306,24 +267,12 @@ def start(s: Settings, builder: bool = True, pid: int | None = None) -> SimpleNa
     return SimpleNamespace(process=process, connection=here)
 
 
-def go(*children: SimpleNamespace) -> None:
-    for child in children:
-        child.connection.send("go")
-
-
 def result(child: SimpleNamespace) -> tuple[str, dict]:
     assert child.connection.poll(PATIENCE)
     got = child.connection.recv()
     child.process.join(PATIENCE)
     assert isinstance(got, tuple), got
     return got
-
-
-def wait_for(found) -> None:
-    end = time.monotonic() + PATIENCE
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -334,95 +283,70 @@ def large(tmp_path_factory):
     write_set(data, [(f"คำถามที่ {i}", "", f"{i} {TRAIN[i % 6][2]} " * 12, "MIT") for i in range(4 * CHUNK)])
     rows, report = prepare(plain(data, folder / "cache"), load_tokenizer(MODEL), quiet=True)
     return SimpleNamespace(
-        data=data, digest=digest(rows), name=Path(report["cache"]).name, files=files(report["cache"])
+        data=data, digest=rows_sha256(rows), name=Path(report["cache"]).name, files=files(report["cache"])
     )
-
-
-def started_building(cache: Path) -> bool:
-    return any(path.stat().st_size for path in cache.glob(".*/rows.arrow"))
 
 
 def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp_path):
     s = plain(large.data, tmp_path)
-    for _ in range(2):
-        child = start(s)
-        go(child)
-        wait_for(lambda: started_building(tmp_path))
-        os.kill(child.process.pid, signal.SIGKILL)
-        child.process.join(PATIENCE)
-        assert child.process.exitcode == -signal.SIGKILL
-        assert not (tmp_path / large.name).exists()
+    child = start(s)
+    child.connection.send("go")
+    end = time.monotonic() + PATIENCE
+    while not any(path.stat().st_size for path in tmp_path.glob(".*/rows.arrow")):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.process.join(PATIENCE)
+    assert child.process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / large.name).exists()
     assert any("rows.arrow" in name for name in listing(tmp_path)), "killed too late"
     rows, report = prepare(s, load_tokenizer(MODEL), quiet=True)
-    assert not report["from_cache"] and digest(rows) == large.digest
+    assert not report["from_cache"] and rows_sha256(rows) == large.digest
     assert files(tmp_path / large.name) == large.files
     assert [path.name for path in tmp_path.iterdir()] == [large.name], "what was left of killed processes is gone"
 
 
-def test_two_processes_that_build_the_same_at_once_both_succeed(large, tmp_path):
-    """With one process number, as in two containers that share a file system."""
-    children = [start(plain(large.data, tmp_path), pid=1) for _ in range(2)]
-    go(*children)
-    for rows, report in map(result, children):
+def test_processes_that_build_or_wait_for_the_same_at_once_all_succeed(large, tmp_path):
+    """The builders have one process number, as in two containers that share a file system; who waits tokenises
+    nothing."""
+    s = plain(large.data, tmp_path)
+    waiting, *builders = start(s, builder=False), start(s, pid=1), start(s, pid=1)
+    waiting.connection.send("go")
+    assert not waiting.connection.poll(0.5) and listing(tmp_path) == []
+    for builder in builders:
+        builder.connection.send("go")
+    for rows, report in map(result, builders):
         assert rows == large.digest and not report["from_cache"]
+    assert result(waiting)[0] == large.digest
     names = ("SHA256SUMS", "report.json", "rows.arrow")
     assert listing(tmp_path) == [large.name, *(f"{large.name}/{name}" for name in names)]
     assert files(tmp_path / large.name) == large.files
-
-
-def test_a_process_that_is_not_the_builder_waits_and_does_not_tokenise(large, tmp_path):
-    s = plain(large.data, tmp_path)
-    waiting = start(s, builder=False)
-    go(waiting)
-    assert not waiting.connection.poll(0.5) and listing(tmp_path) == []
-    rows, _ = prepare(s, load_tokenizer(MODEL), quiet=True)
-    assert result(waiting)[0] == digest(rows) == large.digest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # full disks, damaged files, bad rows
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, and what sets its size in kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["mount", *arguments, str(disk)], capture_output=True, text=True)
-
-    done = mount("-t", "tmpfs", "-o", "size=64k", "tmpfs") if shutil.which("mount") else None
-    if done is None or done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount command'}")
-    (disk / "mine.txt").write_text("years of work")
-
-    def resize(size: int) -> None:
-        assert mount("-o", f"remount,size={size}k").returncode == 0
-
-    yield disk, resize
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_wherever_the_disk_fills_up_nothing_is_left_until_it_fits(small_disk, world):
-    disk, resize = small_disk
-    sample = {"dataset_path": str(ROOT / "sample/wangchan"), "max_length": 1024, "cache_dir": str(disk)}
-    full = 0
-    for size in (*range(8, 128, 24), *range(128, 176, 8)):  # full among the rows, at their end, in the report
-        resize(size)
+def test_wherever_the_disk_fills_up_nothing_is_left_until_it_fits(world, tmp_path):
+    """As on a full disk a file can grow no further: among the rows, at their end, in the report."""
+    place, full = tmp_path / "cache", 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in range(1, 2**20, 1000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            rows, _ = prepared(world, **sample)
+            rows, _ = prepared(world)
             break
         except OSError as error:
-            assert error.errno == errno.ENOSPC and str(error.filename).startswith(str(disk)), "which disk?"
-            assert listing(disk) == ["mine.txt"]
+            assert error.errno == errno.EFBIG and str(error.filename).startswith(str(place)), "which disk?"
+            assert listing(place) == []
             full += 1
-    assert full >= 6 and rows == prepared(world, **sample | {"cache_dir": str(world.folder / "cache")})[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full >= 4 and rows == prepared(world, cache_dir=str(world.folder / "other"))[0]
 
 
 DAMAGE = {
     "empty": lambda data: b"",
-    "first half": lambda data: data[: len(data) // 2],
     "without its end": lambda data: data[:-3],
     "a bit flipped": lambda data: data[:700] + bytes([data[700] ^ 4]) + data[701:],
     "missing": None,
@@ -450,10 +374,8 @@ def test_a_damaged_cache_is_refused_by_name(world, monkeypatch, capsys, name, da
 
 
 def test_a_bad_row_late_in_the_file_leaves_nothing_in_the_cache(tmp_path, tokenizer):
-    write_set(tmp_path / "train.jsonl", [(f"ถาม {i}", "", "ตอบ", "MIT") for i in range(2 * CHUNK + 88)])
-    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"Instruction": "ถาม", "Inp\n')
-    with pytest.raises(UserError, match="train.jsonl, line 601: not valid JSON"):
+    write_set(tmp_path / "train.jsonl", [*[("ถาม", "", "ตอบ", "MIT")] * (2 * CHUNK + 88), ("ถาม", "", 7, "MIT")])
+    with pytest.raises(UserError, match="train.jsonl, line 601, column Output: expected text, found int"):
         prepare(plain(tmp_path / "train.jsonl", tmp_path / "cache"), tokenizer, quiet=True)
     assert listing(tmp_path / "cache") == []
 

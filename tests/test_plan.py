@@ -9,7 +9,7 @@ from ouro.cluster.plan import predict, typical_lengths
 from ouro.data.batches import Passes
 from ouro.data.cache import prepare
 from ouro.data.chats import Tokens, split_row
-from ouro.data.sources import HubSession, Unreachable, cache_only
+from ouro.data.sources import HubSession, cache_only
 from ouro.files import UserError, read_yaml
 from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, sizes, training_flops
 from ouro.model.loading import load_tokenizer
@@ -287,7 +287,7 @@ def test_with_the_cache_only_nothing_is_asked_of_the_hub_and_where_it_is_not_it_
     asked = []
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", lambda self, request, **_: refuse(asked, request.url))
     for path in ("one", "two"):
-        with pytest.raises(Unreachable, match="^cannot reach http://127.0.0.1:9: no way$"):
+        with pytest.raises(OfflineModeIsEnabled, match="^cannot reach http://127.0.0.1:9: no way$"):
             http_backoff("HEAD", f"http://127.0.0.1:9/{path}")
     assert asked == ["http://127.0.0.1:9/one"]
     monkeypatch.setattr(HubSession, "answered", True)

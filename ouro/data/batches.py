@@ -8,7 +8,7 @@ import dataclasses
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ class Rows:
 
     @cached_property
     def trained(self) -> np.ndarray:
-        bounds = (self._values(index)[1].clip(min=1) for index in range(len(self)))  # before a first token is nothing
+        bounds = (self._values(index)[1] for index in range(len(self)))
         return np.array([int((stretch[1::2] - stretch[::2]).sum()) for stretch in bounds], np.int64)
 
     def place(self, index: int) -> str:
@@ -150,6 +150,12 @@ def shares(passes: list[Pass], processes: int, cost: Callable[[Pass], float]) ->
     return given
 
 
+@lru_cache(maxsize=2)
+def order_of(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch takes so many rows, int64 (count,)."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 class Steps:
     """The steps of an epoch, each with its share for this process: what `DataLoader` reads.
 
@@ -178,7 +184,7 @@ class Steps:
     def rows_of(self, step: int) -> list[int]:
         """Numbers of the rows of a step, counted from 0 over all epochs."""
         epoch, at = divmod(step, len(self))
-        order = self._order(epoch)
+        order = order_of(self.seed, epoch, len(self.rows))
         return order[at * self.per_step : (at + 1) * self.per_step].tolist()
 
     def shares_of(self, step: int) -> list[list[Pass]]:
@@ -205,11 +211,6 @@ class Steps:
 
     def _batch(self, each: Pass, step: int) -> dict:
         return self.collate([(row, *self.rows.row(row)) for row in each.rows], each, step)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            self._cached = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        return self._cached[1]
 
     def shapes(self, first: int, last: int) -> tuple[list[tuple[int, int, int]], float]:
         """(rows, width, documents) of the batches of steps first..last - 1, the largest first: what graphs are captured

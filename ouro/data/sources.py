@@ -64,15 +64,12 @@ def like_mark(key: str) -> bool:
     return not speaks_of_training(key) and bool(LIKE_MARK.search(key.lower()))
 
 
-class Unreachable(OfflineModeIsEnabled):
-    """There is no way to the Hub; huggingface_hub then reads its cache, as with HF_HUB_OFFLINE."""
-
-
 class HubSession(requests.Session):
     """Connections to the Hub, each with a timeout; none while HF_HUB_OFFLINE is set, nor after the first has failed.
 
     huggingface_hub asks for a repository's commit without a timeout: a network that drops packets would hang. And it
-    asks for each file six times within 23 s, which helps where a connection is lost, and not where there is none."""
+    asks for each file six times within 23 s, which helps where a connection is lost, and not where there is none. Where
+    OfflineModeIsEnabled is raised it reads its cache at once."""
 
     answered = False  # the Hub has, to any session
     failure: requests.RequestException | None = None  # of the first request, if it did not
@@ -91,7 +88,7 @@ class HubSession(requests.Session):
                     raise
                 HubSession.failure = error
         host = "/".join(url.split("/")[:3])
-        raise Unreachable(f"cannot reach {host}: {in_one_line(HubSession.failure)}") from HubSession.failure
+        raise OfflineModeIsEnabled(f"cannot reach {host}: {in_one_line(HubSession.failure)}") from HubSession.failure
 
 
 configure_http_backend(HubSession)
