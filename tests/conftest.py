@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and imports of the project's modules and of the test helpers."""
 
+import functools
 import gc
 import os
 import signal
@@ -66,6 +67,14 @@ def tokenizer():
     from ouro.model.loading import load_tokenizer  # the environment above comes first
 
     return load_tokenizer(str(TESTS.parent / "sample/ouro-tiny"))
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    """Makes a training set of rows and prepares it: `prepare_set` of training_sets.py."""
+    from training_sets import prepare_set
+
+    return functools.partial(prepare_set, tmp_path, tokenizer=tokenizer)
 
 
 @pytest.fixture

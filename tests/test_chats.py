@@ -3,7 +3,6 @@
 import copy
 import re
 import unicodedata
-from functools import partial
 
 from ouro.data import chats
 from ouro.data.chats import Tokens, cut_question, encode_chats, split_row, to_chat
@@ -23,7 +22,6 @@ from training_sets import (
     UNBOUNDED,
     chatml,
     count,
-    prepare_set,
     questions,
     sample_text,
     texts,
@@ -32,11 +30,6 @@ from training_sets import (
 )
 
 ENTRIES = read_yaml(DATASETS)
-
-
-@pytest.fixture
-def prepared(tmp_path, tokenizer):
-    return partial(prepare_set, tmp_path, tokenizer=tokenizer)
 
 
 def spans(tokens: Tokens, tokenizer) -> list[str]:
