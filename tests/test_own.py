@@ -88,9 +88,8 @@ def test_every_form_gives_the_same_rows_and_says_how_it_was_read(form, prepared,
 
 @pytest.mark.parametrize("splits", [False, True])
 def test_a_folder_of_save_to_disk_is_read_and_its_test_split_held_out(splits, prepared, tmp_path, tokenizer):
-    saved, rest = Dataset.from_list(ALPACA), Dataset.from_list(PAIRS[:1]).rename_columns(
-        {"prompt": "instruction", "completion": "output"}
-    )  # fmt: skip
+    saved = Dataset.from_list(ALPACA)
+    rest = Dataset.from_list([{"instruction": WHOLE[0], "output": ANSWERS[0]}])
     (DatasetDict(train=saved, test=rest) if splits else saved).save_to_disk(tmp_path / "saved")
     make = partial(prepare_set, tmp_path, "own", {}, str(tmp_path / "saved"), tokenizer=tokenizer)
     rows, report = make()

@@ -1,8 +1,8 @@
 """Thai text: one spelling for training and evaluation; every passage that a row shares with a benchmark is found."""
 
-import json
 import random
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ouro.files import ROOT, read_yaml
 from ouro.settings import EVALS, Settings
 
 import pytest
+from helpers import read_jsonl, write_jsonl
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -27,10 +28,6 @@ VOWELS = "เแะาำๅ\u0e31\u0e34-\u0e39\u0e47\u0e4d"
 MESSY = f"ท{MAI_THO}ำง{ZWSP}าน น{MAI_THO}{NIKHAHIT}{AA} เเละ น{AM}{MAI_THO}"  # as in exams and scraped pages
 CLEAN = "ท้ำงาน น้ำ และ น้ำ"
 repeatable = hypothesis_settings(deadline=None, derandomize=True, max_examples=300, database=None)
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def whole(row: dict) -> str:
@@ -114,22 +111,16 @@ def test_only_thai_vowels_marks_and_zero_width_characters_change(text):
 
 def exam(folder: Path, items: list[dict]) -> str:
     """A copy of thai_exam whose subset ic holds these items and whose other subsets are the sample's."""
-    for subset in SPEC["subsets"]:
-        file = folder / f"data/{subset}/{subset}_test.jsonl"
-        file.parent.mkdir(parents=True)
-        file.write_bytes((EXAM / f"data/{subset}/{subset}_test.jsonl").read_bytes())
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    (folder / "data/ic/ic_test.jsonl").write_text(lines, encoding="utf-8")
+    shutil.copytree(EXAM, folder)
+    write_jsonl(folder / "data/ic/ic_test.jsonl", *items)
     return str(folder)
 
 
 def training_set(folder: Path, rows: list[tuple[str, str]], **settings) -> Settings:
     """Settings whose training set holds these questions and answers, and sixty others."""
     rows = [*rows, *((f"คำถามที่ {n}", f"คำตอบที่ {n} ของชุดนี้") for n in range(60))]
-    lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in rows]
-    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    common = {"overlap": "none", "cache_dir": str(folder / "cache"), "max_length": 2048, "max_garbled_share": 1}
-    return Settings(dataset="pairs", dataset_path=str(folder / "train.jsonl"), **common | settings)
+    path = write_jsonl(folder / "train.jsonl", *({"prompt": asked, "completion": said} for asked, said in rows))
+    return Settings(dataset="pairs", dataset_path=path, cache_dir=str(folder / "cache"), **settings)
 
 
 @pytest.mark.parametrize(("on", "spelling"), [(True, CLEAN), (False, MESSY)], ids=["on", "off"])
@@ -138,9 +129,10 @@ def test_training_and_evaluation_read_the_same_spelling(tmp_path, tokenizer, on,
     items = load_items("thai_exam", SPEC, exam(tmp_path / "exam", [item]), 1, normalise if on else str)
     (read,) = [i for i in items if i["subset"] == "ic"]
     assert (read["question"], read["options"]["a"]) == (spelling, spelling + "ก")
-    rows, _ = prepare(training_set(tmp_path, [(MESSY, MESSY + "ก")] * 50, normalise_thai=on), tokenizer, quiet=True)
-    trained = [tokenizer.decode(rows.row(i)[0]) for i in range(len(rows))]
-    assert sum(f"{spelling}{END_OF_TURN}" in t and f"{spelling}ก{END_OF_TURN}" in t for t in trained) >= 40
+    s = training_set(tmp_path, [(MESSY, MESSY + "ก")], normalise_thai=on, overlap="none")
+    rows, _ = prepare(s, tokenizer, quiet=True)
+    said = tokenizer.decode(rows.row(0)[0])
+    assert f"{spelling}{END_OF_TURN}" in said and f"{spelling}ก{END_OF_TURN}" in said
 
 
 # ------------------------------------------------------------------------------------------------ shared passages
@@ -202,17 +194,12 @@ LATIN = "The Quick Brown Fox Jumps Over Lazy Dogs While Sphinx Judges My Quartz 
 AMS = ("น้ำทำคำนำจำกำลำตำรำ" * 3)[:LEAST]
 DISGUISES = {
     "none": str,
-    "spaces": lambda text: "  ".join(text),
     "lines": lambda text: "\n".join(text[i : i + 7] for i in range(0, len(text), 7)),
     "punctuation": lambda text: "".join(f"{c}{'.,!?…“”()-/*_|:;'[i % 16]}" for i, c in enumerate(text)),
     "Thai punctuation": lambda text: "".join(f"{c}{'฿๏๚๛'[i % 4]}" for i, c in enumerate(text)),
     "upper case": str.upper,
-    "lower case": str.lower,
-    "NFKC": lambda text: unicodedata.normalize("NFKC", text),
     "NFKC and spaces, as from a PDF": lambda text: " ".join(unicodedata.normalize("NFKC", text)),
     "zero-width": lambda text: ZWSP.join(text),
-    "byte order marks": lambda text: "\ufeff".join(text),
-    "soft hyphens": lambda text: "\u00ad".join(text),
     "emoji": lambda text: "👩\u200d👧".join(text[i : i + 9] for i in range(0, len(text), 9)),
 }
 
@@ -252,16 +239,10 @@ def test_a_stock_phrase_of_a_long_question_is_no_repetition_and_the_question_is(
     assert overlap.find(f"ฮ{half}ฮ") == ("item", half) and overlap.find(half[1:]) is None
 
 
-def test_texts_shorter_than_a_passage_share_none():
-    overlap = Overlap([("item", [PASSAGE]), ("empty", []), ("emoji", ["👩" * 80])])
-    assert [overlap.find(text) for text in ("", " ", "ก", PASSAGE[:20], "👩\u200d👧 " * 30)] == [None] * 5
-    assert overlap.short == 2 and Overlap([]).find(PASSAGE) is None
-
-
 # ------------------------------------------------------------------------------------------------ the training set
 
-IC, TGAT = (read_lines(EXAM / f"data/{subset}/{subset}_test.jsonl") for subset in ("ic", "tgat"))
-SHORT = sum(len(plain(whole(item))) < LEAST for file in EXAM.glob("data/*/*_test.jsonl") for item in read_lines(file))
+IC, TGAT = (read_jsonl(EXAM / f"data/{subset}/{subset}_test.jsonl") for subset in ("ic", "tgat"))
+SHORT = sum(len(plain(whole(item))) < LEAST for file in EXAM.glob("data/*/*_test.jsonl") for item in read_jsonl(file))
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -269,8 +250,9 @@ def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherw
     spelt = unicodedata.normalize("NFKC", IC[4]["question"] + IC[4]["a"]).replace(" ", ZWSP)
     rows = [("ข้อสอบ", f"คำตอบคือ {whole(TGAT[2])}"), (f"ช่วยทำข้อนี้ {spelt} {IC[4]['b']} {IC[4]['c']}", "ข้อ ก")]
     rows.append(("อะไร", whole(IC[5])[:30]))  # too little of it
-    settings = training_set(tmp_path, rows, overlap="thai_exam", paths={"thai_exam": str(EXAM)}, drop_overlap=drop)
-    settings.normalise_thai = False  # the search spells for itself
+    settings = training_set(
+        tmp_path, rows, overlap="thai_exam", paths={"thai_exam": str(EXAM)}, drop_overlap=drop, normalise_thai=False
+    )  # the search spells for itself
     kept, report = prepare(settings, tokenizer, quiet=True)
     hits = report["overlap"]["rows"]
     assert [(Path(hit["row"]).name, hit["item"]) for hit in hits] == [
