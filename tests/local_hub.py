@@ -8,11 +8,11 @@
     hub.requests                                                                 # what was asked, and how it answered
 
 It follows the real Hub in what huggingface_hub 0.36 reads: large files are redirected to a storage address, with
-X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; a Range is answered with 206 or 416;
-every answer about a repository names its commit; `?blobs=true` adds sizes and hashes to the list of files; a 404 says
-in X-Error-Code whether repository, revision or file is missing. To `writers` it lets models be pushed, as the client
-does it: create, preupload, LFS, commit. No Xet, and no folder is listed by itself (tree): transformers asks for one, of
-additional chat templates, which no model here has.
+X-Linked-* headers and a sha256 as ETag; small ones come at once, with a sha1; every answer about a repository names its
+commit; `?blobs=true` adds sizes and hashes to the list of files; a 404 says in X-Error-Code whether the repository,
+revision or file is missing. To `writers` it lets models be pushed, as the client does it: create, preupload, LFS,
+commit. No Range, no Xet, and no folder is listed by itself (tree): transformers asks for one, of additional chat
+templates, which no model here has.
 """
 
 import base64
@@ -34,7 +34,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = (".safetensors", ".parquet", ".gz", ".bin", ".pt")  # kept in LFS on the Hub, whatever their size
@@ -69,8 +68,6 @@ class LocalHub:
         self.requests: list[Request] = []
         self.tokens: set[str] = set()  # all that were sent
         self.storage: dict[str, tuple[str, str, str, Path]] = {}  # sha256 -> repository, commit, path, large file
-        # path in a repository -> where the next answers with its content end, and what must happen before they do
-        self.cuts: dict[str, tuple[int, threading.Event]] = {}
         self.writers: dict[str, tuple[str, Path]] = {}  # token -> its user, and where what is pushed is kept
         self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}  # sha256 -> uploaded content, in a commit or not yet
@@ -97,9 +94,9 @@ class LocalHub:
         return commit
 
     def contents(self) -> list[str]:
-        """The files whose content was asked for, in part or whole."""
+        """The files whose content was asked for."""
         return [f"{r.repo}/{r.path}" for r in self.requests
-                if r.method == "GET" and r.call in ("resolve", "storage") and r.status in (200, 206)]  # fmt: skip
+                if r.method == "GET" and r.call in ("resolve", "storage") and r.status == 200]  # fmt: skip
 
 
 @lru_cache
@@ -130,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200 if user else 401, {"name": user, "type": "user", "orgs": []})
         if url.path.startswith("/storage/"):  # where large files are redirected to, outside of any repository
             repo, revision, path, file = self.hub.storage[url.path.removeprefix("/storage/")]
-            call, answer = "storage", self.part(file.read_bytes(), {})
+            call, answer = "storage", (200, file.read_bytes(), {})
         else:
             match = URL.fullmatch(url.path)
             asked = match.groupdict() if match else {}
@@ -138,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             revision, path = unquote(asked.get("revision") or "main"), unquote(asked.get("path") or "")
             answer = self.answer(repo, call, revision, path, blobs)
         self.hub.requests.append(Request(self.command, repo, call, revision, path, answer[0]))
-        self.send(path, *answer)
+        self.send(*answer)
 
     do_HEAD = do_GET
 
@@ -203,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         return hashes(file, file.stat().st_mtime_ns)[file.suffix in LARGE] if file.exists() else None
 
     def reply(self, status: int, answer: dict) -> None:
-        self.send(self.path, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def answer(self, repo: str, call: str, revision: str, path: str, blobs: bool) -> tuple[int, bytes, dict]:
         revisions = self.hub.repositories.get(repo)
@@ -222,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         file = files[path]
         sha1, sha256 = hashes(file, file.stat().st_mtime_ns)
         if file.suffix not in LARGE:
-            return self.part(file.read_bytes(), headers | {"ETag": f'"{sha1}"'})
+            return 200, file.read_bytes(), headers | {"ETag": f'"{sha1}"'}
         self.hub.storage[sha256] = repo, commit, path, file
         headers |= {"Location": f"{self.hub.url}/storage/{sha256}", "X-Linked-ETag": f'"{sha256}"'}
         return 302, b"", headers | {"X-Linked-Size": str(file.stat().st_size)}
@@ -232,29 +229,12 @@ class Handler(BaseHTTPRequestHandler):
         return 404, json.dumps({"error": text}).encode(), (headers or {}) | {
             "X-Error-Code": what, "X-Error-Message": text, "Content-Type": "application/json"}  # fmt: skip
 
-    def part(self, content: bytes, headers: dict) -> tuple[int, bytes, dict]:
-        """A file's content, or of a GET with a Range the rest that it asks for."""
-        headers = headers | {"Accept-Ranges": "bytes"}
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if self.command != "GET" or not start:
-            return 200, content, headers
-        at = int(start[1])
-        if at >= len(content):
-            return 416, b"", headers | {"Content-Range": f"bytes */{len(content)}"}
-        return 206, content[at:], headers | {"Content-Range": f"bytes {at}-{len(content) - 1}/{len(content)}"}
-
-    def send(self, path: str, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if status in (200, 206) and path in self.hub.cuts:
-            end, happened = self.hub.cuts[path]
-            self.wfile.write(content[:end])
-            happened.wait(PATIENCE)  # then the connection is closed, with less sent than announced
-        else:
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_) -> None:
@@ -291,7 +271,6 @@ for line in sys.stdin:
         sys.stdout.flush(), sys.stderr.flush()
         print(sum(slept), file=open(seconds, "w"), flush=True)
         os._exit(code)  # freeing all that was imported would take a second
-    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -331,26 +310,18 @@ class Scripts:
             stdout=subprocess.PIPE,
         )
 
-    def start(self, *command: object, **environment: str) -> int:
-        """The id of the process that runs this command; `wait` must follow."""
-        self.logs = [self.folder / f"{self.process.pid}-{name}" for name in ("stdout", "stderr", "slept")]
-        for log in self.logs:
+    def play(self, *command: object, **environment: str) -> tuple[str, str, str]:
+        """Runs a command: its exit code, stdout and stderr; `slept` are the seconds that it would have slept."""
+        logs = [self.folder / f"{self.process.pid}-{name}" for name in ("stdout", "stderr", "slept")]
+        for log in logs:
             log.write_bytes(b"")
-        line = [[str(part) for part in command], environment, *map(str, self.logs)]
+        line = [[str(part) for part in command], environment, *map(str, logs)]
         self.process.stdin.write(json.dumps(line) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> tuple[str, str, str]:
-        """Its exit code, stdout and stderr; `slept` are the seconds that it would have slept."""
         code = self.process.stdout.readline().strip()
-        out, err, slept = (log.read_text(encoding="utf-8") for log in self.logs)
+        out, err, slept = (log.read_text(encoding="utf-8") for log in logs)
         self.slept = float(slept or 0)
         return code, out, err
-
-    def play(self, *command: object, **environment: str) -> tuple[str, str, str]:
-        self.start(*command, **environment)
-        return self.wait()
 
     def output(self, *command: object, **environment: str) -> str:
         """What a command that must succeed prints."""
