@@ -85,25 +85,22 @@ def test_options_keep_their_letters_and_no_item_is_dropped(items):
 def test_the_order_of_a_rows_keys_changes_nothing_and_the_limit_takes_the_first_of_each_subset(tmp_path, items):
     turned = exam(tmp_path, lambda rows: [dict(reversed(row.items())) for row in rows], "*")
     assert load_items("thai_exam", SPEC, turned) == items
-    few = load_items("thai_exam", SPEC, SAMPLE, limit=2)
+    few = load("thai_exam", Settings(paths={"thai_exam": SAMPLE}), limit=2)
     assert [item["id"] for item in few] == [f"{s}-{n}" for s in SPEC["subsets"] for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"answer": "f"}, "item 2: answer 'f' is not among the options a, b, c, d"),
-        ({"answer": "A"}, "item 2: answer 'A'"),
-        ({"question": " "}, "item 2: no text in 'question'"),
-        ({"a": "", "b": " ", "c": "", "d": ""}, "item 2: answer"),
-        ({"b": ["x"]}, "item 2: 'b' must be a text"),
-        ({"b": True}, "item 2: 'b' must be a text"),
-        ({"b": float("nan")}, "item 2: 'b' must be a text"),
-        ({"question": {"th": "ก"}}, "item 2: 'question' must be a text"),
+        *(({"answer": key}, f"answer '{key}' is not among the options a, b, c, d") for key in ("f", "A", "9" * 5000)),
+        ({"a": "", "b": " ", "c": "", "d": ""}, "answer"),
+        ({"question": " "}, "no text in 'question'"),
+        ({"question": {"th": "ก"}}, "'question' must be a text"),
+        *(({"b": wrong}, "'b' must be a text") for wrong in (["x"], True, float("nan"))),
     ],
 )
-def test_a_bad_item_is_named_by_file_and_number(tmp_path, change, named):
-    with pytest.raises(UserError, match=f"onet/onet_test.jsonl, {named}"):
+def test_a_bad_item_is_named_by_file_and_line(tmp_path, change, named):
+    with pytest.raises(UserError, match=f"onet/onet_test.jsonl, line 2: {named}"):
         load_items("thai_exam", SPEC, exam(tmp_path, second(**change)))
 
 
@@ -113,39 +110,18 @@ def test_options_that_are_numbers_are_text_and_null_ones_are_none(tmp_path):
     assert found["options"].items() >= {"a": "10", "b": "2.5", "d": "สิบ"}.items() and "c" not in found["options"]
 
 
-@pytest.mark.parametrize(("column", "refused"), [("e", False), ("c", True)])
-def test_a_column_that_no_row_has_is_refused_unless_it_is_the_last(tmp_path, items, column, refused):
-    folder = exam(tmp_path, lambda rows: [
-        {key: value for key, value in row.items() if key != column} | {"answer": "a"} for row in rows
-    ])  # fmt: skip
-    if refused:
-        with pytest.raises(UserError, match=r"onet_test.jsonl: no column 'c'"):
-            load_items("thai_exam", SPEC, folder)
-    else:
-        found = load_items("thai_exam", SPEC, folder)
-        assert len(found) == len(items)
-        assert all("e" not in item["options"] for item in found if item["subset"] == "onet")
-
-
-@pytest.mark.parametrize("top", ["data", "thai_exam"])
-def test_the_archive_of_the_hub_is_read_from_a_local_folder_too(tmp_path, items, top):
-    def archive(folder: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["data/{0}/{1}", "thai_exam/{0}/{1}", "{0}/{1}", "./{1}"])
+def test_the_archive_of_the_hub_is_read_from_a_local_folder_too(tmp_path, items, name):
+    def archive(pattern: str) -> None:
         with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:
-            tar.add(folder, name)
+            for file in Path(SAMPLE).rglob(pattern):
+                tar.add(file, name.format(file.parent.name, file.name))
 
     settings = Settings(paths={"thai_exam": str(tmp_path)})
-    archive(f"{SAMPLE}/data", top)
+    archive("*.jsonl")
     assert load("thai_exam", settings) == items
     assert load("thai_exam", settings, subsets=["ic"]) == [item for item in items if item["subset"] == "ic"]
-    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:  # without a folder around the subsets, or any
-        for subset in SPEC["subsets"]:
-            tar.add(f"{SAMPLE}/data/{subset}", subset)
-    assert load("thai_exam", settings) == items
-    with tarfile.open(tmp_path / "thai_exam.tar.gz", "w:gz") as tar:
-        for file in Path(SAMPLE).rglob("*.jsonl"):
-            tar.add(file, f"./{file.name}")
-    assert load("thai_exam", settings) == items
-    archive(f"{SAMPLE}/data/onet", "data/onet")
+    archive("onet_*.jsonl")
     with pytest.raises(UserError, match=r"thai_exam.tar.gz holds no ic/ic_test.jsonl"):
         load("thai_exam", settings)
 
@@ -174,7 +150,7 @@ def test_belebele_has_the_same_question_at_the_same_number_whatever_the_order_of
     assert prompt.startswith(f"Passage: {english[0]['passage']}\nQuestion: {english[0]['question']}\nOptions:\na. ")
     assert continuations == [f" {text}" for text in english[0]["options"].values()]
     write_jsonl(tmp_path / "data/tha_Thai.jsonl", rows[0] | {"correct_answer_num": "5"})
-    with pytest.raises(UserError, match=r"tha_Thai.jsonl, item 1: answer 'e' is not among the options a, b, c, d"):
+    with pytest.raises(UserError, match=r"tha_Thai.jsonl, line 1: answer 'e' is not among the options a, b, c, d"):
         load("belebele_thai", settings)
 
 
@@ -207,7 +183,7 @@ def test_m3exam_is_read_as_published_with_its_exams_and_what_items_share(tmp_pat
     thai_digits = {"level": "high", "options": ["๑. 1.5 กม.", "๒. ข", "๓. ค", "๔. ง", "๕. จ"], "answer_text": "๕"}
     shared = {"background": ["อ่านข้อความ", "แล้วตอบ"], "level": "mid"}
     bare = {"options": ["1.5", "2.5", "ไม่มีข้อถูก"], "answer_text": "3"}  # without a number before every option
-    gap = {"options": ["1. ก", "", "3. ค", "4. ง"], "answer_text": "4"}
+    gap = {"options": ["1. ก", None, "3. ค", "4. ง"], "answer_text": "4"}
     settings = m3exam(tmp_path, {}, thai_digits, shared, shared | {"question_text": "ข้อใดผิด"}, bare, gap)
     task = tasks.load_task("m3exam", settings, None, [])
     assert [item["id"] for item in task.items] == [
@@ -236,10 +212,9 @@ def test_the_leaderboards_m3exam_shows_no_passage_and_has_four_labels(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"answer_text": "5"}, "item 1: answer '5' is not among the 4 options"),
-        ({"answer_text": ""}, "item 1: answer '' is not among the 4 options"),
-        ({"options": ["1. ก"], "answer_text": "1"}, "item 1: answer '1' is not among the 1 options"),
-        ({"level": ""}, "item 1: no text in 'level'"),
+        ({"answer_text": "5"}, "row 1: answer 'e' is not among the options a, b, c, d"),
+        ({"options": ["1. ก"], "answer_text": "1"}, "row 1: answer 'a' is not among the options a, or is the only one"),
+        ({"level": ""}, "row 1: no text in 'level'"),
     ],
 )
 def test_an_item_of_m3exam_without_a_key_is_refused_by_its_number(tmp_path, row, told):
@@ -247,7 +222,7 @@ def test_an_item_of_m3exam_without_a_key_is_refused_by_its_number(tmp_path, row,
         load("m3exam", m3exam(tmp_path, row))
 
 
-@pytest.mark.parametrize("space", ["\u200e{}\u200e", "\u00a0\u00ad{}\u00ad", "\ufeff{}", "{}\u200b "])
+@pytest.mark.parametrize("space", ["\u00a0\u00ad{}\u00ad", "{}\u200b "])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_what_is_not_seen_around_a_text_of_m3exam_changes_nothing_but_the_count(tmp_path, space, normalised):
     def with_option(text: str) -> dict:
@@ -257,11 +232,6 @@ def test_what_is_not_seen_around_a_text_of_m3exam_changes_nothing_but_the_count(
     rows = {}, with_option(space.format("2. ข")), with_option(f"2. {space.format('ข')}"), changed
     plain, *others = load("m3exam", replace(m3exam(tmp_path, *rows), normalise_thai=normalised))
     assert others == [plain | {"id": f"m3exam-low-{n}", "stripped": True} for n in (2, 3, 4)]
-
-
-def test_an_option_of_m3exam_that_is_null_leaves_the_others_without_their_labels(tmp_path):
-    (item,) = load("m3exam", m3exam(tmp_path, {"options": ["1. ก", "2. ข", None, "4. ง"], "answer_text": "4"}))
-    assert (item["options"], item["gold"]) == ({"a": "ก", "b": "ข", "d": "ง"}, "d")
 
 
 def thai_eval(folder: Path, *rows: dict) -> Settings:
@@ -406,10 +376,7 @@ def test_published_protocols_read_the_spelling_as_it_is_written(tmp_path):
     assert found == {"thai_exam": "น้ำ", "thai_exam-helm": "นำ้", "thai_exam-leaderboard": "นำ้"}
 
 
-@pytest.mark.parametrize(
-    "space",
-    [" {}", "{} ", "\n{}\t", "\u00a0{}", "\u200b {}", "{}\u200e", "\ufeff{}", "\u202a{}\u202c", "\x00{}", "{}\xad"],
-)
+@pytest.mark.parametrize("space", [" {}", "{} ", "\n{}\t", "\u202a{}\u202c", "\x00{}"])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_white_space_around_a_text_changes_nothing_but_the_count(tmp_path, items, space, normalised, capsys):
     def spaced(rows: list[dict]) -> list[dict]:

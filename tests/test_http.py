@@ -71,7 +71,6 @@ def test_a_reply_that_was_broken_off_once_is_asked_for_again(server, capsys):
 
 
 LARGE = {
-    "said to be large": ((200, b" ", None, 10**10), "larger than 16 MB"),
     "large": ((200, b" " * (16 << 20)), "larger than 16 MB"),
     "unpacked": ((200, gzip.compress(b" " * (17 << 20)), {"Content-Encoding": "gzip"}), "larger than 16 MB"),
     "packed twice": ((200, b"", {"Content-Encoding": "gzip, gzip"}), "packed by gzip, gzip, which was not asked for"),

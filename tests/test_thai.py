@@ -126,7 +126,7 @@ def training_set(folder: Path, rows: list[tuple[str, str]], **settings) -> Setti
 @pytest.mark.parametrize(("on", "spelling"), [(True, CLEAN), (False, MESSY)], ids=["on", "off"])
 def test_training_and_evaluation_read_the_same_spelling(tmp_path, tokenizer, on, spelling):
     item = {"question": MESSY, "a": MESSY + "ก", "b": "ข", "c": "", "d": "", "answer": "a"}
-    items = load_items("thai_exam", SPEC, exam(tmp_path / "exam", [item]), 1, normalise if on else str)
+    items = load_items("thai_exam", SPEC, exam(tmp_path / "exam", [item]), normalise if on else str)
     (read,) = [i for i in items if i["subset"] == "ic"]
     assert (read["question"], read["options"]["a"]) == (spelling, spelling + "ก")
     s = training_set(tmp_path, [(MESSY, MESSY + "ก")], normalise_thai=on, overlap="none")

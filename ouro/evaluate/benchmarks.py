@@ -26,7 +26,6 @@ LETTERS = "abcde"
 PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
-YES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
 ANSWER = r"\(([1-5])\)"
 # An option of M3Exam: "1. text", "๑. text", "(1) text", or no number
@@ -122,22 +121,20 @@ def read(
 ) -> tuple[list[dict], int]:
     """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
     name, skipped = benchmark["name"], 0
-    local, spell = settings.paths.get(name), spelling(table()["tasks"][task], settings)
-    if "m3exam" in benchmark:
-        items = load_m3exam(name, benchmark, local, limit, spell)
-    elif "item" in benchmark:
+    local, spec = settings.paths.get(name), table()["tasks"][task]
+    if "item" in benchmark:
         chosen = [subset for subset in benchmark["subsets"] if subset in subsets] or benchmark["subsets"]
         there = [subset for subset in chosen if local and benchmark_place(benchmark | {"subsets": [subset]}, local)]
         if local and 0 < len(there) < len(chosen):
             absent = ", ".join(subset for subset in chosen if subset not in there)
             remedy = f"--subsets {','.join(there)} scores what is there, and the results say so"
             raise UserError(f"paths: {name}={local}: no {absent} in it; {remedy}")
-        text = table()["tasks"][task]["protocol"] == "text"
-        items = (load_passages if text else load_items)(name, benchmark | {"subsets": chosen}, local, limit, spell)
-    elif "exams" in benchmark:
-        items = load_exams(name, benchmark, local, limit, spell)
-    else:
+        benchmark = benchmark | {"subsets": chosen}
+    if "text" in benchmark:
         items, skipped = load_texts(task, benchmark, settings, limit)
+    else:
+        load_all = load_passages if spec["protocol"] == "text" else load_items
+        items = first_of_each(load_all(name, benchmark, local, spelling(spec, settings)), limit)
     if not items:
         raise UserError(f"{settings.paths.get(task) or local or benchmark.get('hub_id', name)}: no items of {task}")
     return items, skipped
@@ -164,139 +161,134 @@ def miscounted(items: list[dict], benchmark: dict) -> str:
     return ", ".join(f"{name} {found[name]} items ({wanted.get(name, 0)} expected)" for name in wrong)
 
 
-def load_items(
-    name: str, spec: dict, local: str | None, limit: int | None = None, spell: Spell = normalise
-) -> list[dict]:
-    """The items of a multiple-choice benchmark, each {id, subset, passage, question, options: {letter: text}, gold}.
+def benchmark_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str, str, dict]]:
+    """Of each row of a benchmark its subset, where it stands, and the row. Where `item` has an `order`, the rows of a
+    subset stand by these columns, so that files of the same questions have them at the same numbers."""
+    for subset, file in zip(spec.get("subsets", [""]), sources.benchmark_files(spec), strict=True):
+        rows = read_benchmark(name, spec, local, file)
+        if order := spec.get("item", {}).get("order"):
+            rows = sorted(rows, key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in order])
+        yield from ((subset, where, row) for where, row in rows)
 
-    Items of one passage have the same `cluster`, the value of that column of `item`; others are of an exam, their
-    `stratum`. Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
-    Where `item` has an `order`, rows stand by these columns, so that files of the same questions have them at the same
-    numbers.
+
+def load_items(name: str, spec: dict, local: str | None, spell: Spell = normalise) -> list[dict]:
+    """The items of a benchmark of choices, each {id, subset, question, options: {letter: text}, gold}, perhaps with the
+    `passage` that it is about, and `stripped`.
+
+    Items of one passage have the same `cluster`; `stratum` is the exam that an item is of, unless its file is no exam.
+    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
     Raises UserError: a file is missing, or an item has no question, fewer than two options, something that is no text,
-    or a gold letter that is not among them; or a file lacks an option's column, but for the last."""
-    columns, items = spec["item"], []
-    for subset, rows in sorted_rows(name, spec, local):
-        for column in columns["options"][:-1]:
-            if rows and not any(column in row for _, row in rows):
-                where = rows[0][0].rpartition(",")[0]
-                raise UserError(f"{where}: no column {column!r}; columns found: {', '.join(rows[0][1])}")
-        for number, (where, row) in enumerate(rows[:limit], 1):
-            items.append({"id": f"{subset}-{number}", "subset": subset} | read_item(row, columns, where, spell))
-            if "cluster" in columns:
-                items[-1]["cluster"] = cell_text(row, columns["cluster"], where)
-            else:
-                items[-1]["stratum"] = subset
+    or a gold letter that is not among them."""
+    to_item = next(function for layout, function in LAYOUTS.items() if layout in spec)
+    items, count = [], Counter()
+    for subset, where, row in benchmark_rows(name, spec, local):
+        if item := to_item(row, spec, where, spell):
+            subset = item.get("subset", subset)
+            count[subset] += 1
+            stratum = {} if "cluster" in spec.get("item", ()) else {"stratum": subset}
+            items.append({"id": f"{subset}-{count[subset]}", "subset": subset} | stratum | item)
     return items
 
 
-def sorted_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str, list[tuple[str, dict]]]]:
-    """Of each subset its name and its rows, each with where it stands, by the columns of `order`."""
-    for subset, file in zip(spec["subsets"], sources.benchmark_files(spec), strict=True):
-        place, order = f"{local or spec['hub_id']}, {file}", spec["item"].get("order", ())
-        rows = [(f"{place}, item {n}", row) for n, (_, row) in enumerate(read_benchmark(name, spec, local, file), 1)]
-        yield subset, sorted(rows, key=lambda pair: [cell_text(pair[1], column, pair[0]) for column in order])
+def first_of_each(items: list[dict], limit: int | None, group: str = "subset") -> list[dict]:
+    """The first `limit` items of each group; None: all."""
+    kept, count = [], Counter()
+    for item in items:
+        count[item[group]] += 1
+        if limit is None or count[item[group]] <= limit:
+            kept.append(item)
+    return kept
 
 
-def load_passages(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
-    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is made of the
-    article and the passage's place in it, so that a passage has the same one in each language."""
-    columns, items = spec["item"], []
-    for subset, rows in sorted_rows(name, spec, local):
-        articles: dict[str, list[str]] = {}
-        for where, row in rows:
-            passages = articles.setdefault(cell_text(row, columns["cluster"], where, needed=True), [])
-            text = trim(spell(cell_text(row, columns["passage"], where, needed=True)))
-            if text not in passages:
-                passages.append(text)
-        named = [(f"passage-{digest([article, n])[:12]}", article, text)
-                 for article, passages in articles.items() for n, text in enumerate(passages)]  # fmt: skip
-        items += [{"id": i, "subset": subset, "cluster": article, "text": text} for i, article, text in named[:limit]]
-    return items
+def letter_of(key: str) -> str:
+    """The letter of a key that is a number, counted from 1; else the key."""
+    return dict(enumerate(LETTERS, 1)).get(int(key), key) if re.fullmatch(r"\d", key) else key  # \d: Thai digits too
 
 
-def load_m3exam(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
-    """M3Exam's items, as `load_items` gives them; the exam is the subset, and `limit` is of each. `stripped` as in
-    `read_item`.
-    Raises UserError: a column that is not there, fewer than two options, or a key that is none of them."""
-    columns, items, count = spec["m3exam"], [], Counter()
-
-    def text_of(value: object, where: str, spell: Spell = spell) -> str:
-        """A text, or several of them as lines."""
-        lines = value if isinstance(value, list) else [value]
-        raw.append("\n".join(cell_text({"text": line}, "text", where) for line in lines))
-        return trim(spell(raw[-1]))
-
-    for number, (_, row) in enumerate(read_benchmark(name, spec, local, spec["file"]), 1):
-        where, raw = f"{local or spec['hub_id']}, {spec['file']}, item {number}", []
-        shared = next((column for column in columns["passage"] if column in row), columns["passage"][0])
-        check_columns(where, row, [columns[key] for key in ("question", "options", "answer", "exam")] + [shared])
-        exam = f"m3exam-{trim(cell_text(row, columns['exam'], where, needed=True))}"
-        if count[exam] == limit:
-            continue
-        count[exam] += 1
-        listed = [text_of(option, where, str) for option in row[columns["options"]] or ()]
-        marked = [re.match(MARKED, option, re.DOTALL) for option in listed]
-        numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
-        labelled = all(number for number, option in zip(numbers, listed, strict=True) if option)
-        texts = [found[2 if labelled else 0] for found in marked]
-        raw += texts
-        options = {letter: trim(spell(text)) for letter, text in zip(LETTERS, texts, strict=False) if trim(text)}
-        key = text_of(row[columns["answer"]], where)
-        at = int(key) if re.fullmatch(r"\d", key) else 0
-        if numbers.count(at) == 1:  # the option that says so, else the one in that place
-            at = numbers.index(at) + 1
-        gold = dict(enumerate(LETTERS, 1)).get(at, key)
-        if len(options) < 2 or gold not in options:
-            raise UserError(f"{where}: answer {key!r} is not among the {len(marked)} options")
-        item = {"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "passage": "", "options": options,
-                "question": text_of(row[columns["question"]], where), "gold": gold}  # fmt: skip
-        if passage := text_of(row[shared], where):
-            item |= {"passage": f"{passage}\n", "cluster": digest(passage)[:16]}
-        items.append(item | stripped(raw))
-    return items
+def choice_item(question: str, options: Iterable[str], gold: str, where: str) -> dict:
+    """An item of one question; empty options are left out."""
+    by_letter = {letter: text for letter, text in zip(LETTERS, options, strict=False) if text}
+    if len(by_letter) < 2 or gold not in by_letter:
+        raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(by_letter)}, or is the only one")
+    return {"passage": "", "question": question, "options": by_letter, "gold": gold}
 
 
-def read_item(row: dict, columns: dict, where: str, spell: Spell) -> dict:
-    """{passage, question, options: {letter: text}, gold} of a row, perhaps `stripped`; errors as `load_items`."""
+def column_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
+    """An item of a row with a column for each option."""
+    columns = spec["item"]
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
     raw = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
     texts = {column: trim(spell(text)) for column, text in raw.items()}
-    options = {letter: texts[column] for letter, column in zip(LETTERS, columns["options"], strict=False)}
-    options = {letter: text for letter, text in options.items() if text}
-    gold = texts[columns["answer"]]
-    if gold.isdecimal():
-        gold = dict(enumerate(LETTERS, 1)).get(int(gold), gold)
-    if len(options) < 2 or gold not in options:
-        raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(options)}, or is the only one")
-    return {"passage": texts.get(columns.get("passage"), ""), "question": texts[columns["question"]],
-            "options": options, "gold": gold} | stripped(raw.values())  # fmt: skip
+    options = [texts[column] for column in columns["options"]]
+    item = choice_item(texts[columns["question"]], options, letter_of(texts[columns["answer"]]), where)
+    if "passage" in columns:
+        item |= {"passage": texts[columns["passage"]], "cluster": cell_text(row, columns["cluster"], where)}
+    return item | stripped(raw.values())
 
 
-def load_exams(name: str, spec: dict, local: str | None, limit: int | None, spell: Spell) -> list[dict]:
-    """OpenThaiEval's items that can be answered by one choice, each {id, subset, question, options, gold: "1" … "5"};
-    `options` is the text that lists them.
+def m3exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
+    """An item of M3Exam, whose options are one list and say their numbers; the exam is the subset."""
+    columns = spec["m3exam"]
+    shared = next((column for column in columns["passage"] if column in row), columns["passage"][0])
+    check_columns(where, row, [columns[key] for key in ("question", "options", "answer", "exam")] + [shared])
+
+    def text_of(value: object) -> str:
+        """A text, or several of them as lines."""
+        lines = value if isinstance(value, list) else [value]
+        return "\n".join(cell_text({"text": line}, "text", where) for line in lines)
+
+    exam = f"m3exam-{trim(cell_text(row, columns['exam'], where, needed=True))}"
+    raw = [text_of(row[column]) for column in (columns["question"], columns["answer"], shared)]
+    question, key, passage = (trim(spell(text)) for text in raw)
+    listed = [text_of(option) for option in row[columns["options"]] or ()]
+    marked = [re.match(MARKED, trim(option), re.DOTALL) for option in listed]
+    numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
+    labelled = all(number for number, found in zip(numbers, marked, strict=True) if found[0])
+    texts = [found[2 if labelled else 0] for found in marked]
+    if key.isdecimal() and numbers.count(int(key)) == 1:  # the option that says so, else the one in that place
+        key = str(numbers.index(int(key)) + 1)
+    item = choice_item(question, [trim(spell(text)) for text in texts], letter_of(key), where) | {"subset": exam}
+    if passage:
+        item |= {"passage": f"{passage}\n", "cluster": digest(passage)[:16]}
+    return item | stripped([*raw, *listed, *texts])
+
+
+def exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict | None:
+    """An item of OpenThaiEval, whose `options` are the text that lists them, and gold "1" … "5"; None if it is not
+    answered by one choice.
     Raises UserError: a column or exam that there is none of, or an answer without a number."""
-    items, count = [], Counter()
-    for where, row in read_benchmark(name, spec, local, spec["file"]):
-        check_columns(where, row, ("exam_type", "instruction", "input", "result", *FLAGS))
-        exam = trim(str(row["exam_type"]))
-        if exam not in spec["exams"]:
-            raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
-        said = {flag: YES.get(trim(str(row[flag])).lower()) for flag in FLAGS}
-        if unsaid := [flag for flag in FLAGS if said[flag] is None]:
-            raise UserError(f"{where}: {unsaid[0]} must be true or false, found {row[unsaid[0]]!r}")
-        if not all(said.values()) or count[exam] == limit:
-            continue
-        count[exam] += 1
-        gold = re.search(ANSWER, cell_text(row, "result", where))
-        if gold is None:
-            raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
-        raw = [cell_text(row, key, where, needed=True) for key in ("instruction", "input")]
-        question, options = (trim(spell(text.replace("\t", " "))) for text in raw)
-        items.append({"id": f"{exam}-{count[exam]}", "subset": exam, "stratum": exam, "question": question,
-                      "options": options, "gold": gold[1], "choices": spec["exams"][exam]} | stripped(raw))  # fmt: skip
-    return items
+    check_columns(where, row, ("exam_type", "instruction", "input", "result", *FLAGS))
+    exam = trim(str(row["exam_type"]))
+    if exam not in spec["exams"]:
+        raise UserError(f"{where}: exam_type {exam!r} is none of {', '.join(spec['exams'])}")
+    if not all(trim(str(row[flag])).lower() in ("true", "1", "1.0") for flag in FLAGS):
+        return None
+    gold = re.search(ANSWER, cell_text(row, "result", where))
+    if gold is None:
+        raise UserError(f"{where}: no (1) … (5) in result {row['result']!r}")
+    raw = [cell_text(row, key, where, needed=True) for key in ("instruction", "input")]
+    question, options = (trim(spell(text.replace("\t", " "))) for text in raw)
+    item = {"subset": exam, "question": question, "options": options, "gold": gold[1], "choices": spec["exams"][exam]}
+    return item | stripped(raw)
+
+
+LAYOUTS = {"item": column_item, "m3exam": m3exam_item, "exams": exam_item}
+
+
+def load_passages(name: str, spec: dict, local: str | None, spell: Spell) -> list[dict]:
+    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is made of the
+    article and the passage's place in it, so that a passage has the same one in each language."""
+    columns, articles = spec["item"], {}
+    for subset, where, row in benchmark_rows(name, spec, local):
+        passages = articles.setdefault((subset, cell_text(row, columns["cluster"], where, needed=True)), [])
+        text = trim(spell(cell_text(row, columns["passage"], where, needed=True)))
+        if text not in passages:
+            passages.append(text)
+    return [
+        {"id": f"passage-{digest([article, n])[:12]}", "subset": subset, "cluster": article, "text": text}
+        for (subset, article), passages in articles.items()
+        for n, text in enumerate(passages)
+    ]
 
 
 def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
@@ -306,7 +298,8 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
         return {}
     name = spec["benchmark"]
     train = benchmark | {"split": "train", "subsets": list(subsets)}
-    items = load_items(name, train, settings.paths.get(name), spec["shots"], spelling(spec, settings))
+    items = load_items(name, train, settings.paths.get(name), spelling(spec, settings))
+    items = first_of_each(items, spec["shots"])
     shots = {subset: [item for item in items if item["subset"] == subset] for subset in subsets}
     if few := [subset for subset, found in shots.items() if len(found) < spec["shots"]]:
         raise UserError(f"{name}: {spec['shots']} examples are asked for, the train split has fewer of {few[0]}")

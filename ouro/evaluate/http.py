@@ -56,9 +56,7 @@ class HttpClient(openai.DefaultHttpxClient):
                 raise BrokenOff(f"the reply was broken off (finish_reason {finish})")
             if "insufficient_quota" in response.text:
                 raise server.error(server.said(response))
-            if response.status_code == 501:  # the server does not know such requests: openai is to give up
-                response.headers["x-should-retry"] = "false"
-            elif response.status_code in (408, 409, 429) or response.status_code >= 500:
+            if response.status_code in (408, 409, 429) or response.status_code >= 500:
                 problem = server.said(response)
             return response
         except httpx2.RequestError as error:
@@ -74,11 +72,9 @@ class HttpClient(openai.DefaultHttpxClient):
         last, content = time.monotonic() + LONGEST, bytearray()
         with contextlib.closing(super().send(request, **options | {"stream": True})) as response:
             packed = response.headers.get("Content-Encoding", "identity").lower()
-            length = response.headers.get("Content-Length", "")
             if packed not in ("gzip", "identity"):
                 raise self.server.error(f"its answer is packed by {packed[:40]}, which was not asked for")
-            parts = response.iter_bytes() if not length.isdecimal() or float(length) <= LARGEST else [b" " * LARGEST]
-            for part in parts:
+            for part in response.iter_bytes():
                 content += part
                 if len(content) >= LARGEST:
                     raise self.server.error(f"its answer is larger than {LARGEST >> 20} MB")

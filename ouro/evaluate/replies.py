@@ -1,6 +1,5 @@
 """Replies and judgements that are paid for once: kept in a file, asked for where it lacks them."""
 
-import errno
 import fcntl
 import json
 import os
@@ -10,28 +9,23 @@ from pathlib import Path
 from ouro.data.thoughts import answer_of, usual_beginning, with_beginning
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import Chat, Messages, Reply
-from ouro.files import Progress, UserError, sync_folder
+from ouro.files import Progress, UserError, lock, sync_folder
 
 
 class Cache:
     """Texts by key, in a file of JSON lines; each is on the disk when `add` returns.
 
-    One process at a time: another waits, and then finds what the first one has paid for. The lock is the kernel's and
-    ends with its process. Where there is none, filelock would make a file of it, which outlives a killed process."""
+    One process at a time: another waits, and then finds what the first one has paid for."""
 
     def __init__(self, path: Path):
         self.path, self.texts, self.lock = Path(path), {}, threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(self.file):
                 print(f"waiting for another process that is at work on {self.path}", flush=True)
-                fcntl.flock(self.file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
+                fcntl.lockf(self.file, fcntl.LOCK_EX)
+        except OSError:
             print(f"warning: no locks on this file system: let one process at a time work on {self.path}")
         sync_folder(self.path.parent)
         self.file.seek(0)
