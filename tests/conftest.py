@@ -17,20 +17,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # Seconds: what takes longer hangs, whatever the machine. Less than the half hour after which torch's processes give up
 # waiting for each other, so that a hang is not taken for an error.
 PATIENCE = 600
-SLOWEST = [
-    "cluster",
-    "report",
-    "resume",
-    "hub",
-    "batches",
-    "evaluate",
-    "guards",
-    "loading",
-    "smoke",
-    "nano",
-    "demo",
-    "fsdp",
-]
+SLOWEST = ["cluster", "report", "resume", "hub", "batches", "evaluate", "guards", "loading", "smoke", "nano", "demo",
+           "fsdp"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -193,10 +193,10 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
         list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
 
 
-@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR])
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOENT])
 def test_paths_that_cannot_be_are_one_message(tmp_path, number, capsys):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    name = {errno.ENAMETOOLONG: "x" * 300, errno.ELOOP: "loop", errno.EISDIR: "."}[number]
+    name = {errno.ENAMETOOLONG: "x" * 300, errno.ELOOP: "loop", errno.EISDIR: ".", errno.ENOENT: "gone/x"}[number]
     with pytest.raises(SystemExit) as end:
         files.call(lambda: (tmp_path / name).read_text())
     assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {os.strerror(number)}")

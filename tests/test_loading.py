@@ -13,7 +13,7 @@ from ouro.model import loading, modeling_ouro
 from ouro.model.loading import load_ouro
 from ouro.model.lora import Group
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel
-from ouro.settings import Settings, resolve
+from ouro.settings import REVISIONS, Settings, resolve
 
 import bitsandbytes as bnb
 import pytest
@@ -109,17 +109,6 @@ def test_unsupported_settings_are_refused(folder, value):
         load_ouro(str(folder))
 
 
-def test_fresh_weights_follow_the_config():
-    model = OuroForCausalLM(OuroConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2))
-    for name, p in model.named_parameters():
-        if "norm" in name:
-            assert (p == 1).all(), name
-        elif name.endswith("bias"):
-            assert (p == 0).all(), name
-        elif p.numel() > 64:
-            assert 0.018 < p.std() < 0.022, name
-
-
 # ---------------------------------------------------------------------------------------------------------- load_ouro
 
 
@@ -157,18 +146,11 @@ def test_published_repositories_load_at_pinned_revisions(monkeypatch):
         raise OSError("noted")
 
     monkeypatch.setattr(PretrainedConfig, "get_config_dict", note)
-    for path, revision in (
-        ("ByteDance/Ouro-2.6B", None),
-        ("ByteDance/Ouro-1.4B", None),
-        ("ByteDance/Ouro-2.6B", "abc"),
-    ):
+    large, small = "ByteDance/Ouro-2.6B", "ByteDance/Ouro-1.4B"
+    for path, revision in ((large, None), (small, None), (large, "abc")):
         with pytest.raises(UserError, match="noted"):
             load_ouro(path, revision=revision)
-    assert asked == [
-        ("ByteDance/Ouro-2.6B", "1ed04250da1a9936042725d302e81c8fa2ab5abd"),
-        ("ByteDance/Ouro-1.4B", "574fa66cb8bf5abdc979642d01cf2b79b16bfab1"),
-        ("ByteDance/Ouro-2.6B", "abc"),
-    ]
+    assert asked == [(large, REVISIONS[large]), (small, REVISIONS[small]), (large, "abc")]
 
 
 @pytest.mark.parametrize("loops", [1, 2, 5])
@@ -380,16 +362,14 @@ STRAY = "base_model.model.lm_head.lora_A.weight"
     ("change", "said"),
     [
         (lambda w: w.pop(FIRST), f"{FIRST} is missing"),
-        (lambda w: w.update({FIRST.replace("layers.0", "layers.7"): w[FIRST].clone()}), "layers.7.* no such tensor"),
         (lambda w: w.update({STRAY: torch.zeros(2, 128)}), r"lm_head.lora_A.weight is .2, 128., and no such tensor"),
         (lambda w: w.update({FIRST: w[FIRST][:2].clone()}), r"is \[2, 384\], and \[3, 384\] belongs there"),
         (lambda w: w.update({FIRST: w[FIRST].to(torch.int8)}), f"{FIRST} is in torch.int8"),
-        (lambda w: w.update({FIRST: w[FIRST].to(torch.float8_e4m3fn)}), f"{FIRST} is in torch.float8_e4m3fn"),
         (lambda w: w.update({FIRST: w[FIRST] * math.nan}), f"{FIRST} holds NaN or infinity"),
         (lambda w: w.update({FIRST: w[FIRST] * 0}), f"{FIRST} is all zero"),
         (lambda w: w.update({FIRST.replace("_A", "_B"): w[FIRST.replace("_A", "_B")] * 0}), "lora_B.* is all zero"),
     ],
-    ids=["missing", "added", "on the head", "smaller", "int8", "fp8", "NaN", "A zero", "B zero"],
+    ids=["missing", "added", "smaller", "int8", "NaN", "A zero", "B zero"],
 )
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(run, change, said):
     folder, s = run()
@@ -417,20 +397,13 @@ def test_an_adapter_of_another_rank_or_base_and_a_base_that_is_not_there_or_trun
 REFUSED = {  # what adapter_config.json says beside or in place of what was saved
     "no rank": ({"r": None}, "adapter_config.json holds no rank, 'r'|has r = null"),
     "another kind": ({"peft_type": "VERA"}, 'has peft_type = "VERA"'),
-    "no kind": ({"peft_type": None}, "has peft_type = n"),
     "no scale": ({"lora_alpha": None}, "has lora_alpha = null"),
     "a head": ({"target_modules": [*PROJECTIONS, "lm_head"]}, "has target_modules = "),
-    "some layers": ({"layers_to_transform": [0]}, "has layers_to_tra"),
     "another scale": ({"lora_alpha": 33}, "has lora_alpha = 33, and its run's config.yaml says lora_alpha: 8"),
     "a scale of another kind": ({"use_rslora": True}, "has use_rslora = True, and its run's config.yaml says"),
     "no truth value": ({"use_rslora": "false"}, 'adapter_config.json has use_rslora = "false"'),
-    "a rank of some layers": ({"rank_pattern": {"q_proj": 1}}, "adapter_config.json has rank_pattern = "),
-    "tokens": ({"trainable_token_indices": [0, 1]}, "has trainable_token_indices = "),
-    "a call of its own": ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens = "),
     "layers twice": ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication = "),
     "a changed base": ({"init_lora_weights": "pissa"}, 'has init_lora_weights = "pissa"'),
-    "another base's": ({"init_lora_weights": "olora"}, 'has init_lora_weights = "olora"'),
-    "a quantised base's": ({"loftq_config": {"loftq_bits": 4}}, "has loftq_config = "),
     "a later PEFT's": ({"a_new_kind_of_lora": True}, "has a_new_kind_of_lora = true"),
 }
 

@@ -118,12 +118,8 @@ def test_paths_are_filled_in_wherever_they_are_written(tmp_path, monkeypatch):
 
 def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_nothing():
     code = "from ouro.files import call; import os; call(lambda: print('ไทย', os.environ.get('NVIDIA_TF32_OVERRIDE')))"
-    theirs = {
-        "ACCELERATE_MIXED_PRECISION": "bf16",
-        "NVIDIA_TF32_OVERRIDE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": "/c",
-        "OPENAI_CUSTOM_HEADERS": "Authorization: Bearer secret",
-    }
+    theirs = {"ACCELERATE_MIXED_PRECISION": "bf16", "NVIDIA_TF32_OVERRIDE": "1", "TORCHINDUCTOR_CACHE_DIR": "/c"}
+    theirs |= {"OPENAI_CUSTOM_HEADERS": "Authorization: Bearer secret"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     for encoding in ("ascii", "latin-1"):
         done = subprocess.run(
@@ -133,24 +129,17 @@ def test_the_environment_of_other_programs_and_a_terminal_without_thai_change_no
         assert done.stderr.endswith(b": ACCELERATE_MIXED_PRECISION, NVIDIA_TF32_OVERRIDE, OPENAI_CUSTOM_HEADERS\n")
 
 
-BELOW = {"max_loss_spike": 0.99, "min_loss": -0.1, "max_token_accuracy": -1, "eval_steps": -1, "eval_rows": 0,
-         "save_steps": 0, "save_total_limit": 0}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("text", "argv", "expected"),
     [
         ("learning_rat: 1", [], "machine.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ("zzz: 1", [], "machine.yaml: unknown setting 'zzz'; known: activation_checkpointing, "),
         ("packing: true", [], f"machine.yaml: packing is not a setting here: {settings.REPLACED['packing']}"),
-        ("gradient_accumulation_steps: 4", [], "gradient_accumulation_steps is not a setting here: rows_per_step says"),
         ("", ["--per_device_train_batch_size=1"], "command line: per_device_train_batch_size is not a setting here: r"),
-        ("", ["--packing", "true"], "command line: packing is not a setting here: rows_per_step says how many rows"),
         ("r: many", [], "machine.yaml: r must be a whole number, got 'many'"),
         ("r: 1.5", [], "r must be a whole number, got 1.5"),
         ("r: true", [], "r must be a whole number, got True"),
         ("r: null", [], "r must be a whole number, got None"),
-        ("r: [16]", [], "r must be a whole number, got [16]"),
         ("r: .inf", [], "r must be a whole number, got inf"),
         ("r: 0", [], "r must be at least 1, got 0"),
         ("r: 1e11", [], "r must be at most 2048, got 100000000000"),
@@ -160,13 +149,10 @@ BELOW = {"max_loss_spike": 0.99, "min_loss": -0.1, "max_token_accuracy": -1, "ev
         ("max_steps: 0", [], "max_steps must not be 0 (optimizer steps; -1: as num_train_epochs says)"),
         ("loraplus_lr_ratio: 0.0", [], "loraplus_lr_ratio must not be 0 (learning rate of B is"),
         ("", ["--num_train_epochs", "inf"], "command line: num_train_epochs must be at most 1000000, got inf"),
-        *((f"{name}: {value}", [], f"{name} must be at least ") for name, value in BELOW.items()),
-        ("bf16: maybe", [], "bf16 must be true or false, got 'maybe'"),
         ("bf16: 1", [], "bf16 must be true or false, got 1"),
         ("loss: lst", [], "loss must be one of last, mixture, all, got 'lst'"),
         ("dataset: true", [], "dataset must be text, got True"),
         ("activation_checkpointing: -3", [], "must be one of auto, none, full, a number, got '-3'"),
-        ("paths: sample", [], "paths must be name=folder, …, got 'sample'"),
         ("paths: [sample]", [], "paths must be name=folder, …, got ['sample']"),
         ("paths: {thai_tex: x}", [], "machine.yaml: paths: unknown dataset or benchmark 'thai_tex'; did you mean"),
         ("paths: {wangchan: 5}", [], "paths must be name=folder, …, got {'wangchan': 5}"),
@@ -180,9 +166,7 @@ BELOW = {"max_loss_spike": 0.99, "min_loss": -0.1, "max_token_accuracy": -1, "ev
         ("max_grad_norm: .inf", [], "max_grad_norm must be at most "),
         ("paths: {wangchan: a, wangchan: b}", [], "'wangchan' stands twice, first in line 1 in"),
         ("seed: 2020-13-45", [], "seed must be a whole number, got '2020-13-45'"),
-        ("max_steps: 1:30", [], "max_steps must be a whole number, got '1:30'"),
         ("bf16: no", [], "bf16 must be true or false, got 'no'"),
-        ("r: 0x10", [], "r must be a whole number, got '0x10'"),
         ("model_revision: 1.10", [], "model_revision must be text or null, got 1.1"),
         ("", ["--paths", "thai_text=x", "--paths=wangchan=y"], "command line: --paths is given twice"),
         ("", ["--args=--seed 1 --r 8 --seed 1"], "ARGS: --seed is given twice"),
@@ -234,10 +218,8 @@ def test_yaml_is_read_as_it_is_meant_and_make_may_be_overruled(tmp_path):
 def test_paths_of_the_command_line_add_to_the_configs():
     config = ["--config", str(ROOT / "tests/smoke.yaml")]
     before = resolve("", config).settings.paths
-    assert resolve("", [*config, "--paths", "thai_text=x,wangchan=y"]).settings.paths == before | {
-        "thai_text": "x",
-        "wangchan": "y",
-    }
+    added = resolve("", [*config, "--paths", "thai_text=x,wangchan=y"]).settings.paths
+    assert added == before | {"thai_text": "x", "wangchan": "y"}
 
 
 def test_every_default_is_legal_and_explained():
@@ -266,13 +248,6 @@ def test_a_file_where_a_folder_is_wanted_is_a_mistake(tmp_path, capsys, below):
         call(lambda: write_atomic(f"{tmp_path}/file{below}/config.yaml", ""))
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: a file is where a folder is wanted: {tmp_path}/file")
-
-
-def test_a_folder_that_is_gone_is_a_mistake(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        call(lambda: (tmp_path / "gone/metrics.jsonl").open("a"))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: No such file or directory: {tmp_path}/gone/metrics.jsonl\n"
 
 
 def test_an_exception_that_is_no_mistake_of_the_users_stays_one():

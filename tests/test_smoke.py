@@ -183,16 +183,10 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--optim", "adamx"], "optim must be one of adamw_torch, "),
-        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type must be one of cosine, "),
-        (["--activation_checkpointing", "some"], "activation_checkpointing must be one of auto, none, full, a number"),
         (["--frozen_weights", "fp8"], "frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora"),
         (["--model_name_or_path", "sample/nope"], "no folder sample/nope"),
         (["--paths", "wangchan=sample/nope"], "dataset wangchan: no such file or folder: sample/nope"),
-        (
-            ["--max_length", "100"],
-            "204 of 204 rows of .* longer than max_length = 100 tokens [\s\S]*--max_length 512 keeps",
-        ),
+        (["--max_length", "100"], r"204 of 204 rows of .* longer than max_length = 100 [\s\S]*--max_length 512 keeps"),
         (["--tasks", "thai_exm"], "unknown task 'thai_exm'"),
         (["--dataset", "thai_exm"], "unknown dataset 'thai_exm'"),
     ],
