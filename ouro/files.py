@@ -196,17 +196,25 @@ for _name, (_pattern, _first) in SCALARS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
+def regular(path: Path) -> Path:
+    """`path`, of a file that stands in a folder: what is no file there is not opened, for a named pipe would be waited
+    for, and a device never ends. Raises UserError: it is such a thing; a missing file or a folder is left to open()."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"cannot read {path}: a named pipe or a device, and no file")
+    return path
+
+
 @functools.lru_cache(maxsize=32)  # a program asks for the same tables again and again
 def parsed(text: str) -> object:
     return yaml.load(text, Loader)
 
 
-def read_yaml(path: str | Path) -> dict:
-    """A YAML file that holds a mapping.
+def read_yaml(path: str | Path, typed: bool = False) -> dict:
+    """A YAML file that holds a mapping. typed: by the user, who may name a pipe, as in `--config <(…)`.
     Raises UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands
     twice, an alias, or something other than a mapping."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # perhaps a pipe, as of `--config <(…)`
+        with open(path if typed else regular(Path(path)), encoding="utf-8-sig") as file:
             text = file.read(YAML_LETTERS + 1)
         if len(text) > YAML_LETTERS:
             raise UserError(f"{path} is no file of settings: it has more than {YAML_LETTERS:,} letters")
@@ -334,7 +342,7 @@ def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that this program wrote.
     Raises UserError: it is not there, is damaged, or lacks one of `keys`, as one of another version may."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(regular(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged ({error})'}") from None
     if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
@@ -346,7 +354,7 @@ def read_json(path: Path, *keys: str) -> dict:
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises UserError where it cannot be read."""
     try:
-        with open(path, "rb") as opened:
+        with open(regular(path), "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -373,7 +381,7 @@ def seal(folder: Path) -> None:
 def sealed_files(folder: Path) -> dict[str, str]:
     """SHA-256 by name of what was written into a sealed folder. Raises UserError where that cannot be read."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = regular(folder / SUMS).read_text(encoding="utf-8").splitlines()
         count = lines.pop(0) if lines and lines[0].startswith("#") else f"# {len(lines)} files"
         if count != f"# {len(lines)} files":
             raise ValueError  # cut at the end of a line

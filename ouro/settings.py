@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro.files import ROOT, Parser, UserError, call, nearest, place, read_yaml, yaml_line
+from ouro.files import ROOT, Parser, UserError, call, nearest, place, read_yaml, regular, yaml_line
 
 REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
@@ -279,7 +279,7 @@ def resolve(
     config = place(options.config or os.environ.get("CONFIG") or "")
     sources: list[tuple[str, dict]] = []
     if config:
-        sources.append((config, read_yaml(config)))
+        sources.append((config, read_yaml(config, typed=True)))
     experiments = read_yaml(EXPERIMENTS) if options.exp else {}
     if row := experiments.get(options.exp.rpartition("/")[2] if several else options.exp) if options.exp else None:
         sources.append((f"experiment {options.exp}", row))
@@ -352,7 +352,7 @@ def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
         if unlike := [name for name in LEARNING if name not in own and there.get(name) != getattr(s, name)]:
             trained = f"{folder} was trained with {unlike[0]} = {there.get(unlike[0])}"
             raise UserError(f"learning_rate: tuned: {trained}, and this run has {getattr(s, unlike[0])}")
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = map(json.loads, regular(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         *_, last = (line["held_out_loss"][-1] for line in lines if "held_out_loss" in line)
         losses.setdefault((folder.name, there["learning_rate"]), []).append(last)
     missing = sorted(wanted.keys() - {name for name, _ in losses})

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pty
+import re
 import shutil
 import sys
 import tarfile
@@ -16,8 +17,10 @@ from pathlib import Path
 from ouro import files
 from ouro.data import chats, sources
 from ouro.evaluate.models import find_baseline
+from ouro.evaluate.replies import Cache
+from ouro.evaluate.results import read_study
 from ouro.files import UserError, read_yaml
-from ouro.model.loading import load_ouro, load_tokenizer
+from ouro.model.loading import adapter_config, load_ouro, load_tokenizer
 from ouro.settings import Settings
 
 import pytest
@@ -200,3 +203,28 @@ def test_paths_that_cannot_be_are_one_message(tmp_path, number, capsys):
     with pytest.raises(SystemExit) as end:
         files.call(lambda: (tmp_path / name).read_text())
     assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {os.strerror(number)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.yaml", lambda f: files.read_yaml(f)),
+        ("manifest.json", lambda f: files.read_json(f)),
+        ("rows.arrow", lambda f: files.file_sha256(f)),
+        ("SHA256SUMS", lambda f: files.sealed_files(f.parent)),
+        ("train.jsonl", lambda f: sources.split_files(f.parent, None, "train")),
+        ("data/train.parquet", lambda f: sources.split_files(f.parents[1], None, "train")),
+        ("items.jsonl", lambda f: list(sources.read_file(f))),
+        ("tokenizer.json", lambda f: load_tokenizer(str(f.parent))),
+        ("adapter_config.json", lambda f: adapter_config(f.parent)),
+        ("thai_exam-ut1.json", lambda f: read_study(f)),
+        (".x.cache.jsonl", lambda f: Cache(f)),
+    ],
+)
+def test_what_is_no_file_is_not_waited_for(tmp_path, name, read):
+    pipe = folder_with(tmp_path / "model", "config.json", {}) / name
+    pipe.parent.mkdir(exist_ok=True)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{re.escape(name)}: a named pipe or a device, and no file"):
+        read(pipe)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -456,6 +457,12 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     broken(output / "seed1/exp3b-wangchan-ut3/config.yaml", "arm 'best' is unknown", "arm: best")
     broken(output / "seed2/exp3b-wangchan-ut3/manifest.json", "cannot be used", "{")
     broken(output / "seed2/exp3b-wangchan-ut3/data_report.json", "not a JSON object", "[]")
+    items = results / "seed2/exp3b-wangchan-ut3/thai_text-ut3.items.jsonl"
+    broken(items.with_name("thai_text-ut3.json"), f"{items}: a named pipe")
+    pipe = broken(results / "seed2/exp3b-wangchan-ut3/thai_text-ut4.json", "named pipe")
+    for file in (items, pipe, broken(output / "seed0/exp3b-wangchan-ut3/metrics.jsonl", "named pipe")):
+        file.unlink()
+        os.mkfifo(file)  # which would be waited for
 
     printed = write_report(tmp_path, figures=True)
     page, results_md = (tmp_path / "report.html").read_text(), (tmp_path / "RESULTS.md").read_text()

@@ -19,7 +19,7 @@ from ouro.evaluate.endpoint import Reply, Server, find_judge
 from ouro.evaluate.judge import is_rated, rate_replies, result_key
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import cache_of, harness_rows, save, set_aside
-from ouro.files import Parser, UserError, call
+from ouro.files import Parser, UserError, call, regular
 
 
 def rate_file(file: Path, grader: Server, again: bool = False) -> None:
@@ -28,11 +28,11 @@ def rate_file(file: Path, grader: Server, again: bool = False) -> None:
     Raises UserError: not a result of mt_bench_thai; the judge's errors."""
     items = file.with_suffix(".items.jsonl")
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(regular(file).read_text(encoding="utf-8"))
         study = result["study"]
         if study["metric"] != "rating":
             raise UserError(f"{file} holds no conversations: its metric is {study['metric']!r}")
-        old = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line]
+        old = [json.loads(line) for line in regular(items).read_text(encoding="utf-8").split("\n") if line]
         questions = [
             {"id": line["id"], "question_id": line["doc"]["question_id"], "category": line["category"],
              "turns": [turn["prompt"] for turn in line["turns"]], "reference": line["target"]}

@@ -22,7 +22,7 @@ from typing import IO
 
 from ouro.data.shards import KINDS, check_files, check_unread
 from ouro.data.thai import trim
-from ouro.files import ROOT, UserError, file_sha256, from_json, nearest, read_yaml
+from ouro.files import ROOT, UserError, file_sha256, from_json, nearest, read_yaml, regular
 from ouro.settings import DATASETS, EVALS, Settings
 
 import pandas as pd
@@ -271,6 +271,8 @@ def find_source(settings: Settings) -> Source:
 def split_files(place: Path, config: str | None, split: str, may_lack: bool = False) -> list[Path]:
     """The files of a split, by the folder's README.md or by their names, as the datasets library has it; a file is
     all of the training split, and so is a data set that `save_to_disk` of that library wrote without splits."""
+    for file in (*place.glob("*"), *place.glob("data/*")):  # the library datasets would open it
+        regular(file)
     splits = (place / "dataset_dict.json").exists()  # save_to_disk wrote a folder for each
     if place.is_file():
         files = [place.absolute()] if split == "train" else []
@@ -316,6 +318,7 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
     memory, but for JSON that is one list, and Excel. columns: must be there, and with the `optional` ones are all that
     is wanted; or none. Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column
     missing."""
+    regular(file)
     if file.suffix in (".parquet", ".arrow"):
         yield from read_table(file, columns, optional)
     elif file.suffix == ".xlsx":

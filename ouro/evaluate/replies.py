@@ -9,7 +9,7 @@ from pathlib import Path
 from ouro.data.thoughts import answer_of, usual_beginning, with_beginning
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import Chat, Messages, Reply
-from ouro.files import Progress, UserError, lock, sync_folder
+from ouro.files import Progress, UserError, lock, regular, sync_folder
 
 
 class Cache:
@@ -20,7 +20,7 @@ class Cache:
     def __init__(self, path: Path):
         self.path, self.texts, self.lock = Path(path), {}, threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        self.file = open(regular(self.path), "a+b", buffering=0)  # noqa: SIM115
         try:
             if not lock(self.file):
                 print(f"waiting for another process that is at work on {self.path}", flush=True)

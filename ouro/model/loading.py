@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import Progress, UserError, file_sha256, from_json
+from ouro.files import Progress, UserError, file_sha256, from_json, regular
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -76,6 +76,8 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
     with loading(f"the model {path}", BROKEN):
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
             raise OSError("there is no config.json in it")
+        for file in Path(path).glob("*"):  # none of a Hub id
+            regular(file)
         found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         for name, most in LARGEST.items():
             size = found.get(name)
@@ -247,7 +249,7 @@ def adapter_config(adapter: Path) -> tuple[LoraConfig, str | None]:
     """A saved LoRA adapter of all projections as PEFT is to load it, and the base that it was made for.
     Raises UserError: a missing or broken file, naming the key that is wrong or stands twice."""
     try:
-        found = from_json((adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
+        found = from_json(regular(adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json: {error}") from None
     if not isinstance(found, dict) or type(found.get("r")) is not int:
@@ -281,7 +283,7 @@ def check_adapter(adapter: Path, s: Settings, trained: Settings | None) -> None:
             here, there = getattr(config, key), getattr(trained, key)
             raise UserError(f"{adapter} has {key} = {here}, and its run's config.yaml says {key}: {there}")
     try:
-        with safe_open(adapter / WEIGHTS, "pt") as file:
+        with safe_open(regular(adapter / WEIGHTS), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{adapter} is no adapter in PEFT format: {WEIGHTS}: {error}") from None

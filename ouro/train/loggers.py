@@ -9,7 +9,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from ouro.files import UserError, write_atomic
+from ouro.files import UserError, regular, write_atomic
 from ouro.settings import Resolved, Settings
 from ouro.train.processes import RANK
 
@@ -62,7 +62,7 @@ def start_logger(run: Resolved, folder: Path) -> None:
             project=os.environ.get("WANDB_PROJECT", "ouro-thai"),
             name=run.run,
             dir=str(folder),
-            id=stored.read_text(encoding="utf-8") if stored.exists() else None,
+            id=regular(stored).read_text(encoding="utf-8") if stored.exists() else None,
             resume="allow",
             config={"settings": vars(run.settings)},
         )

@@ -34,6 +34,7 @@ from ouro.files import (
     printable,
     read_json,
     read_yaml,
+    regular,
     seal,
     sync_file,
     write_atomic,
@@ -349,7 +350,7 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     try:
         record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu", *PLANNED)
         progress = read_json(checkpoint / "progress.json", *PROGRESS)
-        log = folder / "metrics.jsonl"
+        log = regular(folder / "metrics.jsonl")
         kept = log.read_bytes()[: progress["log_bytes"]] if log.exists() else b""
         if hashlib.sha256(kept).hexdigest() != progress["log_sha256"]:
             raise UserError(f"{log} is not the log that {checkpoint.name} was saved with")

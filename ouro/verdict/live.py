@@ -24,7 +24,7 @@ POINTS = 200  # of a curve
 def runs_now(output: Path) -> list[dict[str, str]]:
     """What the page shows of each run that has logged a step: those that are not complete first, then by age."""
     shown = []
-    files = [*output.glob("*/metrics.jsonl"), *output.glob("seed*/*/metrics.jsonl")]
+    files = filter(Path.is_file, [*output.glob("*/metrics.jsonl"), *output.glob("seed*/*/metrics.jsonl")])
     for file in sorted(files, key=lambda file: ((file.parent / "completed").exists(), -changed(file))):
         losses = [x for line in logged(file.parent) if math.isfinite(x := line.get("loss", math.nan))]
         if not losses:

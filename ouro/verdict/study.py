@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ouro.files import UserError, file_sha256, read_yaml
+from ouro.files import UserError, file_sha256, read_yaml, regular
 from ouro.settings import ARMS
 
 import numpy as np
@@ -162,7 +162,7 @@ def read_config(path: Path) -> dict:
 
 
 def read_object(path: Path) -> dict:
-    content = json.loads(path.read_bytes())
+    content = json.loads(regular(path).read_bytes())
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
@@ -196,7 +196,7 @@ class Reader:
     def lines(self, path: Path) -> list[dict]:
         """JSON lines; broken ones, as a stopped run may leave at its log's end, are left out.
         Raises ValueError: a file of more than LARGEST bytes."""
-        if (size := path.stat().st_size) > LARGEST:
+        if (size := regular(path).stat().st_size) > LARGEST:
             raise ValueError(f"{size / 2**20:,.0f} MiB, and at most {LARGEST >> 20} are read")
         rows, lines = [], path.read_bytes().splitlines()
         for line in lines:
@@ -265,7 +265,9 @@ class Reader:
 
 def logged(folder: Path) -> list[dict]:
     """The complete lines of a run's metrics.jsonl; the last may just be written."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()]
+    return [
+        json.loads(line) for line in regular(folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+    ]
 
 
 def progress(folder: Path) -> tuple[str, str, str, str]:
@@ -293,7 +295,7 @@ def conversations(reader: Reader, count: int = 2) -> list[tuple[str, list[tuple[
     """(prompt, [(who, reply)]) of the first conversations: each model at the depth it was trained at, one seed."""
 
     def first_turns(path: Path) -> list[dict]:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             return [json.loads(line)["turns"][0] for line in islice(file, count)]
 
     asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
