@@ -62,7 +62,7 @@ def asked_tasks(run: Resolved) -> dict[str, dict]:
     if run.options.limit is not None and run.options.limit < 1:
         raise UserError(f"--limit must be at least 1, got {run.options.limit}")
     specs = benchmarks.table()["tasks"]
-    names = benchmarks.task_names(run.settings.tasks, specs)
+    names = benchmarks.named(run.settings.tasks, specs, "task")
     check_places(run.settings, names, trained=False)  # before the network is asked for another of them
     return {name: specs[name] for name in names}
 
@@ -108,7 +108,9 @@ def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[
         raise UserError(
             f"a served model gives no log-probabilities; {', '.join(silent)} needs them: --tasks openthaieval"
         )
-    subsets = benchmarks.subset_names(run.options.subsets, list(specs.values()))
+    rows = benchmarks.table()["benchmarks"]
+    known = {subset: 1 for spec in specs.values() for subset in rows[spec["benchmark"]].get("subsets", ())}
+    subsets = benchmarks.named(run.options.subsets, known, "subset") if run.options.subsets else []
     tasks = []
     for name, spec in specs.items():
         try:

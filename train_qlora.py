@@ -21,7 +21,7 @@ from ouro.data.batches import Rows
 from ouro.data.cache import NoSplit, prepare
 from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
-from ouro.evaluate.benchmarks import table, task_names
+from ouro.evaluate.benchmarks import named, table
 from ouro.files import UserError, call, explain, read_json, write_json
 from ouro.model.cost import Memory, matrix_rate, sizes
 from ouro.model.loading import load_tokenizer, warn_of_depth
@@ -65,7 +65,7 @@ from trl import SFTConfig
 def check(run: Resolved, folder: Path) -> tuple[str | int, SFTConfig]:
     """Refuses what would waste the run, before anything is read or written; the device and TRL's arguments."""
     s = run.settings
-    tasks = task_names(s.tasks, table()["tasks"])
+    tasks = named(s.tasks, table()["tasks"], "task")
     check_places(s, tasks)  # of what is scored too: else evaluation would find out, after the training
     device = check_device(s)
     check_frozen(s)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ouro.evaluate import benchmarks, tasks
 from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, windows
+from ouro.evaluate.results import METRIC
 from ouro.files import UserError
 from ouro.settings import Settings
 
@@ -46,7 +47,7 @@ def test_every_task_names_what_there_is():
     aspects = {spec["aspect"] for spec in TASKS.values()}
     for name, spec in TASKS.items():
         benchmark = TABLE["benchmarks"][spec["benchmark"]]
-        assert spec["protocol"] in benchmarks.PROTOCOLS and "split" in benchmark, name
+        assert spec["protocol"] in METRIC and "split" in benchmark, name
         assert set(spec.get("subsets", ())) <= set(benchmark.get("subsets", ())), name
     for aspect in aspects:
         assert sum(spec.get("primary", False) for spec in TASKS.values() if spec["aspect"] == aspect) == 1, aspect

@@ -140,7 +140,7 @@ def test_a_short_key_is_a_placeholder_and_hides_no_words(server, monkeypatch):
         ("http://judge.example/v1", "", False),
         ("https://judge.example/v1", KEY, False),
         ("http://localhost:8000/v1", KEY, False),
-        ("http://127.0.0.2/v1", KEY, False),
+        ("http://127.0.0.1/v1", KEY, False),
         ("http://[::1]:8000/v1", KEY, False),
     ],
 )

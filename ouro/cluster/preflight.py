@@ -226,7 +226,7 @@ def check_data(run: Resolved) -> str:
 
 def check_benchmarks(run: Resolved) -> str:
     from ouro.data.sources import benchmark_items
-    from ouro.evaluate.benchmarks import load, table, task_names
+    from ouro.evaluate.benchmarks import load, named, table
 
     s, specs, said = run.settings, table(), {}
     absent = functools.cache(lambda name: on_hub(name, s) is None)  # several tasks may share a benchmark
@@ -235,7 +235,7 @@ def check_benchmarks(run: Resolved) -> str:
             said[name] = "to be downloaded"
         else:
             said[name] = f"{len(benchmark_items(replace(s, overlap=name)))} items"
-    for task in task_names(s.tasks, specs["tasks"]):
+    for task in named(s.tasks, specs["tasks"], "task"):
         spec = specs["tasks"][task]
         name = specs["benchmarks"][spec["benchmark"]].get("dataset", spec["benchmark"])
         if not {task, name} & s.paths.keys() and absent(name):

@@ -23,7 +23,6 @@ from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import EVALS, Settings
 
 LETTERS = "abcde"
-PROTOCOLS = ("ours", "labels", "generate", "text", "mt_bench")
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
 FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
@@ -65,26 +64,12 @@ def table() -> dict[str, dict]:
     return read_yaml(EVALS)
 
 
-def subset_names(text: str | None, specs: list[dict]) -> list[str]:
-    """The subsets that a comma-separated list names; a task of none of them is scored on all of its own.
-    Raises UserError: one that no task has."""
-    known = {s: 1 for spec in specs for s in table()["benchmarks"][spec["benchmark"]].get("subsets", ())}
-    names = [name for name in (text or "").split(",") if name]
+def named(text: str, known: Iterable[str], what: str) -> list[str]:
+    """The names in a comma-separated list, each once. what: "task", "subset". Raises UserError: an unknown one."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
-            raise UserError(f"unknown subset {name!r}{nearest(name, known) if known else ': these tasks have none'}")
-    return names
-
-
-def task_names(text: str, tasks: dict) -> list[str]:
-    """The tasks that a comma-separated list names. Raises UserError: an unknown one, or the same twice."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in tasks:
-            close = nearest(name, tasks)
-            raise UserError(f"unknown task {name!r}{close}\nconfigs/evals.yaml holds: {', '.join(tasks)}")
-    if not names or len(set(names)) != len(names):
-        raise UserError(f"tasks must be different names of configs/evals.yaml, got {text!r}")
+            raise UserError(f"unknown {what} {name!r}{nearest(name, known)}")
     return names
 
 
@@ -444,7 +429,10 @@ def parse_choice(reply: str) -> str | None:
 
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
-    """Accuracy with its interval, beside what guessing and always answering the commonest letter would reach."""
+    """Accuracy with Wilson's interval, which Brown, Cai and DasGupta (2001) recommend for few trials, beside what
+    guessing and always answering the commonest letter would reach."""
+    from scipy.stats import binomtest  # takes a second to import, which training's start would have to wait for
+
     predictions = [settle(item, prediction) for item, prediction in zip(items, predictions, strict=True)]
     pairs = list(zip(items, predictions, strict=True))
     whole = shares(pairs, spec)
@@ -457,7 +445,7 @@ def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> di
     }
     n, value = whole["items"], whole["value"]
     return whole | {
-        "ci95": list(wilson(sum(item["gold"] == prediction for item, prediction in pairs), n)),
+        "ci95": [float(end) for end in binomtest(round(value * n), n).proportion_ci(0.95, "wilson")],
         "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
         "macro": means["value"],
         "macro_chance": means["chance"],
@@ -492,13 +480,6 @@ def macro(by_subset: dict[str, float]) -> float:
     for subset, value in by_subset.items():
         groups.setdefault(subset[:7] if subset.startswith("onet_m") else subset, []).append(value)
     return math.fsum(math.fsum(group) / len(group) for group in groups.values()) / len(groups)
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion, which Brown, Cai and DasGupta (2001) recommend for few trials."""
-    from scipy.stats import binomtest  # takes a second to import, which training's start would have to wait for
-
-    return tuple(map(float, binomtest(successes, trials).proportion_ci(0.95, "wilson")))
 
 
 def language_pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
-from ipaddress import ip_address
 from urllib.parse import quote
 
 from ouro.data.chats import prompt_tokens
@@ -144,7 +143,7 @@ class Server:
         text = text_of(message.content)
         refusal = getattr(message, "refusal", None) or text_of(message.content, "refusal")
         if finish in FILTERED or refusal and not text.strip():
-            raise self.error(f"its reply is a refusal: {_beginning(str(refusal or finish))}", 400)
+            raise self.error(f"its reply is a refusal: {beginning(str(refusal or finish))}", 400)
         end = "cut" if finish in AT_LIMIT else ""
         thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         thought = thought or text_of(message.content, "thinking")
@@ -262,7 +261,7 @@ class Server:
         text = " ".join(response.text.split())
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             text = str(response.json()["error"]["message"])
-        return f"{response.status_code}: {_beginning(self.hide(text)) or 'an empty answer'}"
+        return f"{response.status_code}: {beginning(self.hide(text)) or 'an empty answer'}"
 
     def hide(self, text: str) -> str:
         """A reply or message without the key, as it is or as JSON and addresses may write it."""
@@ -276,7 +275,8 @@ class Server:
         tqdm.write(message(self.hide(text)), sys.stderr)
 
 
-def _beginning(text: str) -> str:
+def beginning(text: str) -> str:
+    """What is shown of a text that may be long."""
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
@@ -313,7 +313,7 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query or parsed.fragment:
         like = "https://host/v1, what stands before /chat/completions"
         raise UserError(f"{kind}: the address must be like {like}, with the key in {name} and not in the address")
-    if key and parsed.scheme == "http" and not _is_here(parsed.host):
+    if key and parsed.scheme == "http" and parsed.host not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: {name} is sent to {parsed.host} by http, where others on the way can read it", file=sys.stderr)
     path = parsed.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return Server(kind, str(parsed.copy_with(path=path)), _name(model.strip(), kind), key, **rest)
@@ -322,15 +322,8 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
 def _name(model: str, kind: str) -> str:
     """A model's name: it is printed, and results are named by it."""
     if len(model) > LONGEST_NAME or printable(model) != " ".join(model.split()):
-        raise UserError(f"{kind}: not a model's name: {_beginning(model)!r}")
+        raise UserError(f"{kind}: not a model's name: {beginning(model)!r}")
     return model
-
-
-def _is_here(host: str) -> bool:
-    """Whether a host is this machine."""
-    with contextlib.suppress(ValueError):
-        return ip_address(host).is_loopback
-    return host == "localhost" or host.endswith(".localhost")
 
 
 def find_judge(choice: str = "api") -> Server | None:
@@ -368,7 +361,7 @@ def find_endpoint(
     if not server.model:
         names = list(server.models())
         if len(names) != 1:
-            served = _beginning(", ".join(names)) or "no model"
+            served = beginning(", ".join(names)) or "no model"
             raise UserError(f"endpoint {server.url} serves {served}: set ENDPOINT_MODEL to one")
         server.model = _name(names[0], "endpoint")
     return server

@@ -50,10 +50,8 @@ class HttpClient(openai.DefaultHttpxClient):
         request.headers["Accept-Encoding"] = "gzip"  # what others unpack to is not known before it is in memory
         try:
             response = self._read(request, options)
-            if response.is_success and not _is_whole(response):  # gateways report an overload with status 200, too
-                raise httpx2.DecodingError(f"not the JSON that was asked for, {server.said(response)}")
-            if response.is_success and (finish := _finish(response)) in BROKEN_OFF:
-                raise BrokenOff(f"the reply was broken off (finish_reason {finish})")
+            if response.is_success:  # gateways report an overload with status 200, too
+                self._check(response)
             if "insufficient_quota" in response.text:
                 raise server.error(server.said(response))
             if response.status_code in (408, 409, 429) or response.status_code >= 500:
@@ -84,19 +82,21 @@ class HttpClient(openai.DefaultHttpxClient):
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in about_the_body]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
-
-def _is_whole(response: httpx2.Response) -> bool:
-    """Whether an answer has what was asked for: a reply, or a list of models."""
-    try:
-        answer = response.json()
-        if response.request.url.path.endswith("/models"):
-            return all(isinstance(model["id"], str) for model in answer["data"])
-        message = {"reasoning_content": None} | answer["choices"][0]["message"]
-        return isinstance(text_of(message["content" if "content" in message else "reasoning_content"]), str)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-def _finish(response: httpx2.Response) -> str:
-    choices = response.json().get("choices") or [{}]
-    return finish_of(choices[0])
+    def _check(self, response: httpx2.Response) -> None:
+        """Raises httpx2.DecodingError, after which openai asks again: an answer is no reply, nor a list of models."""
+        finish = ""
+        try:
+            answer = response.json()
+            if response.request.url.path.endswith("/models"):
+                whole = all(isinstance(model["id"], str) for model in answer["data"])
+            else:
+                choice = answer["choices"][0]
+                message, finish = {"reasoning_content": None} | choice["message"], finish_of(choice)
+                text = message["content" if "content" in message else "reasoning_content"]
+                whole = isinstance(text_of(text), str)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise httpx2.DecodingError(f"not the JSON that was asked for, {self.server.said(response)}")
+        if finish in BROKEN_OFF:
+            raise BrokenOff(f"the reply was broken off (finish_reason {finish})")

@@ -16,7 +16,6 @@ goes on without paying twice.
 """
 
 import functools
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from ouro.data.sources import read_benchmark, read_file
 from ouro.data.thai import CODE, is_thai, normalise, trim
 from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import Spell, digest, stripped
-from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, find_judge
+from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, beginning, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
 from ouro.files import UserError, printable
 
@@ -58,7 +57,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
             "'category' must be a text": isinstance(category, str) and trim(category),
         }  # fmt: skip
         if broken := [rule for rule, holds in rules.items() if not holds]:
-            raise UserError(f"{place} (question_id {number!r}): {broken[0]}, found {_short(row)}")
+            raise UserError(f"{place} (question_id {number!r}): {broken[0]}, found {beginning(str(row))}")
         seen.add(known)
         category = trim(category)
         taken[category] += 1
@@ -78,11 +77,6 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
 def _two_texts(value: object, or_null: bool = False) -> bool:
     kinds = str | None if or_null else str
     return isinstance(value, list) and len(value) == 2 and all(isinstance(text, kinds) for text in value)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _user(text: str) -> dict:
@@ -282,7 +276,7 @@ def _ask_judge(
         result[n] = parse_rating(second), f"{texts[n]}\n\n[asked again]\n{second}"
         if result[n][0] is None:
             question = questions[n // 2]["id"]
-            said = printable(_short(second))
+            said = printable(beginning(second))
             print(f"{name}: {question}, turn {n % 2 + 1}: no rating from 1 to 10 in {said}; left out")
     return result
 
