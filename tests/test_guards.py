@@ -19,7 +19,7 @@ from ouro.model import cost, loading
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings
-from ouro.train import build, machine, processes, trainer
+from ouro.train import build, machine, trainer
 from ouro.train.trainer import LoopTrainer
 
 import pytest
@@ -442,41 +442,6 @@ def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     arguments = machine.trainer_arguments(resolved(*FOUR), tmp_path, use_cpu=False)
     assert arguments.n_gpu == arguments.train_batch_size == arguments.gradient_accumulation_steps == 1
-
-
-def test_a_process_of_a_group_ends_without_taking_the_group_down(monkeypatch):
-    """Taking gloo's down waits for its thread, which may wait for Python: for ever, after a run that was complete."""
-    ended = []
-    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
-    monkeypatch.setattr(train_qlora, "train", lambda run: None)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append("taken down"))
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(sys, "argv", ["train_qlora.py", *SMALL])
-    train_qlora.main()
-    assert ended == [0]
-    monkeypatch.setattr(processes, "WORLD_SIZE", 1)
-    train_qlora.main()
-    assert ended == [0], "one that is alone returns"
-
-
-GROUP = "RANK=1 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=29500"
-LAUNCHERS = ("", "RANK=0 WORLD_SIZE=1", "MASTER_ADDR=a", f"{GROUP} LOCAL_WORLD_SIZE=1")  # whole
-HALVES = ["WORLD_SIZE=2", "RANK=1 WORLD_SIZE=1", "RANK=1", "LOCAL_RANK=0", "RANK=x", "WORLD_SIZE=", "WORLD_SIZE=0",
-          "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", f"{GROUP} MASTER_PORT=", f"{GROUP} MASTER_PORT=http",
-          f"{GROUP} RANK=2", f"{GROUP} LOCAL_RANK=2", f"{GROUP} LOCAL_RANK=1 LOCAL_WORLD_SIZE=1"]  # fmt: skip
-
-
-@pytest.mark.parametrize("variables", [*LAUNCHERS, *HALVES])
-def test_half_of_a_launchers_variables_is_refused_before_anything_is_read(monkeypatch, variables):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in (pair.split("=") for pair in variables.split()):
-        monkeypatch.setenv(name, value)
-    if variables in LAUNCHERS:
-        return processes.check_launcher()
-    monkeypatch.setattr(train_qlora, "resolve", None)
-    with pytest.raises(UserError, match=f"^.*{variables.split()[-1]}.* in the environment is no process of a group"):
-        train_qlora.main()
 
 
 def test_what_does_nothing_is_said(monkeypatch):

@@ -27,9 +27,7 @@ from helpers import (
     ROOT,
     SMALL,
     assert_same_run,
-    in_processes,
     metrics,
-    port,
     repeatable,
     resolved,
     trained,
@@ -369,26 +367,18 @@ def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(whole, stop
     assert_same_run(six(tmp_path), whole)
 
 
-def test_guards_go_on_with_what_they_had_seen(whole, stopped, tmp_path, monkeypatch):
+def test_guards_go_on_with_what_they_had_seen(stopped, tmp_path):
     """The losses that a spike is measured by, the rates that a slow machine is, and the time since the last line."""
-    run, seen, train = copied(stopped, tmp_path), [], trainer.SFTTrainer.train
-
-    def kept(self, **options):
-        seen.append((list(self._recent), list(self._rates), time.perf_counter() - self._logged_at))
-        return train(self, **options)
-
+    run = copied(stopped, tmp_path)
     progress = run / "checkpoint-3/progress.json"
     there = json.loads(progress.read_text())
     assert len(there["recent"]) == 3 and len(there["rates"]) == 2 and there["since_log"] < 60
     progress.write_text(json.dumps(there | {"since_log": 1000.0}))
     run_folder.seal(progress.parent)
-    monkeypatch.setattr(trainer.SFTTrainer, "train", kept)
-    six(tmp_path)
-    ((recent, rates, since),) = seen
-    assert (recent, rates) == (there["recent"], there["rates"]) and 1000 <= since < 1100
-    line = metrics(run)[3]
-    assert line["step"] == 4 and line["tokens_per_second"] < 10, "the tokens since the last line, by all their time"
-    assert_same_run(run, whole)
+    assert one_step(tmp_path) == 4
+    after = json.loads((run / "checkpoint-4/progress.json").read_text())
+    assert (after["recent"][:3], after["rates"][:2]) == (there["recent"], there["rates"])
+    assert metrics(run)[3]["tokens_per_second"] < 10, "the tokens since the last line, by all their time"
 
 
 def test_sha256sum_verifies_checkpoints_and_adapter_and_their_modes_are_the_umasks(stopped, whole):
@@ -662,106 +652,3 @@ def test_a_stop_is_exit_75_and_says_which_command_continues(stopped, tmp_path, m
             train_qlora.main()
         assert ended.value.code == 75
         assert f"which is saved; the same command{which} continues (exit code 75)\n" in capsys.readouterr().out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# two processes
-
-TWO = ["--max_steps", "4", "--eval_rows", "5"]
-
-
-def both(folder: Path, *argv: str) -> tuple[list[int], list[str]]:
-    return in_processes(2, "train_qlora.py", *latest([*SMALL, *SIX, "--output_dir", str(folder), *argv]))
-
-
-def torchrun(output: Path, argv: list[str], number: int) -> str:
-    """Sends a signal to its second worker in step 2; what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
-    with open(output, "w") as file:
-        process = subprocess.Popen([*command, "train_qlora.py", *argv], stdout=file, stderr=subprocess.STDOUT)
-        try:
-            end = time.monotonic() + PATIENCE
-            while "\nstep     " not in output.read_text():
-                assert process.poll() is None and time.monotonic() < end, output.read_text()
-                time.sleep(0.005)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            workers = [pid for pid in children if b"train_qlora.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            assert len(workers) == 2
-            os.kill(int(workers[1]), number)
-            assert process.wait(PATIENCE) != 0
-            assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no worker is left"
-        finally:
-            process.kill()
-            process.wait()
-    return output.read_text()
-
-
-def assert_close_runs(run: Path, other: Path) -> None:
-    assert len(metrics(run)) == len(metrics(other))
-    for a, b in zip(metrics(run), metrics(other), strict=True):
-        for name in ("step", "num_tokens", "mean_token_accuracy"):
-            assert a[name] == b[name]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert a.get("held_out_loss", []) == pytest.approx(b.get("held_out_loss", []), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_are_stopped_killed_and_continued(tmp_path):
-    one, two = six(tmp_path / "one", *TWO), tmp_path / "two/smoke"
-    codes, printed = both(tmp_path / "two", *TWO)
-    assert codes == [0, 0], printed
-    assert [text.count("\nstep ") for text in printed] == [4, 0]
-    assert_close_runs(two, one)
-
-    folder, run = tmp_path / "parts", tmp_path / "parts/smoke"
-    argv = latest([*SMALL, *SIX, "--output_dir", str(folder), *TWO])
-    told = torchrun(tmp_path / "term.txt", argv, signal.SIGTERM)
-    step = int(re.search(r"stopped after step (\d), which is saved; the same command", told)[1])
-    assert names(run)[0] == f"checkpoint-{step}" and step < 4 and all_good(run)
-    assert not (run / "completed").exists()
-    shutil.copytree(run, tmp_path / "stopped")
-
-    assert f"continuing from {run}/checkpoint-{step}" in torchrun(tmp_path / "kill.txt", argv, signal.SIGKILL)
-    assert not (run / "completed").exists()
-    codes, printed = both(folder, *TWO)
-    assert codes == [0, 0] and "continuing from" in printed[0] and "not the same bytes" not in printed[0]
-    assert_same_run(run, two)
-
-    shutil.rmtree(run)
-    shutil.copytree(tmp_path / "stopped", run)
-    alone = Script(folder, *TWO)
-    assert (
-        alone.code() == 0
-        and "with 1 process after 2: the same rows in each step, but another order of sums" in alone.printed
-    )
-    assert_close_runs(run, one)
-
-
-@pytest.mark.slow
-def test_of_two_processes_that_fail_alike_the_first_speaks_and_neither_hangs(tmp_path):
-    codes, printed = both(tmp_path / "run", "--dataset", "nowhere")
-    assert codes == [2, 2] and printed[1] == "" and not (tmp_path / "run").exists()
-    assert printed[0].startswith("error: unknown dataset 'nowhere'")
-
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "q", "completion": "a"}\n{"prompt"\n')
-    codes, printed = both(tmp_path / "run", "--dataset", "pairs", "--dataset_path", str(rows))
-    assert codes == [2, 2] and f"{rows}" in printed[0] and "line 2" in printed[0]
-    assert "Traceback" not in printed[1] and "error: " not in printed[1]
-
-
-def test_of_processes_that_fail_the_first_speaks(monkeypatch):
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(processes, "_get_default_store", lambda: store)
-    assert [processes.speaks(UserError(text)) for text in "abc"] == [True] * 3, "before they know of each other"
-    monkeypatch.setattr(processes, "LOCAL_RANK", 1)
-    assert not processes.speaks(UserError("that process 0 says too")) and processes.speaks(RuntimeError("not ours"))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert [processes.speaks(RuntimeError(text)) for text in "abc"] == [True, False, False]
-
-    def gone():
-        raise torch.distributed.DistNetworkError("Connection reset by peer")
-
-    monkeypatch.setattr(processes, "_get_default_store", gone)
-    assert not processes.speaks(RuntimeError("Connection closed by peer"))
