@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import data_config
 from ouro import settings
 from ouro.data import cache, chats, sources
 from ouro.data.batches import Rows
 from ouro.data.cache import CHUNK, CODE, prepare, rows_sha256
-from ouro.files import UserError, call, read_yaml
+from ouro.files import UserError, read_yaml
 from ouro.model.loading import load_tokenizer
 from ouro.settings import Settings
 
@@ -125,6 +125,13 @@ def change_tokenizer(world, monkeypatch):
     world.tokenizer = load_tokenizer(str(folder))
 
 
+def change_special_tokens(world, monkeypatch):
+    """Which rows are dropped for. They are also in special_tokens_map.json, not in tokenizer.json alone."""
+    before = world.tokenizer.backend_tokenizer.to_str()
+    world.tokenizer.additional_special_tokens = ["<|im_start|>", "<|im_end|>", "สวัสดี"]
+    assert world.tokenizer.backend_tokenizer.to_str() == before
+
+
 def change_template(world, monkeypatch):
     template = world.tokenizer.chat_template
     world.tokenizer.chat_template = template.replace("You are a helpful assistant.", "You speak Thai.")
@@ -142,6 +149,7 @@ NEW_ROWS = {
     "one byte, same size and time": change_one_byte,
     "held-out split": change_held_out_split,
     "tokenizer": change_tokenizer,
+    "special tokens": change_special_tokens,
     "chat template": change_template,
     "benchmark": change_benchmark,
     "datasets.yaml": change_entry,
@@ -164,16 +172,6 @@ def test_a_change_of_what_rows_are_made_of_gives_new_rows(world, monkeypatch, ch
     assert new_rows != rows
     if change is change_benchmark:
         assert prepared(world, drop_overlap=False)[0] == rows
-
-
-def test_a_special_token_that_only_the_tokenizers_settings_name_makes_a_new_cache(world):
-    """Rows with a special token are dropped; which tokens are special is also in special_tokens_map.json."""
-    rows, report = prepared(world)
-    before = world.tokenizer.backend_tokenizer.to_str()
-    world.tokenizer.additional_special_tokens = ["<|im_start|>", "<|im_end|>", "สวัสดี"]
-    assert world.tokenizer.backend_tokenizer.to_str() == before
-    new_rows, new_report = prepared(world)
-    assert len(new_rows) == len(rows) - 1 and new_report["cache"] != report["cache"]
 
 
 def test_a_change_of_any_file_of_the_code_makes_the_rows_anew(world, monkeypatch):
@@ -355,22 +353,15 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
-def test_a_damaged_cache_is_refused_by_name(world, monkeypatch, capsys, name, damage):
-    cache = Path(prepared(world)[1]["cache"])
-    path = cache / name
+def test_a_damaged_cache_is_refused_by_name(world, name, damage):
+    folder = Path(prepared(world)[1]["cache"])
+    path = folder / name
     if damage:
         path.write_bytes(damage(path.read_bytes()))
     else:
         path.unlink()
-    argv = ["--model_name_or_path", MODEL, "--paths", f"thai_exam={world.s.paths['thai_exam']}"]
-    for key in ("dataset", "dataset_path", "overlap", "cache_dir", "max_length", "length_policy", "max_empty_share"):
-        argv += [f"--{key}", str(getattr(world.s, key))]
-    monkeypatch.setattr(sys, "argv", ["data_config.py", *argv, "--output_dir", str(world.folder / "out")])
-    with pytest.raises(SystemExit) as end:
-        call(data_config.main)
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and message.startswith(f"error: the cache {cache} is damaged (")
-    assert message.endswith("): delete it and run again\n") and not (world.folder / "out").exists()
+    with pytest.raises(UserError, match=rf"^the cache {re.escape(str(folder))} is damaged \(.*\): delete it and run"):
+        prepared(world)
 
 
 def test_a_bad_row_late_in_the_file_leaves_nothing_in_the_cache(tmp_path, tokenizer):

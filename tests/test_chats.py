@@ -84,55 +84,45 @@ def test_a_chat_ends_with_its_last_answer_and_its_turns_alternate(prepared, toke
     assert report["rows_dropped"] == why
 
 
-@pytest.mark.parametrize("mark", [*chats.MARKS, "training", "Train", "is_train", "lossMask"])
+MARKED = [({mark: 0.0}, {mark: 1.0}) for mark in chats.MARKS]
+MARKED += [({mark: False}, {mark: True}) for mark in ("train", "training", "Train", "is_train", "lossMask")]
+MARKED += [
+    ({"mask": True}, {"mask": False}),
+    ({"mask": 1}, {"mask": "User"}),
+    ({"ignore_loss": True}, {"ignore_loss": None}),
+    ({"doNotTrain": "1"}, {"doNotTrain": "0"}),
+    ({"used_in_training": "no"}, {"used_in_training": "yes"}),
+    ({"weight": "0.0"}, {"weight": "1.0"}),
+    ({"metadata": '{"train": false}'}, {"metadata": '{"train": true}'}),
+    ({"metadata": '{"a": {"b": {"mask": 1}}}'}, {"metadata": "{no JSON"}),
+    ({"extra": {"quality": {"train": False}}}, {"extra": {"quality": {"train": True}}}),
+]
+
+
+@pytest.mark.parametrize(("no", "yes"), MARKED, ids=str)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_what_says_not_to_train_it_is_context_and_not_trained(mark, kind, prepared, tokenizer):
-    def marked(question: str, *answers: object) -> list[dict]:
-        chat = turns(*(text for n in range(len(answers)) for text in (f"ต่อ {n}" if n else question, f"ตอบ {n}")))
-        for turn, value in zip(chat[1::2], answers, strict=True):
-            turn[mark] = value
+def test_what_says_not_to_train_it_is_context_and_not_trained(no, yes, kind, prepared, tokenizer):
+    if len({type(value) for mark in (no, yes) for value in mark.values()} - {type(None)}) > 1:
+        kind = "jsonl"  # a column of Parquet is of one type
+
+    def marked(question: str, *marks: dict) -> list[dict]:
+        chat = turns(*(text for n in range(len(marks)) for text in (f"ต่อ {n}" if n else question, f"ตอบ {n}")))
+        for turn, mark in zip(chat[1::2], marks, strict=True):
+            turn |= mark
         return chat
 
-    asked, (no, yes) = questions(6), (False, True) if "train" in mark.lower() else (0.0, 1.0)
-    values = [(no, yes), (None, yes), (yes, yes, no), (no, no), (yes, None, no, yes)]
-    rows = [{"messages": marked(q, *marks), mark: None} for q, marks in zip(asked, values, strict=False)]
-    rows.append({"messages": turns(asked[5], "ตอบ"), mark: no})
+    asked, values = questions(6), [(no, yes), ({}, yes), (yes, yes, no), (no, no), (yes, {}, no, yes)]
+    rows = [{"messages": marked(q, *marks)} | dict.fromkeys(no) for q, marks in zip(asked, values, strict=False)]
+    rows.append({"messages": turns(asked[5], "ตอบ")} | no)
     got, report = prepared("chat", {f"train.{kind}": rows})
     expected = [[1], [0, 1], [0, 1], [0, 1, 3]]
     assert trained_texts(got, tokenizer) == ["".join(f"ตอบ {n}{END}" for n in numbers) for numbers in expected]
     assert texts(got, tokenizer)[0] == chatml(asked[0], "ตอบ 0", "ต่อ 1", "ตอบ 1")
     assert report["rows_dropped"] == {chats.UNTRAINED: 2} and report["unread_keys"] == {}
-    pairs = [{"prompt": q, "completion": "ตอบ", mark: value} for q, value in zip(asked, (no, yes, None), strict=False)]
+    pairs = [{"prompt": q, "completion": "ตอบ"} | mark for q, mark in zip(asked, (no, yes, {}), strict=False)]
     got, report = prepared("pairs", {f"train.{kind}": pairs})
     assert texts(got, tokenizer) == [chatml(q, "ตอบ") for q in asked[1:3]]
     assert report["rows_dropped"] == {chats.UNTRAINED: 1}
-
-
-@pytest.mark.parametrize(
-    ("no", "yes"),
-    [
-        ({"mask": True}, {"mask": False}),
-        ({"mask": 1}, {"mask": "User"}),
-        ({"ignore_loss": True}, {"ignore_loss": None}),
-        ({"doNotTrain": "1"}, {"doNotTrain": "0"}),
-        ({"used_in_training": "no"}, {"used_in_training": "yes"}),
-        ({"weight": "0.0"}, {"weight": "1.0"}),
-        ({"metadata": '{"train": false}'}, {"metadata": '{"train": true}'}),
-        ({"metadata": '{"a": {"b": {"mask": 1}}}'}, {"metadata": "{no JSON"}),
-        ({"extra": {"quality": {"train": False}}}, {"extra": {"quality": {"train": True}}}),
-    ],
-)
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_marks_are_also_understood_inverse_as_words_as_json_and_deep(no, yes, kind, prepared, tokenizer):
-    rows = [{"messages": turns(q, "ตอบ")} | mark for q, mark in zip(questions(2), (no, yes), strict=True)]
-    if len({type(value) for mark in (no, yes) for value in mark.values()} - {type(None)}) > 1:
-        kind = "jsonl"  # a column of Parquet is of one type
-    got, report = prepared("chat", {f"train.{kind}": rows})
-    assert texts(got, tokenizer) == [chatml(questions(2)[1], "ตอบ")]
-    assert report["rows_dropped"] == {chats.UNTRAINED: 1} and report["unread_keys"] == {}
-    chat = turns(questions(1)[0], "ไม่", "ต่อ", "ฝึก")
-    chat[1] |= no
-    assert trained_texts(prepared("chat", [{"messages": chat}])[0], tokenizer) == ["ฝึก" + END]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -242,14 +232,6 @@ LONG = ROW | {"Instruction": "สรุป", "Input": " ".join(sample_text(4, 12
 
 def length(row: dict, tokenizer) -> int:
     return count(chatml("\n\n".join(filter(None, (row["Instruction"], row["Input"]))), row["Output"]), tokenizer)
-
-
-def test_a_row_of_just_max_length_is_kept_and_one_token_more_dropped(prepared, tokenizer):
-    rows, n = [ROW] * 9 + [LONG], length(LONG, tokenizer)
-    assert prepared("wangchan", rows, max_length=n)[1]["rows_kept"] == 10
-    got, report = prepared("wangchan", rows, max_length=n - 1, length_policy="drop")
-    assert report["rows_dropped"] == {f"longer than {n - 1} tokens": 1} and report["end_token_survival"] == 1
-    assert trained_texts(got, tokenizer) == [ROW["Output"] + END] * 9
 
 
 def test_truncate_prompt_shortens_the_question_and_leaves_the_answer_whole(prepared, tokenizer):

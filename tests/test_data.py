@@ -138,36 +138,18 @@ def test_a_repository_without_the_config_is_refused_and_its_configs_named(prepar
         prepared("wangchan", files | {"README.md": README.format(name="first")})
 
 
-def test_the_test_split_is_held_out(prepared, tokenizer):
-    train = [ROW | {"Instruction": q} for q in questions(5)]
-    test = [ROW | {"Instruction": q, "Output": "ของชุดทดสอบ"} for q in questions(3, suffix="ทดสอบ")]
+def test_the_test_split_is_held_out_and_its_questions_are_not_trained(prepared, tokenizer):
+    asked = questions(4)
+    train = [ROW | {"Instruction": q} for q in asked]
+    test = [ROW | {"Instruction": q, "Output": "ของชุดทดสอบ"} for q in (asked[1], f"{asked[2]}\u200b", "ถามอื่น")]
     files = {"train.jsonl": train, "test.jsonl": test}
-    assert trained_texts(prepared("wangchan", files)[0], tokenizer) == [ROW["Output"] + END] * 5
+    rows, report = prepared("wangchan", files)
+    assert texts(rows, tokenizer) == [chatml(asked[i], ROW["Output"]) for i in (0, 3)]
+    assert report["rows_dropped"] == {"question is in the held-out split too": 2}
     rows, report = prepared("wangchan", files, split="held_out")
     assert trained_texts(rows, tokenizer) == ["ของชุดทดสอบ" + END] * 3 and report["rows_in"] == 3
     with pytest.raises(UserError, match="has no split 'test', which dataset wangchan holds out"):
         prepared("wangchan", train, split="held_out")
-
-
-def test_a_question_of_the_test_split_is_not_trained(prepared, tokenizer):
-    train = [ROW | {"Instruction": q} for q in questions(4)]
-    test = [train[1] | {"Output": "อื่น"}, train[2] | {"Instruction": train[2]["Instruction"][:5] + "\u200b" +
-                                                       train[2]["Instruction"][5:]}]  # fmt: skip
-    rows, report = prepared("wangchan", {"train.jsonl": train, "test.jsonl": test})
-    assert texts(rows, tokenizer) == [chatml(train[i]["Instruction"], ROW["Output"]) for i in (0, 3)]
-    assert report["rows_dropped"] == {"question is in the held-out split too": 2}
-
-
-def test_a_hash_split_keeps_equal_contexts_together_and_loses_no_row(prepared, tokenizer):
-    contexts = [f"บริบทที่ {i}" for i in range(300)]
-    rows = [synthetic(f"ถาม {kind}", context, f"ตอบ {context} {kind}")[0] for kind in "กขค" for context in contexts]
-    parts = {split: trained_texts(prepared("synthetic", rows, split=split)[0], tokenizer)
-             for split in ("train", "held_out")}  # fmt: skip
-    away = {context for context in contexts if hashed(context) < 0.02}
-    assert 2 <= len(away) <= 12
-    expected = {"train": [r["output"] + END for r in rows if r["context"] not in away],
-                "held_out": [r["output"] + END for r in rows if r["context"] in away]}  # fmt: skip
-    assert parts == expected and sum(map(len, parts.values())) == 900
 
 
 @pytest.mark.parametrize("name", ["synthetic", "r1", "pairs", "chat"])
@@ -182,9 +164,11 @@ def test_sets_without_a_test_split_are_split_by_context_or_question(name, prepar
 def test_contexts_that_are_equal_once_normalised_stay_together(prepared, tokenizer):
     # As they are trained they are one context: in both parts, it would be held out and trained.
     plain = next(q for q in questions(50, held_out=True) if hashed(q + "\u200b") > 0.02)
-    rows = [synthetic("สรุป", text, "ตอบ")[0] for text in (plain, plain + "\u200b", questions(1)[0])]
+    contexts = {"สรุป": plain, "แปล": plain + "\u200b", "ย่อ": questions(1)[0]}
+    rows = [synthetic(asked, context, "ตอบ")[0] for asked, context in contexts.items()]
     assert len(prepared("synthetic", rows)[0]) == 1
-    assert texts(prepared("synthetic", rows, split="held_out")[0], tokenizer) == [chatml(f"สรุป\n\n{plain}", "ตอบ")] * 2
+    held_out = texts(prepared("synthetic", rows, split="held_out")[0], tokenizer)
+    assert held_out == [chatml(f"{asked}\n\n{plain}", "ตอบ") for asked in ("สรุป", "แปล")]
 
 
 def test_text_is_normalised_and_stripped_unless_told_otherwise(prepared, tokenizer):
@@ -353,19 +337,14 @@ def test_the_thai_share_is_of_letters_and_nothing_else(prepared):
         assert prepared("wangchan", [ROW | {"Output": answer}])[1]["thai_share_of_letters"] == share
 
 
-def test_the_report_shows_the_first_the_median_and_the_longest_row(prepared, tokenizer):
-    answers = ["ก" * n for n in (20, 40, 30, 10, 50)]
-    _, report = prepared("wangchan", [ROW | {"Output": a} for a in answers])
-    expected = [chatml(ROW["Instruction"], f"⟦ก{answers[i][1:]}") for i in (0, 2, 4)]
-    assert report["examples"] == [text.removesuffix("\n") + "⟧\n" for text in expected]
-
-
-def test_a_long_row_is_shown_with_both_ends_of_what_is_trained(prepared):
-    # Most rows of the published sets are longer than what is shown of them.
+def test_the_report_shows_the_first_the_median_and_the_longest_row_with_both_ends(prepared):
     row = ROW | {"Input": "เนื้อความ " * 300, "Output": "เริ่มตอบ " + "ต่อไป " * 300 + "ตอบจบ"}
-    example = prepared("wangchan", [row])[1]["examples"][0]
-    assert len(example) < 2000 and example.count("⟦") == example.count("⟧") == 1
-    assert "<|im_start|>assistant\n⟦เริ่มตอบ" in example and f"ตอบจบ{END}⟧" in example
+    answers = ["ก" * n for n in (20, 40, 30, 10)]
+    *examples, longest = prepared("wangchan", [*(ROW | {"Output": a} for a in answers), row])[1]["examples"]
+    expected = [chatml(ROW["Instruction"], f"⟦ก{answers[i][1:]}") for i in (0, 2)]
+    assert examples == [text.removesuffix("\n") + "⟧\n" for text in expected]
+    assert len(longest) < 2000 and longest.count("⟦") == longest.count("⟧") == 1
+    assert "<|im_start|>assistant\n⟦เริ่มตอบ" in longest and f"ตอบจบ{END}⟧" in longest
 
 
 def test_the_report_is_printed_with_its_counts_and_before_it_is_refused(prepared, tmp_path, tokenizer, capsys):
@@ -466,7 +445,7 @@ BAD_SETS = {  # dataset, files, what the message says
     "a shard twice": ("wangchan", TWICE, r"split train: train.00001-of-00002-a.jsonl, train.00001-of-00002-b.j"),
     "a mask that is no number": (
         "chat",
-        [{"messages": [{"role": "user", "content": "ก"}, {"role": "assistant", "content": "ข", "loss_mask": [0, 1]}]}],
+        [{"messages": [*turns("ก"), {"role": "assistant", "content": "ข", "loss_mask": [0, 1]}]}],
         r"line 1, column messages, turn 2, loss_mask: expected 0, 1, true or false, found \[0, 1\]",
     ),
     "unknown dataset": ("wangchn", {"train.jsonl": [ROW]}, r"unknown dataset 'wangchn'; did you mean 'wangchan'\?"),
@@ -477,11 +456,7 @@ BAD_SETS = {  # dataset, files, what the message says
     ),
     "bad role": ("chat", [{"messages": [{"role": "bot", "content": "ข"}]}], r"line 1, column messages, turn 1:.*'bot'"),
     "no turns": ("chat", [{"messages": "ก"}], r"line 1, column messages: expected a list of turns"),
-    "content of another kind": (
-        "chat",
-        [{"messages": [{"role": "user", "content": ["ก"]}]}],
-        r"line 1, column messages, turn 1, content: expected text, found list",
-    ),
+    "turns of lists": ("chat", [{"messages": turns(["ก"])}], r"messages, turn 1, content: expected text, found list"),
 }
 BAD_SETS |= {name: ("wangchan", {f"train.{form}": rows}, message) for name, (form, rows, message) in BAD.items()}
 REFUSED_BY_FLOOR = {"null", "empty file", "mojibake", "<think> tags", "half an emoji"}
@@ -502,7 +477,6 @@ OF_3 = [f"train-0000{i}-of-00003.jsonl" for i in range(3)]
 FILES = {  # those of a folder -> what is said of them; None: they are read
     ("train.jsonl", "train.jsonl.gz"): "train.jsonl, train.jsonl.gz seem to hold the same rows",
     ("train.jsonl", "train (1).jsonl"): "train (1).jsonl, train.jsonl seem to hold the same rows",
-    ("train.jsonl", "train - สำเนา.jsonl"): "seem to hold the same rows",
     ("train.jsonl", "train_old.jsonl"): "seem to hold the same rows",
     ("train.jsonl", "train-mine.jsonl=train.jsonl"): "train-mine.jsonl, train.jsonl seem to hold the same rows",
     ("train.jsonl", *OF_3): "train-00002-of-00003.jsonl, train.jsonl seem to hold the same rows",
@@ -512,18 +486,15 @@ FILES = {  # those of a folder -> what is said of them; None: they are read
     (*OF_3, "train-1-of-3.jsonl"): "train-00001-of-00003.jsonl, train-1-of-3.jsonl seem to hold the same rows",
     (*OF_3, "train-00005-of-00003.jsonl"): "train-00005-of-00003.jsonl is beyond the 3 files",
     ("train-00000.of.00002.jsonl",): "1 of the 2 files are there, without train-00001.of.00002",
-    ("train-00001-OF-00002.jsonl",): "without train-00000-of-00002",
     ("v2-train-1of3.jsonl", "v2-train-3of3.jsonl"): "2 of the 3 files are there, without v2-train-2of3",
     ("train-00000.jsonl", "train-00002.jsonl"): "2 of the 3 files are there, without train-00001",
     ("train-00001.jsonl", "train-00002.jsonl"): None,
     ("train-1-of-9999999999.jsonl",): "1 of the 9999999999 files are there, without train-0-of-9999999999, ",
-    ("train-2021.jsonl", "train-2023.jsonl"): None,
     ("train-2021.jsonl", "train-2022.jsonl", "train-2024.jsonl"): None,
     ("train-1k.jsonl", "train-10k.jsonl", "train-100k.jsonl"): None,
     tuple(f"data_{i}.jsonl" for i in range(11)): None,
     tuple(f"part-0000{i}-{SPARK}.jsonl" for i in "02"): f"of the 3 files are there, without part-00001-{SPARK}",
     tuple(f"data_{i}.jsonl" for i in (0, 1, 3)): "3 of the 4 files are there, without data_2",
-    tuple(f"part.{i}.jsonl" for i in (0, 1, 3)): "3 of the 4 files are there, without part.2",
     tuple(f"train-part{i}.jsonl" for i in (1, 2, 4)): "3 of the 4 files are there, without train-part3",
     ("train-1_3.jsonl", "train-2_3.jsonl"): "2 of the 3 files are there, without train-0_3 or train-3_3",
     tuple(f"train-{i}_3.jsonl" for i in (1, 2, 3)): None,
@@ -551,21 +522,13 @@ def test_places_that_cannot_be_read_are_named(tmp_path, tokenizer):
     write(tmp_path / "mine.xlsx", "ID,Instruction\n")
     write(tmp_path / "mine.ods", "ID,Instruction\n")
     write_atomic(tmp_path / "mine/mine.py", "raise SystemExit")
-    for dataset, path, message in (
-        (
-            "wangchan",
-            str(tmp_path / "mine.xlsx"),
-            "mine.xlsx is not a readable Excel workbook: File is not a zip file",
-        ),
-        ("wangchan", str(tmp_path / "mine.ods"), "mine.ods: a training set is JSONL, JSON, CSV .*; found mine.ods"),
-        ("wangchan", str(tmp_path / "mine"), "Dataset scripts are no longer supported, but found mine.py"),
-        ("wangchan", str(tmp_path / "nope"), "no such file or folder: .*nope"),
-        ("pairs", None, "dataset pairs is for data of your own: name its folder or file with --dataset_path"),
-    ):
+    for name, message in {
+        "mine.xlsx": "mine.xlsx is not a readable Excel workbook: File is not a zip file",
+        "mine.ods": "mine.ods: a training set is JSONL, JSON, CSV .*; found mine.ods",
+        "mine": "Dataset scripts are no longer supported, but found mine.py",
+    }.items():
         with pytest.raises(UserError, match=message):
-            prepare(Settings(dataset=dataset, dataset_path=path, overlap="none"), tokenizer)
-    with pytest.raises(UserError, match=r"no folder .*nope"):
-        load_tokenizer(str(tmp_path / "nope"))
+            prepare(Settings(dataset="wangchan", dataset_path=str(tmp_path / name), overlap="none"), tokenizer)
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, monkeypatch):
