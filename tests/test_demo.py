@@ -112,6 +112,28 @@ def test_the_demo_goes_on_after_it_was_stopped_and_ends_with_its_verdict(tmp_pat
         for task in both if "english" in name else (*both, "thai_text", "english_text", "mt_bench_thai"):
             assert len(list((tmp_path / "results" / name).glob(f"{task}-ut[1-4].json"))) == 4
 
+    whole = ["--exp", "seed0/exp2-wangchan-ut1", "--tasks", "thai_text,parallel_text_thai"]
+    places = ["--results_dir", str(tmp_path / "results"), "--output_dir", str(tmp_path / "output"), *command[2:8]]
+    subprocess.run([command[0], "evaluate.py", "--config", "configs/demo.yaml", *places, *whole], check=True, **options)
+    again = subprocess.run(command, capture_output=True, **options)
+    assert again.returncode == 0 and "Thai text" in again.stdout, again.stderr[-3000:]
+    for name in ("base-fp32", "seed0/exp2-wangchan-ut1", "seed0/exp1-wangchan-ut4"):
+        for depth in DEPTHS:
+            file = tmp_path / "results" / name / f"thai_text-ut{depth}.json"
+            assert json.loads(file.read_text())["study"]["items"] == 33, "all were asked as much as one"
+
+
+def test_a_demo_asks_no_fewer_items_than_there_are_results_of(tmp_path):
+    from tools import demo
+
+    few = ("--tasks", "thai_text", "--limit", "10")
+    block = study_block("base-bf16", "thai_text", 4, None, None, "", np.ones(33))
+    for name, limit, asked in (("a", 10, few), ("b", 5, few), ("c", 20, few[:2]), ("d", None, few[:2])):
+        write_result(tmp_path / name, block | {"limit": limit}, np.ones(33), np.ones(33))
+        assert demo.unless_fuller(few, tmp_path / name) == asked, limit
+    assert demo.unless_fuller(few, tmp_path / "nowhere") == few
+    assert demo.unless_fuller(few[:2], tmp_path / "a") == few[:2]
+
 
 @pytest.mark.slow
 def test_a_signal_while_a_step_is_started_stops_the_demo(tmp_path):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 import evaluate
 import report
 import train_qlora
+from ouro.evaluate.results import read_study
 from ouro.files import Parser, Progress, UserError, call, latest
 from ouro.settings import resolve
 
@@ -51,6 +52,17 @@ class Step:
     share: float  # of the time
     main: Callable[[], None]
     commands: list[tuple[str, ...]]  # command lines, run one after the other
+
+
+def unless_fuller(options: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    """Of SCORES: without its limit where results of more items are there, as `make eval` leaves them. Fewer would
+    replace those, which evaluate.py refuses, and runs that were asked unlike items are not compared."""
+    if "--limit" not in options:
+        return options
+    at, task = options.index("--limit"), options[options.index("--tasks") + 1]
+    limits = [(read_study(file) or {}).get("limit", 0) for file in folder.rglob(f"{task}-ut*.json")]
+    fuller = any(limit is None or limit > int(options[at + 1]) for limit in limits)
+    return options[:at] + options[at + 2 :] if fuller else options
 
 
 def run(step: Step, log: Path, parent: int) -> None:
@@ -120,8 +132,9 @@ def main() -> None:
 
     # The longest first, so that the cores end together.
     runs = sorted(((f"seed{seed}/{exp}", exp, seed) for exp in STUDY for seed in seeds), key=lambda r: -STUDY[r[1]])
-    scored = {exp: [(*arguments, *options) for options in (BOTH if "english" in exp else SCORES)] for exp in STUDY}
-    training = [Step("base", 4, evaluate.main, [(*arguments, *options, "--base") for options in SCORES])]
+    scores = [unless_fuller(options, Path(s.results_dir)) for options in SCORES]
+    scored = {exp: [(*arguments, *options) for options in (BOTH if "english" in exp else scores)] for exp in STUDY}
+    training = [Step("base", 4, evaluate.main, [(*arguments, *options, "--base") for options in scores])]
     for name, exp, seed in runs:
         place = ("--exp", exp, "--seed", f"{seed}", "--output_dir", f"{s.output_dir}/seed{seed}")
         command = tuple(latest([*arguments, *place]))
