@@ -57,7 +57,8 @@ def test_smoke_trains_scores_and_closes_with_a_table(smoke):
     steps = losses(run)
     assert len(steps) == 10 and sum(steps[-3:]) < sum(steps[:3])
     assert f"first {steps[0]:.4f}   last {steps[-1]:.4f}" in printed
-    assert re.search(r"thai_exam \(ours\): 10 items, chance 2\d\.\d%", printed)
+    assert re.search(r"thai_exam \(ours\): 10 items, chance 2\d\.\d%.*\n  model +loops .* gain  answers\n", printed)
+    assert re.search(r"thai_text \(text\): 2 items.*\n  model +loops .* gain\n", printed), "texts have no letters"
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d% +\d+\.\d% – \d+\.\d%", printed, re.MULTILINE)) == 4
     assert len(re.findall(r"^  smoke +[1-4] +\d+\.\d{4} +\d+\.\d{4} – \d+\.\d{4}", printed, re.MULTILINE)) == 4
     for name in ("smoke", "base-nf4"):

@@ -29,11 +29,13 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
         what += "; in brackets: mean of exams" if exams else ""
     what += f"; a part: {some['part']}" if some.get("part") else ""
     print(what + ("; fewer bits a character are better" if some["metric"] == "bits_per_character" else ""))
-    width = max(len(model.run) for model in models)
+    width = max(len("model"), *(len(model.run) for model in models))
+    answers = "  answers" * any(row["predicted"] for row in found.values())  # letters, which texts have none of
     mean, first = (f" {'of exams':>9}", "") if exams else ("", "")
     if some.get("mean") == "macro":  # as published: this mean comes first
         mean, first = "", mean
-    print(f"  {'':<{width}} loops{first} {'value':>9} {'95 % interval':>17}{mean} {'base':>9} {'gain':>9}  answers")
+    head = f"loops{first} {'value':>9} {'95 % interval':>17}{mean} {'base':>9} {'gain':>9}{answers}"
+    print(f"  {'model':<{width}} {head}")
     for model in models:
         for depth in depths:
             row = found[model.run, depth]
@@ -49,7 +51,7 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
             letters = " ".join(f"{letter}:{count}" for letter, count in (row["predicted"] or {}).items())
             print(f"  {model.run:<{width}} {depth:>5}{first and macro} {shown(row, row['value']):>9} "
                   f"{interval:>17}{mean and macro} "
-                  f"{compared:>9} {gain:>9}  {letters}")  # fmt: skip
+                  f"{compared:>9} {gain:>9}  {letters}".rstrip())  # fmt: skip
             if cut := row.get("cut"):
                 print(f"  warning: {cut} replies were cut: they need more tokens (--max_new_tokens)")
             if thoughts := row.get("unfinished_thoughts"):
@@ -105,9 +107,9 @@ def print_matrix(task: Task, models: list[ModelUnderTest], found: Found, depths:
 
 def print_gaps(rows: list[tuple[str, int, list[dict], list[dict]]]) -> None:
     """English - Thai on the same questions; rows: run, depth, and the lines of items.jsonl in Thai and in English."""
-    width = max(len(run) for run, *_ in rows)
+    width = max(len("model"), *(len(run) for run, *_ in rows))
     print("\nbelebele, English - Thai on the same questions: the cross-lingual gap")
-    print(f"  {'':<{width}} loops questions   English      Thai       gap     95 % interval")
+    print(f"  {'model':<{width}} loops questions   English      Thai       gap     95 % interval")
     for run, depth, thai, english in rows:
         try:
             pairs = benchmarks.language_pairs(thai, english)
