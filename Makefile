@@ -75,7 +75,7 @@ SMOKE = --output_dir "$${OUTPUT_DIR:-output/smoke}" --results_dir "$${RESULTS_DI
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones) [ARGS="…"]
 	@rm -rf results/make-smoke
 	@$(PY) train_qlora.py $(SMOKE) --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
-	@$(PY) evaluate.py $(SMOKE) --limit 3 $(MORE)
+	@$(PY) evaluate.py $(SMOKE) --tasks thai_exam,thai_text,english_text --limit 3 $(MORE)
 	@echo "next: make report EXP=smoke, make chat EXP=smoke, make merge EXP=smoke; or make demo: the whole study in miniature"
 
 demo: env  ## the whole study in miniature, on CPUs, with DEMO_SEEDS=1 in a third of the time [ARGS="…"]

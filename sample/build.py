@@ -1,7 +1,7 @@
 """Builds sample/ouro-tiny: a tiny Ouro's config, and a tokenizer like the published one trained on the sample text;
-and sample/openthaieval/data/test.parquet, the layout of the Hub, from the items.jsonl beside it. Also, only where they
-are named, the English training sets: sample/english from three novels of Jane Austen's, which are in the public domain
-(Debian's package r-cran-janeaustenr 1.0.0), and sample/r1-english, made-up sums with their working.
+and the Parquet files of sample/openthaieval and sample/m3exam, as the Hub has them, from the items.jsonl beside them.
+Also, only where they are named, the English training sets: sample/english from three novels of Jane Austen's, which are
+in the public domain (Debian's package r-cran-janeaustenr 1.0.0), and sample/r1-english, made-up sums and their working.
 
     python sample/build.py                 # writes the same bytes every time, for it reads the first rows alone
     python sample/build.py FOLDER          # the English sets too; FOLDER: where the package's Rdata.rdb is
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
+from ouro.evaluate import benchmarks
 from ouro.model.modeling_ouro import OuroConfig
 
 SAMPLE = Path(__file__).resolve().parent
@@ -100,8 +101,8 @@ def build(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def openthaieval(file: Path) -> None:
-    lines = (SAMPLE / "openthaieval/items.jsonl").read_text(encoding="utf-8").splitlines()
+def parquet(items: Path, file: Path) -> None:
+    lines = items.read_text(encoding="utf-8").splitlines()
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), file, compression="none")
 
@@ -179,4 +180,5 @@ if __name__ == "__main__":
         english((Path(sys.argv[1]) / "Rdata.rdb").read_bytes())
         sums()
     build(SAMPLE / "ouro-tiny")
-    openthaieval(SAMPLE / "openthaieval/data/test.parquet")
+    parquet(SAMPLE / "openthaieval/items.jsonl", SAMPLE / "openthaieval/data/test.parquet")
+    parquet(SAMPLE / "m3exam/items.jsonl", SAMPLE / "m3exam" / benchmarks.table()["benchmarks"]["m3exam"]["file"])

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ouro.data.sources import read_file
 from ouro.evaluate import benchmarks, tasks
 from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, windows
 from ouro.evaluate.results import METRIC
 from ouro.files import UserError
-from ouro.settings import Settings
+from ouro.settings import Settings, resolve
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -61,6 +62,28 @@ def test_every_task_names_what_there_is():
     assert len(exams["exams"]) == 17 and exams["items"].keys() == exams["exams"].keys()
     totals = {name: sum(row["items"].values()) for name, row in TABLE["benchmarks"].items() if "items" in row}
     assert totals == {"thai_exam": 565, "m3exam": 2168, "openthaieval": 1169, "mt_bench_thai": 91, "belebele": 2 * 900}
+
+
+@pytest.mark.parametrize("config", ["smoke", "demo"])
+def test_every_task_that_make_eval_scores_is_embedded_and_no_exam_item_of_it_is_real(config, monkeypatch):
+    """tests/conftest.py leaves no network: what sample/ lacks would be asked for."""
+    monkeypatch.chdir(ROOT)
+    s = resolve("", ["--config", f"configs/{config}.yaml"]).settings
+    assert s.tasks == Settings().tasks, "what make eval scores"
+    for name in s.tasks.split(","):
+        task = tasks.load_task(name, s, None, [])
+        known = task.benchmark.get("items")
+        assert len(task.items) >= 12 and (task.part or not known), name
+    for file in [*Path("sample/thai_exam").rglob("*.jsonl"), *Path("sample").glob("*/items.jsonl")]:
+        assert all("from no exam" in row["note"] for row in read_jsonl(file)), file
+    assert all("from no encyclopedia" in row["note"] for row in read_jsonl(Path("sample/texts/thai_wikipedia.jsonl")))
+
+
+def test_the_embedded_parquet_files_are_those_of_their_items():
+    for name in ("m3exam", "openthaieval"):
+        (file,) = (ROOT / "sample" / name).rglob("*.parquet")
+        assert file == ROOT / "sample" / name / TABLE["benchmarks"][name]["file"]
+        assert [row for _, row in read_file(file)] == read_jsonl(ROOT / "sample" / name / "items.jsonl")
 
 
 def test_other_numbers_of_items_than_expected_are_named():
