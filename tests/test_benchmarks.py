@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import read_jsonl, write_jsonl
+from scipy.stats import binomtest
 from training_sets import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -478,6 +479,32 @@ def test_ties_have_no_favourite_letter(items):
     found = [choose(whole | {"id": f"{n}"}, task, [[0.0] * 5] * 5)[1] for n in range(50)]
     assert all(found.count(letter) > 2 for letter in "abcde")
     assert choose(items[0], TASKS["thai_exam-leaderboard"], [[-1.0, -3.0, -2.0, -4.0, -5.0]])[1] == "a"
+
+
+def numbers_of(opinion: Callable[[dict, str, str], float], items: list[dict]) -> dict:
+    """The numbers of a model under `ours` whose log-probability of a continuation is opinion(item, prompt, it)."""
+    predictions = []
+    for item in items:
+        asked = item_prompts(item, TASKS["thai_exam"])
+        scores = [[opinion(item, prompt, text) for text in continuations] for prompt, continuations in asked]
+        predictions.append(choose(item, TASKS["thai_exam"], scores)[1])
+    return benchmarks.accuracy(items, predictions, TASKS["thai_exam"])
+
+
+def test_a_model_that_prefers_a_letter_is_at_chance_and_one_that_knows_half_scores_half():
+    options = {letter: f"w{n}" for n, letter in enumerate("abcde")}
+    items = [{"id": f"x-{n}", "subset": "x", "question": "?", "gold": "abc"[n % 3], "options": options}
+             for n in range(600)]  # fmt: skip
+    numbers = numbers_of(lambda item, prompt, text: -2.0 * (f"\ne.{text}\n" not in prompt), items)
+    assert all(80 < count < 160 for count in numbers["predicted"].values()), "it has no favourite where texts rotate"
+    assert binomtest(round(600 * numbers["value"]), 600, 0.2).pvalue > 0.001
+
+    def knows_half(item: dict, _: str, text: str) -> float:
+        known = item["gold"] if int(item["id"][2:]) % 2 else "e"
+        return -2.0 * (text != f" {options[known]}")
+
+    numbers = numbers_of(knows_half, items)
+    assert numbers["value"] == 0.5 and numbers["predicted"]["e"] == 300
 
 
 def test_a_text_score_is_a_character_s_mean_over_rotations():

@@ -24,12 +24,8 @@ import torch
 from helpers import read_jsonl
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest
 from tiny_ouro import tiny, tokens
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "sample/ouro-tiny")
@@ -163,92 +159,10 @@ def test_a_text_is_scored_once_a_token_whatever_the_window(network, tokenizer):
     assert expected != pytest.approx(outcome.lines[0]["bits"], rel=1e-9) == pytest.approx(expected, rel=0.2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models of known habits get the numbers that they should
-
-WORDS, ASKED = [f"w{n}" for n in range(40)], [f"q{n}" for n in range(80)]
-
-
-@pytest.fixture(scope="module")
-def words():
-    """A tokenizer of whole words: of "a." and "w7" as of the prompt's own."""
-    known = ["<end>", "คำถาม:", "ตัวเลือก:", "คำตอบ:", *"abcde", *(f"{letter}." for letter in "abcde"), *WORDS, *ASKED]
-    whole = Tokenizer(WordLevel({word: n for n, word in enumerate(known)}, unk_token="<end>"))
-    whole.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<end>")
-
-
-def many_items(count: int, seed: int) -> list[dict]:
-    draw = np.random.default_rng(seed)
-    return [
-        {"id": f"x-{n}", "subset": "x", "question": ASKED[n % len(ASKED)], "gold": "abc"[draw.integers(3)],
-         "options": dict(zip("abcde", draw.choice(WORDS, 5, replace=False).tolist(), strict=True))}
-        for n in range(count)
-    ]  # fmt: skip
-
-
 def dense(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 1024, **sizes, **changes})).eval()
-
-
-def taught(words, answers) -> LlamaForCausalLM:
-    """A small dense model that has learned `answers(step)`, pairs of a prompt and the word after it."""
-    network = dense(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
-    for step in range(600):
-        ids = torch.tensor(words([prompt + answer for prompt, answer in answers(step)]).input_ids)
-        loss = torch.nn.functional.cross_entropy(network(ids).logits[:, -2], ids[:, -1])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.02:
-            return network
-    raise AssertionError(f"it has not learned: {loss}")
-
-
-def planted(name: str, items: list[dict]) -> benchmarks.Task:
-    spec = benchmarks.table()["tasks"][name]
-    prompts = [benchmarks.item_prompts(item, spec) for item in items]
-    return benchmarks.Task(name, spec, items, prompts, {"revision": None})
-
-
-def numbers_of(network, words, task) -> dict:
-    return tasks.score_choices(network, words, task, [1], 8192, "test")[0].numbers
-
-
-def test_a_model_that_prefers_a_letter_is_at_chance(words, in_the_repository, favourite="e"):
-    """It answers with the text that stands at its letter, whatever is asked; golds are a, b and c alone."""
-
-    def answers(step: int) -> list[tuple[str, str]]:
-        task = planted("thai_exam", many_items(48, 1000 + step))
-        pairs = zip(task.items, task.prompts, strict=True)
-        return [(prompts[0][0], f" {item['options'][favourite]}") for item, prompts in pairs]
-
-    network, items = taught(words, answers), many_items(600, 1)
-    once = planted("thai_exam", items)
-    once.prompts = [prompts[:1] for prompts in once.prompts]
-    assert numbers_of(network, words, once)["predicted"][favourite] > 590, "asked in one order, it answers that letter"
-    numbers = numbers_of(network, words, planted("thai_exam", items))
-    assert binomtest(round(600 * numbers["value"]), 600, 0.2).pvalue > 0.001
-    assert all(80 < count < 160 for count in numbers["predicted"].values()), numbers["predicted"]
-
-
-def test_a_model_that_knows_half_of_the_answers_scores_half(words, in_the_repository):
-    items = many_items(80, 1)  # each question once
-    known = {i["question"]: i["options"][i["gold"] if n % 2 else "e"] for n, i in enumerate(items)}
-    task = planted("thai_exam", items)
-
-    def answers(step: int) -> list[tuple[str, str]]:
-        pairs = zip(items, task.prompts, strict=True)
-        return [(prompts[step % 5][0], f" {known[item['question']]}") for item, prompts in pairs]
-
-    numbers = numbers_of(taught(words, answers), words, task)
-    assert numbers["value"] == 0.5 and numbers["predicted"]["e"] == 40
 
 
 def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch, tokenizer):

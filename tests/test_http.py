@@ -2,15 +2,12 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 from ouro.evaluate import http
 from ouro.evaluate.endpoint import find_endpoint, find_judge
 from ouro.files import UserError
 
 import pytest
-from helpers import ROOT
 from judging import KEY, run
 
 REPLY = {"choices": [{"message": {"content": "ตอบ"}}]}
@@ -44,6 +41,7 @@ ENDS = {  # a choice -> reply, counted as
     "a thought in a part": ({"message": of_parts(("thinking", [{"type": "text", "text": "คิด"}]), ("text", "ตอบ"))},
                             "ตอบ", ""),
     "a thought in a part alone": ({"message": of_parts(("thinking", "คิด"))}, "", "unfinished_thoughts"),
+    "a thought beside nothing": ({"message": whole("", reasoning="คิด")}, "", "unfinished_thoughts"),
 }  # fmt: skip
 
 
@@ -157,9 +155,3 @@ def test_a_terminal_obeys_nothing_that_a_server_says(server, capsys):
     server.answer = lambda messages: "Rating: [[5]]"
     find_judge().complete(MESSAGES)
     assert "\x1b" not in (told := capsys.readouterr().err) and r"\x1b[2J" in told
-
-
-@pytest.mark.slow  # a start of evaluate.py
-def test_openai_is_not_imported_where_no_server_is_asked():
-    code = "import sys, evaluate; sys.exit('openai' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -98,7 +98,6 @@ def test_the_judge_sees_the_reference_where_there_is_one_and_both_turns_for_the_
 RATINGS = {
     "Good. Rating: [[7]]": 7,
     "Rating: [[ 7.5 ]]": 7.5,
-    "Rating: [8]": 8,
     "[1] is wrong. Rating: [[3]]": 3,
     "Rating: [[10]] and again [[10]]": 10,
     "The answer claims [[10]]. Rating: [[2]]": 2,
@@ -106,19 +105,14 @@ RATINGS = {
     "Rating: [[2]]\n> ให้ฉัน [[10]]": 2,
     "At first [[4]].\nOn reflection: **Rating:** **[[9]]**.": 9,
     "ให้คะแนน [[๗]] เต็มสิบ": 7,
-    "I give it [[8]] out of ten, for x[[2]] is fine": 8,
-    "[[6]]/10": 6,
-    "Rating: [[3]]\n> [[10]]": 3,
     "ให้ [[6]] คะแนน": 6,
     "`Rating: [[7]]`": 7,
-    "**Rating**: [4]": 4,
     "<think>Perhaps [[3]]. Rating: [[3]]</think>Rating: [[8]]": 8,
     # A line that begins with "Rating:" wins over a scale, other numbers before it, code, citations and links.
     "Rating: [[4]] on a scale from [[1]] to [[10]]": 4,
     "**Rating:** [[4]] / [[10]]": 4,
     "- Final rating (1-10): [[4]]\n\nThe reference would score 9.": 4,
     "Helpfulness: [[9]]\nAccuracy: [[4]]\nOverall rating: [[5]]": 5,
-    "Good. Rating: [[7]] on a scale from [[1]] to [[10]].": 7,
     "Accuracy: 9. Rating: [[9]]/[[10]]": 9,
     "คะแนน: [[4]]\nScale: [[1]]-[[10]]": 4,
     "Rating:\n[[4]], see [[9]](http://a.b).": 4,
@@ -126,7 +120,6 @@ RATINGS = {
     "Rating: [[4]]\n<pre>\nRating: [[9]]</pre>": 4,
     "    Rating: [[9]]\n\nRating: [[4]]\n\n    Rating: [[9]]\n": 4,
     "**Rating**: [4]\nsee [2]": 4,
-    "**[[7]]**": 7,
     "Rating: `[[7]]`": 7,
 }
 UNREADABLE = (

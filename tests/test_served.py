@@ -6,10 +6,9 @@ import re
 import evaluate
 from ouro import settings
 from ouro.data.thai import reply_tokens
-from ouro.evaluate import endpoint, replies, tables
+from ouro.evaluate import endpoint, tables
 from ouro.evaluate.endpoint import Reply, find_endpoint
 from ouro.evaluate.models import ModelUnderTest
-from ouro.evaluate.replies import Cache
 from ouro.evaluate.tasks import load_task
 from ouro.files import UserError
 from ouro.verdict import tables as report_tables
@@ -18,7 +17,7 @@ from ouro.verdict.study import Reader
 import pytest
 from fake_openai import FAULTS
 from helpers import ROOT, read_jsonl
-from judging import CACHE, KEY, SAMPLE, chat, run, says
+from judging import KEY, SAMPLE, chat, run, says
 
 # ------------------------------------------------------------------------------------------------------- a served model
 
@@ -55,15 +54,6 @@ def test_a_served_model_is_named_by_the_servers_list_or_by_the_environment(serve
             find_served(model.url)
     monkeypatch.setenv("ENDPOINT_MODEL", "exp2")
     assert find_served(model.url).model == "exp2"
-
-
-@pytest.mark.parametrize("cut", [True, False])
-def test_a_served_thought_is_no_reply(server, model, questions, tmp_path, cut):
-    message = {"role": "assistant", "content": "", "reasoning": "ให้คิดก่อน"}
-    model.answer = lambda messages: {"finish_reason": "length" if cut else "stop", "message": message}
-    numbers, lines = run(questions[:1], tmp_path, model=find_served(model.url))
-    assert lines[0]["turns"][0]["reply"] == "" and lines[0]["resps"][0] == ["<think>\nให้คิดก่อน"]
-    assert (numbers["cut"], numbers["unfinished_thoughts"]) == (2 * cut, 2)
 
 
 def test_a_served_model_is_known_by_address_name_and_what_the_list_tells(server, model, monkeypatch):
@@ -187,27 +177,6 @@ def test_the_command_needs_a_judge_only_for_what_is_not_rated(server, tmp_path, 
     evaluated(*command)
     assert len(server.bodies) == 1 + 36 + 1, "its judgements were kept"
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "base-fp32").glob("mt*")}
-
-
-def test_replies_are_saved_as_each_ends(tmp_path):
-    path, jobs, kept = tmp_path / CACHE, {name: [{"role": "user", "content": name}] for name in "abcd"}, []
-
-    def dies(conversations, done):
-        for number in (2, 0):
-            done(number, conversations[number][0]["content"].upper())
-            kept.append(path.read_text().count("\n"))
-        raise UserError("it is gone")
-
-    def lives(conversations, done):
-        assert [c[0]["content"] for c in conversations] == ["b", "d"]
-        for number in range(2):
-            done(number, "later")
-
-    with Cache(path) as cache:
-        with pytest.raises(UserError, match=r"it is gone\n2 of 4 are saved in .*: the same command goes on from there"):
-            replies.fill(cache, jobs, dies, "a model, turn 1")
-        assert kept == [1, 2] and cache.texts == {"c": "C", "a": "A"}
-        replies.fill(cache, jobs, lives, "a model, turn 1")
 
 
 def test_a_model_in_this_process_is_asked_through_the_chat_template(questions):
