@@ -326,5 +326,6 @@ def test_what_fits_a_weekend_is_offered_with_what_to_type(monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=refusal):
             told(*argv)
-    lines = told("--gpu", "H100", "--study", "english", "--total_ut_steps", "2").splitlines()
-    assert [line.split()[1] for line in lines[-3:-1]] == ["2", "2"], "the command line comes after the experiment's row"
+    lines = told("--gpu", "H100", "--study", "english", "--total_ut_steps", "2", "--max_steps", "100").splitlines()
+    for line in lines[-3:-1]:
+        assert line.split()[1:6:4] == ["2", "100"], "loops and steps: the command line comes after the experiment's row"

@@ -21,7 +21,6 @@ from ouro.model.cost import GPUS, REACHED, layer_weights, product_sizes, sizes, 
 from ouro.settings import EVALS, EXPERIMENTS, STUDIES, Settings, resolve
 
 ONE, FOUR = "exp2-wangchan-ut1", "exp1-wangchan-ut4"  # of one loop and of four
-SMALL, LARGE = "configs/default.yaml", "configs/a100.yaml"
 TEXTS = "thai_text,parallel_text_thai,parallel_text_english,english_text"  # a verdict for little time
 ENVIRONMENT, DATA = 6e9, 4e9  # bytes: of .venv; of all training sets and benchmarks, by their cards
 LEAST = 30  # steps of a run, below which the learning rate hardly rises and falls
@@ -43,7 +42,7 @@ class Machine:
     def run(self, exp: str, rows: str = "cached", **changes) -> Prediction:
         """Of an experiment's training; epochs are predicted once, and multiplied."""
         row = {k: v for k, v in read_yaml(EXPERIMENTS)[exp].items() if k not in self.given} | changes
-        epochs = row.pop("num_train_epochs", self.s.num_train_epochs)
+        epochs = row.pop("num_train_epochs", self.s.num_train_epochs) if self.s.max_steps < 0 else 1
         learnt = {k: v for k, v in row.items() if k not in ("arm", "learning_rate", "development", "shuffle_answers")}
         p = self.epoch(rows, **learnt)
         return dataclasses.replace(p, hours=p.hours * epochs, steps=round(p.steps * epochs))
@@ -63,7 +62,7 @@ class Machine:
 
 
 def config_for(gpu: str) -> str:
-    return SMALL if GPUS[gpu][1] < 80 else LARGE
+    return "configs/default.yaml" if GPUS[gpu][1] < 80 else "configs/a100.yaml"
 
 
 def span(hours: float) -> str:
@@ -82,13 +81,9 @@ def disk(m: Machine) -> str:
 
 def table() -> str:
     """The README's: what its commands take on its two machines."""
-    kinds = {"RTX 3080": ("RTX3080", 1), "4 × H100": ("H100", 4)}
-    machines = {
-        name: Machine(gpu, count, resolve("", ["--config", config_for(gpu)]).settings)
-        for name, (gpu, count) in kinds.items()
-    }
-    lines = ["| typical rows (and at most) | " + " | ".join(machines) + " |", "|---|---|---|"]
-    rows = ("typical", "longest")
+    both = (("RTX3080", 1), ("H100", 4))
+    machines = [Machine(gpu, count, resolve("", ["--config", config_for(gpu)]).settings) for gpu, count in both]
+    lines = ["| typical rows (and at most) | RTX 3080 | 4 × H100 |", "|---|---|---|"]
     for title, cost in (
         (f"`make train EXP={ONE}`", lambda m, r: m.run(ONE, r).hours),
         (f"`make train EXP={FOUR}`", lambda m, r: m.run(FOUR, r).hours),
@@ -96,7 +91,7 @@ def table() -> str:
         ("`STUDY=core`: 4 depths, 3 seeds, scored", lambda m, r: sum(m.part("core", r)[1:])),
         ("`STUDY=english`: 2 depths, 3 seeds, scored", lambda m, r: sum(m.part("english", r)[1:])),
     ):
-        cells = [tuple(dict.fromkeys(span(cost(m, r)) for r in rows)) for m in machines.values()]
+        cells = [tuple(dict.fromkeys(span(cost(m, rows)) for rows in ("typical", "longest"))) for m in machines]
         lines.append(" | ".join([f"| {title}", *(f"{c[0]} ({c[1]})" if c[1:] else c[0] for c in cells)]) + " |")
     return "\n".join(lines) + "\n"
 
