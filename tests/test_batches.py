@@ -1,8 +1,8 @@
 """From rows on disk to the passes of a step: packs, widths, shares, batches, noise; and that none of it is learnt."""
 
+import copy
 import json
 import math
-import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -27,9 +27,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_ouro import adapted, assert_close, assert_same_gradients, fused, gradients, objectives, tiny, without
+from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_sets import Lengths
-from transformers import AutoTokenizer
 
 property_test = hypothesis_settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -406,21 +406,18 @@ def chat_ids(tokenizer, prompt: str, answer: str) -> list[int]:
     return tokenizer.apply_chat_template(chat)
 
 
-def test_token_ids_above_65535_are_kept(tmp_path):
-    folder = shutil.copytree("sample/ouro-tiny", tmp_path / "large")
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())
-    tokens = vocabulary["model"]["vocab"]
-    tokens |= {f"¤{i}": i for i in range(len(tokens), 1 << 16)}
-    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
-    large = AutoTokenizer.from_pretrained(folder)
-    large.add_tokens(["กาแฟ", "ขนม"])  # ids 65,536 and 65,537, which in 16 bits would be 0 and 1
-    s = pairs(tmp_path / "data.jsonl", [(f"ถาม {i}", "กาแฟกับขนม") for i in range(5)])
-    for tokens_of, width in ((large, pa.uint32()), (load_tokenizer("sample/ouro-tiny"), pa.uint16())):
-        rows, report = prepare(s, tokens_of, quiet=True)
+def test_token_ids_above_65535_are_kept(tokenizer, tmp_path):
+    """In 16 bits 65,536 would be 0."""
+    large, content = copy.deepcopy(tokenizer), json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {f"¤{i}": i for i in range(len(tokenizer), 1 << 16)}
+    large._tokenizer = Tokenizer.from_str(json.dumps(content))
+    large.add_tokens(["¤65536"])
+    for tokens_of, width in ((large, pa.uint32()), (tokenizer, pa.uint16())):
+        rows, report = prepare(pairs(tmp_path / "data.jsonl", [("ถาม", "¤65536")]), tokens_of, quiet=True)
         with pa.memory_map(str(Path(report["cache"]) / "rows.arrow")) as file:
             assert pa.ipc.open_file(file).schema.field("input_ids").type == pa.list_(width)
-        assert rows.row(0)[0].tolist() == chat_ids(tokens_of, "ถาม 0", "กาแฟกับขนม")
-        assert ({65_536, 65_537} < set(rows.row(0)[1].tolist())) == (tokens_of is large)
+        assert rows.row(0)[0].tolist() == chat_ids(tokens_of, "ถาม", "¤65536")
+        assert (65_536 in rows.row(0)[1]) == (tokens_of is large)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_workbooks_rows_are_placed_and_what_is_no_single_table_is_refused(prep
         prepared({"mine.xlsx": as_workbook(ALPACA)[:-900]}, "mine.xlsx")
 
 
-def test_a_layout_that_is_named_is_read_where_two_would_fit(prepared, tmp_path, tokenizer):
+def test_a_layout_that_is_named_is_read_where_two_would_fit(tmp_path, tokenizer):
     rows, report = prepare_set(tmp_path, "pairs", [PAIRS[0] | OPENAI[1]], tokenizer=tokenizer)
     assert texts(rows, tokenizer) == [chatml(WHOLE[0], ANSWERS[0])] and report["note"] is None
 

@@ -39,8 +39,7 @@ def build(s: Settings, device: str | int, memory: Memory) -> PeftModel:
     if s.deterministic:  # without warn_only=True, under which attention's backward pass would sum in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # only finds reads of it
-    check_frozen(s)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and helps only to find reads of it
     sharded = s.fsdp and WORLD_SIZE > 1
     compiled = is_compiled(s, device)
     if compiled:
@@ -58,7 +57,7 @@ def build(s: Settings, device: str | int, memory: Memory) -> PeftModel:
     )
     # FSDP2 shares out PEFT's own layers: a group would keep its projections whole.
     adapted = load_run_model(s, lora, device=device, total_ut_steps=s.total_ut_steps, fused=not sharded)
-    adapted.enable_input_require_grads()  # else the first layer were a graph of its own, and compiled twice
+    adapted.enable_input_require_grads()  # else the first layer would be another graph, and be compiled apart
     model = adapted.get_base_model()
     if compiled:
         model.compile_layers(one_size=True)

@@ -27,11 +27,12 @@ def check_launcher() -> None:
     """Raises UserError where a launcher's variables do not describe a process of a group: it would train alone, on its
     share of each step, or save nothing."""
     rank, local, world, here = map(number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (0, 0, 1, 0))
+    if "LOCAL_RANK" not in os.environ and (rank, world) == (0, 1):
+        return
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    alone = "LOCAL_RANK" not in os.environ and (rank, world) == (0, 1)
-    missing = [] if alone else [name for name in needed if not os.environ.get(name)]
-    whole = 0 <= local <= rank < world and (here == 0 or local < here <= world)
-    if missing or not whole or not (alone or number("MASTER_PORT", 0) > 0):
+    missing = [name for name in needed if not os.environ.get(name)]
+    whole = 0 <= local <= rank < world and (here == 0 or local < here <= world) and number("MASTER_PORT", 0) > 0
+    if missing or not whole:
         said = " ".join(f"{name}={os.environ[name]}" for name in (*needed, "LOCAL_WORLD_SIZE") if name in os.environ)
         lack = f" without {', '.join(missing)}" * bool(missing)
         raise UserError(f"{said}{lack} in the environment is no process of a group: start it with torchrun, or unset "
