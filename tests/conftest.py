@@ -66,6 +66,21 @@ def prepared(tmp_path, tokenizer):
 
 
 @pytest.fixture
+def scaled_mm(monkeypatch):
+    """What torch._scaled_mm computes on Hopper; CPUs have no kernel for it."""
+    import torch
+
+    def product(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        assert a.is_contiguous() and b.t().is_contiguous()  # the tensor cores' only layout
+        assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        assert scale_a.is_contiguous() and scale_b.t().is_contiguous()
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+
+
+@pytest.fixture
 def server(monkeypatch):
     """The judge that the environment names, and no other server."""
     from ouro.evaluate import endpoint

@@ -16,13 +16,9 @@ Config = dict[str, Any]
 IGNORE = -100
 
 
-def load(weights: Weights, config: Config) -> Weights:
+def load(weights: Weights) -> Weights:
     """Float64 leaf copies of all the weights, with requires_grad=True."""
     w = {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in weights.items()}
-    heads, head_dim, hidden = config["num_attention_heads"], config["head_dim"], config["hidden_size"]
-    assert config.get("num_key_value_heads", heads) == heads, "only plain multi-head attention is described"
-    for i in range(config["num_hidden_layers"]):
-        assert w[f"model.layers.{i}.self_attn.q_proj.weight"].shape == (heads * head_dim, hidden)
     return {name: tensor.requires_grad_(True) for name, tensor in w.items()}
 
 
@@ -31,11 +27,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps) * weight
 
 
-def rotate(x: Tensor, position_ids: Tensor, theta: float) -> Tensor:
-    """x (S, D), position_ids (S,) -> (S, D): rotary embedding, dimension j paired with dimension j + D/2."""
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """x (S, D) -> (S, D): rotary embedding of positions 0..S-1, dimension j paired with dimension j + D/2."""
     half = x.shape[1] // 2
     speeds = torch.tensor([theta ** (-j / half) for j in range(half)], dtype=torch.float64)
-    angles = position_ids.to(torch.float64)[:, None] * speeds[None, :]  # (S, D/2)
+    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * speeds[None, :]  # (S, D/2)
     first, second = x[:, :half], x[:, half:]
     cos, sin = torch.cos(angles), torch.sin(angles)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
@@ -51,8 +47,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def attention(w: Weights, config: Config, prefix: str, x: Tensor, position_ids: Tensor) -> Tensor:
-    """x (S, H), position_ids (S,) -> (S, H): multi-head causal self-attention with rotary positions."""
+def attention(w: Weights, config: Config, prefix: str, x: Tensor) -> Tensor:
+    """x (S, H) -> (S, H): multi-head causal self-attention with rotary positions."""
     q = x @ w[prefix + "q_proj.weight"].T  # (S, heads * D)
     k = x @ w[prefix + "k_proj.weight"].T
     v = x @ w[prefix + "v_proj.weight"].T
@@ -60,9 +56,7 @@ def attention(w: Weights, config: Config, prefix: str, x: Tensor, position_ids: 
     heads = []
     for head in range(config["num_attention_heads"]):
         columns = slice(head * head_dim, (head + 1) * head_dim)
-        q_head = rotate(q[:, columns], position_ids, theta)
-        k_head = rotate(k[:, columns], position_ids, theta)
-        heads.append(causal_attention(q_head, k_head, v[:, columns]))
+        heads.append(causal_attention(rotate(q[:, columns], theta), rotate(k[:, columns], theta), v[:, columns]))
     return torch.cat(heads, dim=1) @ w[prefix + "o_proj.weight"].T
 
 
@@ -73,33 +67,24 @@ def mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up) @ w[prefix + "down_proj.weight"].T
 
 
-def layer(w: Weights, config: Config, index: int, x: Tensor, position_ids: Tensor) -> Tensor:
+def layer(w: Weights, config: Config, index: int, x: Tensor) -> Tensor:
     """x (S, H) -> (S, H): one block, with a norm before and a norm after each of the two sub-layers."""
     prefix, eps = f"model.layers.{index}.", config["rms_norm_eps"]
     branch = rms_norm(x, w[prefix + "input_layernorm.weight"], eps)
-    branch = attention(w, config, prefix + "self_attn.", branch, position_ids)
+    branch = attention(w, config, prefix + "self_attn.", branch)
     x = x + rms_norm(branch, w[prefix + "input_layernorm_2.weight"], eps)
     branch = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], eps)
     branch = mlp(w, prefix + "mlp.", branch)
     return x + rms_norm(branch, w[prefix + "post_attention_layernorm_2.weight"], eps)
 
 
-def loop_states(
-    w: Weights, config: Config, input_ids: Tensor, position_ids: Tensor | None = None, total_ut_steps: int | None = None
-) -> list[Tensor]:
-    """input_ids (S,) -> the T normed states (S, H), one after every loop; each is also the input of the next loop.
-
-    position_ids (S,) default to 0..S-1 and only turn the rotary angles; attention stays causal in the order given.
-    """
-    assert input_ids.dim() == 1, "one document, no batch dimension"
-    if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[0])
-    steps = config["total_ut_steps"] if total_ut_steps is None else total_ut_steps
+def loop_states(w: Weights, config: Config, input_ids: Tensor) -> list[Tensor]:
+    """input_ids (S,) -> the T normed states (S, H), one after every loop; each is also the input of the next loop."""
     x = w["model.embed_tokens.weight"][input_ids]
     states = []
-    for _ in range(steps):
+    for _ in range(config["total_ut_steps"]):
         for index in range(config["num_hidden_layers"]):
-            x = layer(w, config, index, x, position_ids)
+            x = layer(w, config, index, x)
         x = rms_norm(x, w["model.norm.weight"], config["rms_norm_eps"])
         states.append(x)
     return states
@@ -123,7 +108,6 @@ def exit_pdf(gates: list[Tensor]) -> Tensor:
 
 def logits_at(w: Weights, states: list[Tensor], exit_at_step: int) -> Tensor:
     """T states (S, H) -> (S, V): the logits of loop exit_at_step, counted from 0."""
-    assert 0 <= exit_at_step < len(states)
     return states[exit_at_step] @ w["lm_head.weight"].T
 
 
@@ -154,44 +138,27 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     return total, number
 
 
-def loss(
-    w: Weights,
-    config: Config,
-    rows: list[tuple[Tensor, Tensor]],
-    objective: str,
-    num_items: int | None = None,
-    total_ut_steps: int | None = None,
-) -> Tensor:
+def loss(w: Weights, config: Config, rows: list[tuple[Tensor, Tensor]], objective: str) -> Tensor:
     """Rows of (input_ids (S,), labels (S,)), each its own document -> scalar; objective "last", "mixture" or "all".
 
-    The cross-entropy summed over all counted positions of all rows, over num_items (default: their number).
+    The cross-entropy summed over all counted positions of all rows, over their number.
     """
     total, number = torch.zeros((), dtype=torch.float64), 0
     for input_ids, labels in rows:
-        assert input_ids.shape == labels.shape
-        states = loop_states(w, config, input_ids, total_ut_steps=total_ut_steps)
-        if objective == "last":
-            candidates = [logits_at(w, states, len(states) - 1)]
-        elif objective == "mixture":
-            candidates = [logits_mixture(w, states)]
-        elif objective == "all":
-            candidates = [logits_at(w, states, step) for step in range(len(states))]
-        else:
-            raise ValueError(f"unknown objective {objective!r}")
+        states = loop_states(w, config, input_ids)
+        loops = {"last": [len(states) - 1], "all": range(len(states)), "mixture": []}[objective]
+        candidates = [logits_at(w, states, step) for step in loops] or [logits_mixture(w, states)]
         results = [summed_cross_entropy(logits, labels) for logits in candidates]
         total = total + sum(result[0] for result in results) / len(results)
         number += results[0][1]
-    return total / (number if num_items is None else num_items)
+    return total / number
 
 
 @torch.no_grad()
-def generate_greedy(
-    w: Weights, config: Config, input_ids: Tensor, max_new_tokens: int, exit_at_step: int | None = None
-) -> list[int]:
-    """input_ids (S,) -> the new ids only: all is recomputed for each token; last loop by default; no stop token."""
+def generate_greedy(w: Weights, config: Config, input_ids: Tensor, max_new_tokens: int) -> list[int]:
+    """input_ids (S,) -> the new ids only, by the last loop: all is recomputed for each token; no stop token."""
     ids = [int(token) for token in input_ids]
     for _ in range(max_new_tokens):
         states = loop_states(w, config, torch.tensor(ids))
-        step = len(states) - 1 if exit_at_step is None else exit_at_step
-        ids.append(int(logits_at(w, states, step)[-1].argmax()))
+        ids.append(int(logits_at(w, states, len(states) - 1)[-1].argmax()))
     return ids[len(input_ids) :]

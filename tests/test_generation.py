@@ -106,7 +106,7 @@ def test_greedy_generation_is_the_references_at_every_exit_and_depth(size):
     model, ids = tiny(size), tokens(2, 5)
     w, config = reference(model)
     for k in range(size["total_ut_steps"]):
-        expected = [ref.generate_greedy(w, config, row, NEW, exit_at_step=k) for row in ids]
+        expected = [ref.generate_greedy(w, config | {"total_ut_steps": k + 1}, row, NEW) for row in ids]
         arguments = [{"exit_at_step": k}, {"exit_at_step": k, "use_cache": False}, {"total_ut_steps": k + 1}]
         for chosen in [*arguments, *([{}] if k == size["total_ut_steps"] - 1 else [])]:
             assert answer(model, ids, **chosen).tolist() == expected, chosen

@@ -273,21 +273,6 @@ def run(tmp_path, in_the_repository):
     return make
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """Makes a machine seem to have a GPU, for what only asks; torch._scaled_mm works, as on Hopper."""
-
-    def product(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
-        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
-
-    def seem(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-
-    monkeypatch.setattr(torch, "_scaled_mm", product)
-    return seem
-
-
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [({}, "nf4"), ({"use_qlora": False}, "fp32"), ({"use_qlora": False, "bf16": True}, "bf16"), (FP8, "fp8")],
@@ -320,7 +305,7 @@ def test_a_runs_model_is_the_base_with_its_adapter_and_afterwards_the_base(run, 
     assert_close(loaded(input_ids=ids).logits, expected, 1e-4)
 
 
-def test_beside_fp8_weights_base_and_adapters_are_read_in_turn(run, on_a_gpu):
+def test_beside_fp8_weights_base_and_adapters_are_read_in_turn(run, scaled_mm):
     folder, s = run()
     base, ids = load_ouro(s.model_name_or_path, dtype=torch.float32).eval(), tokens(2, 9)
     plain, seen = base(ids).logits, []
@@ -333,11 +318,12 @@ def test_beside_fp8_weights_base_and_adapters_are_read_in_turn(run, on_a_gpu):
 
 
 @pytest.mark.parametrize(("capability", "label"), [((9, 0), "fp8"), ((8, 0), "bf16")], ids=["H200", "A100"])
-def test_a_result_says_beside_which_weights_an_fp8_run_was_read(run, on_a_gpu, capsys, capability, label):
+def test_a_result_says_beside_which_weights_an_fp8_run_was_read(run, monkeypatch, capsys, capability, label):
     folder, s = run(**FP8)
     argv = ["--config", "tests/smoke.yaml", "--exp", EXP, "--output_dir", str(folder.parent)]
     asked = resolve("", argv, add_options=evaluate.options, several=True)
-    on_a_gpu(capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     model, base, (first, subject) = find_models(asked)
     assert (model.precision, first.run, subject.study()["trained_precision"]) == (label, f"base-{label}", "fp8")
     assert base.frozen_weights == "fp8" and base.bf16 and not base.use_qlora

@@ -79,19 +79,9 @@ def test_loss_does_not_depend_on_the_chunk(monkeypatch, objective, chunk):
     assert_reference_loss(tiny(), MEDIUM, objective, *LAYOUTS["packed, padded, mask"])
 
 
-@pytest.mark.parametrize("objective", ["last", "all"])
-def test_upstream_factor_scales_the_gradient(objective):
-    model = tiny()
-    batch = LAYOUTS["packed"][1]
-    model(**batch, objective=objective).loss.backward()
-    single = gradients(model)
-    (-2.5 * model(**batch, objective=objective).loss).backward()
-    assert_same_gradients(gradients(model), {name: -2.5 * grad for name, grad in single.items()})
-
-
 @objectives
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(objective, as_tensor):
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole_and_scale_with_the_loss(objective, as_tensor):
     model = tiny()
     whole = model(**rows([0], [1], [2], [3]), objective=objective)
     whole.loss.backward()
@@ -99,10 +89,10 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(objective, as_t
     parts = [rows([0], [3]), rows([1, 2])]
     count = torch.tensor(number) if as_tensor else number
     outs = [model(**part, objective=objective, num_items_in_batch=count) for part in parts]
-    sum(out.loss for out in outs).backward()
+    (-2.5 * sum(out.loss for out in outs)).backward()
     assert len({int(out.trained_tokens) for out in outs}) == 2  # so that a mean of means would differ
     assert_close(sum(out.loss for out in outs), whole.loss)
-    assert_same_gradients(gradients(model), expected)
+    assert_same_gradients(gradients(model), {name: -2.5 * grad for name, grad in expected.items()})
 
 
 @objectives
@@ -179,22 +169,22 @@ def test_logits_of_all_positions_and_gradients_that_nobody_asks_for_never_exist(
 
 
 @sizes
-def test_gradient_checkpointing_changes_nothing(size):
-    batch, calls = LAYOUTS["packed, left-padded, mask"][1], []
+def test_layers_that_are_recomputed_change_nothing(size):
+    batch, calls, layers = LAYOUTS["packed, left-padded, mask"][1], [], size["num_hidden_layers"]
     model = tiny(size).train()
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    results = []
-    for _ in range(2):
+    loss = model(**batch, objective="mixture").loss
+    loss.backward()
+    expected = gradients(model)
+    for count in (1, layers):
+        model.recompute_layers(count)
         calls.clear()
-        loss = model(**batch, objective="mixture").loss
-        loss.backward()
-        results.append((loss, gradients(model), len(calls)))
-        model.gradient_checkpointing_enable()
-    (loss, grads, plain_calls), (same_loss, same_grads, calls) = results
-    assert calls == 2 * plain_calls == 2 * size["total_ut_steps"] * size["num_hidden_layers"]
-    assert torch.equal(loss, same_loss)
-    assert_same_gradients(grads, same_grads, 1e-12)
+        same_loss = model(**batch, objective="mixture").loss
+        same_loss.backward()
+        assert len(calls) == size["total_ut_steps"] * (layers + count)
+        assert torch.equal(loss, same_loss)
+        assert_same_gradients(gradients(model), expected, 1e-12)
 
 
 def test_reentrant_checkpointing_and_a_cache_under_checkpointing_are_refused():

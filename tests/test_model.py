@@ -71,11 +71,11 @@ def test_outputs_are_those_of_the_published_code(case):
 # ---------------------------------------------------------------------------------------------- forward, one document
 
 
-def states_of(model: OuroForCausalLM, ids: Tensor, **kwargs) -> tuple[ref.Weights, list[list[Tensor]]]:
+def states_of(model: OuroForCausalLM, ids: Tensor) -> tuple[ref.Weights, list[list[Tensor]]]:
     """The reference's weights and, for each row of ids, its state after every loop."""
     w, config = reference(model)
     with torch.no_grad():
-        return w, [ref.loop_states(w, config, row, **kwargs) for row in ids]
+        return w, [ref.loop_states(w, config, row) for row in ids]
 
 
 def stacked(function, w: ref.Weights, rows: list[list[Tensor]], *args) -> Tensor:
@@ -170,12 +170,12 @@ def test_exit_probabilities_are_exact_for_gates_that_are_sure():
 @pytest.mark.parametrize("loops", [1, 2, 5])
 def test_number_of_loops_can_be_set_at_call_and_in_the_config(loops):
     ids = tokens(2, 9)
-    w, rows = states_of(tiny(), ids, total_ut_steps=loops)
-    expected = stacked(ref.logits_at, w, rows, loops - 1)
+    configured = tiny(MEDIUM | {"total_ut_steps": loops})
+    expected = stacked(ref.logits_at, *states_of(configured, ids), loops - 1)
+    assert_close(configured(ids).logits, expected)
     assert_close(tiny()(ids, total_ut_steps=loops).logits, expected)
-    assert_close(tiny(MEDIUM | {"total_ut_steps": loops})(ids).logits, expected)
     labels = tokens(2, 9, seed=1)
-    loss = ref.loss(w, tiny().config.to_dict(), list(zip(ids, labels, strict=True)), "all", total_ut_steps=loops)
+    loss = ref.loss(*reference(configured), list(zip(ids, labels, strict=True)), "all")
     assert_close(tiny()(ids, labels=labels, objective="all", total_ut_steps=loops).loss, loss)
 
 

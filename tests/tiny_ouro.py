@@ -50,8 +50,7 @@ def tiny(size: dict[str, Any] = MEDIUM, seed: int = 0, **changes) -> OuroForCaus
 
 
 def reference(model: OuroForCausalLM) -> tuple[ref.Weights, ref.Config]:
-    config = model.config.to_dict()
-    return ref.load(model.state_dict(), config), config
+    return ref.load(model.state_dict()), model.config.to_dict()
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
