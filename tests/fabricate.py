@@ -11,31 +11,24 @@ from ouro.settings import Settings
 import numpy as np
 
 DEPTHS = (1, 2, 3, 4)
-TASKS = {  # task: metric, aspect, base by depth, better is higher, spread between items
-    "thai_text": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4),
-    "thai_exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None),
-    "m3exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None),
-    "mt_bench_thai": ("rating", "thai_conversation", (3.0, 3.2, 3.3, 3.4), True, 1.5),
-    "english_text": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
-    "belebele_thai": ("accuracy", "thai_exams", (0.30, 0.32, 0.34, 0.36), True, None),
-    "belebele_english": ("accuracy", "english", (0.50, 0.60, 0.64, 0.66), True, None),
-    "parallel_text_thai": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4),
-    "parallel_text_english": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2),
+TASKS = {  # task: metric, aspect, base by depth, better is higher, spread between items, gain over the base
+    "thai_text": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4, 0.5),
+    "thai_exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None, 0.05),
+    "mt_bench_thai": ("rating", "thai_conversation", (3.0, 3.2, 3.3, 3.4), True, 1.5, 0.8),
+    "english_text": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2, -0.03),
+    "m3exam": ("accuracy", "thai_exams", (0.30, 0.30, 0.30, 0.30), True, None, 0.05),
+    "belebele_thai": ("accuracy", "thai_exams", (0.30, 0.32, 0.34, 0.36), True, None, 0.10),
+    "belebele_english": ("accuracy", "english", (0.50, 0.60, 0.64, 0.66), True, None, -0.05),
+    "parallel_text_thai": ("bits_per_character", "thai_text", (3.00, 2.95, 2.92, 2.90), False, 0.4, 0.5),
+    "parallel_text_english": ("bits_per_character", "english", (1.20, 1.05, 1.02, 1.00), False, 0.2, 0.1),
 }
-GAINS = {"thai_text": (0.5,) * 4, "thai_exam": (0.05,) * 4, "mt_bench_thai": (0.8,) * 4, "english_text": (-0.03,) * 4}
-PRIMARY = tuple(GAINS)
-GAINS |= {"belebele_thai": (0.10,) * 4, "belebele_english": (-0.05,) * 4}
-GAINS |= {"m3exam": (0.05,) * 4}
-GAINS |= {"parallel_text_thai": (0.5,) * 4, "parallel_text_english": (0.1,) * 4}
-SUBSETS = {"thai_exam": ["onet", "ic"], "m3exam": ["low", "high"]}
-SUBSETS |= {"belebele_thai": ["tha_Thai"], "belebele_english": ["eng_Latn"]}
-CHANCES = {
-    "onet": (0.2, 0.24),
-    "ic": (0.25, 0.34),
-    "low": (0.25, 0.3),
-    "high": (0.2, 0.3),
-}  # and majority
-CHANCES |= {"tha_Thai": (0.25, 0.27), "eng_Latn": (0.25, 0.27)}
+PRIMARY = ("thai_text", "thai_exam", "mt_bench_thai", "english_text")
+SUBSETS = {  # chance, and the share of the commonest answer
+    "thai_exam": {"onet": (0.2, 0.24), "ic": (0.25, 0.34)},
+    "m3exam": {"low": (0.25, 0.3), "high": (0.2, 0.3)},
+    "belebele_thai": {"tha_Thai": (0.25, 0.27)},
+    "belebele_english": {"eng_Latn": (0.25, 0.27)},
+}
 NAMES = {1: "exp2-{}-ut1", 2: "exp3a-{}-ut2", 3: "exp3b-{}-ut3", 4: "exp1-{}-ut4"}
 
 
@@ -43,32 +36,28 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def study_block(run: str, task: str, depth: int, trained: int | None, seed: int | None, dataset: str, values, **more):
-    metric, aspect, _, higher, _ = TASKS[task]
+def study_block(
+    run: str, task: str, depth: int, trained: int | None, seed: int | None, dataset: str, values, language="th", **more
+) -> dict:
+    metric, aspect, _, higher, *_ = TASKS[task]
     adapted = trained is not None
-    letters = {"a": 60, "b": 50, "c": 45, "d": 45} if metric == "accuracy" else None
-    own, subsets = subsets_of(task, len(values)), {}
-    for name in dict.fromkeys(own) if letters else ():
-        mine = [value for value, subset in zip(values, own, strict=True) if subset == name]
-        chance, majority = CHANCES[name]
-        subsets[name] = {"value": float(np.mean(mine)), "items": len(mine), "chance": chance, "majority": majority}
-
-    def mean(key: str, by: list) -> float | None:
-        return float(np.mean([subsets[name][key] for name in by])) if subsets else None
-
+    whose = {"experiment": run.split("/")[-1], "seed": seed, "dataset": dataset, "language": language,
+             "trained_ut_steps": trained, "adapter_sha256": digest(run),
+             "data_report_sha256": digest(data_report(dataset, run))}  # fmt: skip
+    exams = {}
+    if metric == "accuracy":
+        own = np.array(subsets_of(task, len(values)))
+        names = list(dict.fromkeys(own))
+        means = [np.mean(np.array(values)[own == name]) for name in names]
+        chance, majority = np.mean([SUBSETS[task][name] for name in own], 0)
+        macro_chance, macro_majority = np.mean([SUBSETS[task][name] for name in names], 0)
+        exams = {"chance": chance, "majority": majority, "predicted": {"a": 60, "b": 50, "c": 45, "d": 45}}
+        exams |= {"macro": np.mean(means), "macro_chance": macro_chance, "macro_majority": macro_majority}
     return {
         "format": 1,
         "run": run,
         "kind": "adapter" if adapted else "base",
-        "experiment": run.split("/")[-1] if adapted else None,
-        "seed": seed,
-        "arm": "equal-tokens" if adapted else None,
-        "dataset": dataset if adapted else None,
-        "language": "th" if adapted else None,
-        "adapter_sha256": digest(run) if adapted else None,
-        "data_report_sha256": digest(data_report(dataset, run)) if adapted else None,
-        "loss": "last" if adapted else None,
-        "trained_ut_steps": trained,
+        **(whose if adapted else dict.fromkeys(whose)),
         "total_ut_steps": depth,
         "model": "ByteDance/Ouro-2.6B",
         "model_revision": "c" * 40,
@@ -87,20 +76,13 @@ def study_block(run: str, task: str, depth: int, trained: int | None, seed: int 
         "items": len(values),
         "value": float(np.mean(values)),
         "ci95": [float(np.mean(values) - 0.02), float(np.mean(values) + 0.02)],
-        "chance": mean("chance", own),
-        "majority": mean("majority", own),
-        "macro": mean("value", list(subsets)),
-        "macro_chance": mean("chance", list(subsets)),
-        "macro_majority": mean("majority", list(subsets)),
-        "subsets": subsets,
-        "predicted": letters,
         "unparsed": 0,
         "exit_distribution": (np.arange(1, depth + 1) / np.arange(1, depth + 1).sum()).tolist(),
         "state_distance": [0.5 / k - (0.05 / k if adapted else 0) for k in range(2, depth + 1)],
         "inference_flops_per_token": 5e9 * depth,
-        "published": None,
         "thai_share": 0.97 if metric == "rating" else None,
         "judge": "gpt-oss-120b" if metric == "rating" else None,
+        **exams,
     } | more
 
 
@@ -115,8 +97,8 @@ def data_report(dataset: str, run: str) -> str:
 
 def subsets_of(task: str, items: int) -> list[str]:
     """Each item's: four of five in the first."""
-    names = SUBSETS.get(task, ["all"])
-    return [names[i * 5 >= items * 4] if len(names) > 1 else names[0] for i in range(items)]
+    first, *others = SUBSETS.get(task, ["all"])
+    return [others[0] if others and i * 5 >= items * 4 else first for i in range(items)]
 
 
 def write_result(results: Path, study: dict, values, characters=None, reply: str = "คำตอบ", cluster: int = 1) -> None:
@@ -152,35 +134,26 @@ def write_result(results: Path, study: dict, values, characters=None, reply: str
     (folder / f"{stem}.json").write_text(json.dumps({"results": {}, "study": study}), encoding="utf-8")
 
 
-def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng) -> None:
+def write_run(output: Path, run: str, depth: int, seed: int, dataset: str, lines: int, rng, **settings) -> None:
     folder = output / run
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(dataset=dataset, total_ut_steps=depth, seed=seed, max_steps=lines * 10, use_qlora=False)
-    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in asdict(settings).items()))
+    (folder / "final_adapter").mkdir(parents=True, exist_ok=True)
+    settings = {"max_steps": lines * 10, "use_qlora": False} | settings
+    config = asdict(Settings(dataset=dataset, total_ut_steps=depth, seed=seed)) | settings
+    (folder / "config.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in config.items()))
     record = {"run": run.split("/")[-1], "gpu": "NVIDIA H200", "gpu_tflops": 700.0, "processes": 1, "seed": seed}
     record |= {"base_held_out_loss": [1.5, 1.3, 1.25, 1.2][:depth]}
     (folder / "manifest.json").write_text(json.dumps(record))
     (folder / "data_report.json").write_text(data_report(dataset, run))
-    (folder / "final_adapter").mkdir(exist_ok=True)
     (folder / "final_adapter/adapter_model.safetensors").write_text(run)
-    step = np.arange(1, lines + 1) * 10
-    loss = (1.2 + 0.2 / depth) * step**-0.12 + 0.02 * rng.normal(size=lines)
-    rows = [
-        {
-            "step": int(s),
-            "loss": round(float(x), 6),
-            "mean_token_accuracy": round(float(1 - x / 2), 4),
-            "num_tokens": int(s) * 65536,
-            "tokens_per_second": 30000.0 / depth,
-            "memory_gib": 40.0,
-            "model_flop_use": 0.41,
-        }
-        for s, x in zip(step, loss, strict=True)
-    ]
-    if rows:
-        rows[-1]["held_out_loss"] = [0.9, 0.7, 0.65, 0.64][:depth]
+    measured = {"tokens_per_second": 30000.0 / depth, "memory_gib": 40.0, "model_flop_use": 0.41}
+    rows = []
+    for step in range(10, lines * 10 + 1, 10):
+        loss = round((1.2 + 0.2 / depth) * step**-0.12 + 0.02 * rng.normal(), 6)
+        row = {"step": step, "loss": loss, "mean_token_accuracy": round(1 - loss / 2, 4), "num_tokens": step * 65536}
+        rows.append(row | measured)
+    rows[-1]["held_out_loss"] = [0.9, 0.7, 0.65, 0.64][:depth]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "completed").write_text(json.dumps({"steps": int(step[-1]), "loss": rows[-1]["loss"]}))
+    (folder / "completed").write_text(json.dumps({"steps": rows[-1]["step"], "loss": rows[-1]["loss"]}))
 
 
 def study(
@@ -195,53 +168,45 @@ def study(
     dataset: str = "wangchan",
     tasks=PRIMARY,
     lines: int = 40,
-    run_seed: int = 0,
     reply: str = "คำตอบ",
     language: str = "th",
     cluster: int = 1,
+    suffix: str = "",  # of the runs' names
+    settings: dict | None = None,  # of the runs, by depth
     **more,  # keys of the study block to replace
 ) -> tuple[Path, Path]:
     """Writes root/output and root/results; returns both."""
-    rng = np.random.default_rng(run_seed)
+    rng = np.random.default_rng(0)
     output, results = root / "output", root / "results"
-    gains, base = GAINS | (gains or {}), {task: TASKS[task][2] for task in TASKS} | (base or {})
+    gains = {task: (row[5],) * 4 for task, row in TASKS.items()} | (gains or {})
+    base = {task: row[2] for task, row in TASKS.items()} | (base or {})
     for task, after in (levels or {}).items():
         sign = 1 if TASKS[task][3] else -1
         gains[task] = tuple(sign * (level - start) for level, start in zip(after, base[task], strict=True))
-    runs = [
-        (f"seed{seed}/{NAMES[depth].format(dataset)}" if len(seeds) > 1 else NAMES[depth].format(dataset), depth, seed)
-        for seed in seeds
-        for depth in depths
-    ]
-    for run, depth, seed in runs:
-        write_run(output, run, depth, seed, dataset, lines, rng)
+    runs = {}
+    for seed in seeds:
+        for depth in depths:
+            name = (f"seed{seed}/" if len(seeds) > 1 else "") + NAMES[depth].format(dataset) + suffix
+            runs[name] = depth, seed
+            write_run(output, name, depth, seed, dataset, lines, rng, **(settings or {}).get(depth, {}))
     for task in tasks:
-        metric, _, _, higher, spread = TASKS[task]
+        metric, _, _, higher, spread, _ = TASKS[task]
         chars = rng.integers(100, 900, items) if metric == "bits_per_character" else None
-        ease = rng.random(items) if spread is None else spread * rng.normal(size=items)
-        if task.startswith("belebele"):  # the same questions
-            ease = np.random.default_rng(run_seed).random(items)
-        if task.startswith("parallel"):  # the same passages, and in English half as hard
-            ease = spread * np.random.default_rng(run_seed).normal(size=items)
-        sign = 1 if higher else -1
+        # The questions and passages are the same in both languages, the passages in English half as hard.
+        own = np.random.default_rng(0) if task.startswith(("belebele", "parallel")) else rng
+        ease = own.random(items) if spread is None else spread * own.normal(size=items)
+        seed_noise = seed_sd * (1 if spread is None else spread / 0.4)
 
-        def values(level, noise, ease=ease, spread=spread, metric=metric):
-            if spread is None:  # an item is right when its ease, a little shifted by the model, is below the level
-                return ((ease + 0.1 * rng.normal(size=items)) % 1.0 < level + noise).astype(float)
-            result = level + noise + ease + 0.1 * spread * rng.normal(size=items)
-            return np.clip(result, 0.05, 10.0 if metric == "rating" else None)
-
-        for depth in DEPTHS:
-            name = "base-bf16"
-            v = values(base[task][depth - 1], 0)
-            block = study_block(name, task, depth, None, None, dataset, v, **more)
-            write_result(results, block, v, chars, reply, cluster)
-        scale = 1 if spread is None else spread / 0.4
-        for run, trained, seed in runs:
-            noise = seed_sd * scale * rng.normal()
+        for model, (trained, seed) in {"base-bf16": (None, None), **runs}.items():
+            noise = seed_noise * rng.normal() if trained else 0
             for depth in DEPTHS:
-                level = base[task][depth - 1] + sign * gains[task][trained - 1] * 0.6 ** abs(trained - depth)
-                v = values(level, noise)
-                block = study_block(run, task, depth, trained, seed, dataset, v, **{"language": language} | more)
-                write_result(results, block, v, chars, f"{reply} {depth}", cluster)
+                gain = gains[task][trained - 1] * 0.6 ** abs(trained - depth) if trained else 0
+                level = base[task][depth - 1] + (gain if higher else -gain) + noise
+                if spread is None:  # an item is right when its ease, a little shifted by the model, is below the level
+                    values = ((ease + 0.1 * rng.normal(size=items)) % 1.0 < level).astype(float)
+                else:
+                    most = 10.0 if metric == "rating" else None
+                    values = np.clip(level + ease + 0.1 * spread * rng.normal(size=items), 0.05, most)
+                block = study_block(model, task, depth, trained, seed, dataset, values, language, **more)
+                write_result(results, block, values, chars, f"{reply} {depth}", cluster)
     return output, results

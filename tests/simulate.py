@@ -31,9 +31,9 @@ STUB = Run("run", Path(), {}, {}, {}, {name: np.array([1e8]) for name in ("num_t
 def panel(rng, task: str, language: str, seeds: tuple[int, ...], spread, cluster: int, effect: dict, shared) -> Panel:
     """One benchmark read by adapters of all depths, each at its own, and by the base. effect: by depth, in logarithms
     of bits; shared: what all models find in each item, the same in both languages."""
-    metric, _, base, _, _ = fabricate.TASKS[task]
-    clusters = [f"passage {i // cluster}" for i in range(ITEMS)]
+    metric, _, base, *_ = fabricate.TASKS[task]
     passages = np.arange(ITEMS) // cluster
+    labels = np.full(ITEMS, "a", object)  # right answers and exams: the same of all items
 
     def noise(scale: float) -> np.ndarray:
         """(items,): of each item, and of its passage."""
@@ -59,7 +59,7 @@ def panel(rng, task: str, language: str, seeds: tuple[int, ...], spread, cluster
             block = BLOCKS[task] | {"kind": "base" if seed is None else "adapter", "seed": seed, "language": language}
             block |= {"trained_ut_steps": trained, "total_ut_steps": depth, "run": f"seed{seed}/{language}{trained}"}
             ids = [f"x-{i}" for i in range(ITEMS)]
-            results.append(Result(block, Path(), ids, above, below, ["a"] * ITEMS, clusters, [None] * ITEMS))
+            results.append(Result(block, Path(), ids, above, below, labels, passages, labels))
     return Panel(results)
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,7 @@ import scipy.optimize
 import scipy.stats
 import simulate
 import yaml
-from helpers import ROOT, read_jsonl
+from helpers import ROOT, read_jsonl, write_jsonl
 from reports import change, read, set_config, table, verdicts, write_report
 
 TEXT = {"tasks": ("thai_text",), "items": 50, "lines": 2}
@@ -54,7 +53,7 @@ def make_study(root: Path, thai: tuple, english: tuple | None, **how) -> None:
     """Adapters trained on Thai and on English, to which depth is worth so much."""
     worth = {"thai_text": (2.4, thai), PAIR[0]: (2.4, thai), PAIR[1]: (0.9, english or NONE)}
     levels = {task: tuple(level * np.exp(-x) for x in by) for task, (level, by) in worth.items()}
-    how = {"items": 400, "lines": 2, "levels": levels} | how
+    how = {"items": 400, "lines": 2, "seed_sd": 0.003, "levels": levels} | how
     fabricate.study(root, tasks=("thai_text", PAIR[0]), **how)
     if english is not None:
         fabricate.study(root, tasks=PAIR[1:], dataset="smol-smoltalk", language="en", **how)
@@ -200,41 +199,39 @@ def of_two_depths(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("key", panels.MEASURED_ALIKE)
-def test_a_result_that_was_measured_otherwise_is_flagged_and_nothing_is_compared(of_two_depths, tmp_path, key):
+@pytest.mark.parametrize(
+    "where, key",
+    [*(("result", key) for key in panels.MEASURED_ALIKE), *(("config", name) for name in panels.SETTINGS_ALIKE),
+     ("config of a depth", "learning_rate"), ("data", "data report")],
+)  # fmt: skip
+def test_no_majority_decides_between_results_that_are_unlike(of_two_depths, tmp_path, where, key):
+    """One odd run of six, and all three of a depth, are unlike the others all the same."""
     shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
-    odd = tmp_path / "results/seed1/exp2-wangchan-ut1/thai_text-ut1.json"
-    change(odd, **{key: "accuracy" if key == "metric" else "another"})
-    if key == "metric":  # which reads other columns of the items, the same numbers here
-        change(odd, value=float(np.mean([item["value"] for item in read_jsonl(odd.with_suffix(".items.jsonl"))])))
+    run, odd = tmp_path / "output/seed1/exp2-wangchan-ut1", tmp_path / "results/seed1/exp2-wangchan-ut1"
+    usual = yaml.safe_load((run / "config.yaml").read_text()).get(key)
+    seeds = (0, 1, 2) if where == "config of a depth" else (1,)
+    if where == "result" and key == "metric":  # which reads other columns of the items, the same numbers here
+        items = read_jsonl(odd / "thai_text-ut1.items.jsonl")
+        change(odd / "thai_text-ut1.json", metric="accuracy", value=float(np.mean([item["value"] for item in items])))
+    elif where == "result":
+        change(odd / "thai_text-ut1.json", **{key: "another"})
+    elif where == "data":
+        change(run / "data_report.json", rows_kept=7)
+        for path in odd.glob("*-ut?.json"):
+            digest = hashlib.sha256((run / "data_report.json").read_bytes()).hexdigest()
+            change(path, data_report_sha256=digest)
+    else:
+        for seed in seeds:
+            set_config(tmp_path / f"output/seed{seed}/exp2-wangchan-ut1", **{key: "another"})
     reader, found = read(tmp_path)
     assert THAI_TEXT not in found
     ((what, why),) = reader.left_out
-    assert what == "thai_text wangchan equal-tokens" and f"{key} is " in why
-    assert "another (seed1/exp2-wangchan-ut1 read at 1)" in why or key == "metric"
-
-
-@pytest.mark.parametrize("name", panels.SETTINGS_ALIKE)
-def test_runs_that_differ_in_what_is_learnt_do_not_count_until_it_is_said_which_do(of_two_depths, name):
-    """No majority decides: one odd run of six, and all three of a depth, are unlike the others all the same."""
-    for seeds in ((1,), (0, 1, 2)) if name == "learning_rate" else ((1,),):
-        kept = {}
-        for seed in seeds:
-            file = of_two_depths / f"output/seed{seed}/exp2-wangchan-ut1/config.yaml"
-            kept[file] = file.read_text()
-            config = yaml.safe_load(kept[file])
-            usual = config[name]
-            set_config(file.parent, **{name: "another"})
-        reader, found = read(of_two_depths)
-        named, named_found = read(of_two_depths, **{name: usual})
-        for file, text in kept.items():
-            file.write_text(text)
-        assert THAI_TEXT not in found
-        ((_, why),) = reader.left_out
-        assert f"{name} is " in why and "python report.py --NAME VALUE" in why
-        assert named_found[THAI_TEXT].seeds.get((1, 1), []) == [seed for seed in (0, 1, 2) if seed not in seeds]
-        asked = f"setting {name} is another, and {usual} was asked for"
-        assert {why for _, why in named.left_out} == {asked}
+    assert what == "thai_text wangchan equal-tokens" and f"{key} is " in why and "python report.py --NAME VALUE" in why
+    assert "another (seed" in why or key in ("metric", "data report")
+    if where.startswith("config"):
+        reader, found = read(tmp_path, **{key: usual})
+        assert found[THAI_TEXT].seeds.get((1, 1), []) == [seed for seed in (0, 1, 2) if seed not in seeds]
+        assert {why for _, why in reader.left_out} == {f"setting {key} is another, and {usual} was asked for"}
 
 
 def test_all_that_is_learnt_counts_but_what_the_study_compares_and_how_rows_are_shared_out(tmp_path):
@@ -276,16 +273,6 @@ def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out_with_the_re
     assert {Path(path).parent for path, _ in reader.left_out} == {results / "seed1/exp1-wangchan-ut4"}
 
 
-def test_other_data_is_not_compared(tmp_path):
-    output, results = fabricate.study(tmp_path, **TEXT)
-    report = output / "seed2/exp1-wangchan-ut4/data_report.json"
-    change(report, rows_kept=7)
-    for path in (results / "seed2/exp1-wangchan-ut4").glob("*-ut?.json"):
-        change(path, data_report_sha256=hashlib.sha256(report.read_bytes()).hexdigest())
-    reader, found = read(tmp_path)
-    assert THAI_TEXT not in found and "data report is " in reader.left_out[0][1]
-
-
 def scale_tokens(folder: Path, factor: float) -> None:
     """A run of so many times the tokens, in as many times the time."""
     lines = [line | {"num_tokens": line["num_tokens"] * factor} for line in read_jsonl(folder / "metrics.jsonl")]
@@ -294,49 +281,47 @@ def scale_tokens(folder: Path, factor: float) -> None:
 
 def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     """Runs of equal tokens; of equal FLOPs, where epochs differ between depths; of two ranks, each a study."""
-    small = {"items": 50, "lines": 2, "tasks": ("thai_text",), "depths": (1, 4)}
-    fabricate.study(tmp_path, **small | {"depths": (1, 2, 4)})
-    arms = {"equal-flops": ("num_train_epochs", (13.0, 0.7)), "tuned": ("learning_rate", (1e-4, 4e-4)),
-            "rank": ("r", (4, 64))}  # fmt: skip
-    for arm, (name, values) in arms.items():
-        root = tmp_path / arm
-        fabricate.study(root, **small)
-        for seed, experiment in itertools.product((0, 1, 2), ("exp2-wangchan-ut1", "exp1-wangchan-ut4")):
-            for value in values:
-                own = value == values[experiment.startswith("exp1")]
-                if arm != "rank" and not own:
-                    continue
-                run = f"seed{seed}/{experiment}-{arm}-{value}"
-                for place in ("output", "results"):
-                    shutil.copytree(root / place / f"seed{seed}/{experiment}", tmp_path / place / run)
-                set_config(tmp_path / "output" / run, arm=arm, **{name: value})
-                if arm == "equal-flops":  # a token costs four times as much at 4 loops
-                    scale_tokens(tmp_path / "output" / run, 4 if own and value > 1 else 1 / 4)
-                for file in (tmp_path / "results" / run).glob("*-ut?.json"):
-                    change(file, run=run)
-        shutil.rmtree(root)
+    how = {"items": 50, "lines": 2, "tasks": ("thai_text",)}
+    fabricate.study(tmp_path, **how, depths=(1, 2, 4))
+    arms = [("equal-flops", "num_train_epochs", 13.0, 0.7), ("tuned", "learning_rate", 1e-4, 4e-4),
+            ("rank", "r", 4, 4), ("rank", "r", 64, 64)]  # fmt: skip
+    for arm, name, *values in arms:
+        settings = {depth: {"arm": arm, name: value} for depth, value in zip((1, 4), values, strict=True)}
+        fabricate.study(tmp_path, **how, depths=(1, 4), suffix=f"-{arm}-{values[0]}", settings=settings)
+    for folder in tmp_path.glob("output/seed*/*equal-flops*"):  # a token costs four times as much at 4 loops
+        scale_tokens(folder, 4 if "ut1" in folder.name else 1 / 4)
     reader, found = read(tmp_path)
     assert not reader.left_out
     arms = {(key.arm, key.condition): panel.seeds[4, 4] for key, panel in found.items()}
     ranks = [("rank", f"r {r}, lora_alpha 32") for r in (4, 64)]
     assert arms == dict.fromkeys([("equal-tokens", ""), ("equal-flops", ""), ("tuned", ""), *ranks], [0, 1, 2])
     write_report(tmp_path, "--csv")
-    sentence = verdicts(tmp_path)["thai_text"]["sentence"]
-    told = re.search(r" At equal FLOPs, against 1 loop, 95 % intervals: (4 loops .*); (4 loops .*)\.$", sentence)
-    few, many = (each.partition("FLOPs a run ")[2] for each in told.groups())
+    assert [row["arm"] for row in table(tmp_path, "arms")] == ["equal-flops", "rank", "rank", "tuned"]
+    few, many = (each.partition("FLOPs a run ")[2] for each in equal_flops(tmp_path))
     assert float(many.rstrip(")")) == pytest.approx(4 * float(few.rstrip(")")), rel=0.01)
     assert all(re.match(r"4 loops [+-][\d.]+ % \[.*tokens a run \S+ million \(1 loop\), \S+ million \(4 loops\)", each)
-               for each in told.groups())  # fmt: skip
-    scale_tokens(tmp_path / "output/seed0/exp1-wangchan-ut4-equal-flops-0.7", 1.5)
+               for each in equal_flops(tmp_path))  # fmt: skip
+
+    scale_tokens(tmp_path / "output/seed0/exp1-wangchan-ut4-equal-flops-13.0", 1.5)
     write_report(tmp_path)
-    (told,) = re.findall(
-        r"At equal FLOPs, against 1 loop, 95 % intervals: (.*)\.$", verdicts(tmp_path)["thai_text"]["sentence"]
-    )
-    assert told.count("4 loops [") == 0 and told.count("FLOPs a run") == 1, "it took more than the runs of one loop"
-    assert [row["arm"] for row in table(tmp_path, "arms")] == ["equal-flops", "rank", "rank", "tuned"]
-    set_config(tmp_path / "output/seed1/exp1-wangchan-ut4-tuned-0.0004", learning_rate=1e-4)  # unlike its own depth
+    assert len(equal_flops(tmp_path)) == 1, "the other took more than the runs of one loop"
+    for file in tmp_path.glob("results/seed*/*equal-flops*/*-ut?.items.jsonl"):  # measured on fewer items
+        kept = read_jsonl(file)[:40]
+        value = sum(item["bits"] for item in kept) / sum(item["characters"] for item in kept)
+        change(file.with_name(file.name.replace(".items.jsonl", ".json")), items=40, value=value)
+        write_jsonl(file, *kept)
+    set_config(tmp_path / "output/seed1/exp1-wangchan-ut4-tuned-0.0001", learning_rate=1e-4)  # unlike its own depth
     reader, found = read(tmp_path)
-    assert THAI_TEXT in found and THAI_TEXT._replace(arm="tuned") not in found and len(reader.left_out) == 1
+    assert THAI_TEXT in found and THAI_TEXT._replace(arm="tuned") not in found
+    assert [what for what, _ in reader.left_out if "base" not in what] == ["thai_text wangchan tuned"]
+    write_report(tmp_path)
+    assert equal_flops(tmp_path) == ["no runs of two depths took as many operations"]
+
+
+def equal_flops(root: Path) -> list[str]:
+    """What the sentence on Thai text says of depths at equal FLOPs."""
+    told = verdicts(root)["thai_text"]["sentence"].partition(" At equal FLOPs")[2]
+    return re.split(r"; (?=4 loops)", told.partition(": ")[2].removesuffix("."))
 
 
 @pytest.mark.parametrize(
@@ -350,10 +335,16 @@ def test_the_english_set_beside_a_thai_one_is_that_cut_to_as_many_tokens(tmp_pat
     make_study(tmp_path, SOME, None)
     levels = {PAIR[1]: tuple(0.9 * np.exp(-x) for x in SOME)}
     for name, cut in cuts.items():
-        how = {"tasks": PAIR[1:], "dataset": name, "language": "en", "levels": levels}
-        fabricate.study(tmp_path, items=400, lines=2, **how)
-        for folder in tmp_path.glob(f"output/seed?/*{name}*"):
-            set_config(folder, max_tokens=cut)
+        how = {
+            "tasks": PAIR[1:],
+            "dataset": name,
+            "language": "en",
+            "levels": levels,
+            "items": 400,
+            "lines": 2,
+            "seed_sd": 0.003,
+        }
+        fabricate.study(tmp_path, **how, settings=dict.fromkeys(fabricate.DEPTHS, {"max_tokens": cut}))
     (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
     assert set(verdict.words.values()) == {"helps Thai" + word}
 
@@ -456,7 +447,7 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     broken(output / "seed1/exp3a-wangchan-ut2/config.yaml", "not a whole number", "total_ut_steps: many")
     broken(output / "seed1/exp3b-wangchan-ut3/config.yaml", "arm 'best' is unknown", "arm: best")
     broken(output / "seed2/exp3b-wangchan-ut3/manifest.json", "cannot be used", "{")
-    broken(output / "seed2/exp3b-wangchan-ut3/data_report.json", "not a JSON object", "[]")
+    broken(output / "seed2/exp3b-wangchan-ut3/data_report.json", "no object", "[]")
     items = results / "seed2/exp3b-wangchan-ut3/thai_text-ut3.items.jsonl"
     broken(items.with_name("thai_text-ut3.json"), f"{items}: a named pipe")
     pipe = broken(results / "seed2/exp3b-wangchan-ut3/thai_text-ut4.json", "named pipe")

@@ -54,8 +54,8 @@ def test_the_variance_is_that_of_scipys_bootstrap_over_whole_clusters_in_each_ex
     for _ in range(4000):
         rows = np.concatenate([rng.integers(0, cut, cut), rng.integers(cut, groups, groups - cut)])
         draws.append(above[rows].sum() / below[rows].sum())
-    clusters = np.repeat(np.arange(groups), cluster).tolist()
-    strata = np.repeat([0, 1], [cut * cluster, (groups - cut) * cluster]).tolist()
+    clusters = np.repeat(np.arange(groups), cluster)
+    strata = np.repeat([0, 1], [cut * cluster, (groups - cut) * cluster])
     made = stats.cell(bits.reshape(-1, 1), characters.reshape(-1), clusters, strata)
     assert len(made.parts) == groups and made.free == groups - 2
     np.testing.assert_allclose(np.sqrt((made.parts**2).sum()), np.std(draws), rtol=0.04)

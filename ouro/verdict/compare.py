@@ -41,15 +41,13 @@ def asked(item: dict) -> str:
 
 def compare_task(reader: Reader, one: Result, two: Result) -> dict:
     """What compare.md.j2 shows of a task: the difference, and the items in which it is largest."""
-    place = {identity: i for i, identity in enumerate(two.ids)}
-    here = [i for i, identity in enumerate(one.ids) if identity in place]
-    there = [place[one.ids[i]] for i in here]
-    shown = {"name": one.study["task"], "count": len(here)}
-    if not here:
+    asked_both = set(two.ids)
+    ids = [identity for identity in one.ids if identity in asked_both]
+    shown = {"name": one.study["task"], "count": len(ids)}
+    if not ids:
         return shown
-    values = [(r.numerators[rows], r.denominators[rows]) for r, rows in ((one, here), (two, there))]
-    clusters, strata = ([getattr(one, name)[i] for i in here] for name in ("clusters", "strata"))
-    first, second = (stats.cell(above[:, None], below, clusters, strata) for above, below in values)
+    one, two = one.take(ids), two.take(ids)
+    first, second = (stats.cell(r.numerators[:, None], r.denominators, one.clusters, one.strata) for r in (one, two))
     difference = second - first
     difference.trained = False  # of these two runs, whatever other seeds would do
     e, metric = stats.estimate([difference]), METRICS[one.study["metric"]]
@@ -59,14 +57,14 @@ def compare_task(reader: Reader, one: Result, two: Result) -> dict:
     shown["difference"] = f"{told[0]} [{told[1]}, {told[2]}]" if np.isfinite(half) else told[0]
     shown["p"] = float(e.p)
     shown["other_prompts"] = one.study["prompt_sha256"] != two.study["prompt_sha256"]
-    x, y = (above / np.maximum(below, 1e-9) for above, below in values)
+    x, y = (r.numerators / np.maximum(r.denominators, 1e-9) for r in (one, two))
     if one.study["metric"] == "accuracy":
         counts = [int(np.sum(((x > 0.5) == a) & ((y > 0.5) == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
         p = binomtest(counts[1], counts[1] + counts[2]).pvalue if counts[1] + counts[2] else 1.0
         shown |= {"right": counts, "mcnemar": p}
     lines = [{item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"))} for r in (one, two)]
     largest = np.argsort(-np.abs(y - x), kind="stable")[:EXAMPLES]
-    pairs = [[source[one.ids[here[i]]] for source in lines] for i in largest]
+    pairs = [[source[ids[i]] for source in lines] for i in largest]
     shown["examples"] = [(a["id"], asked(a), said(a), said(b)) for a, b in pairs]
     return shown
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ouro.verdict.page import fill
-from ouro.verdict.study import logged, progress
+from ouro.verdict.study import folders, logged, progress
 
 HERE, PORT = "127.0.0.1", 8765  # or any free port, where another program has this one
 LOOK, RELOAD, QUIET = 2, 20, 900  # seconds: between looks for what is new, and reloads; after the last change of a file
@@ -24,9 +24,9 @@ POINTS = 200  # of a curve
 def runs_now(output: Path) -> list[dict[str, str]]:
     """What the page shows of each run that has logged a step: those that are not complete first, then by age."""
     shown = []
-    files = filter(Path.is_file, [*output.glob("*/metrics.jsonl"), *output.glob("seed*/*/metrics.jsonl")])
-    for file in sorted(files, key=lambda file: ((file.parent / "completed").exists(), -changed(file))):
-        losses = [x for line in logged(file.parent) if math.isfinite(x := line.get("loss", math.nan))]
+    begun = [(name, folder) for name, folder in folders(output) if (folder / "metrics.jsonl").is_file()]
+    for name, folder in sorted(begun, key=lambda run: (done(run[1]), -changed(run[1] / "metrics.jsonl"))):
+        losses = [x for line in logged(folder) if math.isfinite(x := line.get("loss", math.nan))]
         if not losses:
             continue
         low, high = min(losses), max(losses)
@@ -34,17 +34,20 @@ def runs_now(output: Path) -> list[dict[str, str]]:
         points = (
             f"{i / max(len(drawn) - 1, 1):.4f},{(high - x) / ((high - low) or 1):.4f}" for i, x in enumerate(drawn)
         )
-        step, loss, rate, left = progress(file.parent)
-        done = (file.parent / "completed").exists()
-        ago = timedelta(seconds=round(max(0, time.time() - changed(file))))
-        state = "complete" if done else f"{left} left, {rate} tokens/s, last line {ago} ago"
+        step, loss, rate, left = progress(folder)
+        ago = timedelta(seconds=round(max(0, time.time() - changed(folder / "metrics.jsonl"))))
+        state = "complete" if done(folder) else f"{left} left, {rate} tokens/s, last line {ago} ago"
         told = f"step {step}, loss {loss} (first {losses[0]:.4f}), {state}"
-        shown.append({"name": file.parent.relative_to(output).as_posix(), "told": told, "points": " ".join(points)})
+        shown.append({"name": name, "told": told, "points": " ".join(points)})
     return shown
 
 
+def done(folder: Path) -> bool:
+    return (folder / "completed").exists()
+
+
 def changed(file: Path) -> float:
-    """When it was last written; 0 of one that has just been replaced or deleted."""
+    """When it was last written; 0 of one that is not there, or has just been replaced."""
     with suppress(OSError):
         return file.stat().st_mtime
     return 0
@@ -52,8 +55,8 @@ def changed(file: Path) -> float:
 
 def inputs(output: Path, results: Path) -> dict[Path, float]:
     """What the report is made of, as far as it is complete, and when each file was written."""
-    finished, scored = ("*/completed", "seed*/*/completed"), ("*/*-ut*.json", "seed*/*/*-ut*.json")
-    files = [f for root, patterns in ((output, finished), (results, scored)) for p in patterns for f in root.glob(p)]
+    files = [folder / "completed" for _, folder in folders(output)]
+    files += [file for _, folder in folders(results) for file in folder.glob("*-ut*.json")]
     return {file: changed(file) for file in files}
 
 
@@ -67,8 +70,8 @@ class Page(BaseHTTPRequestHandler):
         else:
             output, results = self.server.places
             page = fill("report.html", **self.server.content | {"live": runs_now(output)}).encode()
-            logs = [*output.glob("*/metrics.jsonl"), *output.glob("seed*/*/metrics.jsonl")]
-            last = max([0, *map(changed, logs), *inputs(output, results).values()])
+            logs = [changed(folder / "metrics.jsonl") for _, folder in folders(output)]
+            last = max([0, *logs, *inputs(output, results).values()])
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(page)))

@@ -7,10 +7,10 @@ Nothing is chosen by majority. What does not count is left out with a reason (`R
 runs were trained or measured unlike, neither counts until the settings that do are named.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from ouro.evaluate.benchmarks import LANGUAGES
@@ -18,7 +18,7 @@ from ouro.files import read_yaml
 from ouro.settings import DATASETS, EXPERIMENTS, LEARNING
 from ouro.verdict import stats
 from ouro.verdict.stats import ALPHA, Cell, Estimate
-from ouro.verdict.study import ASPECTS, BASE, METRICS, Metric, Reader, Result, Run
+from ouro.verdict.study import ASPECTS, BASE, BY_ITEM, METRICS, Metric, Reader, Result, Run
 
 import numpy as np
 from scipy.special import stdtrit
@@ -49,23 +49,15 @@ class Key(NamedTuple):
 class Panel:
     """One benchmark and the adapters of one training set, and the base: cells by (trained depth, depth read), of which
     the base's trained depth is None. Their values are better when higher: minus the logarithm of bits per character,
-    a share of right answers, or a rating.
+    a share of right answers, or a rating. Items, passages and exams are those of the first result."""
 
-    ids: the items that count, in their order; clusters: their passages (default: as the results say)."""
-
-    def __init__(self, results: list[Result], ids: list[str] | None = None, clusters: list | None = None):
+    def __init__(self, results: list[Result]):
         first = results[0]
-        self.results, self.study = results, first.study
-        self.ids = ids or first.ids
-        place = {identity: i for i, identity in enumerate(first.ids)}
-        rows = [place[identity] for identity in self.ids]
-        self.golds = [first.golds[i] for i in rows]
-        self.clusters = clusters or [first.clusters[i] for i in rows]
-        self.strata = [first.strata[i] for i in rows]
+        self.results, self.study, self.ids = [result.take(first.ids) for result in results], first.study, first.ids
         self.metric: Metric = METRICS[self.study["metric"]]
         self.language = self.study.get("language") or "th"  # of the training set
         groups = defaultdict(list)
-        for result in sorted(results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"], r.study["run"])):
+        for result in sorted(self.results, key=lambda r: (r.trained or 0, r.study["total_ut_steps"], r.study["run"])):
             groups[result.trained, result.study["total_ut_steps"]].append(result)
         self.cells = {key: self.cell(group) for key, group in groups.items()}
         self.sources = {key: [result.study for result in group] for key, group in groups.items()}
@@ -79,13 +71,9 @@ class Panel:
         return len(self.ids)
 
     def cell(self, group: list[Result]) -> Cell:
-        columns = []
-        for result in group:
-            place = {identity: i for i, identity in enumerate(result.ids)}
-            order = [place[identity] for identity in self.ids]
-            columns.append((result.numerators[order], result.denominators[order]))
-        above, below = (np.stack(column, 1) for column in zip(*columns, strict=True))
-        made = stats.cell(above, below, self.clusters, self.strata, self.metric.log)
+        above, below = (np.stack(x, 1) for x in ([r.numerators for r in group], [r.denominators for r in group]))
+        first = self.results[0]
+        made = stats.cell(above, below, first.clusters, first.strata, self.metric.log)
         made.trained = group[0].trained is not None
         return made if self.study["higher_is_better"] else -made
 
@@ -274,13 +262,13 @@ def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Ke
 
 def pool(one: Panel, other: Panel, left_out: list) -> Panel | None:
     """The items of two benchmarks as those of one. None, which is noted, where some run was not scored on both."""
-    parts = [{(r.study["run"], r.study["total_ut_steps"]): r for r in panel.results} for panel in (one, other)]
-    scored = [{place for place, r in part.items() if r.trained is not None} for part in parts]
+    there = {result.place: result for result in other.results}
+    scored = [{result.place for result in panel.results if result.trained is not None} for panel in (one, other)]
     if scored[0] != scored[1]:
         odd = ", ".join(sorted({run for run, _ in scored[0] ^ scored[1]}))
         left_out.append((" and ".join(EXAMS), f"not pooled: {odd}: scored on one of them, or not at the same depths"))
         return None
-    return Panel([pool_results(result, parts[1][place]) for place, result in parts[0].items() if place in parts[1]])
+    return Panel([pool_results(result, there[result.place]) for result in one.results if result.place in there])
 
 
 def pool_results(*both: Result) -> Result:
@@ -290,39 +278,38 @@ def pool_results(*both: Result) -> Result:
     study["unparsed"] = sum(s.get("unparsed") or 0 for s in studies)
     if all(s.get("chance") for s in studies):
         study["chance"] = sum(s["chance"] * len(r.ids) for s, r in zip(studies, both, strict=True)) / count
-    names = {
-        name: [f"{r.study['task']} {label}" for r in both for label in getattr(r, name)]
-        for name in ("ids", "clusters", "strata")
-    }
-    values = {name: np.concatenate([getattr(r, name) for r in both]) for name in ("numerators", "denominators")}
-    return Result(study, both[0].path, golds=[gold for r in both for gold in r.golds], **names, **values)
+    tasks = [f"{study['task']} " for study in studies]  # before each label: both may have a passage 1
+    joined = {name: np.concatenate([getattr(r, name) for r in both]) for name in BY_ITEM}
+    for name in ("clusters", "strata"):
+        joined[name] = np.concatenate([task + getattr(r, name) for task, r in zip(tasks, both, strict=True)])
+    ids = [task + identity for task, r in zip(tasks, both, strict=True) for identity in r.ids]
+    return Result(study, both[0].path, ids, **joined)
 
 
-def numbers(ids: Iterable[str]) -> dict[str, str]:
-    """By what is the same in both languages, the number after the last dash, an item's id."""
-    return {identity.rpartition("-")[2]: identity for identity in ids}
+def numbers(panel: Panel) -> dict[str, str]:
+    """An item's id by what is the same in both languages: the number after its last dash."""
+    return {identity.rpartition("-")[2]: identity for identity in panel.ids}
 
 
 def paired(thai: Panel, english: Panel, left_out: list) -> tuple[Panel, Panel] | None:
     """Both on the items that stand in both languages, in one order and in the Thai items' passages.
 
     None, which is noted: the right answers of items of one number differ, so that the files are of different orders."""
-    here, there = numbers(thai.ids), numbers(english.ids)
+    here, there = numbers(thai), numbers(english)
     same = [number for number in here if number in there]
-    place = {identity: i for i, identity in enumerate(thai.ids)}
-    rows = [place[here[number]] for number in same]
-    clusters = [thai.clusters[i] for i in rows]
-    both = (
-        Panel(thai.results, [here[number] for number in same], clusters),
-        Panel(english.results, [there[number] for number in same], clusters),
+    of_thai, of_english = (
+        [result.take([ids[number] for number in same]) for result in panel.results]
+        for panel, ids in ((thai, here), (english, there))
     )
     choices = thai.study["metric"] == "accuracy"  # texts have no right answer
-    agree = sum(a == b and (a is not None or not choices) for a, b in zip(both[0].golds, both[1].golds, strict=True))
+    golds = zip(of_thai[0].golds, of_english[0].golds, strict=True)
+    agree = sum(a == b and (a is not None or not choices) for a, b in golds)
     if agree < len(same) or not same:
         why = f"not compared: {agree} of {len(same)} items of one number have the same right answer"
         left_out.append((f"{thai.study['task']} and {english.study['task']}", why))
         return None
-    return both
+    passages = of_thai[0].clusters
+    return Panel(of_thai), Panel([dataclasses.replace(result, clusters=passages) for result in of_english])
 
 
 def gaps(found: dict[Key, Panel], left_out: list) -> dict[Key, tuple[Panel, Panel]]:
@@ -332,9 +319,8 @@ def gaps(found: dict[Key, Panel], left_out: list) -> dict[Key, tuple[Panel, Pane
         english = found.get(key._replace(task=LANGUAGES[1]))
         if key.task != LANGUAGES[0] or english is None:
             continue
-        asked = [{(r.study["run"], r.study["total_ut_steps"]) for r in panel.results} for panel in (thai, english)]
-        both = asked[0] & asked[1]
-        kept = [[r for r in p.results if (r.study["run"], r.study["total_ut_steps"]) in both] for p in (thai, english)]
+        both = {result.place for result in thai.results} & {result.place for result in english.results}
+        kept = [[result for result in panel.results if result.place in both] for panel in (thai, english)]
         if both and (pair := paired(Panel(kept[0]), Panel(kept[1]), left_out)):
             made[key] = pair
     return made

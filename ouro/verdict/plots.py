@@ -16,7 +16,7 @@ from pathlib import Path
 from ouro.files import write_atomic
 from ouro.verdict.panels import STUDY, Key, Panel, gain_or_change
 from ouro.verdict.rule import Test, Verdict
-from ouro.verdict.stats import Estimate
+from ouro.verdict.stats import ALPHA, Estimate
 from ouro.verdict.study import ASPECTS, TEXTS, Metric, Run, depth_text
 
 import matplotlib
@@ -78,16 +78,13 @@ def grid_of(count: int, height: float = 2.3) -> tuple[Figure, list]:
     return figure, list(axes.flat[:count])
 
 
-def bars(axis, metric: Metric, x, estimates: list[Estimate], levels: list[float] | None = None, **style) -> None:
-    """Differences with their intervals (of 95 %, or at these levels); without, where none is known."""
-    halves = [float(e.half(*at)) for e, *at in zip(estimates, *([levels] if levels else []), strict=True)]
-    halves = [half if np.isfinite(half) else 0.0 for half in halves]
-    values = [float(e.value) for e in estimates]
-    low, value, high = (
-        [metric.shown(v + side * half) for v, half in zip(values, halves, strict=True)] for side in (-1, 0, 1)
-    )
-    ends = np.maximum(np.subtract(value, low), 0), np.maximum(np.subtract(high, value), 0)
-    axis.errorbar(x, value, ends, capsize=2.5, elinewidth=1, **style)
+def bar(axis, metric: Metric, x: float, e: Estimate, level: float = ALPHA, **style) -> None:
+    """A difference with its interval (of 95 %, or at this level); without, where none is known."""
+    value, half = float(e.value), float(e.half(level))
+    half = half if np.isfinite(half) else 0.0
+    low, value, high = (metric.shown(value + side * half) for side in (-1, 0, 1))
+    ends = [[max(value - low, 0)], [max(high - value, 0)]]
+    axis.errorbar(x, value, ends, ls="none", capsize=2.5, elinewidth=1, **style)
 
 
 def level_bars(axis, panel: Panel, x, cells: list, **style) -> None:
@@ -113,8 +110,8 @@ def worth(tests: list[Test]) -> Figure | None:
         axis.axhline(0, color=GREY, ls="--", lw=1)
         for test in mine:
             hollow = {"mfc": "none"} if test.quantity == "X" else {}
-            place = [test.depth + (0.15 if test.quantity == "X" else 0)]
-            bars(axis, metric, place, [test.estimate], [test.level], **look(test.depth) | hollow, ls="none")
+            place = test.depth + (0.15 if test.quantity == "X" else 0)
+            bar(axis, metric, place, test.estimate, test.level, **look(test.depth) | hollow)
         depths = sorted({test.depth for test in mine})
         names = {"U": "on Thai", "X": "on Thai more than on English"}
         names = {name: "none" if q == "X" else GREY for q, name in names.items() if q in {t.quantity for t in mine}}
@@ -135,7 +132,7 @@ def gain(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | No
     figure, axes = grid_of(len(chosen))
     for axis, (panel, gains) in zip(axes, chosen, strict=True):
         for k, e in gains.items():
-            bars(axis, panel.metric, [k], [e], **look(k), ls="none")
+            bar(axis, panel.metric, k, e, **look(k))
         if len(gains) > 1:
             values = [panel.metric.shown(float(e.value)) for e in gains.values()]
             axis.plot(list(gains), values, color=GREY, lw=0.8, zorder=0)

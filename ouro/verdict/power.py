@@ -6,6 +6,7 @@ two aspects at four depths, Thai- and English-trained adapters, what English is 
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import product
 
 from ouro.verdict import stats
 from ouro.verdict.panels import STUDY, Key, Panel
@@ -104,20 +105,18 @@ def plans(found: dict[Key, Panel]) -> Iterator[dict[str, str]]:
     choices = {aspect: (known[aspect],) if aspect in known else some for aspect, some in ASSUMED.items()}
     for aspect, some in choices.items():
         metric = METRICS["accuracy" if aspect == "thai_exams" else "bits_per_character"]
-        for s in some:
-            for items in PLANS[aspect]:
-                for seeds in (3, 5):
-                    spreads = {other: each[0] for other, each in choices.items()} | {aspect: s}
-                    counts = {other: count[0] for other, count in PLANS.items()} | {aspect: items}
-                    family = Family(simulate(spreads, seeds, counts))
-                    yield {
-                        "aspect": ASPECTS[aspect],
-                        "spread of runs": f"{metric.size(s.seed)} ({s.source})",
-                        "items": f"{items:,}",
-                        "seeds": str(seeds),
-                        "worth (U)": metric.size(family.smallest(("U", aspect, 4), metric)),
-                        "beside English (X)": metric.size(family.smallest(("X", aspect, 4), metric)),
-                    }
+        for s, items, seeds in product(some, PLANS[aspect], (3, 5)):
+            spreads = {other: each[0] for other, each in choices.items()} | {aspect: s}
+            counts = {other: count[0] for other, count in PLANS.items()} | {aspect: items}
+            family = Family(simulate(spreads, seeds, counts))
+            yield {
+                "aspect": ASPECTS[aspect],
+                "spread of runs": f"{metric.size(s.seed)} ({s.source})",
+                "items": f"{items:,}",
+                "seeds": str(seeds),
+                "worth (U)": metric.size(family.smallest(("U", aspect, 4), metric)),
+                "beside English (X)": metric.size(family.smallest(("X", aspect, 4), metric)),
+            }
 
 
 def curves() -> Figure:
@@ -126,7 +125,7 @@ def curves() -> Figure:
     effects = np.linspace(0, 0.12, 25)
     with matplotlib.rc_context(STYLE):
         figure, axes = grid_of(2)
-        for s, seeds in ((s, seeds) for s in ASSUMED["thai_text"] for seeds in (3, 5)):
+        for s, seeds in product(ASSUMED["thai_text"], (3, 5)):
             spreads = {"thai_text": s, "thai_exams": ASSUMED["thai_exams"][0]}
             family = Family(simulate(spreads, seeds, {aspect: counts[0] for aspect, counts in PLANS.items()}))
             for axis, quantity in zip(axes, "UX", strict=True):

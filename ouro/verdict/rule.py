@@ -24,7 +24,7 @@ from ouro.verdict.panels import (
     why_unlike,
 )
 from ouro.verdict.stats import ALPHA, SEEDS, Estimate
-from ouro.verdict.study import ASPECTS, BASE, TEXTS, Metric, Reader, Result, Run, depth_text
+from ouro.verdict.study import ASPECTS, BASE, TEXTS, Metric, Reader, Run, depth_text
 
 import numpy as np
 
@@ -100,18 +100,13 @@ def at_depths(depths: list[int]) -> str:
 
 def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], rests: str) -> Test:
     """panel: whose items they are, of adapters trained on Thai."""
-    study = panel.study
-    aspect, clusters = study["aspect"], len(cells[0].parts)
-    dataset, found = str(adapters(panel)[0].study["dataset"]), stats.estimate(cells)
+    study, found, clusters = panel.study, stats.estimate(cells), len(cells[0].parts)
     if not panel.metric.log:
         # The spread of a few items that are all answered alike is zero, and says nothing: as if in two more clusters
         # the models differed by half an answer, once to either side (Agresti & Min 2005).
         found.items = np.maximum(found.items, 1 / (clusters + 2) ** 2)
-    return Test(quantity, aspect, dataset, depth, panel.metric, found, panel.items, clusters, study["task"], rests)
-
-
-def adapters(panel: Panel) -> list[Result]:
-    return [result for result in panel.results if result.trained is not None]
+    whose = quantity, study["aspect"], str(study["dataset"]), depth, panel.metric
+    return Test(*whose, found, panel.items, clusters, study["task"], rests)
 
 
 def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, Run]) -> tuple[Panel | None, str]:
@@ -119,16 +114,13 @@ def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, 
 
     They are those cut to as many tokens as it (`max_tokens`); if none is cut to those of a Thai set, the only ones."""
     there = [p for k, p in found.items() if k.task == task and k[2:] == key[2:] and p.adapted and p.language == "en"]
-    cuts = [str(runs[adapters(panel)[0].study["run"]].config.get("max_tokens")) for panel in there]
-    there = [p for p, cut in zip(there, cuts, strict=True) if cut == key.dataset] or [
-        p for p, cut in zip(there, cuts, strict=True) if cut == "None" or cut.isdecimal()
-    ]
+    cuts = [(p, str(runs[p.study["run"]].config.get("max_tokens"))) for p in there]
+    there = [p for p, cut in cuts if cut == key.dataset] or [p for p, cut in cuts if cut == "None" or cut.isdecimal()]
     if len(there) != 1:
         return None, "adapters trained on as much English"
     thai, (english,) = found[key], there
     settings = {}
-    for panel in (thai, english):
-        study = adapters(panel)[0].study
+    for study in (thai.study, english.study):
         told = trained_as(runs[study["run"]]) | {name: str(study.get(name)) for name in MEASURED_ALIKE[:4]}
         settings[study["run"]] = {k: v for k, v in told.items() if k not in ("data report", "max_tokens")}
     if why := unlike(settings):
@@ -169,10 +161,12 @@ def judge(tests: list[Test]) -> None:
             test.smallest = test.estimate.detectable(level, test.metric.margin)
 
 
-def word_of(worth: Test, beside: Test | None) -> str:
-    """The words of a depth, of U and X."""
-    word = WORDS["thai"][worth.word]
-    if worth.word == "more":
+def word_of(test: Test, beside: Test | None) -> str:
+    """The words of a depth: of F, or of U and X."""
+    if test.quantity == "F":
+        return WORDS["english"][test.word]
+    word = WORDS["thai"][test.word]
+    if test.word == "more":
         return word + WORDS["beside"][beside.word if beside else "not measured"]
     return word + (WORDS["apart"][beside.word] if beside and beside.word in WORDS["apart"] else "")
 
@@ -187,22 +181,20 @@ def grouped(words: dict[int, str]) -> str:
 
 def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
     """Seeds, tokens and training FLOPs of the runs, by depth where they differ."""
-    sources = {k: [study for study in panel.sources[k, k] if study["run"] in runs] for k in depths}
-    told = [f"training runs (seeds) {by_depth({k: str(len(panel.sources[k, k])) for k in depths})}"]
-    for name in ("tokens", "FLOPs"):
-        means = {}
-        for k, studies in sources.items():
-            mine = [runs[s["run"]] for s in studies]
-            values = [run.tokens if name == "tokens" else run.flops(s) for run, s in zip(mine, studies, strict=True)]
-            if values and all(value and math.isfinite(value) for value in values):
-                mean = float(np.mean(values))
-                means[k] = (
-                    f"{mean / 1e6:{',.1f' if mean > 1e6 else '.2g'}} million"
-                    if name == "tokens"
-                    else f"{mean:.3g}".replace("e+", "e")
-                )
-        told += [f"{name} a run {by_depth(means)}"] if means else []
-    return "; ".join(told)
+    made = {k: [(runs[study["run"]], study) for study in panel.sources[k, k] if study["run"] in runs] for k in depths}
+    tokens = known_means({k: [run.tokens for run, _ in mine] for k, mine in made.items()})
+    flops = known_means({k: [run.flops(study) for run, study in mine] for k, mine in made.items()})
+    told = {
+        "training runs (seeds)": {k: str(len(panel.sources[k, k])) for k in depths},
+        "tokens a run": {k: f"{x / 1e6:{',.1f' if x > 1e6 else '.2g'}} million" for k, x in tokens.items()},
+        "FLOPs a run": {k: f"{x:.3g}".replace("e+", "e") for k, x in flops.items()},
+    }
+    return "; ".join(f"{name} {by_depth(texts)}" for name, texts in told.items() if texts)
+
+
+def known_means(values: dict[int, list[float | None]]) -> dict[int, float]:
+    """By depth; without the depths of which some run's value is not known."""
+    return {k: float(np.mean(x)) for k, x in values.items() if x and all(v and math.isfinite(v) for v in x)}
 
 
 def by_depth(texts: dict[int, str]) -> str:
@@ -221,8 +213,7 @@ def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
     for many, one in ((found[arm], found[key]), (found[key], found[arm]), (found[arm], found[arm])):
         for k in (depth for depth in many.trained if depth > 1):
             mine = [r for r in many.results if r.trained == k] + [r for r in one.results if r.trained == 1]
-            panel = Panel(mine)
-            if not panel.depths() or why_unlike(arm, mine, runs):
+            if why_unlike(arm, mine, runs) or not (panel := Panel(mine)).depths():
                 continue
             costs = [[runs[s["run"]].flops(s) or np.nan for s in panel.sources[depth, depth]] for depth in (1, k)]
             if abs(np.mean(costs[1]) / np.mean(costs[0]) - 1) <= AS_MANY:
@@ -250,42 +241,32 @@ def no_comparison(aspect: str, dataset: str, why: str, missing: list[str]) -> Ve
     return Verdict(aspect, dataset, {}, WORDS["no comparison"], why, missing)
 
 
-def on_thai(aspect: str, key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
-    """A Thai aspect's verdict, of tests that were judged."""
+def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
+    """An aspect's verdict, of tests that were judged. English is set against the base, Thai against one loop."""
+    aspect, english = panel.study["aspect"], panel.study["aspect"] == "english"
     missing = what_is_missing(panel) + ([lacks] if lacks else [])
-    worth, beside = ({t.depth: t for t in tests if t.quantity == quantity} for quantity in "UX")
-    if not worth:
-        return no_comparison(aspect, key.dataset, "Adapters trained at 1 loop and at more are needed.", missing)
-    words = {k: word_of(test, beside.get(k)) for k, test in worth.items()}
+    if english:
+        without = [k for k in panel.trained if k not in panel.base and (k, k) in panel.adapted]
+        missing += [f"the base at {depth_text(k)}" for k in without]
+    own, beside = ({t.depth: t for t in tests if (t.quantity == "X") == x} for x in (False, True))
+    if not own:
+        needed = "The base at the adapters' depths is" if english else "Adapters trained at 1 loop and at more are"
+        return no_comparison(aspect, key.dataset, f"{needed} needed.", missing)
+    words = {k: word_of(test, beside.get(k)) for k, test in own.items()}
     told = []
-    for k, test in worth.items():
+    for k, test in own.items():
         told.append(f"{depth_text(k)} {test.text()}{test.remark()}")
         if k in beside:
             told[-1] += f", beside English {beside[k].text()}{beside[k].remark()}"
-    first = next(iter(worth.values()))
+    first = next(iter(own.values()))
     rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles); {first.rests}"
     if beside:
         also = next(iter(beside.values()))
         rests += f"; in both languages: {also.task}, {also.items} items in {also.clusters} clusters"
         rests += f"; trained on English: {also.rests}"
-    sentence = f"Against 1 loop: {'; '.join(told)}. Rests on {rests}.{equal_flops(found, key, reader.runs)}"
+    sentence = f"Against {'the base' if english else '1 loop'}: {'; '.join(told)}. Rests on {rests}."
+    sentence += "" if english else equal_flops(found, key, reader.runs)
     return Verdict(aspect, key.dataset, words, grouped(words), sentence, missing, tests)
-
-
-def on_english(key: Key, panel: Panel, tests: list[Test]) -> Verdict:
-    """What training on Thai did to English, of tests that were judged."""
-    missing = what_is_missing(panel) + [
-        f"the base at {depth_text(k)}" for k in panel.trained if k not in panel.base and (k, k) in panel.adapted
-    ]
-    if not tests:
-        return no_comparison("english", key.dataset, "The base at the adapters' depths is needed.", missing)
-    words = {test.depth: WORDS["english"][test.word] for test in tests}
-    told = "; ".join(f"{depth_text(test.depth)} {test.text()}{test.remark()}" for test in tests)
-    first = tests[0]
-    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles); {first.rests}"
-    return Verdict(
-        "english", key.dataset, words, grouped(words), f"Against the base: {told}. Rests on {rests}.", missing, tests
-    )
 
 
 def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
@@ -297,14 +278,13 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
     asked = {(k.dataset, p.study["aspect"]): (k, p) for k, p in study.items() if p.study.get("primary")}
     tests, lacks = {}, dict.fromkeys(asked, "")
     for place, (key, panel) in asked.items():
-        aspect = place[1]
-        if aspect == "english":
+        english = (aspect := place[1]) == "english"
+        if english:
             cells = {k: [gain] for k in panel.trained if (gain := panel.gain_cell(k, k))}
         else:
             cells = {k: panel.worth_cells(k) for k in panel.depths()}
-        quantity = "F" if aspect == "english" else "U"
-        rests = spent(panel, list(cells if aspect == "english" else [1, *cells]), reader.runs) if cells else ""
-        tests[place] = [make_test(quantity, panel, k, mine, rests) for k, mine in cells.items()]
+        rests = spent(panel, [*cells] if english else [1, *cells], reader.runs) if cells else ""
+        tests[place] = [make_test("F" if english else "U", panel, k, mine, rests) for k, mine in cells.items()]
         if aspect in PARALLEL:
             more, lacks[place] = beside_english(reader, found, key, aspect)
             tests[place] += more
@@ -312,14 +292,11 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
     made = []
     for place in ((dataset, aspect) for dataset in datasets for aspect in ASPECTS):
         dataset, aspect = place
-        if place in asked and aspect == "english":
-            made.append(on_english(*asked[place], tests[place]))
-        elif place in asked:
-            made.append(on_thai(aspect, *asked[place], tests[place], found, reader, lacks[place]))
-        elif aspect == "thai_conversation" and reader.answers and dataset == datasets[0]:
-            why = "There are answers, and no ratings of them."
-            made.append(no_comparison(aspect, dataset, why, ["ratings (tools/judge.py)"]))
+        if place in asked:
+            made.append(verdict_of(*asked[place], tests[place], found, reader, lacks[place]))
         elif dataset == datasets[0]:
-            why = "No adapted model that counts was scored on its benchmark."
-            made.append(no_comparison(aspect, dataset, why, ["adapted models"]))
+            why, lack = "No adapted model that counts was scored on its benchmark.", "adapted models"
+            if aspect == "thai_conversation" and reader.answers:
+                why, lack = "There are answers, and no ratings of them.", "ratings (tools/judge.py)"
+            made.append(no_comparison(aspect, dataset, why, [lack]))
     return made

@@ -8,6 +8,7 @@ are *strata*. Training runs add a second source of chance, the seed; `estimate` 
 import dataclasses
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit  # the quantile of Student's t, ten times as fast as scipy.stats.t
 
 ALPHA, POWER = 0.05, 0.8
@@ -33,16 +34,14 @@ class Cell:
         return Cell(-self.values, -self.parts, self.free, self.trained)
 
 
-def numbered(labels: list) -> np.ndarray:
-    """(len(labels),): a number a label, from 0 in the order in which they come."""
-    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return np.array([known[label] for label in labels], int)
-
-
 def cell(
-    above: np.ndarray, below: np.ndarray, clusters: list | None = None, strata: list | None = None, log: bool = False
+    above: np.ndarray,
+    below: np.ndarray,
+    clusters: np.ndarray | None = None,
+    strata: np.ndarray | None = None,
+    log: bool = False,
 ) -> Cell:
-    """above: (items, seeds, …); below: (items,) or like above; clusters, strata: a label an item.
+    """above: (items, seeds, …); below: (items,) or like above; clusters, strata: a label an item, (items,).
 
     The variance is that of the bootstrap which draws whole clusters in each stratum, in its linear form: it needs no
     draws, so that the same files give the same digits (clustered standard errors, Miller 2024, arXiv 2411.00640)."""
@@ -52,10 +51,10 @@ def cell(
     parts = (above - value * below) / below.sum(0)
     if log:
         value, parts = np.log(value), parts / value
-    cluster = numbered(clusters) if clusters else np.arange(items)
+    cluster = np.arange(items) if clusters is None else pd.factorize(clusters)[0]
     order = np.argsort(cluster, kind="stable")
     starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
-    stratum = numbered(strata)[order][starts] if strata else np.zeros(len(starts), int)
+    stratum = np.zeros(len(starts), int) if strata is None else pd.factorize(strata)[0][order][starts]
     if len(starts) < items:
         parts = np.add.reduceat(parts[order], starts)
     counts = np.bincount(stratum)

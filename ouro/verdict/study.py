@@ -17,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ouro.files import UserError, file_sha256, read_yaml, regular
+from ouro.evaluate.results import FORMAT
+from ouro.files import UserError, file_sha256, read_json, read_yaml, regular
 from ouro.settings import ARMS
 
 import numpy as np
 
-FORMAT = 1
 LARGEST = 512 << 20  # bytes of a file of JSON lines; a run of 3,000 log lines has one million
 BASE = "base model"
 SMALL = 1e8  # operations a token; Ouro-2.6B does 5e9 in one loop
@@ -66,6 +66,7 @@ METRICS = {
 }
 NEEDED = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
           "prompt_sha256", "judge", "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better")  # fmt: skip
+BY_ITEM = ("numerators", "denominators", "golds", "clusters", "strata")  # arrays of a Result
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
 
 
@@ -142,14 +143,27 @@ class Result:
     ids: list[str]
     numerators: np.ndarray
     denominators: np.ndarray
-    golds: list
-    clusters: list
-    strata: list
+    golds: np.ndarray
+    clusters: np.ndarray
+    strata: np.ndarray
 
     @property
     def trained(self) -> int | None:
         """The depth that an adapted model was trained at; None: the base."""
         return self.study["trained_ut_steps"] if self.study["kind"] == "adapter" else None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The model, and the depth it was read at."""
+        return self.study["run"], self.study["total_ut_steps"]
+
+    def take(self, ids: list[str]) -> "Result":
+        """The same of these items alone, in this order."""
+        if ids == self.ids:
+            return self
+        place = {identity: i for i, identity in enumerate(self.ids)}
+        rows = [place[identity] for identity in ids]
+        return dataclasses.replace(self, ids=ids, **{name: getattr(self, name)[rows] for name in BY_ITEM})
 
 
 def read_config(path: Path) -> dict:
@@ -161,11 +175,9 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_object(path: Path) -> dict:
-    content = json.loads(regular(path).read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content
+def folders(root: Path) -> list[tuple[str, Path]]:
+    """(name, folder) of the runs, or of their results, in a folder: <run> and seed<n>/<run>."""
+    return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
 
 class Reader:
@@ -173,13 +185,10 @@ class Reader:
 
     def __init__(self, output: Path, results: Path):
         self.left_out: list[tuple[str, str]] = []
-        self.runs = {run.name: run for run in (self.run(*named) for named in self.folders(output)) if run}
+        self.runs = {run.name: run for run in (self.run(*named) for named in folders(output)) if run}
         self.answers: list[tuple[dict, Path]] = []  # of generated conversations, rated or not
-        files = [path for _, folder in self.folders(results) for path in sorted(folder.glob("*-ut*.json"))]
+        files = [path for _, folder in folders(results) for path in sorted(folder.glob("*-ut*.json"))]
         self.results: list[Result] = [r for r in (self.attempt(path, self.result, None) for path in files) if r]
-
-    def folders(self, root: Path) -> list[tuple[str, Path]]:
-        return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
     def attempt(self, path: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
         """What `read` makes of a file; `otherwise` if there is none, or one that cannot be used, which is noted."""
@@ -223,13 +232,11 @@ class Reader:
             return None
         log, held_out = self.attempt(metrics, self.log, ({key: np.array([]) for key in LOGGED}, []))
         settings = self.attempt(config, read_config, {})
-        manifest, data = (
-            self.attempt(folder / f"{file}.json", read_object, {}) for file in ("manifest", "data_report")
-        )
+        manifest, data = (self.attempt(folder / f"{file}.json", read_json, {}) for file in ("manifest", "data_report"))
         return Run(name, folder, settings, manifest, data, log, held_out, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
-        study = read_object(path)["study"]
+        study = json.loads(regular(path).read_bytes())["study"]
         if study.get("format") != FORMAT:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
         for key in NEEDED:
@@ -258,16 +265,16 @@ class Reader:
         depths = ("total_ut_steps", "trained_ut_steps") if study["kind"] == "adapter" else ("total_ut_steps",)
         if not all(isinstance(study[key], int) for key in depths):
             raise ValueError("a depth is not a whole number")
+        golds = [row.get("gold") for row in rows]
         clusters = [str(row.get("cluster", row["id"])) for row in rows]
         strata = [str(row.get("stratum")) for row in rows]
-        return Result(study, path, ids, above, below, [row.get("gold") for row in rows], clusters, strata)
+        return Result(study, path, ids, above, below, *(np.array(x, object) for x in (golds, clusters, strata)))
 
 
 def logged(folder: Path) -> list[dict]:
     """The complete lines of a run's metrics.jsonl; the last may just be written."""
-    return [
-        json.loads(line) for line in regular(folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
-    ]
+    whole, _, _ = regular(folder / "metrics.jsonl").read_bytes().rpartition(b"\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def progress(folder: Path) -> tuple[str, str, str, str]:
@@ -291,12 +298,12 @@ def depth_text(depth: int) -> str:
     return "1 loop" if depth == 1 else f"{depth} loops"
 
 
-def conversations(reader: Reader, count: int = 2) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(who, reply)]) of the first conversations: each model at the depth it was trained at, one seed."""
+def conversations(reader: Reader) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, [(who, reply)]) of the first two conversations: each model at the depth it was trained at, one seed."""
 
     def first_turns(path: Path) -> list[dict]:
         with open(regular(path), "rb") as file:
-            return [json.loads(line)["turns"][0] for line in islice(file, count)]
+            return [json.loads(line)["turns"][0] for line in islice(file, 2)]
 
     asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
     seen = set()
