@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import train_qlora
@@ -23,23 +24,16 @@ from ouro.train import processes, run_folder, stopping, trainer
 import pytest
 import torch
 from conftest import PATIENCE
-from helpers import (
-    ROOT,
-    SMALL,
-    assert_same_run,
-    metrics,
-    repeatable,
-    resolved,
-    trained,
-    write_jsonl,
-)
+from helpers import ROOT, SMALL, assert_same_run, metrics, repeatable, resolved, trained, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 SIX = ["--total_ut_steps", "1", "--rows_per_step", "2", "--pass_tokens", "500", "--eval_rows", "2", "--max_steps", "6"]
 SIX += ["--save_steps", "2", "--logging_steps", "2", "--eval_steps", "3"]
-STATE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+ROWS = [
+    {"prompt": f"question {n}", "completion": " ".join(f"{n}th answer, part {i}" for i in range(9))} for n in range(11)
+]
 # A process takes 10 s to import all this. These come from a server that has, but has computed nothing; train_qlora.py
 # itself they run afresh, as a user types it.
 FORKS = multiprocessing.get_context("forkserver")
@@ -66,37 +60,21 @@ def run_script(argv: list[str], output: str) -> None:
     runpy.run_path("train_qlora.py", run_name="__main__")
 
 
-class Script:
-    """`python train_qlora.py` for six steps into `folder`, in a process of its own."""
-
-    def __init__(self, folder: Path, *argv: str):
-        self.output = folder.parent / f"output-{time.monotonic_ns()}.txt"
-        self.output.touch()
-        argv = latest([*SMALL, *SIX, "--output_dir", str(folder), *argv])
-        self.process = FORKS.Process(target=run_script, args=(argv, str(self.output)))
-        self.process.start()
-
-    @property
-    def printed(self) -> str:
-        return self.output.read_text()
-
-    def wait(self, condition) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.is_alive() and time.monotonic() < end, self.printed
-            time.sleep(0.0005)
-
-    def code(self) -> int:
-        self.process.join(PATIENCE)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"still running after {PATIENCE} s:\n{self.printed}")
-        return self.process.exitcode
-
-    def kill_when(self, condition) -> None:
-        self.wait(condition)
-        os.kill(self.process.pid, signal.SIGKILL)
-        assert self.code() == -signal.SIGKILL
+def killed(folder: Path, when: Callable[[str], bool]) -> str:
+    """Six steps in a process of its own, which is killed as soon as `when` says so of what it has printed; that."""
+    output = folder.parent / f"output-{time.monotonic_ns()}.txt"
+    output.touch()
+    argv = latest([*SMALL, *SIX, "--output_dir", str(folder)])
+    process = FORKS.Process(target=run_script, args=(argv, str(output)))
+    process.start()
+    end = time.monotonic() + PATIENCE
+    while not when(output.read_text()):
+        assert process.is_alive() and time.monotonic() < end, output.read_text()
+        time.sleep(0.0005)
+    process.kill()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL, output.read_text()
+    return output.read_text()
 
 
 def names(run: Path) -> list[str]:
@@ -118,11 +96,6 @@ def copied(run: Path, folder: Path, **settings: object) -> Path:
 
 def contents(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
-def assert_same_state(checkpoint: Path, other: Path) -> None:
-    for name in STATE:
-        assert (checkpoint / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +130,7 @@ def test_a_run_stopped_at_every_step_ends_in_the_same_bytes(whole, stopped, tmp_
 
 @pytest.mark.slow
 def test_a_run_stopped_at_every_step_of_two_uneven_epochs_ends_in_the_same_bytes(tmp_path):
-    rows = [json.loads(line) for line in Path("sample/wangchan/train.jsonl").read_text().splitlines()[:11]]
-    pairs = [{"prompt": f"{i} {row['Instruction']}", "completion": row["Output"]} for i, row in enumerate(rows)]
-    data = ["--dataset", "pairs", "--dataset_path", write_jsonl(tmp_path / "pairs.jsonl", *pairs)]
+    data = ["--dataset", "pairs", "--dataset_path", write_jsonl(tmp_path / "pairs.jsonl", *ROWS)]
     argv = [*data, "--max_steps", "-1", "--num_train_epochs", "2", "--rows_per_step", "4"]
     whole = six(tmp_path / "whole", *argv)
     report = json.loads((whole / "data_report.json").read_text())
@@ -172,17 +143,14 @@ def test_a_run_stopped_at_every_step_of_two_uneven_epochs_ends_in_the_same_bytes
 
 def test_killed_after_a_step_while_saving_and_after_the_last_checkpoint(whole, tmp_path, capsys):
     folder, run = tmp_path / "runs", tmp_path / "runs/smoke"
-    first = Script(folder)
-    first.kill_when(lambda: "step     3/" in first.printed)
+    killed(folder, lambda printed: "step     3/" in printed)
     assert names(run) == ["checkpoint-2"] and [line["step"] for line in metrics(run)] == [1, 2, 3]
 
-    second = Script(folder)
-    second.kill_when((run / ".saving/checkpoint-4/adapter_model.safetensors").exists)
-    assert f"continuing from {run}/checkpoint-2" in second.printed
+    printed = killed(folder, lambda _: (run / ".saving/checkpoint-4/adapter_model.safetensors").exists())
+    assert f"continuing from {run}/checkpoint-2" in printed
     assert names(run) == ["checkpoint-2"] and (run / ".saving").exists(), "what is half written counts for nothing"
 
-    third = Script(folder)
-    third.kill_when((run / "checkpoint-6").exists)
+    killed(folder, lambda _: (run / "checkpoint-6").exists())
     assert not (run / "completed").exists() and names(run)[0] == "checkpoint-6"
     (run / "final_adapter").mkdir(exist_ok=True)  # as if killed just before `completed` was written
     (run / "final_adapter/README.md").write_text("half")
@@ -216,30 +184,22 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def lose_the_contents(checkpoint: Path) -> None:
-    """What a file system leaves of both after a power cut."""
-    os.truncate(checkpoint / "SHA256SUMS", 0)
-    os.truncate(checkpoint / "adapter_model.safetensors", 0)
-
-
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "damage"),
     [
-        lambda checkpoint: os.truncate(checkpoint / "optimizer.pt", 1000),
-        lambda checkpoint: flip_a_bit(checkpoint / "adapter_model.safetensors"),
-        lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
-        lambda checkpoint: (checkpoint / "SHA256SUMS").unlink(),
-        lambda checkpoint: (checkpoint / "SHA256SUMS").write_bytes(b"\xff"),
-        lambda checkpoint: (checkpoint / "SHA256SUMS").write_bytes(
-            b"".join((checkpoint / "SHA256SUMS").read_bytes().splitlines(keepends=True)[:-1])
-        ),
-        lose_the_contents,
+        ("optimizer.pt", lambda file: os.truncate(file, 1000)),
+        ("adapter_model.safetensors", flip_a_bit),
+        ("scheduler.pt", Path.unlink),
+        ("SHA256SUMS", Path.unlink),
+        ("SHA256SUMS", lambda file: os.truncate(file, 0)),
+        ("SHA256SUMS", lambda file: file.write_bytes(b"\xff")),
+        ("SHA256SUMS", lambda file: file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))),
     ],
 )
-def test_damage_is_seen(stopped, tmp_path, damage):
+def test_damage_is_seen(stopped, tmp_path, name, damage):
     checkpoint = shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
     assert run_folder.damage(checkpoint) is None
-    damage(checkpoint)
+    damage(checkpoint / name)
     assert run_folder.damage(checkpoint)
 
 
@@ -271,7 +231,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
     assert one_step(tmp_path) == 3
     printed = capsys.readouterr().out
     assert f"{run}/checkpoint-3 is damaged" in printed and f"continuing from {run}/checkpoint-2\n" in printed
-    assert_same_state(run / "checkpoint-3", stopped / "checkpoint-3")
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert (run / "checkpoint-3" / name).read_bytes() == (stopped / "checkpoint-3" / name).read_bytes(), name
     assert repeatable(run) == repeatable(stopped), "the line of step 3 is there once"
     assert (run / "damaged-1-checkpoint-3/optimizer.pt").exists(), "nothing is deleted"
 
@@ -279,7 +240,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_p
 def test_without_a_good_checkpoint_all_are_set_aside_and_the_run_starts_anew(whole, stopped, tmp_path, capsys):
     run = copied(stopped, tmp_path)
     flip_a_bit(run / "checkpoint-3/adapter_model.safetensors")
-    lose_the_contents(run / "checkpoint-2")
+    for name in ("SHA256SUMS", "adapter_model.safetensors"):  # as a file system leaves both after a power cut
+        os.truncate(run / "checkpoint-2" / name, 0)
     before = contents(run)
     with pytest.raises(UserError, match="checkpoint-3 is there: --resume auto continues"):
         six(tmp_path, "--resume", "never")
@@ -487,11 +449,6 @@ def test_a_damaged_record_is_one_message_before_a_step_and_nothing_is_lost(stopp
     with pytest.raises(UserError, match=f"(?s){told}.*bring it back"):
         six(tmp_path)
     assert contents(run) == before
-
-
-ROWS = [
-    {"prompt": f"question {n}", "completion": " ".join(f"{n}th answer, part {i}" for i in range(9))} for n in range(8)
-]
 
 
 def other_rows(place: Path) -> None:
