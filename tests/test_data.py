@@ -456,10 +456,11 @@ BAD_SETS = {  # dataset, files, what the message says
     ),
     "bad role": ("chat", [{"messages": [{"role": "bot", "content": "ข"}]}], r"line 1, column messages, turn 1:.*'bot'"),
     "no turns": ("chat", [{"messages": "ก"}], r"line 1, column messages: expected a list of turns"),
+    "no turns, marked": ("chat", [{"messages": "ก", "train": False}], r"no row of .*marked not to be trained"),
     "turns of lists": ("chat", [{"messages": turns(["ก"])}], r"messages, turn 1, content: expected text, found list"),
 }
 BAD_SETS |= {name: ("wangchan", {f"train.{form}": rows}, message) for name, (form, rows, message) in BAD.items()}
-REFUSED_BY_FLOOR = {"null", "empty file", "mojibake", "<think> tags", "half an emoji"}
+REFUSED_BY_FLOOR = {"no turns, marked", "null", "empty file", "mojibake", "<think> tags", "half an emoji"}
 
 
 @pytest.mark.parametrize("fault", BAD_SETS)

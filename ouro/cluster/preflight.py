@@ -205,12 +205,11 @@ def check_model(run: Resolved) -> str:
 
 def check_data(run: Resolved) -> str:
     from ouro.data.chats import to_chat
-    from ouro.data.sources import entry_of, find_source
+    from ouro.data.sources import entry_of, find_source, place_of
 
     s = run.settings
     entry = entry_of(s.dataset)
-    local = s.dataset_path or s.dataset in s.paths or "path" in entry
-    if not local and "hub_id" in entry and on_hub(s.dataset, s) is None:
+    if "hub_id" in entry and place_of(s, entry) is None and on_hub(s.dataset, s) is None:
         return f"{entry['hub_id']}: to be downloaded; its columns cannot be looked at before (make fetch)"
     source = find_source(s)
     rows = islice(source.rows("train"), ROWS)
@@ -225,13 +224,13 @@ def check_data(run: Resolved) -> str:
 
 
 def check_benchmarks(run: Resolved) -> str:
-    from ouro.data.sources import benchmark_items
+    from ouro.data.sources import benchmark_items, overlap_names
     from ouro.evaluate.benchmarks import load, named, table
 
     s, specs, said = run.settings, table(), {}
     absent = functools.cache(lambda name: on_hub(name, s) is None)  # several tasks may share a benchmark
-    for name in [] if s.overlap in ("", "none") else s.overlap.split(","):
-        if "hub_id" in specs["benchmarks"].get(name, {}) and name not in s.paths and absent(name):
+    for name in overlap_names(s):
+        if "hub_id" in specs["benchmarks"][name] and name not in s.paths and absent(name):
             said[name] = "to be downloaded"
         else:
             said[name] = f"{len(benchmark_items(replace(s, overlap=name)))} items"

@@ -56,14 +56,15 @@ def checked_rows(
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
         tally.rows_in += 1
-        for turn in row[entry["messages"]] or () if "messages" in entry else ():
-            unread = (key for key in turn if key not in chats.turn_keys(turn) and not sources.speaks_of_training(key))
-            tally.unread_keys.update(key for key in unread if turn[key] is not None)
-        unread = (key for key in row if sources.like_mark(key) and key not in read)
-        tally.unread_keys.update(key for key in unread if row[key] is not None)
         if chat is None:
             tally.drop(why, where)
             continue
+        unread = (key for key in row if sources.like_mark(key) and key not in read)
+        tally.unread_keys.update(key for key in unread if row[key] is not None)
+        for turn in row[entry["messages"]] if "messages" in entry else ():
+            known = chats.turn_keys(turn)
+            unread = (key for key in turn if key not in known and not sources.speaks_of_training(key))
+            tally.unread_keys.update(key for key in unread if turn[key] is not None)
         licence, text = licence_of(row, entry), "\n".join(turn["content"] for turn in chat)
         whole, asked = chat_digest(chat), chat_digest(question_of(chat))
         for_development, hit = int.from_bytes(asked[:8]) < DEVELOPMENT * 2**64, None
@@ -107,7 +108,7 @@ def shuffled(rows: Iterator[tuple[str, dict, Chat]]) -> Iterator[tuple[str, dict
 
 def licence_of(row: dict, entry: dict) -> str:
     licence = row[entry["licence"]["column"]] if isinstance(entry["licence"], dict) else entry["licence"]
-    return str(licence) if licence and licence == licence else "not stated"
+    return str(licence or "not stated")
 
 
 def apply_length_policy(

@@ -210,21 +210,18 @@ def place_of(settings: Settings, entry: dict) -> Path | None:
     """The folder or file that a training set is read from; None: the Hub's repository of its row, or, where that names
     none, of `dataset_path`.
     Raises UserError: it is not there, or it is for data of one's own and none is named."""
-    name, local = settings.dataset, settings.dataset_path or settings.paths.get(settings.dataset)
-    if local is None and "path" in entry:
-        local = ROOT / entry["path"]
-    own = "hub_id" not in entry and "path" not in entry
+    name, own = settings.dataset, not {"hub_id", "path"} & entry.keys()
+    local = settings.dataset_path or settings.paths.get(name)
     if local is None and own:
         raise UserError(f"dataset {name} is for data of your own: name its folder or file with --dataset_path "
                         "(make … DATASET_PATH=mine.csv)")  # fmt: skip
     if local is None:
+        return ROOT / entry["path"] if "path" in entry else None
+    if Path(local).exists():
+        return Path(local)
+    if own and HUB_ID.fullmatch(local) and not local.endswith(KINDS) and not Path(local).parent.is_dir():
         return None
-    there = Path(local).exists()
-    if own and not there and HUB_ID.fullmatch(local) and not local.endswith(KINDS) and not Path(local).parent.is_dir():
-        return None
-    if not there:
-        raise UserError(f"dataset {name}: no such file or folder: {local}")
-    return Path(local)
+    raise UserError(f"dataset {name}: no such file or folder: {local}")
 
 
 def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = True) -> None:
