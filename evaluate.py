@@ -12,6 +12,7 @@ What is there already is not computed again, unless something that its numbers d
 """
 
 import argparse
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,10 +71,10 @@ def asked_tasks(run: Resolved) -> dict[str, dict]:
 def parse_depths(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    depths = sorted({int(part) for part in text.split(",") if part.strip().isdigit()})
-    if not depths or depths[0] < 1 or len(depths) != len(text.split(",")):
+    parts = [part.strip() for part in text.split(",")]
+    if len(set(parts)) < len(parts) or not all(re.fullmatch("[1-9][0-9]?", part) for part in parts):
         raise UserError(f"--ut_steps must be different loop counts like 1,2,3,4, got {text!r}")
-    return depths
+    return sorted(map(int, parts))
 
 
 def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:

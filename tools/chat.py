@@ -78,7 +78,7 @@ class Conversation:
             self.reset()
             return "forgotten"
         if name == "/depth":
-            if not value.strip().isdecimal() or not 1 <= int(value) <= loops:
+            if value.strip() not in map(str, range(1, loops + 1)):
                 return f"/depth takes a number from 1 to {loops}"
             self.depth = int(value)
             return f"answers from loop {self.depth}"
