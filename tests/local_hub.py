@@ -122,9 +122,6 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         blobs = parse_qs(url.query).get("blobs", [""])[0].lower() in ("true", "1")
         self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
-        if url.path == "/api/whoami-v2":
-            user, _ = self.writer()
-            return self.reply(200 if user else 401, {"name": user, "type": "user", "orgs": []})
         if url.path.startswith("/storage/"):  # where large files are redirected to, outside of any repository
             repo, revision, path, file = self.hub.storage[url.path.removeprefix("/storage/")]
             call, answer = "storage", (200, file.read_bytes(), {})

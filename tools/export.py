@@ -195,8 +195,7 @@ def push(run: Resolved) -> None:
     try:
         validate_repo_id(repo if repo.count("/") == 1 else "")
     except HFValidationError:
-        asked = run.options.repo
-        raise UserError(f"name the repository as USER/NAME, got {asked!r}: make push … REPO=USER/NAME") from None
+        raise UserError(f"name the repository as USER/NAME, got {repo!r}: make push … REPO=USER/NAME") from None
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: an upload needs the network")
     if not get_token():
@@ -204,14 +203,13 @@ def push(run: Resolved) -> None:
     content = upload_of(run, trained, folder, source)
     api, what = HfApi(), "merged model" if run.options.merged else "adapter"
     try:
-        user = api.whoami()["name"]
         api.create_repo(repo, private=not public, exist_ok=True)
         there = api.model_info(repo)
         if not there.private and not public:  # `exist_ok` leaves it as it is
             raise UserError(f"{repo} exists and is public: --public (PUBLIC=1) if you mean it, or use another name")
         if others := {x.rfilename for x in there.siblings} & {"config.json", "adapter_config.json"} - content.keys():
             raise UserError(f"{repo} holds another kind of model ({others.pop()}): use another name for the {what}")
-        print(f"uploading {source} as {user} to {repo} ({'private' if not public else 'public'})", flush=True)
+        print(f"uploading {source} to {repo} ({'private' if not public else 'public'})", flush=True)
         added = [CommitOperationAdd(name, part) for name, part in content.items()]
         commit = api.create_commit(repo, added, commit_message=f"{what} of {run.run}")
     except (OSError, RuntimeError, ValueError) as error:
