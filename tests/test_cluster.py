@@ -568,15 +568,18 @@ def test_args_are_words_as_in_a_shell_on_any_number_of_lines_and_replace_what_st
         assert len(set(options)) == len(options) and job[2] == str(Path("elsewhere/seed3", STUDY[0]).absolute())
 
 
-@pytest.mark.slow  # test_settings.py has a terminal without Thai
-def test_the_status_is_read_in_any_locale(tmp_path):
-    files.write_atomic(tmp_path / "slurm/logs/jobs.tsv", f"7\ttrain\tไทย\t{tmp_path}/ไทย\t{tmp_path}/ไทย\n")
+def test_the_status_is_read_in_any_locale_and_a_run_that_is_only_trained_has_not_failed(tmp_path):
+    runs = {"7": "ไทย", "8": "rates"}
+    lines = [f"{job}\ttrain\t{name}\t{tmp_path}/{name}\t{tmp_path}/{name}\n" for job, name in runs.items()]
+    files.write_atomic(tmp_path / "slurm/logs/jobs.tsv", "".join(lines))
+    files.write_atomic(tmp_path / "rates/completed", "")
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-m", "ouro.cluster.status"], cwd=tmp_path, env=environment, capture_output=True,
         input=f"7\tRUNNING\tไทย\ttrain {tmp_path}/ไทย\t{tmp_path}\n".encode(),
     )  # fmt: skip
     assert done.returncode == 0 and b" 7 RUNNING " in done.stdout, done.stderr
+    assert b" 8 complete " in done.stdout and b"failed" not in done.stdout
 
 
 @pytest.mark.parametrize(

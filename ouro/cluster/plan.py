@@ -63,8 +63,8 @@ def predict(s: Settings, gpu: str, count: int, rows: str = "cached") -> Predicti
     plans, width = memory_for(s, lengths, (0.99 * memory - 0.6) * 2**30, HOST), Passes(1).width
     config = plans.config
     try:
-        if s.activation_checkpointing.isdecimal() or not plans.plan(plans.largest):  # else it is known to pass
-            passes_for(plans)
+        if s.activation_checkpointing.isdecimal() or not plans.plan(plans.largest):
+            passes_for(plans)  # which refuses what does not fit; slow, and "auto" has a plan only for what fits
     except UserError as error:
         raise UserError(f"{gpu}, {memory} GiB: {error}") from None
     tokens, heads = float(lengths.sum()), s.total_ut_steps if s.loss == "all" else 1

@@ -55,24 +55,20 @@ def print_status(queue: Queue) -> None:
     for (folder, scores), kinds in runs.items():
         if "report" in kinds:
             continue
-        training = job, name = kinds.get("train", ("-", Path(folder).name))
-        scoring = kinds.get("eval", ("-", ""))
-        done, failed = (Path(folder) / "completed").exists(), []
+        (job, name), (scoring, its_name) = kinds.get("train", ("-", Path(folder).name)), kinds.get("eval", ("-", ""))
         *numbers, left = progress(Path(folder))
-        if done or job not in live:
-            left = "-"
-        if not done and job not in live:
-            failed.append(training)
+        done = (Path(folder) / "completed").exists()
         state, scored = "complete" if done else live.get(job, "failed"), "-"
         if evaluated(Path(folder), Path(scores)):
             scored = "complete"
-        elif scoring[0] in live:
-            scored = f"job {scoring[0]} {live[scoring[0]]}"
-        elif done:
-            scored, failed = "failed", [scoring]
-        print(layout.format(name, job, state, *numbers, left, scored))
-        for one in failed:
-            print(f"    job {one[0]}: {why(*one)}\n    then: make cluster-sweep again, which continues it")
+        elif scoring in live:
+            scored = f"job {scoring} {live[scoring]}"
+        elif done and "eval" in kinds:  # some parts of the study are trained only
+            scored = "failed"
+        print(layout.format(name, job, state, *numbers, left if job in live and not done else "-", scored))
+        for number, of, how in ((job, name, state), (scoring, its_name, scored)):
+            if how == "failed":
+                print(f"    job {number}: {why(number, of)}\n    then: make cluster-sweep again, which continues it")
     if report := runs.get((os.getcwd(),) * 2):
         job, _ = report["report"]
         print(f"report: job {job} {live.get(job, 'has ended')}")
