@@ -483,13 +483,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def compiling(one_size: bool) -> dict:
-    """How a layer is compiled, as arguments of `nn.Module.compile`; one_size: for one shape of batch, else for all."""
-    # By default torch.cat of computed parts becomes one kernel that computes every part for each part's columns.
-    # With 0 a part is computed once and written into its own columns.
-    return {"dynamic": None if one_size else True, "options": {"max_pointwise_cat_inputs": 0}}
-
-
 def exit_distribution(gate_logits: Tensor) -> Tensor:
     """Probability of leaving after each loop, (loops, ...) from gate logits of that shape (arXiv 2510.25741, 3.2).
 
@@ -522,7 +515,9 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
-            layer.compile(**compiling(one_size))
+            # By default torch.cat of computed parts becomes one kernel that computes every part for each part's
+            # columns. With 0 a part is computed once and written into its own columns.
+            layer.compile(dynamic=None if one_size else True, options={"max_pointwise_cat_inputs": 0})
         self.cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def load_custom_generate(self, *args, **kwargs):
