@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import report
 from ouro.files import UserError
 
 import numpy as np
@@ -24,6 +23,7 @@ import pytest
 from conftest import PATIENCE
 from fabricate import NAMES, study_block, write_result, write_run
 from helpers import ROOT, read_jsonl
+from reports import verdicts, write_report
 
 RECORDED = json.loads((ROOT / "tests" / "demo_results.json").read_text())
 DEPTHS, TRAINED = (1, 2, 3, 4), (1, 4)
@@ -42,16 +42,12 @@ def words(folder: Path, bits: dict) -> dict[str, dict[str, str]]:
             base = language == "base"
             name = "base-bf16" if base else run_name(language, int(trained), seed)
             for depth, values in zip(DEPTHS, depths, strict=True):
-                values, more = np.array(values) / characters, {} if base else {"language": language}
+                values = np.array(values) / characters
                 who = (None, None, "") if base else (int(trained), int(seed), SETS[language])
-                block = study_block(name, task, depth, *who, values, **more)
+                block = study_block(name, task, depth, *who, values, language)
                 write_result(folder / "results", block, values, characters)
-    places = ["--output_dir", f"{folder}/output", "--results_dir", f"{folder}/results", "--out", f"{folder}"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["report.py", *places])
-        patch.setattr(report, "draw", lambda *_: {})  # most of the time goes to figures
-        report.main()
-    return {v["aspect"]: v["words"] for v in json.loads((folder / "results/report/verdict.json").read_text())}
+    write_report(folder)
+    return {aspect: told["words"] for aspect, told in verdicts(folder).items()}
 
 
 def run_name(language: str, trained: int, seed: object) -> str:

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import fabricate
 import pytest
 from conftest import PATIENCE
 from helpers import ROOT
+from reports import change, write_report
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>ตอบว่า น้ำ ที่นี่ เก่ง"
@@ -78,14 +78,8 @@ def seen(tmp_path_factory):
     for place in (root / "output", root / "results"):
         (place / "seed0" / "exp1-wangchan-ut4").rename(place / "seed0" / "<script>alert(2)<i>&quot;$x_1$|")
     for path in (root / "results" / "seed0").glob("*script*/*.json"):
-        content = json.loads(path.read_text())
-        content["study"]["run"] = "seed0/" + path.parent.name
-        content["study"]["experiment"] = path.parent.name
-        path.write_text(json.dumps(content))
-    places = ["--output_dir", root / "output", "--results_dir", root / "results", "--out", root]
-    subprocess.run(
-        [sys.executable, ROOT / "report.py", *places], check=True, capture_output=True, cwd=root, timeout=PATIENCE
-    )
+        change(path, run=f"seed0/{path.parent.name}", experiment=path.parent.name)
+    write_report(root, figures=True)
     code = BROWSER.replace("CHROMIUM", repr(chromium))
     command = [PEERS, "-c", code, root / "report.html", os.environ.get("SCREENSHOTS", root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

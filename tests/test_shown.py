@@ -1,16 +1,17 @@
 """Text of data, models and servers, and what of the environment is secret: as it is shown on terminals and in files."""
 
+import base64
 import csv
+import hashlib
 import io
-import json
 
-import report
 from ouro.files import UNSAFE, UserError, explain, markdown, message, spreadsheet
 from ouro.train.run_folder import model_card
 
 import fabricate
 import pytest
 from helpers import resolved
+from reports import change, table, write_report
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\x85"
 
@@ -58,29 +59,31 @@ def test_a_model_card_holds_no_markup_of_the_data(tmp_path):
     assert "| data | a \\| b: 1 rows" in card and "&lt;img src=x&gt; ---: 3 rows |" in card
 
 
-def test_no_page_or_table_of_the_report_obeys_the_text_of_data_and_models(tmp_path, monkeypatch, capsys):
+def test_no_page_or_table_of_the_report_obeys_the_text_of_data_and_models(tmp_path):
+    """tests/test_report_html.py asks a browser the same."""
     formula = "=HYPERLINK(0)"
-    hostile = f"{ESCAPES}<img src=x>\n| a | b |"
-    output, results = fabricate.study(tmp_path, tasks=("mt_bench_thai",), seeds=(0,), items=20, lines=3, reply=hostile)
+    hostile = f"{ESCAPES}<script>alert(1)</script>\n| a | b |"
+    how = {"cut": 7, "refused": 5, "unparsed": 3, "inference_flops_per_token": 5e6}
+    output, _ = fabricate.study(tmp_path, tasks=("mt_bench_thai",), seeds=(0,), items=20, lines=3, reply=hostile, **how)
     for file in output.rglob("data_report.json"):
-        licences = {formula: 1} if "ut1" in str(file) else {hostile: 2}
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"licences": licences}))
-    for file in results.glob("*/mt_bench_thai-ut*.json"):
-        result = json.loads(file.read_text())
-        result["study"] |= {"cut": 7, "refused": 5, "unparsed": 3}
-        file.write_text(json.dumps(result))
+        change(file, licences={formula: 1} if "ut1" in str(file) else {hostile: 2})
     next(output.glob("*ut2")).rename(output / formula)
-    argv = ["report.py", "--output_dir", output, "--results_dir", results, "--out", tmp_path, "--csv", "--latex"]
-    monkeypatch.setattr("sys.argv", [str(word) for word in argv])
-    report.main()
-    files = [file for file in tmp_path.rglob("*") if file.suffix in (".md", ".html", ".csv", ".tex", ".svg")]
-    assert len(files) > 10
-    for text in (capsys.readouterr().out, *(file.read_text() for file in files)):
-        assert not UNSAFE.search(text)
-    assert all("<img src=x" not in file.read_text() for file in files if file.suffix in (".md", ".html"))
-    tables = {file.stem: list(csv.DictReader(file.open())) for file in files if file.suffix == ".csv"}
+    printed = write_report(tmp_path, "--csv", "--latex", figures=True)
+    files = {
+        file: file.read_text()
+        for file in tmp_path.rglob("*")
+        if file.suffix in (".md", ".html", ".csv", ".tex", ".svg")
+    }
+    assert len(files) > 10 and not any(UNSAFE.search(text) for text in (printed, *files.values()))
+    page, text = (files[tmp_path / name] for name in ("report.html", "RESULTS.md"))
+    assert "&lt;script&gt;alert(1)" in page and "alert(1)&lt;/script&gt;" in text and "<script" not in text
+    script = page.partition("<script>")[2].partition("</script>")[0].encode()
+    allowed = page.partition("script-src 'sha256-")[2].partition("'")[0]
+    assert page.count("<script") == 1 and base64.b64decode(allowed) == hashlib.sha256(script).digest()
+    assert '<a href="#answers">' in page and "so that it babbles" in page and "so that it babbles" in text
+    tables = {file.stem: table(tmp_path, file.stem) for file in files if file.suffix == ".csv"}
     cells = [cell for rows in tables.values() for row in rows for cell in row.values()]
     assert f"'{formula}" in cells and f"'{formula}: 1" in cells and not any(cell.startswith("=") for cell in cells)
     for name in ("benchmarks", "scores"):
         assert {(row["no answer"], row["cut"], row["refused"]) for row in tables[name]} == {("3", "7", "5")}
-    assert "| refused |" in (tmp_path / "RESULTS.md").read_text()
+    assert "| refused |" in text

@@ -210,40 +210,35 @@ def heat(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | No
 
 def compute(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:
     """Quality against what it costs to train, and to use."""
-    chosen = []  # (panel, name of a cost, the cost by trained depth)
+    chosen = []  # (panel, name of a cost, the cost by trained depth, that of the base by depth read)
     for panel in panels:
         sources = {k: panel.sources[k, k] for k in panel.trained if (k, k) in panel.sources}
         if panel.study["aspect"] in ("thai_text", "thai_exams") and sources:
             spent = {k: [runs[s["run"]].flops(s) if s["run"] in runs else None for s in sources[k]] for k in sources}
             training = {k: sum(each) / len(each) for k, each in spent.items() if all(each)}
-            chosen.append((panel, "training FLOPs", training))
-            chosen.append((panel, "inference FLOPs per token", {k: inference_flops(panel, k, k) for k in sources}))
-    if not any(any(costs.values()) for _, _, costs in chosen):
+            chosen.append((panel, "training FLOPs", training, {}))
+            use = {place: cost for place, (study, *_) in panel.sources.items()
+                   if (cost := study.get("inference_flops_per_token"))}  # fmt: skip
+            adapted = {k: use[k, k] for k in sources if (k, k) in use}
+            base = {depth: use[None, depth] for depth in panel.base if (None, depth) in use}
+            chosen.append((panel, "inference FLOPs per token", adapted, base))
+    if not any(adapted for _, _, adapted, _ in chosen):
         return None
     figure, axes = grid_of(len(chosen))
-    for axis, (panel, name, costs) in zip(axes, chosen, strict=True):
-        costs = {k: cost for k, cost in costs.items() if cost}
-        for k, cost in costs.items():
+    for axis, (panel, name, adapted, base) in zip(axes, chosen, strict=True):
+        for k, cost in adapted.items():
             level_bars(axis, panel, [cost], [panel.adapted[k, k]], **look(k), ls="none")
-        if name != "training FLOPs" and panel.base:
-            known = {d: cost for d in panel.base if (cost := inference_flops(panel, None, d))}
-            values = [panel.level(panel.base[d])[0] * panel.metric.factor for d in known]
-            axis.plot(list(known.values()), values, **look(None))
-            costs |= {-d: cost for d, cost in known.items()}
-        if costs:
+        if base:
+            levels = [panel.level(panel.base[depth])[0] * panel.metric.factor for depth in base]
+            axis.plot(list(base.values()), levels, **look(None))
+        if ticks := sorted({*adapted.values(), *base.values()}):
             axis.set_xscale("log")
-            ticks = sorted(set(costs.values()))
             axis.set_xticks(ticks, [f"{x:.1e}".replace("e+", "e") for x in ticks])
             axis.set_xticks([], minor=True)
         axis.set(xlabel=name, ylabel=panel.metric.axis)
-        titled(axis, named(panel), [k for k in costs if k > 0], min(costs, default=1) < 0)
-    figure.set_label(measured(list({id(panel): panel for panel, _, _ in chosen}.values())))
+        titled(axis, named(panel), list(adapted), bool(base))
+    figure.set_label(measured([panel for panel, name, *_ in chosen if name == "training FLOPs"]))
     return figure
-
-
-def inference_flops(panel: Panel, trained: int | None, depth: int) -> float | None:
-    """Per token."""
-    return panel.sources[trained, depth][0].get("inference_flops_per_token")
 
 
 def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | None:

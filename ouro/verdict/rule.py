@@ -84,10 +84,6 @@ class Verdict:
     missing: list[str]
     tests: list[Test] = dataclasses.field(default_factory=list)
 
-    @property
-    def text(self) -> str:
-        return f"{self.headline}. {self.sentence}"
-
 
 def listed(names: list) -> str:
     names = [str(name) for name in names]

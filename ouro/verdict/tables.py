@@ -218,15 +218,14 @@ def gain_rows(found: dict[Key, Panel]) -> Rows:
 def gain_matrices(found: dict[Key, Panel]) -> Iterator[Table]:
     """Of each task that a verdict rests on: every adapter at every depth."""
     for key, panel in found.items():
-        depths = sorted({depth for _, depth in panel.adapted})
-        rows = [
-            {"trained at": (k, depth_text(k))}
-            | {depth_text(depth): difference_cell(panel, panel.gain(k, depth)) for depth in depths}
-            for k in panel.trained
-        ]
-        study = panel.study
-        if study.get("primary") and key.arm == STUDY:
-            what = gain_or_change(study["aspect"]).capitalize()
+        if panel.study.get("primary") and key.arm == STUDY:
+            depths = sorted({depth for _, depth in panel.adapted})
+            rows = [
+                {"trained at": (k, depth_text(k))}
+                | {depth_text(depth): difference_cell(panel, panel.gain(k, depth)) for depth in depths}
+                for k in panel.trained
+            ]
+            what = gain_or_change(panel.study["aspect"]).capitalize()
             yield Table("matrix", rows, what=what, task=key.task, dataset=key.dataset, unit=panel.metric.what)
 
 
