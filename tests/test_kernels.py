@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
-from ouro.model import generate, kernels
+from ouro.model import dropout, generate, kernels
 from ouro.model.fp8 import by_row, by_row_in_one_kernel
 from ouro.model.generate import Decoder
 
@@ -99,6 +99,24 @@ def rows_scale_to_fp8(device: str, widths: tuple[int, ...], differing: float) ->
         assert (got.float() != expected.float()).float().mean() <= differing
 
 
+def products_drop(device: str, dtype: torch.dtype, relative: float, shapes: list[tuple[int, int, int]]) -> None:
+    """The products with x after dropout, of shapes (rows, width, ranks) that do not fill their blocks, from columns of
+    wider matrices: what the mask leaves out and makes larger is exactly what `dropout` does."""
+    for count, width, ranks in shapes:
+        torch.manual_seed(0)
+        new = {"device": device, "dtype": dtype}
+        x, a = torch.randn(count, width + 3, **new)[:, :width], torch.randn(ranks, width + 5, **new)[:, :width]
+        part = torch.randn(count, ranks, **new)
+        key = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, device=device)
+        whole = dropout.dropout(x, key, 0.3).double()
+        low = dropout.low_rank_in_one_kernel(x, key, 0.3, a, 2.0)
+        assert low.dtype == dtype
+        assert_close(low.double(), whole @ a.double().t() * 2, relative)
+        das = dropout.gradient_in_one_kernel(part, x, key, 0.3)
+        assert das.dtype == torch.float32
+        assert_close(das.double(), part.double().t() @ whole, relative)
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="needs triton")
 @pytest.mark.parametrize("shape", [("37", "24"), pytest.param(("4099", "40"), marks=pytest.mark.slow)], ids=str)
 def test_kernels_are_right_in_tritons_interpreter(shape):
@@ -129,7 +147,9 @@ def test_the_kernels_that_decoding_and_fp8_start_compile_for_other_gpus(capabili
         start_all(fp8=capability >= 90)
     finally:
         driver.reset_active()
-    names = {"_decode": 2, "_multiply": 5, "_multiply_gated": 1} | ({"_by_row": 2} if capability >= 90 else {})
+    names = {"_decode": 2, "_multiply": 5, "_multiply_gated": 1, "_low_rank": 4, "_gradient": 4} | (
+        {"_by_row": 2} if capability >= 90 else {}
+    )
     assert Counter(kernel.name for kernel in made) == names
     for kernel in made:
         assert kernel.metadata.target.arch == capability and kernel.asm["cubin"].startswith(b"\x7fELF")
@@ -154,6 +174,10 @@ def start_all(fp8: bool) -> None:
     kernels.multiply(x, new(3 * hidden, hidden), 1e-6, norm, x, norm, norm)
     kernels.multiply(x, new(2 * inner, hidden), 1e-6, None, x, norm, norm)
     kernels.multiply_gated(new(1, 2 * inner), new(hidden, inner))
+    for width, ranks in ((hidden, 48), (hidden, 16), (hidden, 32), (inner, 16)):
+        x, key, a = new(64, width + ranks)[:, :width], torch.zeros(64, dtype=torch.int32), new(ranks, width + ranks)
+        dropout.low_rank_in_one_kernel(x, key, 0.05, a[:, :width], 2.0)
+        dropout.gradient_in_one_kernel(new(64, ranks), x, key, 0.05)
     for count in (2, 3) if fp8 else ():
         by_row_in_one_kernel([new(4, hidden)] * count)
 
@@ -163,6 +187,7 @@ def test_kernels_are_right_on_this_gpu():
     for dtype, dim, one, other in ((torch.float32, 64, 1e-5, 1e-5), (torch.bfloat16, 128, 1e-2, 2e-2)):
         decoding_attends("cuda", dtype, dim, one, (1, 3, 16))
         rows_multiply("cuda", dtype, other, EVERY_SHAPE)
+        products_drop("cuda", dtype, one, [(1, 24, 8), (300, 2048, 48), (9000, 5632, 16), (1000, 500, 64)])
     rows_scale_to_fp8("cuda", (24, 2048, 5632), 1e-4)
     one_row_decodes("cuda")
 
@@ -184,6 +209,8 @@ def interpret(size: str, width: str) -> None:
     one_row_decodes("cpu")
     decoding_attends("cpu", torch.bfloat16, 16, 1e-2, (1, 3))
     rows_multiply("cpu", torch.float32, 1e-6, {(int(size), int(width)): EVERY_FORM})
+    # The interpreter's products of bf16 multiply the bits.
+    products_drop("cpu", torch.float32, 1e-5, [(70, 130, 16), (1, 24, 8), (300, 260, 48)])
 
 
 if __name__ == "__main__":

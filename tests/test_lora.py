@@ -5,8 +5,9 @@ from pathlib import Path
 from ouro.data.batches import noise
 from ouro.files import UserError
 from ouro.model import loading
+from ouro.model.dropout import GOLDEN, dropout, hashed, signed
 from ouro.model.fp8 import by_row
-from ouro.model.lora import GOLDEN, Group, dropout, fuse, hashed, refresh, signed
+from ouro.model.lora import Group, fuse, refresh
 from ouro.model.nf4 import nf4_state, nf4_weight
 from ouro.train import build
 

@@ -16,6 +16,7 @@ CPU, a GPU and any number of processes draw the same.
 import math
 
 from ouro.model.bf16 import Bf16, add
+from ouro.model.dropout import GOLDEN, dropout, gradient, hashed, low_rank, signed
 from ouro.model.fp8 import Fp8
 from ouro.model.nf4 import Nf4
 
@@ -29,36 +30,6 @@ KINDS = {"bf16": Bf16, "nf4": Nf4, "fp8": Fp8}
 ADAPTER = "default"  # PEFT's name for the one adapter of a run
 
 
-def signed(number: int) -> int:
-    """The number below 2**32 of the same 32 bits as an int32."""
-    return (number + 2**31) % 2**32 - 2**31
-
-
-GOLDEN, FIRST, SECOND = (signed(odd) for odd in (0x9E3779B1, 0x7FEB352D, 0x846CA68B))
-
-
-def shifted(h: Tensor, by: int) -> Tensor:
-    return (h >> by) & ((1 << (32 - by)) - 1)  # int32's own shift would repeat the sign
-
-
-def hashed(h: Tensor) -> Tensor:
-    """Each int32 mixed into another, so that any bit changes half of them (C. Wellons' lowbias32)."""
-    h = (h ^ shifted(h, 16)) * FIRST
-    h = (h ^ shifted(h, 15)) * SECOND
-    return h ^ shifted(h, 16)
-
-
-def dropout(x: Tensor, key: Tensor, p: float, zero: Tensor | float = 0.0) -> Tensor:
-    """x (rows, columns) with a share p of its numbers zero and the others larger by 1 / (1 - p); key: int32 (rows,),
-    hashed, one a row. The half of `hashed` that is left out here would cost time and improve nothing that shows.
-
-    zero: see `_Products.backward`."""
-    column = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * GOLDEN
-    h = (key[:, None] ^ column) * FIRST
-    h = (h ^ shifted(h, 15)) * SECOND
-    return torch.where(h >= round(p * 2**32) - 2**31, x / (1 - p + zero), 0).to(x.dtype)
-
-
 class _Products(torch.autograd.Function):
     """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
@@ -70,10 +41,7 @@ class _Products(torch.autograd.Function):
         frozen, weights = tensors[: -2 * len(outs)], KINDS[kind]
         a, bs = weights.factors(frozen, outs, x.shape[1])
 
-        def low_rank(x: Tensor) -> Tensor:  # (rows, ranks): as many columns as the adapters' ranks together
-            return ((x if key is None else dropout(x, key, p)) @ a.t()) * scale
-
-        x, low, ys = weights.outputs(frozen, a, bs, x, low_rank)
+        x, low, ys = weights.outputs(frozen, a, bs, x, lambda x: low_rank(x, key, p, a, scale))
         ctx.save_for_backward(x, low, key, *frozen)
         ctx.constants = p, kind, outs, scale
         return ys
@@ -90,8 +58,7 @@ class _Products(torch.autograd.Function):
         zero = (dys[0][0, 0] > math.inf).float()
         part = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1) * scale  # (rows, ranks)
         key = None if key is None else key + zero.to(key.dtype)
-        dropped = x if key is None else dropout(x, key, p, zero)
-        das = [da.float() for da in (part.t() @ dropped).split(rank)]
+        das = gradient(part, x, key, p, zero).split(rank)
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(rank, 1), strict=True)]
         # The gradients are put beside each other in one matrix only here. If the thin products above read columns of
         # that matrix, the compiler writes it in a layout that takes four times as long.
