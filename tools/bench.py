@@ -80,7 +80,12 @@ FP8 = BF16 | {"frozen_weights": "fp8"}
 REAL = 16384  # max_length where rows are as long as the real ones
 TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all), tokens a row (or REAL), depths
     "bf16, 80 GB": (BF16, 78.6, REAL, (4, 1)),
-    "bf16, 80 GB, rows to 8,192": (BF16 | {"max_length": 8192, "length_policy": "drop"}, 78.6, REAL, (4,)),
+    "bf16, 80 GB, rows to 8,192": (
+        BF16 | {"max_length": 8192, "length_policy": "drop", "max_too_long_share": 1},
+        78.6,
+        REAL,
+        (4,),
+    ),
     "bf16": (BF16, None, REAL, (4,)),
     "bf16, no dropout": (BF16 | {"lora_dropout": 0}, None, REAL, (4,)),
     "fp8, 80 GB": (FP8, 78.6, REAL, (4,)),
