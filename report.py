@@ -21,7 +21,7 @@ import textwrap
 from pathlib import Path
 
 from ouro.files import UserError, call, place, printable, read_yaml, write_atomic, write_json
-from ouro.settings import Resolved, resolve
+from ouro.settings import Resolved, resolve, runs_in
 from ouro.verdict.compare import compare
 from ouro.verdict.live import inputs, serve
 from ouro.verdict.page import basis, fill, missing_lines, verdict_lines
@@ -71,21 +71,23 @@ def print_power(found: dict[Key, Panel], out: Path) -> None:
 
 def elsewhere(output: Path) -> str:
     """Of the folders in OUTPUT_DIR that hold runs, the commands that report on them."""
-    found: dict[str, str] = {}
-    for file in sorted([*output.glob("*/*/config.yaml"), *output.glob("*/seed*/*/config.yaml")]):
-        folder = output / file.relative_to(output).parts[0]
-        found.setdefault(shlex.quote(str(folder)), shlex.quote(read_yaml(file)["results_dir"]))
-    return "".join(f"\n  make report OUTPUT_DIR={runs} RESULTS_DIR={scores}" for runs, scores in found.items())
+    told = ""
+    for folder in sorted(output.glob("*/")):
+        if runs := runs_in(folder):
+            scores = read_yaml(folder / runs[0] / "config.yaml")["results_dir"]
+            told += f"\n  make report OUTPUT_DIR={shlex.quote(str(folder))} RESULTS_DIR={shlex.quote(scores)}"
+    return told
 
 
 def comparable(run: Resolved, reader: Reader) -> dict[Key, Panel]:
     """What may be compared, of runs that have the settings which --config or the command line names."""
-    asked = {name for name in SETTINGS_ALIKE if run.origins[name] != "default"}
+    asked = (name for name in SETTINGS_ALIKE if run.origins[name] != "default")
     return panels(reader, {name: getattr(run.settings, name) for name in asked})
 
 
-def write(run: Resolved, reader: Reader, found: dict[Key, Panel]) -> dict:
+def write(run: Resolved, reader: Reader) -> dict:
     """Writes the report, its plots and tables, and gives what its templates show."""
+    found = comparable(run, reader)
     out = Path(run.options.out)
     made = verdicts(reader, found)
     talks = conversations(reader)
@@ -132,32 +134,24 @@ def main() -> None:
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return
-
-    found = comparable(run, reader)
     if run.options.power:
-        print_power(found, out)
+        print_power(comparable(run, reader), out)
         return
-    content = write(run, reader, found)
+    content = write(run, reader)
     print(printable(f"{content['basis']}\n"))
     for name, sentence in content["verdicts"]:
         print(textwrap.fill(printable(f"{name}. {sentence}"), 100, subsequent_indent="  "))
     for what in content["missing"]:
         print(printable(f"missing: {what}"))
-    if run.options.explain:
-        for table in (table for table in content["tables"] if table.name == "tests"):
-            print(f"\n{table.title}\n{textwrap.fill(table.note, 100)}")
-            for row in table.texts():
-                told = (f"{name} {cell}" for name, cell in zip(table.columns, row, strict=True))
-                print(textwrap.fill("; ".join(told), 100, initial_indent="- ", subsequent_indent="  "))
+    if run.options.explain and (table := next((t for t in content["tables"] if t.name == "tests"), None)):
+        print(f"\n{table.title}\n{textwrap.fill(table.note, 100)}")
+        for row in table.texts():
+            told = (f"{name} {cell}" for name, cell in zip(table.columns, row, strict=True))
+            print(textwrap.fill("; ".join(told), 100, initial_indent="- ", subsequent_indent="  "))
     print(f"\nread: {read}")
     print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {places[1] / 'report'}")
     if run.options.serve:
-
-        def again() -> dict:
-            reader = Reader(*places)
-            return write(run, reader, comparable(run, reader))
-
-        serve(content, again, there, *places)
+        serve(content, lambda: write(run, Reader(*places)), there, *places)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The report: known answers are found and no more is claimed, unlike runs are not pooled, broken files are named."""
 
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import report
-from ouro.files import UserError, write_atomic
+from ouro.files import UserError, file_sha256, write_atomic
 from ouro.settings import ARMS, LEARNING
 from ouro.verdict import panels, plots, power, rule, study
 from ouro.verdict.panels import Key
@@ -26,8 +25,6 @@ from helpers import ROOT, read_jsonl, write_jsonl
 from reports import change, read, set_config, table, verdicts, write_report
 
 TEXT = {"tasks": ("thai_text",), "items": 50, "lines": 2}
-
-
 THAI_TEXT = Key("thai_text", "wangchan")
 
 
@@ -48,14 +45,15 @@ PAIR = ("parallel_text_thai", "parallel_text_english")
 BROKEN = dict.fromkeys(("thai_text", *PAIR), (20.0, 5.0, 3.0, 2.9))
 
 
-def make_study(root: Path, thai: tuple, english: tuple | None, **how) -> None:
-    """Adapters trained on Thai and on English, to which depth is worth so much."""
+def make_study(root: Path, thai: tuple, english: tuple | None, sets: dict | None = None, **how) -> None:
+    """Adapters trained on Thai and on English, to which depth is worth so much. sets: English ones, with settings."""
     worth = {"thai_text": (2.4, thai), PAIR[0]: (2.4, thai), PAIR[1]: (0.9, english or NONE)}
     levels = {task: tuple(level * np.exp(-x) for x in by) for task, (level, by) in worth.items()}
     how = {"items": 400, "lines": 2, "seed_sd": 0.003, "levels": levels} | how
     fabricate.study(root, tasks=("thai_text", PAIR[0]), **how)
-    if english is not None:
-        fabricate.study(root, tasks=PAIR[1:], dataset="smol-smoltalk", language="en", **how)
+    for name, settings in (sets or {"smol-smoltalk": {}}).items() if english else ():
+        by_depth = dict.fromkeys(fabricate.DEPTHS, settings)
+        fabricate.study(root, tasks=PAIR[1:], dataset=name, language="en", settings=by_depth, **how)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +178,8 @@ def test_a_depth_a_base_a_benchmark_and_english_adapters_that_are_missing_are_na
 
 def test_seeds_of_unequal_numbers_are_compared_and_fewer_than_three_are_not(tmp_path):
     make_study(tmp_path, MUCH, None, seeds=(0, 1, 2, 3, 4))
-    for seed in (3, 4):
-        shutil.rmtree(tmp_path / f"output/seed{seed}/exp2-wangchan-ut1")
-    shutil.rmtree(tmp_path / "output/seed0/exp3a-wangchan-ut2")
-    for seed in (1, 2):
-        shutil.rmtree(tmp_path / f"output/seed{seed}/exp3a-wangchan-ut2")
+    for seed, name in enumerate([*["exp3a-wangchan-ut2"] * 3, *["exp2-wangchan-ut1"] * 2]):
+        shutil.rmtree(tmp_path / f"output/seed{seed}/{name}")
     (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
     assert [test.estimate.seeds for test in verdict.tests] == [[2, 3], [5, 3], [5, 3]]
     assert verdict.words[2] == "provisional" and verdict.words[3].startswith("helps Thai")
@@ -217,8 +212,7 @@ def test_no_majority_decides_between_results_that_are_unlike(of_two_depths, tmp_
     elif where == "data":
         change(run / "data_report.json", rows_kept=7)
         for path in odd.glob("*-ut?.json"):
-            digest = hashlib.sha256((run / "data_report.json").read_bytes()).hexdigest()
-            change(path, data_report_sha256=digest)
+            change(path, data_report_sha256=file_sha256(run / "data_report.json"))
     else:
         for seed in seeds:
             set_config(tmp_path / f"output/seed{seed}/exp2-wangchan-ut1", **{key: "another"})
@@ -243,39 +237,29 @@ def test_all_that_is_learnt_counts_but_what_the_study_compares_and_how_rows_are_
     assert found[THAI_TEXT].seeds[4, 4] == [0, 1, 2] and not reader.left_out
 
 
-@pytest.mark.parametrize(
-    "what, reason",
-    [
-        ("folder", "how it was trained is not known: its folder in OUTPUT_DIR is not here"),
-        ("completed", "its run is not complete (not finished: step 20 of 20)"),
-        ("adapter", "of another adapter than its run's"),
-        ("report", "of another data report than its run's"),
-        ("config", "its folder has no config.yaml or no data_report.json that can be read"),
-    ],
-)
-def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out_with_the_reason(tmp_path, what, reason):
-    output, results = fabricate.study(tmp_path, **TEXT)
-    folder = output / "seed1/exp1-wangchan-ut4"
-    if what == "folder":
-        shutil.rmtree(folder)
-    elif what == "completed":
-        (folder / "completed").unlink()
-    elif what == "adapter":
-        (folder / "final_adapter/adapter_model.safetensors").write_text("trained again")
-    elif what == "report":
-        change(folder / "data_report.json", rows_kept=7)
-    else:
-        (folder / "config.yaml").unlink()
+STALE = {  # what is done to a run's folder, by why its results do not count then
+    "how it was trained is not known: its folder in OUTPUT_DIR is not here": shutil.rmtree,
+    "its run is not complete (not finished: step 20 of 20)": lambda run: (run / "completed").unlink(),
+    "of another adapter": lambda run: (run / "final_adapter/adapter_model.safetensors").write_text("trained again"),
+    "of another data report than its run's": lambda run: change(run / "data_report.json", rows_kept=7),
+    "its folder has no config.yaml or no data_report.json": lambda run: (run / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("reason", STALE)
+def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out(of_two_depths, tmp_path, reason):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    STALE[reason](tmp_path / "output/seed1/exp1-wangchan-ut4")
     reader, found = read(tmp_path)
     assert found[THAI_TEXT].seeds[4, 4] == [0, 2] and found[THAI_TEXT].seeds[1, 1] == [0, 1, 2]
     assert len(reader.left_out) == 4 and all(reason in why for _, why in reader.left_out)
-    assert {Path(path).parent for path, _ in reader.left_out} == {results / "seed1/exp1-wangchan-ut4"}
+    assert {Path(path).parent for path, _ in reader.left_out} == {tmp_path / "results/seed1/exp1-wangchan-ut4"}
 
 
 def scale_tokens(folder: Path, factor: float) -> None:
     """A run of so many times the tokens, in as many times the time."""
     lines = [line | {"num_tokens": line["num_tokens"] * factor} for line in read_jsonl(folder / "metrics.jsonl")]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(folder / "metrics.jsonl", *lines)
 
 
 def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
@@ -323,38 +307,23 @@ def equal_flops(root: Path) -> list[str]:
     return re.split(r"; (?=4 loops)", told.partition(": ")[2].removesuffix("."))
 
 
+NO_ENGLISH = "; beside English: not measured"
+
+
 @pytest.mark.parametrize(
-    "cuts, word",
-    [({"smol-smoltalk": None}, " as it helps English"), ({"smol-smoltalk": "wangchan"}, " as it helps English"),
-     ({"smol-smoltalk": "r1"}, "; beside English: not measured"),
-     ({"smol-smoltalk": "wangchan", "r1-english": "r1"}, " as it helps English"),
-     ({"smol-smoltalk": None, "r1-english": None}, "; beside English: not measured")],
+    "sets, word",
+    [({"smol-smoltalk": {"max_tokens": "wangchan"}}, " as it helps English"),
+     ({"smol-smoltalk": {"max_tokens": "r1"}}, NO_ENGLISH),
+     ({"smol-smoltalk": {"max_tokens": "wangchan"}, "r1-english": {"max_tokens": "r1"}}, " as it helps English"),
+     ({"smol-smoltalk": {}, "r1-english": {}}, NO_ENGLISH),
+     ({"smol-smoltalk": {"learning_rate": 1.0}}, NO_ENGLISH)],
 )  # fmt: skip
-def test_the_english_set_beside_a_thai_one_is_that_cut_to_as_many_tokens(tmp_path, cuts, word):
-    make_study(tmp_path, SOME, None)
-    levels = {PAIR[1]: tuple(0.9 * np.exp(-x) for x in SOME)}
-    for name, cut in cuts.items():
-        how = {
-            "tasks": PAIR[1:],
-            "dataset": name,
-            "language": "en",
-            "levels": levels,
-            "items": 400,
-            "lines": 2,
-            "seed_sd": 0.003,
-        }
-        fabricate.study(tmp_path, **how, settings=dict.fromkeys(fabricate.DEPTHS, {"max_tokens": cut}))
+def test_beside_a_thai_set_stands_the_english_one_cut_to_as_many_tokens_and_trained_alike(tmp_path, sets, word):
+    make_study(tmp_path, SOME, SOME, sets)
     (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
     assert set(verdict.words.values()) == {"helps Thai" + word}
-
-
-def test_english_adapters_trained_otherwise_are_not_set_beside_the_thai_ones(tmp_path):
-    make_study(tmp_path, MUCH, SOME, items=50)
-    for folder in tmp_path.glob("output/seed?/*smol*"):
-        set_config(folder, learning_rate=1.0)
-    (verdict,) = (v for v in rule.verdicts(*read(tmp_path)) if v.aspect == "thai_text")
-    assert verdict.words[4] == "helps Thai; beside English: not measured"
-    assert any("English adapters trained alike (learning_rate is 0.0002" in what for what in verdict.missing)
+    unlike = [what for what in verdict.missing if "English adapters trained alike (learning_rate is 0.0002" in what]
+    assert bool(unlike) == ("learning_rate" in sets["smol-smoltalk"])
 
 
 def test_answers_without_ratings_are_said_to_be_there(tmp_path):
@@ -362,8 +331,7 @@ def test_answers_without_ratings_are_said_to_be_there(tmp_path):
     for path in results.rglob("*.json"):
         change(path, value=None, ci95=None, judge=None)
         items = path.with_suffix(".items.jsonl")
-        rows = [json.loads(line) | {"value": None} for line in items.read_text().splitlines()]
-        items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(items, *(item | {"value": None} for item in read_jsonl(items)))
     write_report(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "There are answers, and no ratings of them" in text and "คำตอบ 4" in text
@@ -486,7 +454,7 @@ def test_runs_that_have_not_ended_are_shown_as_such(tmp_path):
     assert [run.state for run in reader.runs.values()] == [
         "complete", "not finished: step 50 of 50", "no step logged", "failed: loss is not a number at step 10",
     ]  # fmt: skip
-    write_report(tmp_path, figures=True)
+    assert "not comparable yet" in write_report(tmp_path, figures=True)
 
 
 def test_where_nothing_is_the_folders_that_hold_runs_are_named(tmp_path):
@@ -503,18 +471,11 @@ def test_nothing_at_all_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("what", ["runs", "base"])
-def test_any_part_of_a_study_gives_a_report(tmp_path, what):
-    tasks = () if what == "runs" else ("thai_exam",)
-    output, results = fabricate.study(tmp_path, tasks=tasks, seeds=(0,), items=30, lines=3)
-    for folder in results.glob("*"):
-        if folder.name != "base-bf16":
-            shutil.rmtree(folder)
-    if what == "base":
-        shutil.rmtree(output)
-        output.mkdir()
-    printed = write_report(tmp_path, "--csv", "--latex", figures=True)
-    assert ("0 training runs" in printed) == (what == "base")
+def test_the_base_alone_gives_a_report(tmp_path):
+    output, results = fabricate.study(tmp_path, tasks=("thai_exam",), seeds=(0,), depths=(1,), items=30, lines=3)
+    shutil.rmtree(results / "exp2-wangchan-ut1")
+    shutil.rmtree(output)
+    assert "0 training runs" in write_report(tmp_path, "--csv", "--latex", figures=True)
     for page in ("RESULTS.md", "report.html"):
         assert "not comparable yet" in (tmp_path / page).read_text()
 

@@ -8,12 +8,10 @@ runs were trained or measured unlike, neither counts until the settings that do 
 """
 
 import dataclasses
-import hashlib
-import json
 from collections import defaultdict
 from typing import NamedTuple
 
-from ouro.evaluate.benchmarks import LANGUAGES
+from ouro.evaluate.benchmarks import LANGUAGES, digest
 from ouro.files import read_yaml
 from ouro.settings import DATASETS, EXPERIMENTS, LEARNING
 from ouro.verdict import stats
@@ -156,16 +154,14 @@ def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: 
 
 def trained_as(run: Run) -> dict[str, str]:
     """Data and settings of a run, as far as they must not differ between depths and seeds."""
-    told = {key: value for key, value in run.data.items() if key != "cache"}
-    found = {"data report": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}
-    files = json.dumps(run.manifest.get("model_files"), sort_keys=True)
-    found |= {"model's files": hashlib.sha256(files.encode()).hexdigest()[:12]}
+    report = {key: value for key, value in run.data.items() if key != "cache"}
+    found = {"data report": digest(report)[:12], "model's files": digest(run.manifest.get("model_files"))[:12]}
     return found | {name: str(run.config.get(name)) for name in SETTINGS_ALIKE}
 
 
 def measured_as(result: Result) -> dict[str, str]:
-    items = hashlib.sha256("\n".join(sorted(result.ids)).encode()).hexdigest()[:12]
-    return {key: str(result.study.get(key))[:80] for key in MEASURED_ALIKE} | {"set of items": items}
+    told = {key: str(result.study.get(key))[:80] for key in MEASURED_ALIKE}
+    return told | {"set of items": digest(sorted(result.ids))[:12]}
 
 
 def unlike(signatures: dict[str, dict[str, str]]) -> list[str]:
@@ -216,7 +212,7 @@ def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[R
     return list(found.values())
 
 
-def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Key, Panel]:
+def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
     """What may be compared, in the verdict's order. The rest is added to what was left out.
 
     declared: settings, by name, that a run must have to count."""
@@ -228,7 +224,7 @@ def panels(reader: Reader, declared: dict[str, object] | None = None) -> dict[Ke
             bases[study["task"]].append(result)
         elif study["kind"] == "adapter":
             run = reader.runs.get(study["run"])
-            if why := why_not(result, run, declared or {}, rows):
+            if why := why_not(result, run, declared, rows):
                 reader.left_out.append((str(result.path), why))
                 continue
             arm = run.config.get("arm", STUDY)
