@@ -281,8 +281,9 @@ def resolve(
     if config:
         sources.append((config, read_yaml(config, typed=True)))
     experiments = read_yaml(EXPERIMENTS) if options.exp else {}
-    if row := experiments.get(options.exp.rpartition("/")[2] if several else options.exp) if options.exp else None:
-        sources.append((f"experiment {options.exp}", row))
+    experiment = options.exp.rpartition("/")[2] if options.exp and several else options.exp
+    if experiment in experiments:
+        sources.append((f"experiment {options.exp}", experiments[experiment]))
     given = {name: os.environ.get(name.upper()) for name in FROM_ENVIRONMENT}
     sources += [(f"environment {name.upper()}", {name: value}) for name, value in given.items() if value]
     sources.append(("command line", {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}))
