@@ -17,7 +17,6 @@ templates, which no model here has.
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -31,8 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import training_sets
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,9 +239,8 @@ class Handler(BaseHTTPRequestHandler):
 # The project's scripts as processes that use the Hub. Importing torch takes each of them seconds, so they are forked
 # from one that has done it: the libraries read the Hub's address and HF_HUB_OFFLINE when they are imported.
 PARENT = """
-import gc, importlib, json, os, runpy, sys, time, traceback
-for name in ("data_config", "ouro.evaluate.benchmarks", *sys.argv[1:]):
-    importlib.import_module(name)
+import gc, json, os, runpy, sys, time, traceback
+import data_config, ouro.evaluate.benchmarks
 from ouro.data.report import word_tokenize
 word_tokenize("ก")  # reads its dictionary
 slept = []
@@ -296,10 +293,10 @@ def copy_project(folder: Path) -> Path:
 class Scripts:
     """A process in folder/project, a copy of the project, that runs its scripts, each in a process of its own."""
 
-    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False, modules: tuple[str, ...] = ()):
+    def __init__(self, hub: LocalHub, folder: Path, offline: bool = False):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, *modules],
+            [sys.executable, "-c", PARENT],
             env=environment(hub, folder / "cache", offline),
             cwd=folder / "project",
             text=True,
@@ -338,22 +335,16 @@ class Scripts:
         self.process.communicate()
 
 
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+def write(folder: Path, files: dict[str, bytes | str | list]) -> Path:
+    """Files as `write` of training_sets.py makes them, in a folder that may be empty."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        training_sets.write(folder / name, content)
     return folder
 
 
-def parquet(rows: list[dict]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
-def shards(name: str, rows: list[dict], count: int) -> dict[str, bytes]:
-    """The rows in `count` Parquet files, named as the Hub's are."""
+def shards(name: str, rows: list[dict], count: int) -> dict[str, list[dict]]:
+    """The rows of `count` Parquet files, named as the Hub's are."""
     edges = [len(rows) * i // count for i in range(count + 1)]
     parts = [rows[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return {f"{name}-{i:05d}-of-{count:05d}.parquet": parquet(part) for i, part in enumerate(parts)}
+    return {f"{name}-{i:05d}-of-{count:05d}.parquet": part for i, part in enumerate(parts)}

@@ -23,7 +23,7 @@ import pytest
 import torch
 from helpers import ROOT, read_jsonl
 from huggingface_hub.hf_api import RepoSibling
-from local_hub import LocalHub, Scripts, copy_project, parquet, shards, write
+from local_hub import LocalHub, Scripts, copy_project, shards, write
 from safetensors.torch import save_file
 from tiny_ouro import tiny
 
@@ -297,7 +297,6 @@ TOKENIZER = ["data_config.py"]  # reads the tokenizer from the Hub first
 ITEMS = [*CHECKED, "thai_exam"]  # the benchmark alone
 OPEN_ITEMS = [*CHECKED, "openthaieval"]
 EXAM_FILES = {"thai_exam.tar.gz": archive()}
-DAMAGED = bytes(b ^ 0xFF if 200 < i < 20_000 and i % 97 == 0 else b for i, b in enumerate(parquet(ROWS)))
 LACKS = {  # the command, what the Hub has, what the message says
     "no model": (TOKENIZER, None, {}, "ByteDance/Ouro-2.6B is not a local folder and is not a valid model identifier"),
     "no dataset": (REPORT, None, {}, "airesearch/WangchanThaiInstruct from the Hub: .*Repository Not Found"),
@@ -313,7 +312,7 @@ LACKS = {  # the command, what the Hub has, what the message says
     "no file in it": (ITEMS, EXAM, {"thai_exam.tar.gz": archive("onet")}, "thai_exam.tar.gz holds no ic/ic_test.jsonl"),
     "no gzip archive": (ITEMS, EXAM, {"thai_exam.tar.gz": b"<html>sign in</html>"}, "thai_exam.tar.gz is damaged"),
     "no test split": (REPORT, WANGCHAN, TRAIN, "README.*test|test.*README"),
-    "damaged benchmark": (OPEN_ITEMS, OPEN, {"data/test.parquet": DAMAGED}, "not a readable Parquet file.*--overlap"),
+    "damaged benchmark": (OPEN_ITEMS, OPEN, {"data/test.parquet": b"PAR1"}, "not a readable Parquet file.*--overlap"),
 }
 
 
@@ -362,8 +361,8 @@ def published(tmp_path_factory, source) -> dict[str, Path]:
         | shards("v0/train", read_jsonl(SAMPLE / "r1-english/train.jsonl"), 3)
         | shards("v1/train", read_jsonl(SAMPLE / "r1-english/train.jsonl"), 2),
         "thai_exam": EXAM_FILES,
-        "m3exam": {BENCHMARKS["m3exam"]["file"]: parquet([item])},
-        "openthaieval": {"data/test.parquet": parquet([item])},
+        "m3exam": {BENCHMARKS["m3exam"]["file"]: [item]},
+        "openthaieval": {"data/test.parquet": [item]},
         "belebele": {f"data/{name}.jsonl": json.dumps(name) for name in ("tha_Thai", "eng_Latn")},
         "wikipedia": shards("20231101.th/train", [{"text": "ก"}], 1)
         | shards("20231101.simple/train", [{"text": "a"}], 1),
@@ -479,18 +478,16 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(monkey
 
 
 @pytest.mark.slow
-def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(tmp_path):
+def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_anew(empty, tmp_path):
     """From a Hub, at main, in real processes."""
-    copy_project(tmp_path / "project")
-    tiny_model = {file.name: file.read_bytes() for file in (ROOT / "sample/ouro-tiny").iterdir()}
-    items = {f"data/{file.name}": file.read_bytes() for file in (ROOT / "sample/belebele/data").iterdir()}
-    hub, repositories = LocalHub(), {"datasets/facebook/belebele": items, "a/tiny": tiny_model}
+    hub, online, offline = empty
+    items = {f"data/{file.name}": file.read_bytes() for file in (SAMPLE / "belebele/data").iterdir()}
+    repositories = {"datasets/facebook/belebele": items, "a/tiny": TINY}
     wanted = [hub.add(name, write(tmp_path / f"first-{n}", content), branch="main")
               for n, (name, content) in enumerate(repositories.items())]  # fmt: skip
-    scripts = Scripts(hub, tmp_path, modules=("evaluate",))
     argv = ["evaluate.py", "--base", "--model_name_or_path", "a/tiny", "--use_qlora", "false", "--bf16", "false",
             "--tasks", "belebele_english", "--ut_steps", "1"]  # fmt: skip
-    folder = tmp_path / "project/results/base-fp32"
+    folder = online.folder / "project/results/base-fp32"
 
     def revisions() -> list[str]:
         study = json.loads((folder / "belebele_english-ut1.json").read_text())["study"]
@@ -499,15 +496,12 @@ def test_results_name_the_commits_that_were_read_and_another_commit_is_scored_an
         assert noted["model"]["revision"] == study["model_revision"]
         return [study["benchmark_revision"], study["model_revision"]]
 
-    scripts.output(*argv)
+    online.output(*argv)
     assert revisions() == wanted
-    assert "1 of 1 tasks are complete already" in scripts.output(*argv)
+    assert "1 of 1 tasks are complete already" in online.output(*argv)
     for n, (name, content) in enumerate(repositories.items()):
         wanted[n] = hub.add(name, write(tmp_path / f"newer-{n}", content), branch="main")
-        assert "complete already" not in scripts.output(*argv), "the same content, but another commit"
+        assert "complete already" not in online.output(*argv), "the same content, but another commit"
         assert revisions() == wanted
-    hub.close()
-    offline = Scripts(hub, tmp_path, offline=True, modules=("evaluate",))
-    assert "1 of 1 tasks are complete already" in offline.output(*argv)
-    for each in (scripts, offline):
-        each.close()
+    with closed(hub):
+        assert "1 of 1 tasks are complete already" in offline.output(*argv)

@@ -17,12 +17,10 @@ REPLIES = {  # what is replied -> the answer in it
     "<think>ก</think>(2)\n<THINKING>เดี๋ยวก่อน</Thinking>(3)": "(3)",
     # The template wrote the beginning.
     "ไม่ใช่ (1)\n</think>\n\n(2)": "(2)",
-    "ไม่ใช่ (1)</THINK>(2)": "(2)",
     "ไม่ใช่ (1)\n</thinking>\n(2)": "(2)",
     "ไม่ใช่ `</think>` (1)</think>(2)": "(2)",
     # Tags in the text of a thought, and of an answer.
     "<think>แท็ก <think> กับ </think> คือ</think>(2)": "(2)",
-    "<think>ฉันเขียน <analysis> ก่อน</think>(2)": "(2)",
     "<think>ก</think>แท็ก </think> ปิดความคิด (2)": "แท็ก </think> ปิดความคิด (2)",
     "<think>ก</think>`<think>` (2)": "`<think>` (2)",
     "<think>ก</think>\n```\n<think>\n```\n(2)": "```\n<think>\n```\n(2)",
@@ -30,16 +28,13 @@ REPLIES = {  # what is replied -> the answer in it
     "แท็ก <think> และ </think> ครอบความคิด": "แท็ก <think> และ </think> ครอบความคิด",
     # A thought that is closed twice ends at a line's beginning; another pair's tag, or HTML's, is text there.
     "<think>ก</think>\nรอก่อน (1)\n</think>\n\n(2)": "(2)",
-    "ก\n</think>\nรอก่อน (1)\n</think>(2)": "(2)",
     "<think>ก</think>(2)\n</think>": "(2)\n</think>",
-    "<think>ก</think>(2)\n</analysis>": "(2)\n</analysis>",
     "<details>\nก\n</details>\n(2)": "<details>\nก\n</details>\n(2)",
     '<details type="reasoning">ก</details>(2)\n<details>ข\n</details>': "(2)\n<details>ข\n</details>",
     # What stands before a tag and is not seen, or was not decoded; tags as some write them.
     "\ufeff<think>ไม่ใช่ (1)</think>(2)\u200b": "(2)",
     "\u200b\n<think>ไม่ใช่ (1)</think>\ufeff\n<think>(1)</think>(2)": "(2)",
     "<s>[THINK]ไม่ใช่ (1)[/THINK](2)": "(2)",
-    "<s>\n<think>ไม่ใช่ (1)": None,
     "<s>ผิด</s> ถูก": "<s>ผิด</s> ถูก",
     "< think >\n(1)\n< / think >\n(2)": "(2)",
     '<think duration="3s">(1)</think>(2)': "(2)",
@@ -55,7 +50,6 @@ REPLIES = {  # what is replied -> the answer in it
     "<think>ก</think>(2)\n<think>ไม่ใช่ (1)": None,
     "<think>ก <think>ข</think> (1)": None,
     "<think>ถามว่า `</think>` คืออะไร (1)": None,
-    "<think>ถามว่า \"</think>\" คืออะไร (1)": None,
     f"<|channel|>analysis<|message|>ก<|end|>{CHANNEL}analysis<|message|>(1)": None,
 }  # fmt: skip
 

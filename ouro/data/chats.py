@@ -108,9 +108,10 @@ def turns_of(turns: object, column: str, where: str, clean: Callable[[object, st
         raise UserError(f"{where}, column {column}: expected a list of turns, found {type(turns).__name__}")
     chat = []
     for number, turn in enumerate(turns, 1):
-        place = f"{where}, column {column}, turn {number}"
-        speaker, text = turn_keys(turn) if isinstance(turn, dict) else ("", "")
-        role = SPEAKERS.get(str(turn[speaker]), turn[speaker]) if speaker in turn else None
+        place, role = f"{where}, column {column}, turn {number}", None
+        if isinstance(turn, dict):
+            speaker, text = turn_keys(turn)
+            role = SPEAKERS.get(str(turn.get(speaker)), turn.get(speaker))
         if role not in ("system", "user", "assistant"):
             raise UserError(f"{place}: expected {{role: system, user or assistant, content: text}}, or {{from: system, "
                             f"human or gpt, value: text}}, found {turn!r}")  # fmt: skip
