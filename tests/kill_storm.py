@@ -2,14 +2,17 @@
 
     python tests/kill_storm.py                        # 20 kills, a few of each program: two minutes on two cores
     python tests/kill_storm.py --kills 200            # that many, of all programs, the demo and two processes too
+    python tests/kill_storm.py --every training       # of the programs whose names begin so: once at each file event
 
 A file event is what changes a file or folder, or waits for the disk. At a chance one (seeded) the process gets SIGKILL,
-up to three times before the command is left alone. Both then must hold the same bytes, and nothing must be left over.
+up to three times before the command is left alone, the demo nine times. Both then must hold the same bytes, and nothing
+must be left over.
 """
 
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import random
 import runpy
@@ -41,18 +44,19 @@ class Program:
     arguments: list[str]
     needs: list[str] = field(default_factory=list)  # what is made before: folders of others' undisturbed runs
     processes: int = 1
+    in_a_row: int = 3  # kills, at most, before it is left alone
 
 
 def programs(place: Path) -> dict[str, Program]:
     """By name, each with the folder place/now in which it works."""
     now, cache = place / "now", ["--cache_dir", str(place / "cache")]
-    train = [*SETTINGS, *cache, "--output_dir", str(now / "output"), "--save_steps", "2"]
+    train = [*SETTINGS, *cache, "--output_dir", str(now / "output"), "--save_steps", "2", "--dataset", "synthetic"]
     run = ["--output_dir", str(now / "output"), "--results_dir", str(now / "results")]
     score = [*SETTINGS, *run, "--limit", "1", "--ut_steps", "1,2", "--max_new_tokens", "4", "--judge", "none"]
     score += ["--tasks", "thai_exam,thai_text,mt_bench_thai"]
     replies = str(now / "results/smoke/mt_bench_thai-ut1.json")
     constant = ["--lr_scheduler_type", "constant_with_warmup"]
-    epochs = ["--rows_per_step", "16", "--num_train_epochs"]
+    epochs = ["--rows_per_step", "7", "--num_train_epochs"]  # 24 rows
     demo = ["--model_name_or_path", "sample/ouro-tiny", "--max_steps", "2", "--max_new_tokens", "1"]
     return {
         "training": Program("train_qlora.py", [*train, "--max_steps", "4"]),
@@ -65,7 +69,7 @@ def programs(place: Path) -> dict[str, Program]:
         "judge": Program("tools/judge.py", [replies], ["training", "evaluation"]),
         "report": Program("report.py", [*run, "--out", str(now / "out"), "--csv"], ["training", "evaluation"]),
         "two processes": Program("train_qlora.py", [*train, "--max_steps", "3"], processes=2),
-        "demo": Program("tools/demo.py", [*demo, *run]),
+        "demo": Program("tools/demo.py", [*demo, *run], in_a_row=9),
     }
 
 
@@ -73,14 +77,16 @@ def main_of(script: str) -> Callable[[], None]:
     return runpy.run_path(str(ROOT / script), run_name="storm")["main"]
 
 
-def count_events(kill_at: int, place: str) -> list[int]:
-    """Counts this process's file events in `place`, in the list's one number; SIGKILL at one of them, 0: never."""
-    count = [0]
+def count_events(kill_at: int, place: str) -> mmap.mmap:
+    """Counts the file events in `place` of this process and of those that it forks, in the number that the memory they
+    share holds. At one of them this process gets SIGKILL, 0: never."""
+    count, main = mmap.mmap(-1, 8), os.getpid()
 
     def tick() -> None:
-        count[0] += 1
-        if count[0] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        number = int.from_bytes(count[:]) + 1
+        count[:] = number.to_bytes(8)
+        if 0 < kill_at <= number:
+            os.kill(main, signal.SIGKILL)
 
     def hook(event: str, arguments: tuple) -> None:
         path = str(arguments[0]) if arguments else ""
@@ -109,7 +115,7 @@ def run_here(program: Program, main: Callable[[], None], kill_at: int, place: st
 
     def end(code: int) -> None:
         sys.stdout.flush()
-        (Path(place) / f"events-{os.environ.get('RANK', 0)}").write_text(str(count[0]))
+        (Path(place) / f"events-{os.environ.get('RANK', 0)}").write_text(str(int.from_bytes(count[:])))
         leave(code)
 
     os._exit = end  # by which processes of a group leave
@@ -225,17 +231,26 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def storm(kills: int, judge: str, place: Path) -> bool:
+def at_chance(kills: int, program: Program, events: list[int], chance: random.Random) -> list[tuple[int, int]]:
+    """At most so many kills in a row, each (process, event), spread over the run: the count begins anew after each."""
+    count = min(chance.randint(1, program.in_a_row), kills)
+    ranks = chance.choices(range(len(events)), events, k=count)
+    return [(rank, chance.randint(1, max(1, 2 * events[rank] // (count + 1)))) for rank in ranks]
+
+
+def storm(kills: int, every: str | None, judge: str, place: Path) -> bool:
     chance, weather, came, same = random.Random(0), Storm(place, judge), 0, 0
     everything = programs(place)
     chosen = [name for name in everything if kills >= 100 or name not in ("two processes", "demo")]
+    if every is not None:
+        chosen = [name for name in everything if name.startswith(every)]
     for name in chosen:
         program = everything[name]
         events = weather.base(name, program)
+        each = [(rank, event) for rank, count in enumerate(events) for event in range(1, count + 1)]
         began, mine, good, wrong = time.monotonic(), 0, 0, []
-        while (left := round(kills / len(chosen)) - mine) > 0:
-            ranks = chance.choices(range(len(events)), events, k=min(chance.randint(1, 3), left))
-            these = [(rank, chance.randint(1, events[rank])) for rank in ranks]
+        while (left := (round(kills / len(chosen)) - mine) if every is None else len(each)) > 0:
+            these = at_chance(left, program, events, chance) if every is None else [each.pop()]
             killed, difference = weather.attempt(name, program, these)
             mine += killed
             good += 0 if difference else killed
@@ -253,6 +268,7 @@ def storm(kills: int, judge: str, place: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--every", help="kill the programs whose names begin so at each of their file events")
     options = parser.parse_args()
     os.chdir(ROOT)
     here, there = Pipe()
@@ -264,7 +280,7 @@ def main() -> None:
         signal.pause()
     try:
         with tempfile.TemporaryDirectory() as place:
-            sys.exit(0 if storm(options.kills, here.recv(), Path(place)) else 1)
+            sys.exit(0 if storm(options.kills, options.every, here.recv(), Path(place)) else 1)
     finally:
         os.kill(judge, signal.SIGTERM)
 
