@@ -23,8 +23,8 @@ from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
 from ouro.evaluate.benchmarks import named, table
 from ouro.files import UserError, call, explain, read_json, write_json
-from ouro.model.cost import Memory, matrix_rate, sizes
-from ouro.model.loading import load_tokenizer, warn_of_depth
+from ouro.model.cost import Memory, matrix_rate
+from ouro.model.loading import load_tokenizer, sizes, warn_of_depth
 from ouro.settings import Resolved, Settings, resolve
 from ouro.train import processes
 from ouro.train.build import build, check_frozen

@@ -16,7 +16,7 @@ from ouro.data.batches import Passes, Rows, Steps
 from ouro.data.cache import prepare
 from ouro.files import UserError, call, latest
 from ouro.model import cost, loading
-from ouro.model.loading import WEIGHTS, load_ouro, load_tokenizer
+from ouro.model.loading import WEIGHTS, load_ouro, load_tokenizer, sizes
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import Settings
 from ouro.train import build, machine, trainer
@@ -493,7 +493,7 @@ def test_where_the_graphs_of_all_widths_do_not_fit_the_widths_are_fewer(monkeypa
 
 def test_deterministic_asks_for_sums_in_one_order_and_does_not_only_warn():
     s = Settings(model_name_or_path=MODEL, use_qlora=False, bf16=False)
-    memory = cost.Memory(s, cost.sizes(s), None)
+    memory = cost.Memory(s, sizes(s), None)
     build.build(s, "cpu", memory)
     assert not torch.are_deterministic_algorithms_enabled()
     try:

@@ -11,8 +11,8 @@ from ouro.data.cache import prepare
 from ouro.data.chats import Tokens, split_row
 from ouro.data.sources import HubSession, cache_only
 from ouro.files import UserError, read_yaml
-from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, sizes, training_flops
-from ouro.model.loading import load_tokenizer
+from ouro.model.cost import GPUS, REACHED, Memory, Plan, passes_for, training_flops
+from ouro.model.loading import load_tokenizer, sizes
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig
 from ouro.settings import DATASETS, EXPERIMENTS, Resolved, Settings, resolve
 from ouro.train import machine
@@ -226,7 +226,7 @@ def test_the_study_on_the_hub_is_predicted_without_asking_it(tmp_path, monkeypat
     with pytest.raises(UserError, match="RTX3080, 10 GiB: rows of 16384 tokens need about .* GiB"):
         predict(s, "RTX3080", 4)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=f"no model in {tmp_path}: .*not a valid JSON"):
+    with pytest.raises(UserError, match=f"cannot load the model {tmp_path}: .*not a valid JSON"):
         sizes(dataclasses.replace(s, model_name_or_path=str(tmp_path)))
     with pytest.raises(UserError, match=r"fp8 needs a Hopper GPU \(H100 or H200\), not A100; set it to auto"):
         predict(dataclasses.replace(s, frozen_weights="fp8"), "A100", 4)

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 from ouro.evaluate.scoring import score
 from ouro.files import ROOT, UserError, call, code_version, read_json
 from ouro.model import generate as generation
-from ouro.model.cost import layer_weights, matrix_rate, sizes
+from ouro.model.cost import layer_weights, matrix_rate
 from ouro.model.generate import Decoder, generate
-from ouro.model.loading import load_tokenizer
+from ouro.model.loading import load_tokenizer, sizes
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Resolved, Settings, resolve
 

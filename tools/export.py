@@ -26,8 +26,7 @@ from ouro import files
 from ouro.data.chats import END_OF_TURN
 from ouro.files import ROOT, Progress, UserError, call, file_sha256, read_json, seal, write_atomic, write_json
 from ouro.model import modeling_ouro
-from ouro.model.cost import sizes
-from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config, warn_of_depth
+from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config, sizes, warn_of_depth
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import REVISIONS, Resolved, Settings, resolve
 from ouro.train.run_folder import finished_run, whole

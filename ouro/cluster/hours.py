@@ -17,7 +17,8 @@ import sys
 from ouro.cluster.plan import Prediction, predict
 from ouro.cluster.sweep import study_of
 from ouro.files import UserError, call, read_yaml
-from ouro.model.cost import GPUS, REACHED, layer_weights, product_sizes, sizes, training_flops
+from ouro.model.cost import GPUS, REACHED, layer_weights, product_sizes, training_flops
+from ouro.model.loading import sizes
 from ouro.settings import EVALS, EXPERIMENTS, STUDIES, Settings, resolve
 
 ONE, FOUR = "exp2-wangchan-ut1", "exp1-wangchan-ut4"  # of one loop and of four

@@ -13,8 +13,8 @@ from ouro.data.batches import Passes
 from ouro.data.cache import prepare
 from ouro.data.sources import cache_only, count_rows, find_source
 from ouro.files import UserError, nearest, read_yaml
-from ouro.model.cost import GPUS, HOPPER, REACHED, Memory, passes_for, sizes, training_flops
-from ouro.model.loading import load_tokenizer
+from ouro.model.cost import GPUS, HOPPER, REACHED, Memory, passes_for, training_flops
+from ouro.model.loading import load_tokenizer, sizes
 from ouro.settings import DATASETS, Settings
 from ouro.train.time_limit import seconds
 

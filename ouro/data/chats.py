@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import threading
 import unicodedata
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 PATIENCE = 5  # seconds for a chat template and a chat; Ouro's takes 0.0001
+ROOM = 512 << 20  # bytes of memory for the same
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's roles
 Chat = list[dict]  # turns of role and content; an answer that is not trained has `train: False`
@@ -164,7 +166,7 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool =
     Raises UserError: the template, which is a program of the model's folder, refuses the chat, fails, or does not end.
     """
     try:
-        with at_most(PATIENCE):
+        with at_most(PATIENCE, ROOM):
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
             MemoryError, TimeoutError) as error:  # fmt: skip
@@ -173,8 +175,9 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool =
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError where a block takes longer. Other threads than the first get no signals: there it may."""
+def at_most(seconds: float, memory: int) -> Iterator[None]:
+    """Raises TimeoutError where a block takes longer, MemoryError where it takes more bytes. Other threads than the
+    first get no signals: there it may."""
 
     def late(*_) -> None:
         raise TimeoutError(f"not done after {seconds:g} s")
@@ -184,9 +187,14 @@ def at_most(seconds: float) -> Iterator[None]:
         return
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", "rb") as file:
+        most = int(file.read().split()[0]) * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (min([most, *(x for x in limits if x >= 0)]), limits[1]))
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

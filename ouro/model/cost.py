@@ -7,7 +7,6 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 from ouro.data.batches import Pass, Passes
 from ouro.files import UserError
@@ -39,15 +38,6 @@ class Plan:
 
     recomputed: int = 0
     waiting: int = 0
-
-
-def sizes(s: Settings) -> OuroConfig:
-    """Of the settings' model if that is a folder, else of Ouro-2.6B."""
-    folder = Path(s.model_name_or_path)
-    try:
-        return OuroConfig.from_pretrained(folder) if folder.is_dir() else OuroConfig()
-    except OSError as error:
-        raise UserError(f"no model in {folder}: {' '.join(str(error).split())}") from None
 
 
 def product_sizes(config: OuroConfig) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ Frozen = Literal["nf4", "bf16", "fp32", "fp8"]  # how frozen weights are kept
 WEIGHTS = "adapter_model.safetensors"
 # What transformers makes of JSON that it did not write.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError)
+TEXT = 64 << 20  # bytes of a file of JSON or text; Ouro's tokenizer.json has 3.5 million
 LARGEST = {"vocab_size": 1 << 20, "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1024,
            "num_attention_heads": 1024, "head_dim": 4096, "total_ut_steps": 256,
            "max_position_embeddings": 1 << 24}  # fmt: skip
@@ -77,7 +78,8 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
             raise OSError("there is no config.json in it")
         for file in Path(path).glob("*"):  # none of a Hub id
-            regular(file)
+            if regular(file).suffix in (".json", ".jinja", ".txt") and file.stat().st_size > TEXT:
+                raise ValueError(f"{file.name} has more than {TEXT >> 20} MiB")
         found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         for name, most in LARGEST.items():
             size = found.get(name)
@@ -102,6 +104,19 @@ def model_files(path: str, revision: str | None) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in sorted(files)}
 
 
+def ouro_config(path: str, revision: str | None = None) -> OuroConfig:
+    """As `read_config`, of an Ouro model. Raises UserError: it is another model, too."""
+    config = read_config(path, revision)
+    if not isinstance(config, OuroConfig):
+        raise UserError(f"{path} is a {config.model_type!r} model, not 'ouro'")
+    return config
+
+
+def sizes(s: Settings) -> OuroConfig:
+    """Of the settings' model if that is a folder, else of Ouro-2.6B. Errors as `ouro_config`."""
+    return ouro_config(s.model_name_or_path) if Path(s.model_name_or_path).is_dir() else OuroConfig()
+
+
 def load_tokenizer(path: str, revision: str | None = None, max_length: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint (folder or Hub id), at the pinned revision, checked against the model's config.
     Raises UserError: it cannot be read, has no chat template, its vocabulary lacks <|im_end|> or is larger than the
@@ -109,14 +124,12 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
     check_folder(path)
     revision = revision or REVISIONS.get(path)
     try:
-        config = read_config(path, revision)  # first: without a network it fails sooner
+        config = ouro_config(path, revision)  # first: without a network it fails sooner
         with loading(f"the tokenizer of {path}", BROKEN):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except UserError as error:
         advice = "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
         raise UserError(f"{error}\n{advice}" if not Path(path).exists() else str(error)) from None
-    if not isinstance(config, OuroConfig):
-        raise UserError(f"{path} is a {config.model_type!r} model, not 'ouro'")
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():

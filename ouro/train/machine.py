@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ouro.data.batches import Pass, Rows, Steps
 from ouro.files import Progress, UserError
-from ouro.model.cost import Memory, Plan, pass_flops, passes_for, sizes
+from ouro.model.cost import Memory, Plan, pass_flops, passes_for
+from ouro.model.loading import sizes
 from ouro.settings import Resolved, Settings
 from ouro.train.build import is_compiled
 from ouro.train.collate import collate
