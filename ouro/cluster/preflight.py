@@ -33,10 +33,6 @@ DISK = 3e9  # free bytes that checkpoints (0.4 GB each with r = 16) and the cach
 MEMORY = 2e9  # bytes that a process needs beside the weights
 
 
-class Skip(Exception):
-    """A check that does not apply here."""
-
-
 def check_versions(run: Resolved) -> str:
     pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
     wrong = []
@@ -70,7 +66,7 @@ def check_gpu(run: Resolved) -> str:
     import torch
 
     if os.environ.get("SLURM_SAYS") and not torch.cuda.is_available():  # the Makefile sets it where sbatch is
-        raise Skip("a login node: each job looks at its own GPUs")
+        return "none on this login node: each job looks at its own"
     device = check_device(run.settings)
     if device == "cpu":
         return f"none; {run.config} computes on the CPU"
@@ -184,11 +180,12 @@ def on_hub(name: str, settings: Settings) -> Path | None:
 
 
 def check_model(run: Resolved) -> str:
-    from ouro.model.loading import load_tokenizer
+    from ouro.model.loading import check_folder, load_tokenizer
 
     s = run.settings
+    check_folder(s.model_name_or_path)
     folder = Path(s.model_name_or_path)
-    if not folder.exists() and not folder.is_absolute() and not (folder.parent.is_dir() and folder.parent != Path()):
+    if not folder.exists():
         folder = on_hub("model", s)
     load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     if folder is None:
@@ -256,7 +253,7 @@ def check_slurm(run: Resolved) -> str:
         return f"job {job} on {platform.node()}"
     says = os.environ.get("SLURM_SAYS")
     if not says:
-        raise Skip("no Slurm here")
+        return "none here"
     if "to start at" not in says:
         reason = " ".join(says.partition("PartitionName")[0].split())
         raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
@@ -320,8 +317,6 @@ def main() -> None:
         name = check.__name__.removeprefix("check_")
         try:
             say("ok", name, check(run))
-        except Skip as why:
-            say("-", name, str(why))
         except UserError as error:
             say("FAIL", name, str(error))
             failed.append(f"{name}: {str(error).splitlines()[0]}")
