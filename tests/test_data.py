@@ -390,6 +390,15 @@ def broken_parquet() -> bytes:
     return bytes(content)
 
 
+def broken_arrow() -> bytes:
+    """An Arrow stream of which one text begins behind the end of the file."""
+    sink, table = pa.BufferOutputStream(), pa.table({name: ["ก", "ข"] for name in ROW})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    places = [np.array([0, 3, end], np.int32).tobytes() for end in (6, -9)]
+    return sink.getvalue().to_pybytes().replace(*places)
+
+
 def parquet_of_latin_1() -> pa.Table:
     text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
     return pa.table({name: text if name == "Output" else [ROW[name]] for name in ROW})
@@ -415,7 +424,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
         f"{LINE}\n".encode() + '{"Output": "ก"}\n'.encode("cp874"),
         r"line 2: not valid UTF-8 \(byte",
     ),
-    "not UTF-8 in Parquet": ("parquet", parquet_of_latin_1(), r"after row 0: not valid UTF-8"),
+    "not UTF-8 in Parquet": ("parquet", parquet_of_latin_1(), r"not a readable Parquet file: .*Invalid UTF8"),
     "half an emoji": ("jsonl", [ROW, LINE.replace("ตอบ", "\\ud83d")], r"(?s)max_garbled_share.*line 2"),
     "a number of many digits": ("jsonl", [LINE[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1: not valid JSON"),
     "mojibake": ("jsonl", [ROW | {"Input": "กข".encode().decode("latin-1")}], r"(?s)max_garbled_share.*line 1: gar"),
@@ -424,6 +433,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "CSV with an open quote": ("csv", CSV + 'ก,ข,ค,ง\n"ก,ข\n', r"line 3: not valid CSV \(unexpected end of data\)"),
     "CSV of Thai Windows": ("csv", (CSV + "ก,ข,ค,ง\n").encode("cp874"), r"not valid UTF-8: save it as CSV UTF-8"),
     "CSV with a column twice": ("csv", "Input,Input\nก,ข\n", r"column 'Input' stands twice"),
+    "damaged Arrow file": ("arrow", broken_arrow(), r"train.arrow is not a readable Arrow file"),
     "half an Arrow file": ("arrow", b"ARROW1", r"train.arrow is not a readable Arrow file"),
     "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
     "objects over several lines": ("json", json.dumps(ROW, indent=1) * 2, r"line 1: an object over several lines"),

@@ -149,8 +149,11 @@ def test_a_workbooks_rows_are_placed_and_what_is_no_single_table_is_refused(prep
     ]
     with pytest.raises(UserError, match=r"mine.xlsx: 2 sheets hold rows \(S0, S1\), one must: save it as CSV UTF-8"):
         prepared({"mine.xlsx": as_workbook(ALPACA, PAIRS)}, "mine.xlsx")
-    with pytest.raises(UserError, match="mine.xlsx is not a readable Excel workbook"):
-        prepared({"mine.xlsx": as_workbook(ALPACA)[:-900]}, "mine.xlsx")
+    whole = as_workbook(ALPACA)
+    sheet = whole.index(name := b"xl/worksheets/sheet1.xml") + len(name)
+    for damaged in (whole[:-900], whole[: sheet + 9] + b"\xff" * 20 + whole[sheet + 29 :]):
+        with pytest.raises(UserError, match="mine.xlsx is not a readable Excel workbook"):
+            prepared({"mine.xlsx": damaged}, "mine.xlsx")
 
 
 def test_a_layout_that_is_named_is_read_where_two_would_fit(tmp_path, tokenizer):

@@ -335,12 +335,10 @@ def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> I
         check_once(f"{file}", names)
         read = {*columns, *optional}
         wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
-        batches = table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table)
-        try:
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield f"{file}, row {number}", row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}, after row {number}: not valid UTF-8 ({error.reason})") from None
+        for batch in table.iter_batches(ROWS, columns=wanted) if parquet else (part.select(wanted) for part in table):
+            batch.validate(full=True)  # places of texts beyond the file would end the process; and that they are UTF-8
+            for row in batch.to_pylist():
+                yield f"{file}, row {(number := number + 1)}", row
 
 
 def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
@@ -372,7 +370,8 @@ def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str
             if sum(member.file_size for member in archive.infolist()) > WHOLE:
                 raise UserError(f"{file} unpacks to more than {WHOLE / 2**20:.0f} MB: save it as CSV UTF-8")
         sheets = pd.read_excel(file, sheet_name=None, header=None, dtype=str, keep_default_na=False, engine="openpyxl")
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError, zipfile.BadZipFile) as error:  # SyntaxError: its XML
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, NotImplementedError,
+            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML  # fmt: skip
         raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
     full = {name: sheet for name, sheet in sheets.items() if len(sheet)}
     if len(full) != 1:
