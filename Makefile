@@ -164,9 +164,10 @@ lock:  ## resolve requirements.in into requirements.txt, pixi.lock.in and the ve
 	@.venv/bin/python tools/lock.py
 
 pixi.lock: pixi.lock.in $(if $(value PYPI_INDEX)$(value PYPI_FILES),FORCE)  ## render pixi.lock.in, for a mirror too [PYPI_FILES=https://… PYPI_INDEX=…]
-	@read -r index files < <("$$PYTHON" -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url, "https://" + PyPI.file_storage_domain)') || \
-	  { echo "error: $$PYTHON has no pip, which knows PyPI's addresses" >&2; exit 2; }; \
-	sed "s|@PYPI_INDEX@|$${PYPI_INDEX:-$$index}|; s|@PYPI_FILES@|$${PYPI_FILES:-$$files}|" $< >$@
+	@pip() { "$$PYTHON" -c "from pip._internal.models.index import PyPI; print($$1)" 2>/dev/null || \
+	  { echo "error: $$PYTHON has no pip, which knows PyPI's addresses: give PYPI_INDEX and PYPI_FILES" >&2; exit 2; }; }; \
+	index=$${PYPI_INDEX:-$$(pip PyPI.simple_url)}; files=$${PYPI_FILES:-https://$$(pip PyPI.file_storage_domain)}; \
+	sed "s|@PYPI_INDEX@|$$index|; s|@PYPI_FILES@|$$files|" $< >$@
 
 build-image:  ## build the Docker image ouro-thai (run.sh runs it)
 	@./run.sh build
