@@ -395,13 +395,13 @@ def test_a_run_that_another_command_would_spoil_is_refused_untouched(stopped, tm
 
 
 def test_settings_that_change_no_training_neither_refuse_nor_repeat_a_run(whole, stopped, tmp_path, capsys):
-    """Also the same folder, named otherwise; paths are those of what the run does not read."""
+    """Also the same folder, named otherwise; paths are those of what is neither read nor scored."""
     copied(stopped, tmp_path)
     here = ["--results_dir", str(tmp_path), "--tasks", "thai_text", "--eval_batch_tokens", "9", "--max_new_tokens", "3"]
     here += ["--output_dir", os.path.relpath(tmp_path), "--cache_dir", str(tmp_path / "cache")]
     here += ["--report_to", "tensorboard"]
-    sets = read_yaml("tests/smoke.yaml")["paths"]
-    here += ["--paths", ",".join(f"{n}={p if n == 'wangchan' else p + '/nowhere'}" for n, p in sets.items())]
+    sets, read = read_yaml("tests/smoke.yaml")["paths"], ("wangchan", "thai_text")
+    here += ["--paths", ",".join(f"{n}={p if n in read else p + '/nowhere'}" for n, p in sets.items())]
     for _ in range(2):
         assert_same_run(six(tmp_path, *here), whole)
     printed = capsys.readouterr().out
