@@ -2,7 +2,6 @@
 are chosen among runs, and the parts of the study that a sweep submits."""
 
 import io
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from ouro.settings import Settings, resolve
 
 import numpy as np
 import pytest
+from helpers import write_jsonl
 from training_sets import ROW, UNBOUNDED, prepare_set, questions, texts, trained_texts, turns, write
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -27,9 +27,8 @@ def prepared(tmp_path, tokenizer):
     return partial(prepare_set, tmp_path, tokenizer=tokenizer, **UNBOUNDED)
 
 
-def thai(number: int, answer: str = "") -> list[dict]:
-    asked = questions(number)
-    return [ROW | {"Instruction": q, "Output": answer or f"คำตอบที่ {i} ค่ะ"} for i, q in enumerate(asked)]
+def thai(number: int) -> list[dict]:
+    return [ROW | {"Instruction": q, "Output": f"คำตอบที่ {i} ค่ะ"} for i, q in enumerate(questions(number))]
 
 
 def english(number: int) -> dict[str, list[dict]]:
@@ -70,12 +69,10 @@ def test_a_set_is_cut_to_as_many_tokens_as_another_and_the_report_says_so(prepar
 
 @pytest.mark.parametrize(
     ("max_tokens", "told"),
-    [
-        ("wangchan", "wangchan is the training set itself"),
-        ("wangchn", "unknown dataset 'wangchn'; did you mean 'wangchan'"),
-        ("1000000", r"has [\d,]+ tokens to train on, and max_tokens = 1000000 asks for 1,000,000: name a larger set"),
-    ],
-)
+    [("wangchan", "wangchan is the training set itself"),
+     ("wangchn", "unknown dataset 'wangchn'; did you mean 'wangchan'"),
+     ("1000000", r"has [\d,]+ tokens to train on, and max_tokens = 1000000 asks for 1,000,000: name a larger set")],
+)  # fmt: skip
 def test_tokens_that_are_not_there_are_refused(prepared, max_tokens, told):
     with pytest.raises(UserError, match=told):
         prepared("wangchan", thai(20), max_tokens=max_tokens)
@@ -97,9 +94,6 @@ def test_shuffled_answers_are_each_another_rows_and_always_the_same(prepared, to
     assert texts(again, tokenizer) == texts(shuffled, tokenizer)
     print_report(report)
     assert "control          each question has the answer of another row" in capsys.readouterr().out
-
-
-def test_answers_of_conversations_are_not_shuffled(prepared):
     with pytest.raises(UserError, match="line 1: shuffle_answers is for sets of one question and one answer a row"):
         prepared("chat", [{"messages": turns("a", "b", "c", "d")}], shuffle_answers=True)
 
@@ -126,12 +120,12 @@ def rates(output: Path, losses: dict[str, float], depth: int = 2, seed: str = "s
     """Complete runs of the arm `rates` at a depth, by the factor of the learning rate."""
     for factor, loss in losses.items():
         name = f"exp9-rates-x{factor}-ut{depth}"
-        run = resolve("", ["--exp", name, *(f"--{key}={value}" for key, value in changes.items())])
         folder = output / seed / name
         folder.mkdir(parents=True)
+        run = resolve("", ["--exp", name, *(f"--{key}={value}" for key, value in changes.items())])
         (folder / "config.yaml").write_text(run.as_yaml(), encoding="utf-8")
         log = [{"step": 1}, {"step": 2, "held_out_loss": [9.0, loss + 1]}, {"step": 3, "held_out_loss": [9.0, loss]}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+        write_jsonl(folder / "metrics.jsonl", *log)
         (folder / "completed").write_text("{}", encoding="utf-8")
 
 
@@ -145,37 +139,31 @@ def test_tuned_is_the_rate_with_the_smallest_held_out_loss_and_its_origin_says_a
     run = resolve("", [*TUNED, str(tmp_path / place)])
     assert run.settings.learning_rate == 1e-4 and run.settings.arm == "tuned"
     (line,) = [line for line in run.as_yaml().splitlines() if line.startswith("learning_rate")]
-    assert line.startswith(
-        "learning_rate: 0.0001  # tuned, by the held-out loss of exp9-rates-x0.25-ut2 at 5e-05: 1.5000"
-    )
-    assert "exp9-rates-x0.5-ut2 at 0.0001: 1.2000, exp9-rates-x1-ut2 at 0.0002: 1.3000" in line
+    tried = "x0.25-ut2 at 5e-05: 1.5000, exp9-rates-x0.5-ut2 at 0.0001: 1.2000, exp9-rates-x1-ut2 at 0.0002: 1.3000"
+    assert line.startswith(f"learning_rate: 0.0001  # tuned, by the held-out loss of exp9-rates-{tried}")
     (tmp_path / "again.yaml").write_text(run.as_yaml(), encoding="utf-8")
     assert resolve("", ["--config", str(tmp_path / "again.yaml")]).settings == run.settings
     rates(tmp_path, {"1": 0.7}, seed="seed1")  # with it the mean of x1 is the smallest
     assert resolve("", [*TUNED, str(tmp_path)]).settings.learning_rate == 2e-4
 
 
-def test_tuned_is_refused_in_one_sentence_while_the_sweep_is_missing(tmp_path):
+def test_tuned_is_refused_in_one_sentence_while_the_sweep_is_missing_or_was_trained_otherwise(tmp_path):
+    def refused(*argv: str) -> str:
+        with pytest.raises(UserError) as error:
+            resolve("", [*TUNED, str(tmp_path), *argv])
+        return str(error.value)
+
     rates(tmp_path, LOSSES, depth=3)
-    with pytest.raises(UserError) as error:
-        resolve("", [*TUNED, str(tmp_path)])
-    assert str(error.value).startswith("learning_rate: tuned takes the best of the arm `rates` on wangchan with")
-    assert "exp9-rates-x4-ut2: make cluster-sweep STUDY=rates" in str(error.value) and "\n" not in str(error.value)
+    assert re.fullmatch("learning_rate: tuned takes the best of the arm `rates` on wangchan with .*, "
+                        "exp9-rates-x4-ut2: make cluster-sweep STUDY=rates", refused())  # fmt: skip
     rates(tmp_path, LOSSES | {"4": 0.1})
     (tmp_path / "seed0/exp9-rates-x4-ut2/completed").unlink()
-    with pytest.raises(UserError, match="there is no completed exp9-rates-x4-ut2: make"):
-        resolve("", [*TUNED, str(tmp_path)])
-    with pytest.raises(UserError, match="there is no completed run of it"):
-        resolve("", [*TUNED, str(tmp_path), "--dataset", "r1"])
-    assert resolve("", [*TUNED, str(tmp_path)], several=True).settings.learning_rate == 2e-4, (
-        "what trains nothing reads it"
-    )
-
-
-def test_rates_of_runs_that_were_trained_otherwise_are_not_taken(tmp_path):
-    rates(tmp_path, LOSSES, lora_dropout=0)
-    with pytest.raises(UserError, match=r"rates-x0.25-ut2 was trained with lora_dropout = 0.0, and this run has 0.05"):
-        resolve("", [*TUNED, str(tmp_path)])
+    assert "there is no completed exp9-rates-x4-ut2: make" in refused()
+    assert "there is no completed run of it" in refused("--dataset", "r1")
+    what_trains_nothing = resolve("", [*TUNED, str(tmp_path)], several=True)
+    assert what_trains_nothing.settings.learning_rate == 2e-4
+    rates(tmp_path, LOSSES, seed="seed1", lora_dropout=0)
+    assert "exp9-rates-x0.25-ut2 was trained with lora_dropout = 0.0, and this run has 0.05" in refused()
 
 
 # ------------------------------------------------------------------------------------------------ parts of the study

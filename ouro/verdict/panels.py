@@ -246,12 +246,12 @@ def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
     for task in bases.keys() - {key.task for key in found}:
         found[Key(task, BASE)] = Panel(zero_line(bases[task], [], reader.left_out))
 
-    order = list(read_yaml(DATASETS))
+    aspects, datasets = list(ASPECTS), list(read_yaml(DATASETS))
 
     def place(key: Key) -> tuple:
-        study, known = found[key].study, key.dataset in order
-        dataset = order.index(key.dataset) if known else len(order), key.dataset
-        return list(ASPECTS).index(study["aspect"]), not study.get("primary"), key.task, dataset, key[2:]
+        study = found[key].study
+        known = datasets.index(key.dataset) if key.dataset in datasets else len(datasets)
+        return aspects.index(study["aspect"]), not study.get("primary"), key.task, known, key.dataset, key[2:]
 
     return {key: found[key] for key in sorted(found, key=place)}
 

@@ -323,14 +323,8 @@ FIGURES = (gain, levels, heat, compute, learning, inside, letters)
 def draw(runs: dict[str, Run], found: dict[Key, Panel], made: list[Verdict]) -> dict[str, Figure]:
     """The figures for which there is data, by name, of the first training set."""
     dataset = made[0].dataset
-    primary = {
-        panel.study["aspect"]: panel
-        for key, panel in found.items()
-        if (key.dataset, key.arm) == (dataset, STUDY)
-        and panel.study.get("primary")
-        and enough(panel.metric, panel.items)
-    }
-    panels = [primary[aspect] for aspect in ASPECTS if aspect in primary]
+    own = [panel for key, panel in found.items() if (key.dataset, key.arm) == (dataset, STUDY)]
+    panels = [panel for panel in own if panel.study.get("primary") and enough(panel.metric, panel.items)]
     with matplotlib.rc_context(STYLE):
         figures = {"worth": worth([test for verdict in made if verdict.dataset == dataset for test in verdict.tests])}
         figures |= {figure.__name__: figure(panels, runs, dataset) for figure in FIGURES}
