@@ -156,9 +156,12 @@ def find_jobs(
                 results.spare_the_fuller([files[depth] for depth in stale], task)
             if stale:
                 jobs.append(Job(model, task, study, stale))
-                told = {files[d].name: results.read_study(files[d]) or {} for d in stale}
-                old = [name for name, was in told.items() if {"key", "generation_key"} & was.keys() and not
-                       {was.get("key"), was.get("generation_key")} & {*stale.values()}]  # fmt: skip
+                old = [
+                    files[depth].name
+                    for depth, key in stale.items()
+                    if (was := results.read_study(files[depth]))
+                    and key not in (was.get("key"), was.get("generation_key"))
+                ]
                 if old and not options.again:
                     print(f"{model.run}: {', '.join(old)}: of other weights, items or settings than now, scored anew")
         if most > len(jobs):

@@ -103,10 +103,13 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch):
     """Another server: of the model under test."""
+    from ouro.evaluate import endpoint
+
     from fake_openai import FakeServer
 
+    monkeypatch.setattr(endpoint, "PAUSE", 0)
     fake = FakeServer()
     yield fake
     fake.close()

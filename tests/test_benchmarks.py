@@ -468,7 +468,7 @@ def test_an_option_that_reads_as_the_key_is_right_whichever_letter_is_chosen(nam
         sure = [0.0 if letter in "ae" else -20.0 for letter in options]
         assert choose(item, TASKS[name], [sure] * 5)[1] == "a"
     for prediction, value in (("a", 1), ("e", 1), ("b", 0), (None, 0)):
-        numbers = benchmarks.accuracy([item], [prediction], TASKS[name])
+        numbers = benchmarks.accuracy([item], [benchmarks.settle(item, prediction)], TASKS[name])
         assert (numbers["value"], numbers["chance"]) == (value, 0.4), prediction
     said = {"options": "(1) ก (2) ข (3)  ก", "gold": "1"}
     assert [benchmarks.settle(said, number) for number in ("1", "2", "3", None)] == ["1", "2", "1", None]

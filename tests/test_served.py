@@ -57,7 +57,6 @@ def test_a_served_model_is_named_by_the_servers_list_or_by_the_environment(serve
 
 
 def test_a_served_model_is_known_by_address_name_and_what_the_list_tells(server, model, monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0)
     found = []
     for told in ({}, {"root": "a"}, {"root": "b"}, {"root": "b", "max_model_len": 4096}, {"root": "b", "created": 5}):
         model.models = [{"id": "tiny"} | told]
@@ -78,7 +77,6 @@ FILES = [[{"id": "a.gguf", "meta": {"size": 1}}], [{"id": "b.gguf", "meta": {"si
 
 @pytest.mark.parametrize("lists", [BASES, FILES], ids=["the base of its adapter", "the one model, by another name"])
 def test_a_served_model_is_known_by_what_it_is_made_of_too(lists, model, monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0)
     monkeypatch.setenv("ENDPOINT_MODEL", "thai")
     found = []
     for model.models in lists:
@@ -101,8 +99,7 @@ def evaluated(tmp_path, monkeypatch, capsys):
     return evaluated
 
 
-def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, model, tmp_path, evaluated, monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0)
+def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, model, tmp_path, evaluated):
     model.answer = lambda messages: f"คำตอบคือ ({1 + len(messages[1]['content']) % 4})"
     command = ["--endpoint", model.url, "--tasks", "openthaieval,mt_bench_thai", "--limit", 2, "--judge", "none",
                "--max_new_tokens", 9, "--ut_steps", 1, "--system_prompt", "สั้น ๆ"]  # fmt: skip
@@ -134,8 +131,7 @@ def test_the_command_scores_a_served_model_and_asks_it_nothing_twice(server, mod
         evaluated(*("1,2" if part == 1 else part for part in command))
 
 
-def test_results_of_a_served_run_have_the_depth_that_the_server_tells(model, tmp_path, evaluated, monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0)
+def test_results_of_a_served_run_have_the_depth_that_the_server_tells(model, tmp_path, evaluated):
     model.answer = lambda messages: "คำตอบคือ (1)"
     command = ["--endpoint", model.url, "--tasks", "openthaieval", "--limit", 1]
     for depth in (2, 4):

@@ -66,12 +66,11 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="results/<run>/mt_bench_thai-ut<k>.json")
     parser.add_argument("--again", action="store_true", help="rate anew what is rated; the old files stay as ….old")
     options = parser.parse_args()
-    files = options.files
-    for file in files:
+    for file in options.files:
         if not file.is_file():
             raise UserError(f"no file {file}: replies are in RESULTS_DIR/<run>/mt_bench_thai-ut<k>.json")
     grader = find_judge()
-    for file in files:
+    for file in options.files:
         rate_file(file, grader, options.again)
 
 

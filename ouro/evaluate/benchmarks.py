@@ -430,26 +430,23 @@ def parse_choice(reply: str) -> str | None:
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
     """Accuracy with Wilson's interval, which Brown, Cai and DasGupta (2001) recommend for few trials, beside what
-    guessing and always answering the commonest letter would reach."""
+    guessing and always answering the commonest letter would reach. predictions: settled ones."""
     from scipy.stats import binomtest  # takes a second to import, which training's start would have to wait for
 
-    predictions = [settle(item, prediction) for item, prediction in zip(items, predictions, strict=True)]
     pairs = list(zip(items, predictions, strict=True))
     whole = shares(pairs, spec)
     subsets = {
         subset: shares([pair for pair in pairs if pair[0]["subset"] == subset], spec)
         for subset in dict.fromkeys(item["subset"] for item in items)
     }
-    means = {
-        key: macro({subset: row[key] for subset, row in subsets.items()}) for key in ("value", "chance", "majority")
-    }
     n, value = whole["items"], whole["value"]
     return whole | {
         "ci95": [float(end) for end in binomtest(round(value * n), n).proportion_ci(0.95, "wilson")],
         "stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None,
-        "macro": means["value"],
-        "macro_chance": means["chance"],
-        "macro_majority": means["majority"],
+        **{
+            name: macro({subset: row[key] for subset, row in subsets.items()})
+            for name, key in (("macro", "value"), ("macro_chance", "chance"), ("macro_majority", "majority"))
+        },
         "subsets": subsets,
         "predicted": dict(sorted(Counter(p for p in predictions if p is not None).items())),
         "unparsed": predictions.count(None),

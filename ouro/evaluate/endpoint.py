@@ -162,29 +162,28 @@ class Server:
         """A hash of address, served name, and what the server's list tells of the model: its root, its length, …
 
         Errors as `complete`."""
-        told = []
-        with contextlib.suppress(NotListed):
-            told = self._told()
-            time.sleep(PAUSE if told else 0)
-            later = dict(enumerate(self._told() if told else []))
-            told = [{name: value for name, value in one.items()
-                     if later.get(n, {}).get(name) == value and not OFFER.search(name)}
-                    for n, one in enumerate(told)]  # fmt: skip
+        if told := self._told():
+            time.sleep(PAUSE)
+            told = [
+                {name: value for name, value in one.items() if later.get(name) == value and not OFFER.search(name)}
+                for one, later in zip(told, self._told(), strict=False)
+            ]
         return digest([self.url, self.model, *(told or [{}])])[:12]
 
     def depths(self) -> list[int]:
         """The depths that vLLM answers at, which the name that `make serve` gives tells: RUN:4, or RUN:1-4 where each
         request names one; none where it does not. Errors as `complete`."""
-        with contextlib.suppress(NotListed):
-            told = self._told()
-            if told and told[0].get("owned_by") == "vllm" and (found := DEPTHS.search(self.model)):
-                return [*range(int(found[1] or found[2]), int(found[2]) + 1)]
+        told, found = self._told(), DEPTHS.search(self.model)
+        if found and told and told[0].get("owned_by") == "vllm":
+            return [*range(int(found[1] or found[2]), int(found[2]) + 1)]
         return []
 
     def _told(self) -> list[dict]:
         """The list's entry of the model, and of those it is an adapter of; where its name is not in the list, as with
-        llama.cpp, which answers to any, that of the only one listed."""
-        listed, told = self.models(), {}
+        llama.cpp, which answers to any, that of the only one listed. None of a server without a list."""
+        listed, told = {}, {}
+        with contextlib.suppress(NotListed):
+            listed = self.models()
         name = self.model if self.model in listed or len(listed) != 1 else next(iter(listed))
         while name in listed and name not in told:
             told[name] = listed[name]
