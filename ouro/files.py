@@ -196,11 +196,17 @@ for _name, (_pattern, _first) in SCALARS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
-def regular(path: Path) -> Path:
+WHOLE = 64 << 20  # bytes of a file of JSON that is read at once; Ouro's tokenizer.json, the largest, has 3.5 million
+
+
+def regular(path: Path, most: int | None = None) -> Path:
     """`path`, of a file that stands in a folder: what is no file there is not opened, for a named pipe would be waited
-    for, and a device never ends. Raises UserError: it is such a thing; a missing file or a folder is left to open()."""
+    for, and a device never ends. Raises UserError: it is such a thing, or has more than `most` bytes; a missing file or
+    a folder is left to open()."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"cannot read {path}: a named pipe or a device, and no file")
+    if most is not None and path.is_file() and (size := path.stat().st_size) > most:
+        raise UserError(f"{path} has {size / 2**20:,.0f} MiB, and at most {most >> 20:,} are read")
     return path
 
 
@@ -342,7 +348,7 @@ def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that this program wrote.
     Raises UserError: it is not there, is damaged, or lacks one of `keys`, as one of another version may."""
     try:
-        content = json.loads(regular(path).read_bytes())
+        content = json.loads(regular(path, WHOLE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged ({error})'}") from None
     if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ouro.evaluate.benchmarks import REPLIES, Task, digest
-from ouro.files import UserError, code_version, regular, write_atomic, write_json
+from ouro.files import WHOLE, UserError, code_version, regular, write_atomic, write_json
 from ouro.settings import Resolved
 
 FORMAT = 1  # of the result files
@@ -81,7 +81,7 @@ def set_aside(files: list[Path]) -> None:
 def read_study(file: Path) -> dict | None:
     """The block "study" of a file that is there and whole. Raises UserError: it is a named pipe or a device."""
     try:
-        return json.loads(regular(file).read_text(encoding="utf-8"))["study"]
+        return json.loads(regular(file, WHOLE).read_text(encoding="utf-8"))["study"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -117,7 +117,7 @@ def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> No
     """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result; facts: the caller's part."""
     file = results / run / "manifest.json"
     try:
-        manifest = json.loads(regular(file).read_text(encoding="utf-8"))
+        manifest = json.loads(regular(file, WHOLE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         manifest = {}
     manifest["run"] = run

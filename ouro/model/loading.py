@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import Progress, UserError, file_sha256, from_json, regular
+from ouro.files import WHOLE, Progress, UserError, file_sha256, from_json, regular
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -32,7 +32,6 @@ Frozen = Literal["nf4", "bf16", "fp32", "fp8"]  # how frozen weights are kept
 WEIGHTS = "adapter_model.safetensors"
 # What transformers makes of JSON that it did not write.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError)
-TEXT = 64 << 20  # bytes of a file of JSON or text; Ouro's tokenizer.json has 3.5 million
 LARGEST = {"vocab_size": 1 << 20, "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1024,
            "num_attention_heads": 1024, "head_dim": 4096, "total_ut_steps": 256,
            "max_position_embeddings": 1 << 24}  # fmt: skip
@@ -78,8 +77,7 @@ def read_config(path: str, revision: str | None) -> PretrainedConfig:
         if Path(path).is_dir() and not Path(path, "config.json").exists():  # transformers would guess by the name
             raise OSError("there is no config.json in it")
         for file in Path(path).glob("*"):  # none of a Hub id
-            if regular(file).suffix in (".json", ".jinja", ".txt") and file.stat().st_size > TEXT:
-                raise ValueError(f"{file.name} has more than {TEXT >> 20} MiB")
+            regular(file, WHOLE if file.suffix in (".json", ".jinja", ".txt") else None)
         found, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         for name, most in LARGEST.items():
             size = found.get(name)
@@ -262,7 +260,7 @@ def adapter_config(adapter: Path) -> tuple[LoraConfig, str | None]:
     """A saved LoRA adapter of all projections as PEFT is to load it, and the base that it was made for.
     Raises UserError: a missing or broken file, naming the key that is wrong or stands twice."""
     try:
-        found = from_json(regular(adapter / "adapter_config.json").read_text(encoding="utf-8-sig"))
+        found = from_json(regular(adapter / "adapter_config.json", WHOLE).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{adapter} is no adapter in PEFT format: adapter_config.json: {error}") from None
     if not isinstance(found, dict) or type(found.get("r")) is not int:

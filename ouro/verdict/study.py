@@ -10,20 +10,21 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ouro.evaluate.results import FORMAT
-from ouro.files import UserError, file_sha256, read_json, read_yaml, regular
+from ouro.files import WHOLE, UserError, file_sha256, read_json, read_yaml, regular
 from ouro.settings import ARMS
 
 import numpy as np
 
-LARGEST = 512 << 20  # bytes of a file of JSON lines; a run of 3,000 log lines has one million
+ITEMS = 512 << 20  # bytes of a result's items; a log of 3,000 lines has one million
 BASE = "base model"
 SMALL = 1e8  # operations a token; Ouro-2.6B does 5e9 in one loop
 TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
@@ -68,6 +69,7 @@ NEEDED = ("model", "model_revision", "precision", "metric", "protocol", "benchma
           "prompt_sha256", "judge", "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better")  # fmt: skip
 BY_ITEM = ("numerators", "denominators", "golds", "clusters", "strata")  # arrays of a Result
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
+SCORED = ("id", "bits", "characters", "value", "cluster", "stratum", "gold")  # of an item
 
 
 @dataclasses.dataclass
@@ -202,24 +204,26 @@ class Reader:
             self.left_out.append((str(path), f"cannot be used: {error}"))
         return otherwise
 
-    def lines(self, path: Path) -> list[dict]:
-        """JSON lines; broken ones, as a stopped run may leave at its log's end, are left out.
-        Raises ValueError: a file of more than LARGEST bytes."""
-        if (size := regular(path).stat().st_size) > LARGEST:
-            raise ValueError(f"{size / 2**20:,.0f} MiB, and at most {LARGEST >> 20} are read")
-        rows, lines = [], path.read_bytes().splitlines()
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
-        if len(rows) < len(lines):
-            self.left_out.append((str(path), f"{len(lines) - len(rows)} of {len(lines)} lines are not JSON"))
+    def lines(self, path: Path, keys: Sequence[str], most: int) -> list[dict]:
+        """JSON lines, of each what it has of `keys`, with one copy of a text that stands in many; broken ones, as a
+        stopped run may leave at its log's end, are left out. Raises UserError: a file of more than `most` bytes."""
+        rows, broken = [], 0
+        with open(regular(path, most), "rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    broken += 1
+                    continue
+                kept = ((key, value) for key, value in row.items() if key in keys)
+                rows.append({key: sys.intern(value) if isinstance(value, str) else value for key, value in kept})
+        if broken:
+            self.left_out.append((str(path), f"{broken} of {broken + len(rows)} lines are not JSON"))
         return rows
 
     def log(self, path: Path) -> tuple[dict[str, np.ndarray], list[float]]:
         """Columns of metrics.jsonl, and its last held-out losses."""
-        rows = self.lines(path)
+        rows = self.lines(path, (*LOGGED, "held_out_loss"), WHOLE)
         log = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in LOGGED}
         if not np.isfinite(log["loss"]).all():
             self.left_out.append((str(path), "loss is not a number in some lines"))
@@ -236,7 +240,7 @@ class Reader:
         return Run(name, folder, settings, manifest, data, log, held_out, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
-        study = json.loads(regular(path).read_bytes())["study"]
+        study = json.loads(regular(path, WHOLE).read_bytes())["study"]
         if study.get("format") != FORMAT:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
         for key in NEEDED:
@@ -249,7 +253,7 @@ class Reader:
             if study["value"] is None:  # one note for all of them
                 self.left_out.append((f"{study['task']}-ut*.json", "answers that tools/judge.py has not rated (yet)"))
                 return None
-        rows = self.lines(items_file)
+        rows = self.lines(items_file, SCORED, ITEMS)
         ids = [row["id"] for row in rows]
         if not len(set(ids)) == len(ids) == study["items"]:
             raise ValueError(f"{len(set(ids))} different items in {len(ids)} lines, and {study['items']} were scored")
@@ -267,13 +271,13 @@ class Reader:
             raise ValueError("a depth is not a whole number")
         golds = [row.get("gold") for row in rows]
         clusters = [str(row.get("cluster", row["id"])) for row in rows]
-        strata = [str(row.get("stratum")) for row in rows]
+        strata = [sys.intern(str(row.get("stratum"))) for row in rows]
         return Result(study, path, ids, above, below, *(np.array(x, object) for x in (golds, clusters, strata)))
 
 
 def logged(folder: Path) -> list[dict]:
     """The complete lines of a run's metrics.jsonl; the last may just be written."""
-    whole, _, _ = regular(folder / "metrics.jsonl").read_bytes().rpartition(b"\n")
+    whole, _, _ = regular(folder / "metrics.jsonl", WHOLE).read_bytes().rpartition(b"\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 
