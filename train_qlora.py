@@ -79,7 +79,8 @@ def print_settings(run: Resolved, folder: Path, device: str | int) -> None:
     print0(f"run {run.run} -> {folder}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
     given = {name: value for name, value in vars(s).items() if run.origins[name] != "default"}
     for name, value in given.items():
-        print0(f"  {name:<28} {str(value):<32} {run.origins[name]}")
+        told = f"of {', '.join(value)}" if isinstance(value, dict) else str(value)
+        print0(f"  {name:<28} {told:<32} {run.origins[name]}")
     print0(f"  the other {len(vars(s)) - len(given)} settings are defaults; all stand in config.yaml there")
     warn_of_depth(s.total_ut_steps, sizes(s).total_ut_steps)
     for line in unused(s, device):

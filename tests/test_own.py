@@ -82,7 +82,7 @@ def test_every_form_gives_the_same_rows_and_says_how_it_was_read(form, prepared,
     files, path, said = FORMS[form]
     rows, report = prepared(files, path)
     assert texts(rows, tokenizer) == [chatml(q, a) for q, a in zip(WHOLE, ANSWERS, strict=True)]
-    assert report["note"].startswith(f"read as {said}") and report["note"].endswith("2 % of the questions, by a hash")
+    assert report["layout"].startswith(said) and report["layout"].endswith("2 % of the questions, by a hash")
     assert report["rows_kept"] == report["rows_in"] == 3 and not report["unread_keys"]
 
 
@@ -95,7 +95,7 @@ def test_a_folder_of_save_to_disk_is_read_and_its_test_split_held_out(splits, pr
     rows, report = make()
     kept = slice(1 if splits else 0, 3)  # the first question is in the split test, too
     assert trained_texts(rows, tokenizer) == [f"{a}<|im_end|>" for a in ANSWERS[kept]]
-    assert ("the split test" in report["note"]) == splits
+    assert ("the split test" in report["layout"]) == splits
     assert len(make(split="held_out")[0]) == int(splits)
 
 
@@ -114,7 +114,7 @@ def test_a_mark_in_csv_is_text_and_leaves_its_row_out(prepared, tokenizer):
     marked = [row | {"train": mark} for row, mark in zip(PAIRS, ("TRUE", "false", ""), strict=True)]
     rows, report = prepared({"mine.csv": as_csv(marked)}, "mine.csv")
     assert trained_texts(rows, tokenizer) == [f"{ANSWERS[i]}<|im_end|>" for i in (0, 2)]
-    assert report["rows_kept"] == 2 and "not read" not in report["note"]
+    assert report["rows_kept"] == 2 and "not read" not in report["layout"]
 
 
 REFUSED = {
@@ -158,7 +158,7 @@ def test_a_workbooks_rows_are_placed_and_what_is_no_single_table_is_refused(prep
 
 def test_a_layout_that_is_named_is_read_where_two_would_fit(tmp_path, tokenizer):
     rows, report = prepare_set(tmp_path, "pairs", [PAIRS[0] | OPENAI[1]], tokenizer=tokenizer)
-    assert texts(rows, tokenizer) == [chatml(WHOLE[0], ANSWERS[0])] and report["note"] is None
+    assert texts(rows, tokenizer) == [chatml(WHOLE[0], ANSWERS[0])] and report["layout"] is None
 
 
 def test_a_hub_id_is_downloaded_and_named_by_its_commit(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ def test_the_settings_and_a_decoded_row_are_printed_before_the_first_step(smoke)
     printed = smoke[1]
     assert re.search(r"learning_rate +0\.002 +tests/smoke\.yaml", printed)
     assert re.search(r"max_steps +10 +command line", printed)
+    assert re.search(r"paths +of wangchan, synthetic, .*english_text +tests/smoke\.yaml", printed)
     assert "lora_alpha" not in printed and re.search(r"the other \d+ settings are defaults", printed)
     assert printed.index("⟦") < printed.index("<|im_end|>⟧") < printed.index("step     1/10")
 

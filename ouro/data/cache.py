@@ -266,8 +266,8 @@ def prepare(
     report = {"dataset": s.dataset, "language": source.entry["language"], "split": split,
               "source": str(source.place), "data_revision": key["data"],
               "tokenizer_sha256": key["tokenizer"], "rows_when_described": described,
-              "settings": key["settings"], "max_tokens": budget, "note": source.entry.get("note"), "cache": str(folder),
-              "from_cache": cached} | report  # fmt: skip
+              "settings": key["settings"], "max_tokens": budget, "note": source.entry.get("note"),
+              "layout": source.entry.get("layout"), "cache": str(folder), "from_cache": cached} | report  # fmt: skip
     if split == "train" and (reasons := refusals(report, s)):
         if not quiet:
             print_report(report)

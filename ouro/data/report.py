@@ -265,6 +265,8 @@ def print_report(report: dict, rows: int = 3) -> None:
     print(printable(f"data: {r['dataset']} from {r['source']}, {commit}{', cached' * r['from_cache']}"))
     if r["rows_when_described"] not in (None, r["rows_in"]):
         line("note", f"{r['rows_when_described']:,} rows when configs/datasets.yaml was written")
+    if r["layout"]:
+        line("read as", r["layout"])
     line("licence", ", ".join(f"{name} ({count:,} rows)" for name, count in r["licences"].items()))
     if r["note"]:
         line("", r["note"])

@@ -179,7 +179,7 @@ def entry_of(name: str) -> dict:
 
 
 def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
-    """Of data of one's own the layout that its columns are of, as a row of datasets.yaml; its note says which it is.
+    """Of data of one's own the layout that its columns are of, as a row of datasets.yaml; `layout` says which it is.
     Raises UserError: no layout has such columns, or several have."""
     layouts = {layout: entry_of(layout) for layout in entry["layouts"]}
     texts = {layout: f"{layout} ({', '.join(columns_of(known))})" for layout, known in layouts.items()}
@@ -198,12 +198,11 @@ def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
     optional = [column for column in known.get("optional", ()) if column in found]
     read = columns_of(known) + optional
     unread = [column for column in found if column not in read and not speaks_of_training(column)]
-    note = f"read as {fits[0]}: columns {', '.join(read)}"
-    note += f"; not read: {', '.join(unread)}" if unread else ""
+    told = f"{fits[0]}: columns {', '.join(read)}" + (f"; not read: {', '.join(unread)}" if unread else "")
     for split in ("test", "validation"):
         if place.is_dir() and split_files(place, None, split, may_lack=True):
-            return known | {"held_out": {"split": split}, "note": f"{note}; held out: the split {split}"}
-    return known | {"note": f"{note}; held out: 2 % of the questions, by a hash"}
+            return known | {"held_out": {"split": split}, "layout": f"{told}; held out: the split {split}"}
+    return known | {"layout": f"{told}; held out: 2 % of the questions, by a hash"}
 
 
 def place_of(settings: Settings, entry: dict) -> Path | None:
