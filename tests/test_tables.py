@@ -1,4 +1,4 @@
-"""The report's tables: baselines and published scores, English minus Thai, two runs item by item."""
+"""The report's tables: baselines and published scores, English minus Thai, two runs item by item; its curves."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ouro.evaluate.benchmarks import LANGUAGES
 from ouro.files import UserError
-from ouro.verdict import panels, rule, stats, tables
+from ouro.verdict import panels, plots, rule, stats, tables
 from ouro.verdict.panels import Key
 
 import fabricate
@@ -105,3 +105,18 @@ def test_two_runs_are_compared_item_by_item(tmp_path):
     assert f"left out: {result}" in write_report(copy, *two).replace("\\", "")
     with pytest.raises(UserError, match="no results of 'exp9'; runs with results: base-bf16, seed0/exp1-wangchan-ut4"):
         write_report(root, "--compare", "exp9", "exp1")
+
+
+def test_the_curves_of_several_training_sets_are_told_apart(tmp_path):
+    sets = ("wangchan", "smol-smoltalk")
+    for number, dataset in enumerate(sets):
+        language = "en" if number else "th"
+        fabricate.study(tmp_path, dataset=dataset, depths=(1, 4), tasks=("thai_text",), items=9, lines=30,
+                        run_seed=number, language=language)  # fmt: skip
+    runs = read(tmp_path)[0].runs
+    for chosen in sets, sets[:1]:
+        some = {name: run for name, run in runs.items() if run.config["dataset"] in chosen}
+        for axis in plots.learning([], some, "wangchan").axes:
+            legend = [text.get_text() for text in axis.get_legend().get_texts()]
+            assert legend == ["1 loop", "4 loops", *(chosen if len(chosen) > 1 else ())]
+            assert [line.get_linestyle() for line in axis.lines].count("-") == 6 == len(axis.lines) / len(chosen)

@@ -30,6 +30,7 @@ INK = "#1a1a1b"  # of report.mplstyle; becomes currentColor in the page, so that
 GREY = "#8a8a8a"
 COLOURS = ["#4477aa", "#228833", "#b8860b", "#d1495b", "#aa3377", "#66ccee"]
 MARKERS = "os^Dv*"
+STROKES = ["-", "--", ":", "-."]  # of training sets, in one plot
 LETTERS = ["#4477aa", "#66ccee", "#228833", "#b8860b", "#d1495b", "#aa3377"]
 FEWEST = 30  # items of an exam that is drawn: of fewer, an interval covers most of the scale
 POINTS = 300, 12000  # at most: of a learning curve, and of all together
@@ -59,13 +60,16 @@ def measured(panels: list[Panel], differences: bool = False) -> str:
     )
 
 
-def titled(axis, title: str, depths: list[int], base: bool = True, **marks: str) -> None:
+def titled(
+    axis, title: str, depths: list[int], base: bool = True, strokes: dict[str, str] | None = None, **marks: str
+) -> None:
     """A title, and under it the axis' own legend: each panel is complete where a narrow screen shows it alone.
 
-    marks: how they differ from `look`."""
+    strokes: of training sets, where a plot has several; marks: how they differ from `look`."""
     looks = ({"base": look(None)} if base else {}) | {depth_text(k): look(k) for k in depths}
+    looks |= {name: {"color": GREY, "ls": stroke} for name, stroke in (strokes or {}).items()}
     lines = [Line2D([], [], **style | marks) for style in looks.values()]
-    axis.legend(lines, looks, title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
+    axis.legend(lines, looks, title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3 if strokes else 5)
 
 
 def grid_of(count: int, height: float = 2.3) -> tuple[Figure, list]:
@@ -246,6 +250,8 @@ def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure 
     drawn = [run for run in runs.values() if np.isfinite(run.log["loss"]).sum() > 1]
     if not drawn:
         return None
+    sets = sorted({str(run.config.get("dataset")) for run in drawn}, key=lambda name: (name != dataset, name))
+    strokes = {name: STROKES[n % len(STROKES)] for n, name in enumerate(sets)}
     figure, axes = grid_of(2, 2.5)
     depths = set()
     for run in drawn:
@@ -255,12 +261,19 @@ def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure 
         ends = np.minimum(starts + size, count)
         depth = run.config.get("total_ut_steps") or 1
         depths.add(depth)
+        how = {"color": look(depth)["color"], "ls": strokes[str(run.config.get("dataset"))], "lw": 0.8, "alpha": 0.8}
         for axis, key in zip(axes, ("loss", "mean_token_accuracy"), strict=True):
             values = np.add.reduceat(run.log[key], starts) / (ends - starts)
-            axis.plot(run.log["num_tokens"][ends - 1] / 1e6, values, color=look(depth)["color"], lw=0.8, alpha=0.8)
+            how = {
+                "color": look(depth)["color"],
+                "ls": strokes[str(run.config.get("dataset"))],
+                "lw": 0.8,
+                "alpha": 0.8,
+            }
+            axis.plot(run.log["num_tokens"][ends - 1] / 1e6, values, **how)
     for axis, title, unit in zip(axes, ("training loss", "token accuracy"), ("nats per token", "share"), strict=True):
         axis.set(xlabel="million tokens", ylabel=unit)
-        titled(axis, title, sorted(depths), base=False, marker="")
+        titled(axis, title, sorted(depths), base=False, strokes=strokes if len(sets) > 1 else None, marker="")
     figure.set_label(f"{len(drawn)} run{'s' * (len(drawn) > 1)}")
     return figure
 
