@@ -7,7 +7,8 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import Task
 from ouro.evaluate.models import ModelUnderTest
 
-BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items
+BIASED = 0.8  # a share of answers with one letter that says more about the letter than about the items, of so many
+FEWEST = 5
 REFUSED = {"accuracy": "their items count as wrong", "rating": "their turns are in none of the means"}
 Found = dict[tuple[str, int], dict]  # the study block of each run and depth
 
@@ -59,7 +60,7 @@ def print_task(task: Task, models: list[ModelUnderTest], found: Found, depths: l
             if refused := row.get("refused"):
                 print(f"  warning: {refused} requests were refused by the server: {REFUSED[row['metric']]}")
             for letter, count in (row["predicted"] or {}).items():
-                if count > BIASED * row["items"]:
+                if row["items"] >= FEWEST and count > BIASED * row["items"]:
                     print(f"  warning: {count} of {row['items']} answers are {letter!r}: letter bias, not knowledge")
         for score in model.published:
             if score["benchmark"] == task.spec["benchmark"] and not task.part:
