@@ -512,6 +512,7 @@ def test_a_run_whose_adapter_is_not_its_own_is_refused(trained, tmp_path):
         (["--exp", "exp9"], r"unknown experiment 'exp9'[^\n]*\nconfigs/experiments.yaml holds: exp1-wangchan-ut4, "),
         (["--exp", "exp1-wangchan-ut4"], r"has not been trained.*\n?.*--exp exp1-wangchan-ut4 --output_dir \S+output$"),
         (["--exp", "seed3/exp2-wangchan-ut1"], r"--seed 3 --output_dir \S+seed3"),
+        (["--exp", "seed3/own-ut4"], r"--exp own-ut4 --dataset_path mine.csv --seed 3 --output_dir \S+seed3"),
         (["--base", "--tasks", "thai_exm"], r"unknown task 'thai_exm'; did you mean 'thai_exam'"),
         (["--base", "--tasks", ""], "unknown task ''"),
         (["--base", "--exp", "exp2-wangchan-ut1"], "give one of --exp, --adapter, --model, --base and --endpoint"),

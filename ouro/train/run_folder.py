@@ -23,6 +23,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+from ouro.data.sources import entry_of
 from ouro.files import (
     SUMS,
     UserError,
@@ -104,6 +105,9 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
         seed, _, experiment = name.rpartition("/")
         command = ["python", "train_qlora.py", *(("--config", run.config) if run.config else ())]
         command += ("--exp", experiment) if run.options.exp else ()
+        s = recorded_settings(folder) if (folder / "config.yaml").exists() else run.settings
+        if s.dataset_path or s.dataset not in s.paths and not {"hub_id", "path"} & entry_of(s.dataset).keys():
+            command += ("--dataset_path", s.dataset_path or "mine.csv")  # data of one's own are in no table
         command += ("--seed", seed.removeprefix("seed")) if seed else ()
         command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
         raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: {shlex.join(command)}")
