@@ -1,7 +1,6 @@
 """Training sets: their layouts, splits and licences, the data report, and what is refused before a step is paid for."""
 
 import gzip
-import itertools
 import json
 import re
 import shutil
@@ -71,9 +70,8 @@ def pairs(question: str, context: str, answer: str) -> tuple[dict, tuple[str, ..
 
 
 def chat(question: str, context: str, answer: str) -> tuple[dict, tuple[str, ...]]:
-    turns = (question, answer, f"แล้ว {context} ล่ะ", f"{answer} อีกครั้ง")
-    roles = itertools.cycle(("user", "assistant"))
-    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]}, turns
+    said = (question, answer, f"แล้ว {context} ล่ะ", f"{answer} อีกครั้ง")
+    return {"messages": turns(*said)}, said
 
 
 SETS = {"wangchan": wangchan, "sample": wangchan, "synthetic": synthetic, "r1": r1, "pairs": pairs, "chat": chat}

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers import ROOT
-from training_sets import chatml, prepare_set, questions, texts, trained_texts
+from training_sets import chatml, prepare_set, questions, texts, trained_texts, turns
 
 ASKED = questions(3)
 MORE = ["เพิ่มเติม", "", '"อ้าง", แล้ว\nขึ้นบรรทัด']
@@ -30,10 +30,7 @@ SHAREGPT = [
     {"id": 1, "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
     for q, a in zip(WHOLE, ANSWERS, strict=True)
 ]
-OPENAI = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    for q, a in zip(WHOLE, ANSWERS, strict=True)
-]
+OPENAI = [{"messages": turns(q, a)} for q, a in zip(WHOLE, ANSWERS, strict=True)]
 PAIRS = [{"prompt": q, "completion": a} for q, a in zip(WHOLE, ANSWERS, strict=True)]
 
 
