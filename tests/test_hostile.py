@@ -181,7 +181,10 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST", 1 << 20)
     (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b" " * (2 << 20)))
     (tmp_path / "list.json.gz").write_bytes(gzip.compress(b"[\n" + b" \n" * (1 << 20)))
-    for name, told in (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1")):
+    (tmp_path / "cell.csv.gz").write_bytes(gzip.compress(b'prompt,completion\n"' + b"x" * (4 << 20)))
+    tried = (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1"),
+             ("cell.csv.gz", "field larger than field limit"))  # fmt: skip
+    for name, told in tried:
         with pytest.raises(UserError, match=told):
             list(sources.read_file(tmp_path / name))
         with pytest.raises(UserError, match=told):

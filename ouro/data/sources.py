@@ -343,7 +343,9 @@ def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> I
 def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of a CSV file with a header, each a text for each column, and where it begins. Errors as `read_file`."""
     csv.field_size_limit(LONGEST)
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    lines = iter(partial(text.readline, LONGEST + 1), "")  # a longer one is cut, and its cell is over the limit
+    reader = csv.reader(lines, strict=True)
     end = 0  # the last line that was read
     try:
         header = next(reader, [])
