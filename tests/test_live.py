@@ -45,7 +45,8 @@ def test_the_page_shows_each_runs_loss_and_time_left_and_is_made_again_when_one_
     config = (run / "config.yaml").read_text().replace("max_steps: 40", "max_steps: 100")
     (run / "config.yaml").write_text(config)
     with open(run / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": 50, "loss": 0.5, "num_tokens": 50 * 65536, "tokens_per_second": 65536}) + "\n{")
+        line = {"step": 50, "loss": 0.5, "num_tokens": 50 * 65536, "tokens_per_second": 65536}
+        log.write(f'{{"torn\n{json.dumps(line)}\n{{')  # the last line is just being written
     told = re.search(r"exp1-wangchan-ut4</b> (.*?)<", ask("/")[2])[1]
     assert told.startswith("step 50/100, loss 0.5000 (first ") and "0:00:50 left, 65,536 tokens/s, last line " in told
     assert "not finished: step 40" in page

@@ -69,7 +69,8 @@ class Panel:
         return len(self.ids)
 
     def cell(self, group: list[Result]) -> Cell:
-        above, below = (np.stack(x, 1) for x in ([r.numerators for r in group], [r.denominators for r in group]))
+        above = np.stack([result.numerators for result in group], 1)  # (items, seeds)
+        below = np.stack([result.denominators for result in group], 1)
         first = self.results[0]
         made = stats.cell(above, below, first.clusters, first.strata, self.metric.log)
         made.trained = group[0].trained is not None

@@ -13,6 +13,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -276,9 +277,12 @@ class Reader:
 
 
 def logged(folder: Path) -> list[dict]:
-    """The complete lines of a run's metrics.jsonl; the last may just be written."""
-    whole, _, _ = regular(folder / "metrics.jsonl", WHOLE).read_bytes().rpartition(b"\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """The lines of a run's metrics.jsonl that are whole: the last may just be written, or be a stopped run's."""
+    found = []
+    for line in regular(folder / "metrics.jsonl", WHOLE).read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return found
 
 
 def progress(folder: Path) -> tuple[str, str, str, str]:
