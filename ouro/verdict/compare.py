@@ -6,11 +6,12 @@ from pathlib import Path
 from ouro.files import UserError
 from ouro.verdict import stats
 from ouro.verdict.page import fill
-from ouro.verdict.study import METRICS, Reader, Result
+from ouro.verdict.study import ITEMS, METRICS, Reader, Result
 
 import numpy as np
 from scipy.stats import binomtest
 
+SHOWN = ("id", "doc", "turns", "bits", "value", "prediction", "gold")  # of an item
 EXAMPLES = 5  # items of each benchmark that are shown
 
 
@@ -62,7 +63,8 @@ def compare_task(reader: Reader, one: Result, two: Result) -> dict:
         counts = [int(np.sum(((x > 0.5) == a) & ((y > 0.5) == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
         p = binomtest(counts[1], counts[1] + counts[2]).pvalue if counts[1] + counts[2] else 1.0
         shown |= {"right": counts, "mcnemar": p}
-    lines = [{item["id"]: item for item in reader.lines(r.path.with_suffix(".items.jsonl"))} for r in (one, two)]
+    files = [result.path.with_suffix(".items.jsonl") for result in (one, two)]
+    lines = [{item["id"]: item for item in reader.lines(file, SHOWN, ITEMS)} for file in files]
     largest = np.argsort(-np.abs(y - x), kind="stable")[:EXAMPLES]
     pairs = [[source[ids[i]] for source in lines] for i in largest]
     shown["examples"] = [(a["id"], asked(a), said(a), said(b)) for a, b in pairs]
