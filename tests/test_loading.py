@@ -132,7 +132,7 @@ def test_checkpoint_with_other_tensor_names_is_refused(folder, change, named, nf
 
 def test_folders_of_another_model_or_of_none_are_refused(folder):
     change_config(folder, model_type="llama")
-    with pytest.raises(ValueError, match="'llama' model"):
+    with pytest.raises(UserError, match="'llama' model"):
         load_ouro(str(folder))
     with pytest.raises(UserError, match="nowhere"):
         load_ouro(str(folder / "nowhere"))
@@ -212,13 +212,6 @@ def test_nf4_quantises_the_projections_only_and_computes_with_what_it_stored(see
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
-
-
-def adapted(model: OuroForCausalLM, random: bool = True) -> PeftModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        lora = LoraConfig(r=3, lora_alpha=6, target_modules=PROJECTIONS, init_lora_weights=not random)
-        return get_peft_model(model, lora).eval()
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "NF4"])

@@ -124,7 +124,7 @@ def test_dropout_masks_like_peft_with_that_mask():
     adapters = [getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B") for layer in peft.values()]
     for ours, theirs in zip(results[0], results[1], strict=True):
         assert_close(ours, theirs)
-    for ours, theirs in zip(group.parameters_of(), adapters, strict=True):
+    for ours, theirs in zip(group.adapters(), adapters, strict=True):
         assert_close(ours.grad, theirs.grad, 1e-6)  # the gradients of adapters are rounded to fp32
 
 
@@ -225,7 +225,7 @@ def test_fp8_values_and_gradients_are_close_to_exact_ones(scaled_mm, outs, p):
         dys = [torch.randn(40, out) for out in outs]
         ys = group(x, drawn(40))
         sum((y * dy).sum() for y, dy in zip(ys, dys, strict=True)).backward()
-        results.append([*ys, x.grad, *(parameter.grad for parameter in group.parameters_of())])
+        results.append([*ys, x.grad, *(parameter.grad for parameter in group.adapters())])
         weights = [projection.base_layer.weight for projection in group.projections]
         assert all((weight.numel() == 0) == (kind == "fp8") for weight in weights), "nothing is kept twice"
     for number, (y, exact) in enumerate(zip(*results, strict=True)):

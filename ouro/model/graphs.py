@@ -28,21 +28,21 @@ def groups_of(layer: nn.Module) -> list[Group]:
 
 
 def adapters(layer: nn.Module) -> list[nn.Parameter]:
-    return [p for group in groups_of(layer) for p in group.parameters_of()]
+    return [p for group in groups_of(layer) for p in group.adapters()]
 
 
 @contextmanager
 def standing_in(groups: list[Group], parameters: list[nn.Parameter]):
     """The groups' adapters are these parameters, in the order of `adapters`."""
-    places = [place for group in groups for place in group.adapters()]
-    own = [place.weight for place in places]
-    for place, parameter in zip(places, parameters, strict=True):
-        place.weight = parameter
+    linears = [linear for group in groups for linear in group.linears()]
+    own = [linear.weight for linear in linears]
+    for linear, parameter in zip(linears, parameters, strict=True):
+        linear.weight = parameter
     try:
         yield
     finally:
-        for place, parameter in zip(places, own, strict=True):
-            place.weight = parameter
+        for linear, parameter in zip(linears, own, strict=True):
+            linear.weight = parameter
 
 
 class Waiting:
@@ -152,7 +152,7 @@ def loops_by_plan(decoder, x, cos, sin, causal, documents, noise, loops: int, pl
     return tuple(states)
 
 
-class Memory:
+class GraphMemory:
     """The GPU memory in which a model's graphs compute, one after the other, and what they read and write.
 
     kept: its bytes, which torch does not count as allocated between replays. turn: number of forward passes replayed.
@@ -204,7 +204,9 @@ class Captured:
     """All layers in all loops, forward and backward, as two graphs for states of one shape, (batch, seq, hidden). What
     the first keeps for the second stays where it is between replays. On a CPU the same work without graphs."""
 
-    def __init__(self, decoder, memory: Memory, x, cos, documents: int, noise, loops: int, last: bool, plan, waiting):
+    def __init__(
+        self, decoder, memory: GraphMemory, x, cos, documents: int, noise, loops: int, last: bool, plan, waiting
+    ):
         self.decoder, self.memory, self.loops, self.last, self.plan = decoder, memory, loops, last, plan
         self.waiting, self.groups, tokens = waiting, groups_of(decoder), x.shape[0] * x.shape[1]
         buffers = memory.state, *memory.grads, *memory.outs
@@ -301,7 +303,7 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
     waits = plan(largest).waiting
     waiting = Waiting(waits, largest * like.shape[-1], like) if waits else None
     if graphs:
-        memory = Memory(like, largest, decoder.config.head_dim, 1 if last else loops, parameters)
+        memory = GraphMemory(like, largest, decoder.config.head_dim, 1 if last else loops, parameters)
         model.get_base_model().graph_memory = memory
 
     def graphs_of(x, cos, documents: int, noise) -> Captured:

@@ -156,9 +156,8 @@ def load_ouro(
     The published repositories load at the revisions pinned in REVISIONS unless another is given. With `nf4` the layers'
     projections are quantised (bitsandbytes, computing in `dtype`); embeddings, norms, head and exit gate keep `dtype`.
     A folder whose config.json holds `init_seed` and that has no weights gives a random model, the same at every call.
-    Raises UserError: its config.json cannot be read, see `read_config`; OSError: no such file, or no network and no
-    cached copy (the message says which); ValueError: the checkpoint is not an Ouro model, or names of its tensors do
-    not fit."""
+    Raises UserError: as `ouro_config` does; OSError: no such file, or no network and no cached copy (the message says
+    which); ValueError: names of its tensors do not fit."""
     quantization = None
     if nf4:
         quantization = BitsAndBytesConfig(
@@ -170,9 +169,7 @@ def load_ouro(
             llm_int8_skip_modules=["lm_head", "early_exit_gate"],
         )
     revision = revision or REVISIONS.get(path)
-    config = read_config(path, revision)
-    if not isinstance(config, OuroConfig):
-        raise ValueError(f"{path} is a {config.model_type!r} model, not 'ouro'")
+    config = ouro_config(path, revision)
     if total_ut_steps is not None:
         config.total_ut_steps = total_ut_steps
     seed = getattr(config, "init_seed", None)

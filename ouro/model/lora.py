@@ -98,13 +98,13 @@ class Group(nn.Module):
         a, bs = KINDS[self.kind].factors(self.frozen(), self.outs, self.width)
         return [*a.split(self.rank), *bs]
 
-    def adapters(self) -> list[nn.Linear]:
-        """PEFT's: of each A, then of each B."""
+    def linears(self) -> list[nn.Linear]:
+        """PEFT's layers: of each A, then of each B."""
         return [getattr(p, name)[ADAPTER] for name in ("lora_A", "lora_B") for p in self.projections]
 
-    def parameters_of(self) -> list[nn.Parameter]:
+    def adapters(self) -> list[nn.Parameter]:
         """PEFT's parameters: each A (rank, in), then each B (out, rank)."""
-        return [adapter.weight for adapter in self.adapters()]
+        return [linear.weight for linear in self.linears()]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         """noise: int32 of x's shape but the last; needed where there is dropout (ValueError)."""
@@ -115,7 +115,7 @@ class Group(nn.Module):
                 raise ValueError("dropout is drawn from noise, a number a token: give it to the model's forward")
             key = hashed(noise.flatten() ^ self.salt)
         constants = self.dropout, self.kind, self.outs, self.scale
-        ys = _Products.apply(rows, key, *constants, *self.frozen(), *self.parameters_of())
+        ys = _Products.apply(rows, key, *constants, *self.frozen(), *self.adapters())
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
@@ -141,6 +141,6 @@ def refresh(model: PeftModel) -> None:
     groups = [module for module in model.modules() if isinstance(module, Group)]
     if groups:  # none where the layers are PEFT's
         copies = [t for g in groups for t in g.copies()]
-        torch._foreach_copy_(copies, [p for g in groups for p in g.parameters_of()])
+        torch._foreach_copy_(copies, [p for g in groups for p in g.adapters()])
         if groups[0].projections[0].disable_adapters:
             torch._foreach_zero_(copies)
