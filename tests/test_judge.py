@@ -242,7 +242,8 @@ def test_a_passing_fault_costs_an_attempt_and_changes_nothing(server, questions,
 
 
 HINTS = {401: "is JUDGE_API_KEY set, and the key for this server", 403: "may JUDGE_API_KEY use a-judge",
-         404: "is there a model 'a-judge'", 400: "a bad request", 429: "insufficient_quota", 302: "302"}  # fmt: skip
+         404: "is there a model 'a-judge'", 400: "a bad request", 429: "insufficient_quota", 302: "302",
+         501: "501"}  # fmt: skip
 ASKED_TWICE = (400, 403)  # what may be wrong with one request alone: a harmless one shows it
 
 

@@ -54,7 +54,9 @@ class HttpClient(openai.DefaultHttpxClient):
                 self._check(response)
             if "insufficient_quota" in response.text:
                 raise server.error(server.said(response))
-            if response.status_code in (408, 409, 429) or response.status_code >= 500:
+            if response.status_code == 501:  # the server does not know such requests: openai is to give up
+                response.headers["x-should-retry"] = "false"
+            elif response.status_code in (408, 409, 429) or response.status_code >= 500:
                 problem = server.said(response)
             return response
         except httpx2.RequestError as error:
