@@ -160,7 +160,7 @@ def test_preflight_asks_for_the_memory_in_which_states_of_the_longest_rows_wait(
     unknown = preflight.check_memory(asked("own-ut4", "--dataset_path", "sample/wangchan/train.jsonl"))
     assert unknown.startswith("20 GB free, 2 GB needed; were there rows of 16,384 tokens at 4 loops: twice the 12 GB")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 * GIB, 10 * GIB))
-    with pytest.raises(UserError, match=r"4\.0 GiB of GPU memory are free, and 8\.4 of the CPU's"):
+    with pytest.raises(UserError, match=r"4\.0 GiB of GPU memory are free, and 8\.4 GiB of the CPU's"):
         preflight.check_memory(asked("exp1-wangchan-ut4"))
 
 
@@ -169,9 +169,8 @@ def test_what_does_not_fit_is_refused_with_the_length_that_does():
         m = memory(free, host=host, use_qlora=True)
         with pytest.raises(UserError, match=r"rows of 16384 tokens need about [\d.]+ GiB with all layers") as error:
             passes_for(m)
-        assert f"{free:.1f} GiB of GPU memory are free, and {host:.1f} of the CPU's for what can wait" in str(
-            error.value
-        )
+        told = f"{free:.1f} GiB of GPU memory are free, and {host:.1f} GiB of the CPU's for layers' inputs"
+        assert told in str(error.value)
         length = int(str(error.value).rpartition("set max_length to ")[2])
         assert 1000 < length < 16384 and passes_for(dataclasses.replace(m, largest=length))
         with pytest.raises(UserError):

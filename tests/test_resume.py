@@ -246,7 +246,7 @@ def test_without_a_good_checkpoint_all_are_set_aside_and_the_run_starts_anew(who
     with pytest.raises(UserError, match="checkpoint-3 is there: --resume auto continues"):
         six(tmp_path, "--resume", "never")
     (run / "final_adapter").mkdir()  # as of a copy that lost `completed`
-    with pytest.raises(UserError, match="(?s)checkpoint-3 is damaged.*final_adapter is there\nbring one back"):
+    with pytest.raises(UserError, match="(?s)checkpoint-3 is damaged.*final_adapter is there\nrestore one from a copy"):
         six(tmp_path)
     (run / "final_adapter").rmdir()
     assert contents(run) == before
@@ -371,7 +371,7 @@ def test_a_complete_run_is_the_adapter_and_is_not_repeated(whole, stopped, tmp_p
     shutil.copytree(stopped / "checkpoint-3", run / "checkpoint-3")  # as of a kill just after `completed` was written
     assert_same_run(six(tmp_path), whole)
     flip_a_bit(run / "final_adapter/adapter_model.safetensors")
-    with pytest.raises(UserError, match="final_adapter is damaged.*adapter_model.safetensors: bring it back"):
+    with pytest.raises(UserError, match="final_adapter is damaged.*adapter_model.safetensors: restore it from a copy"):
         six(tmp_path)
 
 
@@ -446,7 +446,7 @@ def test_a_damaged_record_is_one_message_before_a_step_and_nothing_is_lost(stopp
     damage(run / name)
     files.seal(run / "checkpoint-3")
     before = contents(run)
-    with pytest.raises(UserError, match=f"(?s){told}.*bring it back"):
+    with pytest.raises(UserError, match=f"(?s){told}.*put back what was there"):
         six(tmp_path)
     assert contents(run) == before
 
@@ -499,14 +499,14 @@ def test_a_run_is_continued_and_used_with_what_it_was_begun_with_alone(begun, tm
     shutil.copytree(place, tmp_path / "kept")
     try:
         alter(place)
-        with pytest.raises(UserError, match=f"began with {told}.*: bring it back"):
+        with pytest.raises(UserError, match=f"began with {told}.*: put back what was there"):
             six(half.parent, *argv)
         assert contents(half) == before
         capsys.readouterr()
         six(complete.parent, *argv)
         assert re.search(f"is complete already; .*\n  it was trained on {told}", capsys.readouterr().out)
         if "of the model" in told:
-            with pytest.raises(UserError, match="was trained on another .*: bring it back"):
+            with pytest.raises(UserError, match="was trained on another .*: put the old files back"):
                 run_folder.finished_run(resolved(*SIX, *argv, "--output_dir", str(complete.parent)))
     finally:
         shutil.copytree(tmp_path / "kept", place, dirs_exist_ok=True)

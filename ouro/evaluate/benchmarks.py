@@ -1,9 +1,9 @@
-"""What is asked and how answers are read: items of the benchmarks, prompts, parsers, accuracies. No model in here.
+"""Benchmarks without a model: their items, the prompts made of them, what an answer means, and accuracies.
 
     python -c "from ouro.evaluate import benchmarks; print(benchmarks.load('thai_exam')[0])"
 
-configs/evals.yaml says what there is. An item is asked by a list of (prompt, continuations), whose log-probabilities
-scoring.py finds; `choose` makes them into one score a letter and one prediction.
+configs/evals.yaml lists benchmarks and tasks. An item becomes a list of (prompt, continuations) by `item_prompts`;
+scoring.py finds the continuations' log-probabilities; `choose` makes of these a score for each letter and a prediction.
 """
 
 import hashlib
@@ -25,14 +25,15 @@ from ouro.settings import EVALS, Settings
 LETTERS = "abcde"
 REPLIES = ("generate", "mt_bench")  # protocols of tasks that a model answers in words
 LANGUAGES = ("belebele_thai", "belebele_english")  # tasks of the same questions
-FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")  # of an exam's item that one choice answers
-ANSWER = r"\(([1-5])\)"
-# An option of M3Exam: "1. text", "๑. text", "(1) text", or no number
+# Columns of OpenThaiEval, true in an item that is answered by one choice.
+FLAGS = ("isAnswerable", "isMultipleChoice", "isSingleChoiceSolution")
+ANSWER = r"\(([1-5])\)"  # how OpenThaiEval writes a choice, in items and in replies
+# An option of M3Exam, as (number or None, text): "1. text", "๑. text", "(1) text", or a text without a number.
 MARKED = rf"(?:\(?[{UNSEEN}]*([1-5๑-๕])[{UNSEEN}]*[.)]\s*)?(.*)"
-ANOTHER = re.compile(  # behind a choice: the reply does not choose
+ANOTHER = re.compile(  # what follows a choice in a reply that names two, as "(1) or (2)", and so does not choose
     rf"[^\w()\n]*(?:(?:หรือ|\bor\b)[^()\n]{{0,15}}|(?:และ|กับ|ถึง|\band\b|[/,&+–-])\s*(?:ข้อ\s*)?){ANSWER}", re.IGNORECASE
 )
-Spell = Callable[[str], str]  # `normalise`, or `str`, which leaves a text as it is
+Spell = Callable[[str], str]  # brings a text to one spelling: `normalise`, or `str`, which leaves it as it is
 Z = 1.959964  # standard errors on either side of an estimate in a 95 % interval
 
 
@@ -43,13 +44,14 @@ class Task:
     name: str
     spec: dict
     items: list[dict]
-    prompts: list[list[tuple[str, list[str]]]]  # of each item, as `item_prompts` makes them; none for texts
-    benchmark: dict  # its row of `benchmarks`, at the commit that it was read at
-    skipped: int = 0  # empty texts
-    part: str | None = None  # "959 of 1,169 items" where they are not those that the benchmark is known by
+    prompts: list[list[tuple[str, list[str]]]]  # of each item, as `item_prompts` makes them; [] for a task of texts
+    benchmark: dict  # its row of `benchmarks`, with the commit that was read as `revision`
+    skipped: int = 0  # texts that were empty and are not among the items
+    part: str | None = None  # "959 of 1,169 items" where these are not all items of the benchmark
 
     @property
     def sha256(self) -> str:
+        """A hash of all that a model is asked, and of the right answers."""
         asked = self.prompts or self.items
         return digest([[what, item.get("gold")] for what, item in zip(asked, self.items, strict=True)])
 
@@ -74,8 +76,8 @@ def named(text: str, known: Iterable[str], what: str) -> list[str]:
 
 
 def row_of(task: str, settings: Settings) -> dict:
-    """The row of `benchmarks` that a task is about. Its revision is the commit that is there now, so that all its files
-    are read at that one; None for a local copy.
+    """The row of `benchmarks` that a task is about. A branch as its revision is replaced by the commit that it names
+    now, so that all files are read at one commit; None for a local copy.
     Raises UserError: no network and no copy."""
     spec = table()["tasks"][task]
     name = spec["benchmark"]
@@ -104,7 +106,7 @@ def load(
 def read(
     task: str, benchmark: dict, settings: Settings, limit: int | None = None, subsets: Iterable[str] = ()
 ) -> tuple[list[dict], int]:
-    """As `load`, of the row that `row_of` gives; and how many texts were passed over because they are empty."""
+    """The items as of `load`, and the number of texts left out because they are empty. benchmark: as of `row_of`."""
     name, skipped = benchmark["name"], 0
     local, spec = settings.paths.get(name), table()["tasks"][task]
     if "item" in benchmark:
@@ -126,19 +128,20 @@ def read(
 
 
 def spelling(spec: dict, settings: Settings) -> Spell:
-    """What brings a task's texts to one spelling: a protocol that others published reads them as they are."""
+    """The function that brings a task's texts to one spelling. Tasks that follow a published protocol (`normalise:
+    false` in evals.yaml) leave them as they are."""
     return normalise if settings.normalise_thai and spec.get("normalise", True) else str
 
 
 def stripped(texts: Iterable[str]) -> dict[str, bool]:
-    """The mark of an item that has unseen characters at an end of a text: `trim` takes them off, for before an option
-    they would decide its score."""
+    """{"stripped": True} for an item whose texts begin or end with white space or unseen characters, else {}. `trim`
+    takes these off: before an option they would decide its score."""
     return {"stripped": True} if any(trim(text) not in (text, "") for text in texts) else {}
 
 
 def miscounted(items: list[dict], benchmark: dict) -> str:
-    """Where a whole benchmark has other numbers of items than evals.yaml says; empty if nowhere."""
-    # M3Exam's is counted as one: m3exam-low, m3exam-mid, m3exam-high
+    """In words, the subsets that have another number of items than evals.yaml says; "" if none has."""
+    # m3exam-low, m3exam-mid and m3exam-high are counted together, as m3exam.
     found = Counter(item.get("subset", item.get("category", "")).partition("-")[0] for item in items)
     wanted = {name: n for name, n in benchmark.get("items", {}).items() if name in benchmark.get("subsets", (name,))}
     names = dict.fromkeys((*wanted, *found)) if wanted else ()
@@ -147,8 +150,8 @@ def miscounted(items: list[dict], benchmark: dict) -> str:
 
 
 def benchmark_rows(name: str, spec: dict, local: str | None) -> Iterator[tuple[str, str, dict]]:
-    """Of each row of a benchmark its subset, where it stands, and the row. Where `item` has an `order`, the rows of a
-    subset stand by these columns, so that files of the same questions have them at the same numbers."""
+    """(subset, "FILE, line 7", row) for each row of a benchmark. Where `item` in evals.yaml has an `order`, the rows of
+    each subset are sorted by these columns, so that a question has the same number in files of several languages."""
     for subset, file in zip(spec.get("subsets", [""]), sources.benchmark_files(spec), strict=True):
         rows = read_benchmark(name, spec, local, file)
         if order := spec.get("item", {}).get("order"):
@@ -160,8 +163,8 @@ def load_items(name: str, spec: dict, local: str | None, spell: Spell = normalis
     """The items of a benchmark of choices, each {id, subset, question, options: {letter: text}, gold}, perhaps with the
     `passage` that it is about, and `stripped`.
 
-    Items of one passage have the same `cluster`; `stratum` is the exam that an item is of, unless its file is no exam.
-    Options keep their letters; an empty one is left out, so that no letter moves and no row is dropped.
+    Items of one passage have the same `cluster`. `stratum` is the exam that an item belongs to; items of a benchmark
+    with passages for all questions have none. An empty option is left out, and the others keep their letters.
     Raises UserError: a file is missing, or an item has no question, fewer than two options, something that is no text,
     or a gold letter that is not among them."""
     to_item = next(function for layout, function in LAYOUTS.items() if layout in spec)
@@ -186,12 +189,13 @@ def first_of_each(items: list[dict], limit: int | None, group: str = "subset") -
 
 
 def letter_of(key: str) -> str:
-    """The letter of a key that is a number, counted from 1; else the key."""
+    """The letter of a right answer that is given as a number ("1" -> "a"); else what is given."""
     return dict(enumerate(LETTERS, 1)).get(int(key), key) if re.fullmatch(r"\d", key) else key  # \d: Thai digits too
 
 
 def choice_item(question: str, options: Iterable[str], gold: str, where: str) -> dict:
-    """An item of one question; empty options are left out."""
+    """An item: question, options by letter, without the empty ones, and the right letter.
+    Raises UserError: fewer than two options, or the right letter is not among them."""
     by_letter = {letter: text for letter, text in zip(LETTERS, options, strict=False) if text}
     if len(by_letter) < 2 or gold not in by_letter:
         raise UserError(f"{where}: answer {gold!r} is not among the options {', '.join(by_letter)}, or is the only one")
@@ -199,7 +203,7 @@ def choice_item(question: str, options: Iterable[str], gold: str, where: str) ->
 
 
 def column_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
-    """An item of a row with a column for each option."""
+    """An item from a row that has a column for each option (`item` in evals.yaml)."""
     columns = spec["item"]
     used = [columns[key] for key in ("passage", "question", "answer") if key in columns]
     raw = {column: cell_text(row, column, where, column in used) for column in (*used, *columns["options"])}
@@ -212,7 +216,8 @@ def column_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
 
 
 def m3exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
-    """An item of M3Exam, whose options are one list and say their numbers; the exam is the subset."""
+    """An item from a row of M3Exam, in which one column lists the options, mostly with their numbers. Its subset is the
+    exam."""
     columns = spec["m3exam"]
     shared = next((column for column in columns["passage"] if column in row), columns["passage"][0])
     check_columns(where, row, [columns[key] for key in ("question", "options", "answer", "exam")] + [shared])
@@ -230,7 +235,7 @@ def m3exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
     numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
     labelled = all(number for number, found in zip(numbers, marked, strict=True) if found[0])
     texts = [found[2 if labelled else 0] for found in marked]
-    if key.isdecimal() and numbers.count(int(key)) == 1:  # the option that says so, else the one in that place
+    if key.isdecimal() and numbers.count(int(key)) == 1:  # the option of that number, else the one in that place
         key = str(numbers.index(int(key)) + 1)
     item = choice_item(question, [trim(spell(text)) for text in texts], letter_of(key), where) | {"subset": exam}
     if passage:
@@ -239,9 +244,9 @@ def m3exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
 
 
 def exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict | None:
-    """An item of OpenThaiEval, whose `options` are the text that lists them, and gold "1" … "5"; None if it is not
-    answered by one choice.
-    Raises UserError: a column or exam that there is none of, or an answer without a number."""
+    """An item from a row of OpenThaiEval; None if it is not answered by one choice. Its `options` are one text that
+    lists them all, gold is "1" … "5", and `choices` is how many options there are.
+    Raises UserError: a column is missing, the exam is unknown, or the answer has no number."""
     check_columns(where, row, ("exam_type", "instruction", "input", "result", *FLAGS))
     exam = trim(str(row["exam_type"]))
     if exam not in spec["exams"]:
@@ -257,12 +262,13 @@ def exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict | None:
     return item | stripped(raw)
 
 
+# By the key that a row of `benchmarks` in evals.yaml has: how a row of its files is read.
 LAYOUTS = {"item": column_item, "m3exam": m3exam_item, "exams": exam_item}
 
 
 def load_passages(name: str, spec: dict, local: str | None, spell: Spell) -> list[dict]:
-    """The passages of a benchmark of questions on them, each once: {id, subset, cluster, text}. The id is made of the
-    article and the passage's place in it, so that a passage has the same one in each language."""
+    """The passages that a benchmark asks about, each once: {id, subset, cluster, text}. cluster: the article. The id is
+    made of the article and the passage's number in it, so that it is the same in each language."""
     columns, articles = spec["item"], {}
     for subset, where, row in benchmark_rows(name, spec, local):
         passages = articles.setdefault((subset, cell_text(row, columns["cluster"], where, needed=True)), [])
@@ -277,7 +283,8 @@ def load_passages(name: str, spec: dict, local: str | None, spell: Spell) -> lis
 
 
 def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterable[str]) -> dict[str, list[dict]]:
-    """The examples before each item, by subset: the first `shots` items of the train split, in the `order` of the task.
+    """By subset, the solved examples that stand before each question: the first `shots` items of the train split, in
+    the task's `order`; {} for a task without examples.
     Raises UserError: no train split, or fewer items in it."""
     if "shots" not in spec:
         return {}
@@ -293,9 +300,10 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
 
 
 def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
-    """Texts, each {id, subset, text}, and how many were empty and passed over: all of a local file or folder that is
-    named for the task (JSONL, JSON, Parquet), else `take` of the held-out part of a training set or of the benchmark's
-    file, evenly spaced: files are often sorted. The number in an id is the row's.
+    """Texts, each {id, subset, text}, and how many were left out because they are empty. They are all texts of the
+    local file or folder that `paths` names for the task (JSONL, JSON, Parquet); else `take` texts of the held-out part
+    of a training set, or of the benchmark's file, evenly spaced since files are often sorted. An id has the row's
+    number.
     Raises UserError: no such file, a row without that column, or more empty ones than `max_empty_share`."""
     spell, local, key = spelling({}, settings), settings.paths.get(task), spec["text"]
     if local is not None:
@@ -308,9 +316,10 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
         (file,) = sources.benchmark_files(spec)
         files = [sources.benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
     take, columns = (None, []) if local else (spec["take"], [key])
-    step = max(1, sum(map(count_rows, files)) / take) if take else 1  # rows from one text to the next, a fraction
+    # The distance of two texts in rows, mostly no whole number; of each such stretch the first row is taken.
+    step = max(1, sum(map(count_rows, files)) / take) if take else 1
     rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
-    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)  # one a step
+    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
     items, empty = [], []
     for number, where, row in islice(sample, limit):
         text = row.get("text", row.get(key))
@@ -328,8 +337,9 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
 
 
 def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
-    """A text as (tokens, where the scored ones begin): each is scored once, after at least window - stride others where
-    there are so many; the first ones after `prefix`."""
+    """A long text in overlapping windows, each (tokens, where the scored ones begin). Each token of the text is scored
+    in one window, after at least window - stride tokens where there are so many before it. `prefix` stands before the
+    text, and is not scored."""
     ids = prefix + tokens
     if len(ids) <= window:
         return [(ids, len(prefix))]
@@ -343,16 +353,17 @@ def windows(tokens: list[int], prefix: list[int], window: int, stride: int) -> l
 
 
 def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[str, list[str]]]:
-    """What is asked about an item: for each prompt, the continuations that stand for its letters, in their order.
+    """What a model is asked about an item: a list of (prompt, continuations that are scored after it).
 
-    ours: a prompt for each rotation of the options, and the options' texts after each. labels: one, and the letters.
-    generate: one, and nothing."""
+    Protocol ours: a prompt for each rotation of the options, each with all options' texts as continuations. labels: one
+    prompt, with the letters as continuations. generate: one prompt without continuations, to which the model replies.
+    shots: solved examples before the question, for labels."""
 
-    def shown(item: dict, letter: str) -> str:  # HELM's letters are capitals, and none is left out
+    def shown(item: dict, letter: str) -> str:  # HELM writes capitals, and no gap where an option was left out
         return spec["letters"][list(item["options"]).index(letter)] if "letters" in spec else letter
 
     def question(item: dict, turn: int = 0) -> str:
-        """The prompt of an item, the options' texts moved on by `turn` places below the letters that stay."""
+        """The prompt of an item. The options' texts are rotated by `turn` places; the letters stay where they are."""
         letters, texts = list(item["options"]), list(item["options"].values())
         pairs = zip(letters, texts[turn:] + texts[:turn], strict=True)
         options = "\n".join(spec["option"].format(letter=shown(item, letter), text=text) for letter, text in pairs)
@@ -369,15 +380,17 @@ def item_prompts(item: dict, spec: dict, shots: list[dict] = ()) -> list[tuple[s
 
 
 def scored_letters(item: dict, spec: dict) -> list[str]:
-    """The letters whose scores are compared: the options', or those that the task names."""
+    """The letters whose scores are compared: the task's `labels`, else those of the item's options."""
     return list(spec.get("labels", item["options"]))
 
 
 def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str, float], str]:
-    """One score a letter from the log-probabilities [prompt][letter], and the letter with the highest, or the key's
-    where that one's option has the same text.
+    """({letter: score}, predicted letter) from an item's log-probabilities [prompt][letter], as `item_prompts` orders
+    them.
 
-    Ties go by a hash of item and letter: by their order, a model without an opinion would have a favourite letter."""
+    The score is the mean over prompts; for protocol ours, of log-probabilities per character of the option. The
+    prediction is the letter with the highest score, see also `settle`. Equal scores are decided by a hash of item and
+    letter: by the letters' order, a model without an opinion would seem to prefer the first one."""
     letters = scored_letters(item, spec)
     if spec["protocol"] == "ours":
         texts = list(item["options"].values())
@@ -391,10 +404,11 @@ def choose(item: dict, spec: dict, scores: list[list[float]]) -> tuple[dict[str,
 
 
 def right_answers(item: dict) -> set[str]:
-    """The key, and the letters or numbers of options that read the same (ThaiExam's ONET has such an item)."""
+    """The right letter or number, and those of options with the same text (ThaiExam's ONET has such an item)."""
     options = item["options"]
     if isinstance(options, str):  # "(1) … (2) …"
-        # An option begins at the next number; another one is part of its text, as in "(4) only (1) and (2)".
+        # An option begins where the number after the last option's stands. Another number is part of an option's text,
+        # as in "(4) only (1) and (2)".
         starts = []
         for mark in re.finditer(ANSWER, options):
             if int(mark[1]) == len(starts) + 1:
@@ -410,13 +424,13 @@ def right_answers(item: dict) -> set[str]:
 
 
 def settle(item: dict, prediction: str | None) -> str | None:
-    """The prediction, or the key where its option has the key's text."""
+    """The prediction; but the right letter where the predicted option has the same text."""
     return item["gold"] if prediction and prediction in right_answers(item) else prediction
 
 
 def parse_choice(reply: str) -> str | None:
-    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if there is none, or
-    where these would take the first of several, as of "(1) หรือ (2)"."""
+    """The number of the choice that a reply names, by the official rules of OpenThaiEval; None if it names none, or
+    names several, as "(1) หรือ (2)" does, of which those rules would take the first."""
     reply = reply.strip()
     reply = {"entailment": "(1)", "neutral": "(2)", "contradiction": "(3)"}.get(reply, reply)
     for phrase in ("คำตอบที่ถูกต้องคือ", "คำตอบคือ", "ตอบว่า:"):
@@ -429,8 +443,9 @@ def parse_choice(reply: str) -> str | None:
 
 
 def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> dict:
-    """Accuracy with Wilson's interval, which Brown, Cai and DasGupta (2001) recommend for few trials, beside what
-    guessing and always answering the commonest letter would reach. predictions: settled ones."""
+    """The accuracy, over all items and by subset, with Wilson's interval, which Brown, Cai and DasGupta (2001)
+    recommend for few trials; beside it what guessing reaches (`chance`) and what always giving the commonest letter
+    does (`majority`). predictions: as of `choose` or `settle`; None counts as wrong."""
     from scipy.stats import binomtest  # takes a second to import, which training's start would have to wait for
 
     pairs = list(zip(items, predictions, strict=True))
@@ -454,13 +469,14 @@ def accuracy(items: list[dict], predictions: list[str | None], spec: dict) -> di
 
 
 def shares(pairs: list[tuple[dict, str | None]], spec: dict) -> dict:
-    """Of (item, prediction): the share of right ones, of guesses that would be, and of the commonest right answer."""
+    """For pairs (item, prediction): the share of right predictions, and what guessing and the commonest letter
+    reach."""
     n = len(pairs)
     options = {"options": lambda item: len(item["options"]), "labels": lambda item: len(spec["labels"]),
                "exams": lambda item: item["choices"]}[spec["chance"]]  # fmt: skip
 
     def right(item: dict) -> int:
-        """How many right answers a guess can meet: a task that names its labels may lack the key's."""
+        """How many of the right letters a guess can name: the task's `labels` may lack some."""
         return sum(answer in spec.get("labels", answer) for answer in right_answers(item))
 
     return {
@@ -472,7 +488,7 @@ def shares(pairs: list[tuple[dict, str | None]], spec: dict) -> dict:
 
 
 def macro(by_subset: dict[str, float]) -> float:
-    """The mean over exams; OpenThaiEval's ten ONET ones count as two, M3 and M6, as in its tables of 2024."""
+    """The mean over subsets. OpenThaiEval's ten ONET exams count as two, M3 and M6, as in its tables of 2024."""
     groups: dict[str, list[float]] = {}
     for subset, value in by_subset.items():
         groups.setdefault(subset[:7] if subset.startswith("onet_m") else subset, []).append(value)
@@ -480,8 +496,8 @@ def macro(by_subset: dict[str, float]) -> float:
 
 
 def language_pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[bool, bool]]:
-    """Whether each question that both have was answered rightly (in Thai, in English), from the lines of items.jsonl.
-    The number after the "-" of an id is the question's.
+    """(right in Thai, right in English) for each question that both have, from lines of items.jsonl. The two lines of a
+    question have the same number after the last "-" of their ids.
     Raises ValueError: two of a number have different answers, so they are not the same question."""
     other, found = {line["id"].rpartition("-")[2]: line for line in english}, []
     for line in thai:
@@ -494,10 +510,10 @@ def language_pairs(thai: Iterable[dict], english: Iterable[dict]) -> list[tuple[
 
 
 def paired_gap(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
-    """English - Thai accuracy with its 95 % interval, of what `language_pairs` gives.
+    """(difference, lower end, upper end) of English minus Thai accuracy, with a 95 % interval, from `language_pairs`.
 
-    Bonett and Price (2012): Wald's interval after one more disagreement of either kind, which covers in small samples.
-    """
+    Bonett and Price (2012): Wald's interval with one disagreement of either kind added, which is wide enough for small
+    samples, too."""
     n = len(pairs)
     gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
@@ -506,7 +522,8 @@ def paired_gap(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
 
 
 def bits_per_character(bits: list[float], characters: list[int]) -> dict:
-    """The ratio of the sums, with the interval of a ratio estimator (Cochran 1977, 6.4) over texts."""
+    """Bits of all texts / characters of all texts, with the interval of a ratio estimator (Cochran 1977, 6.4); and None
+    for what only choices have."""
     n, total = len(bits), sum(characters)
     value = math.fsum(bits) / total
     rest = math.fsum((b - value * c) ** 2 for b, c in zip(bits, characters, strict=True))

@@ -1,12 +1,13 @@
-"""A model behind OpenAI's /chat/completions: the judge of mt_bench_thai, or a served model under test.
+"""A model on a server, asked through OpenAI's /chat/completions: the judge of mt_bench_thai, or a model under test.
 
 The judge is named by JUDGE_BASE_URL and JUDGE_MODEL, a served model by --endpoint and, where the server has several, by
 ENDPOINT_MODEL. Keys are read from JUDGE_API_KEY and ENDPOINT_API_KEY alone, are shown in no message and saved nowhere.
 
-The package openai asks, and asks again after 408, 409, 429, 5xx and broken connections, as late as Retry-After says.
-Added here: an answer without a reply counts as a broken connection; a server that wants its requests otherwise (no
-temperature, max_completion_tokens, no system turn) says so once; a request that it refuses, while it answers a harmless
-one, is left out; a spent quota or another status ends all of them.
+The package openai sends the requests, and repeats them after 408, 409, 429, 5xx and broken connections, as late as
+Retry-After says. Added here: an answer without a reply counts as a broken connection. Where a server refuses an option
+of a request (temperature, max_tokens, a system turn) the request is sent without it, and so are all later ones. A
+request that a server refuses, though it answers a harmless one, is left out. A spent quota, or any other status, ends
+the command.
 """
 
 import contextlib
@@ -31,30 +32,32 @@ import httpx2
 from tqdm import tqdm
 
 AS_PUBLISHED = {"temperature": 0.0, "max_tokens": 2048}  # of a judgement
-ROOM_TO_THINK = 16_384  # tokens of a judgement, once one was cut at the published limit
+ROOM_TO_THINK = 16_384  # max_tokens for a judgement that was cut at the published limit, and is asked for again
+# An option that a server refuses: the name under which it may want it, or None to leave it out.
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "system": None}
-REFUSALS = (400, 403, 413, 422)  # statuses that may concern one request alone: a content filter, its length
-# What a list tells of an offer or its state, which change while the model stays
+REFUSALS = (400, 403, 413, 422)  # statuses that may be about one request alone: a content filter, its length
+# Keys in a server's list of models that are about its offer or state, and change while the model stays the same.
 OFFER = re.compile("pric|descri|provider|limit|param|deprecat|expir|link|stat(?:e|us)")
-PAUSE = 1.1  # seconds between two looks at a server's list: what differs by then is a clock or a random number
+PAUSE = 1.1  # seconds between two readings of a server's list: what has changed by then does not identify a model
 RETRIES = 8  # of one request, over 40 seconds unless Retry-After asks for more
-DEPTHS = re.compile(r":(?:(1)-)?([1-9])$")  # at the end of a served model's name
-LONGEST_NAME = 200  # characters of a served model
-# A choice's finish_reason: at the limit, by a filter, or not by itself. None: the server does not know that it ended.
+DEPTHS = re.compile(r":(?:(1)-)?([1-9])$")  # at the end of a served model's name: ":4", or ":1-4"
+LONGEST_NAME = 200  # characters of a served model's name
+# Values of finish_reason. "none" stands for null: the server does not know that the reply ended, so it counts as cut.
 AT_LIMIT, FILTERED = ("length", "max_tokens", "model_length", "none"), ("content_filter", "safety", "refusal")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "failed", "timeout")
 
 Messages = list[dict]  # [{"role": …, "content": …}, …]
 HARMLESS = [{"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": "Say: Rating: [[5]]"}]  # fmt: skip
-Done = Callable[[int, str], None]  # told of each reply as it ends: the conversation's number, the text
-Chat = Callable[[list[Messages], Done], None]  # replies to conversations
+Done = Callable[[int, str], None]  # called with each reply as it ends: the conversation's number, the text
+Chat = Callable[[list[Messages], Done], None]  # makes the replies to conversations
 
 
 class Reply(str):
-    """A text that knows how it ended: "" by itself, "cut" at its limit, or "refused: …", when there is no text.
+    """A reply's text, and in `end` how it ended: "" by itself; "cut" at the limit of tokens; "refused: …", without a
+    text.
 
-    What a cut left of its last character (U+FFFD) is no part of it."""
+    A cut may leave a piece of a character (U+FFFD) at the end of the text, which is taken off."""
 
     end: str
 
@@ -66,22 +69,22 @@ class Reply(str):
 
 
 class Refused(UserError):
-    """A server's refusal of one request; `said` is all of its answer."""
+    """A server refuses one request, perhaps for what is in it. said: the server's whole answer."""
 
     said = ""
 
 
 class NotListed(UserError):
-    """Of a server that has no list of its models, or shows it to other keys."""
+    """A server has no list of its models, or does not show it to this key."""
 
 
 class NotAsked(Exception):
-    """Of a request that is not made any more, since another one failed for good."""
+    """A request was not sent, since another one has failed for good."""
 
 
 @dataclass
 class Server:
-    """A model behind OpenAI's /chat/completions; called with conversations, it is a `Chat`."""
+    """A model on a server. Called with conversations, it is a `Chat`."""
 
     kind: str  # "judge" or "endpoint"
     url: str
@@ -94,15 +97,16 @@ class Server:
 
     def __post_init__(self):
         self.stop, self.lock = threading.Event(), threading.Lock()
-        self.wanted = self.options | {"system": True}  # `options` as the server wants them; system: a turn of its own
+        # The options that this server accepts, as far as it is known; system: it accepts a system turn.
+        self.wanted = self.options | {"system": True}
         from ouro.evaluate.http import connect  # not before a server is asked: see there
 
         self.client = connect(self)
 
     def complete(self, messages: Messages) -> Reply:
-        """The text that follows `messages`.
-        Raises UserError: a status that asking again cannot change, a spent quota, or the last attempt failed too;
-        Refused: of these messages alone; NotAsked: another request failed so before."""
+        """The reply to a conversation. A judgement that was cut is asked for once more, with ROOM_TO_THINK.
+        Raises UserError: the server answers with a status that no repetition changes, its quota is spent, or the last
+        repetition failed, too; Refused: it refuses these messages, and answers others; NotAsked: see there."""
         try:
             reply = self._ask(messages)
         except Refused:
@@ -115,7 +119,8 @@ class Server:
         return reply
 
     def _ask(self, messages: Messages, **changes) -> Reply:
-        """As `complete`; options that the server does not want are left out, and remembered if it then answers."""
+        """The reply to a conversation, errors as `complete`. Where the server refuses an option, the request is
+        repeated without it; if it is answered then, later requests go without it from the start."""
         messages = [{"role": "system", "content": self.system}] * (self.system is not None) + messages
         before = self.wanted
         wanted = before | changes
@@ -139,6 +144,8 @@ class Server:
         return self._reply(answer.choices[0])
 
     def _reply(self, choice) -> Reply:
+        """The reply in a choice of the server's answer. Raises Refused: it is the refusal of a filter or of the
+        model."""
         message, finish = choice.message, finish_of(choice.to_dict(warnings=False))
         text = text_of(message.content)
         refusal = getattr(message, "refusal", None) or text_of(message.content, "refusal")
@@ -147,19 +154,20 @@ class Server:
         end = "cut" if finish in AT_LIMIT else ""
         thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         thought = thought or text_of(message.content, "thinking")
-        if thought and not text.strip():  # a judge without tags has answered there; another thought has no answer
+        if thought and not text.strip():  # of a judge the thought may hold its rating; else there is no answer
             text = str(thought) if self.kind == "judge" and not end else f"<think>\n{thought}"
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent on, nor saved
         return Reply(self.hide(text), end)
 
     def models(self) -> dict[str, dict]:
-        """What the server tells of the models that it serves, by name. Errors as `complete`."""
+        """The server's list of its models, {name: entry}. Errors as `complete`, or NotListed."""
         with self._errors():
             return {model.id: model.model_dump() for model in self.client.models.list()}
 
     @cached_property
     def identity(self) -> str:
-        """A hash of address, served name, and what the server's list tells of the model: its root, its length, …
+        """A hash by which results know the model: of address, served name and entry in the server's list (root, length,
+        …), without what changes between two readings or is about prices and states (OFFER).
 
         Errors as `complete`."""
         if told := self._told():
@@ -171,16 +179,16 @@ class Server:
         return digest([self.url, self.model, *(told or [{}])])[:12]
 
     def depths(self) -> list[int]:
-        """The depths that vLLM answers at, which the name that `make serve` gives tells: RUN:4, or RUN:1-4 where each
-        request names one; none where it does not. Errors as `complete`."""
+        """The depths at which a vLLM server answers, by the name that `make serve` gave the model: RUN:4, or RUN:1-4
+        where each request names its depth. Empty where the name has none. Errors as `complete`."""
         told, found = self._told(), DEPTHS.search(self.model)
         if found and told and told[0].get("owned_by") == "vllm":
             return [*range(int(found[1] or found[2]), int(found[2]) + 1)]
         return []
 
     def _told(self) -> list[dict]:
-        """The list's entry of the model, and of those it is an adapter of; where its name is not in the list, as with
-        llama.cpp, which answers to any, that of the only one listed. None of a server without a list."""
+        """The entries in the server's list of the model and then of its base (`parent`). Where the list has one model,
+        under another name, that one counts: llama.cpp answers to any name. Empty for a server without a list."""
         listed, told = {}, {}
         with contextlib.suppress(NotListed):
             listed = self.models()
@@ -191,15 +199,16 @@ class Server:
         return [*told.values()]
 
     def check(self) -> None:
-        """One small call: a wrong address, key or model is found before hours of generation. Errors as `complete`."""
+        """Sends a small request, so that a wrong address, key or model shows before hours of generation.
+        Raises UserError: it is not answered."""
         try:
             self._ask(HARMLESS[self.system is not None :])
         except Refused as error:
             raise UserError(str(error)) from None
 
     def __call__(self, conversations: list[Messages], done: Done) -> None:
-        """Asks for the replies to all, several at a time; `done` is called as each is there.
-        Raises UserError: as `complete`, or of `done`; then no more are asked for."""
+        """Asks for the replies to all conversations, several at a time, and calls `done` with each as it arrives.
+        Raises UserError: as `complete`, or raised by `done`; no further requests are sent then."""
         self.stop.clear()
 
         def one(number: int, messages: Messages) -> None:
@@ -220,12 +229,12 @@ class Server:
                     with contextlib.suppress(NotAsked):
                         finished.result()
             except BaseException:
-                self.stop.set()  # what is under way will be paid for: the pool waits for it, and it is kept
+                self.stop.set()  # requests under way are paid for: the pool waits for their replies
                 raise
 
     @contextlib.contextmanager
     def _errors(self):
-        """openai's errors as UserErrors."""
+        """Raises the errors of the package openai as UserErrors."""
         from ouro.evaluate.http import BrokenOff, openai
 
         try:
@@ -244,6 +253,8 @@ class Server:
             raise self.error(problem, status, error.response.text if status else "") from None
 
     def error(self, problem: str, status: int | None = None, said: str = "") -> UserError:
+        """The error for a failed request, without the key: a Refused if its status is one of REFUSALS, else a
+        UserError."""
         prefix = self.kind.upper()
         hint = {
             401: f"\nis {prefix}_API_KEY set, and the key for this server?",
@@ -256,36 +267,36 @@ class Server:
         return error
 
     def said(self, response: httpx2.Response) -> str:
-        """The status and the beginning of what a server said, without the key, which some quote."""
+        """The status and the beginning of a server's answer, without the key, which some servers repeat."""
         text = " ".join(response.text.split())
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             text = str(response.json()["error"]["message"])
         return f"{response.status_code}: {beginning(self.hide(text)) or 'an empty answer'}"
 
     def hide(self, text: str) -> str:
-        """A reply or message without the key, as it is or as JSON and addresses may write it."""
+        """A reply or message with *** for the key, also where JSON or an address writes it with escapes."""
         forms = (self.key, self.key.replace("/", "\\/"), quote(self.key, safe="")) if len(self.key) >= HIDDEN else ()
         for form in forms:
             text = text.replace(form, "***")
         return text
 
     def tell(self, text: str) -> None:
-        """Shows a line beside the progress."""
+        """Prints a line on stderr, above the progress bar."""
         tqdm.write(message(self.hide(text)), sys.stderr)
 
 
 def beginning(text: str) -> str:
-    """What is shown of a text that may be long."""
+    """The first 300 characters of a text, for messages."""
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def finish_of(choice: dict) -> str:
-    """A choice's finish_reason in small letters, "none" for null; "" where the server does not tell at all."""
+    """A choice's finish_reason in small letters; "none" for null; "" where the answer does not have it."""
     return str(choice["finish_reason"]).lower() if "finish_reason" in choice else ""
 
 
 def text_of(content: str | list | None, kind: str = "text") -> str:
-    """The text of a reply, which some servers send in parts of several types, or what its parts of another one hold."""
+    """The text of a reply. Some servers send it in parts of several types: then what the parts of type `kind` hold."""
     if not isinstance(content, list):
         return (content or "") if kind == "text" else ""
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
@@ -293,7 +304,7 @@ def text_of(content: str | list | None, kind: str = "text") -> str:
 
 
 def without_system(messages: Messages) -> Messages:
-    """The system turn at the beginning of the user's first."""
+    """The conversation with its system turn put before the text of the first user turn."""
     if messages[0]["role"] != "system":
         return messages
     system, user, *rest = messages
@@ -301,6 +312,8 @@ def without_system(messages: Messages) -> Messages:
 
 
 def _server(kind: str, url: str, model: str, **rest) -> Server:
+    """The server at an address, with its key from the environment. Raises UserError: address, key or name is
+    malformed."""
     name = f"{kind.upper()}_API_KEY"
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):
@@ -319,7 +332,8 @@ def _server(kind: str, url: str, model: str, **rest) -> Server:
 
 
 def _name(model: str, kind: str) -> str:
-    """A model's name: it is printed, and results are named by it."""
+    """The name of a model, which is printed, and after which results are named.
+    Raises UserError: it is too long, or holds what cannot be printed."""
     if len(model) > LONGEST_NAME or printable(model) != " ".join(model.split()):
         raise UserError(f"{kind}: not a model's name: {beginning(model)!r}")
     return model
@@ -349,8 +363,8 @@ def find_judge(choice: str = "api") -> Server | None:
 def find_endpoint(
     url: str, max_tokens: int, temperature: float, seed: int, system: str | None, depth: int | None = None
 ) -> Server:
-    """A served model to be tested: ENDPOINT_MODEL, or the only one in the server's list. depth: of each request, where
-    it names one.
+    """A served model under test: ENDPOINT_MODEL, or the only one in the server's list. depth: sent with each request,
+    for a server that answers at several depths.
     Raises UserError: not an address, no answer, or several models and none chosen."""
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if depth:
@@ -366,19 +380,21 @@ def find_endpoint(
     return server
 
 
-Generate = Callable[[list[list[int]], Callable[[int, list[int]], None]], None]  # (prompts' tokens, told of each reply)
+# (tokens of prompts, a function that is called with the number and the tokens of each reply as it ends)
+Generate = Callable[[list[list[int]], Callable[[int, list[int]], None]], None]
 
 
 def local_chat(tokenizer, generate: Generate, system: str | None, limit: float = math.inf) -> Chat:
-    """Replies of a model in this process: `generate` makes up to `limit` new tokens from prompts' tokens, and tells of
-    each reply, without the token that ended it."""
+    """The `Chat` of a model in this process. generate: makes the replies' tokens, at most `limit` of each, without the
+    token that ends a reply. system: the text of a system turn before each conversation."""
 
     def chat(conversations: list[Messages], done: Done) -> None:
         first = [] if system is None else [{"role": "system", "content": system}]
         prompts = [prompt_tokens(first + conversation, tokenizer) for conversation in conversations]
-        # Some templates begin the thought themselves: a reply that is cut in it would look like an answer.
+        # Some templates begin the model's thought in the prompt. Without its beginning a thought that is cut would look
+        # like an answer.
         begun = [begun_by(tokenizer.decode(ids[-16:])) for ids in prompts]
-        # A thought's tags may be special tokens.
+        # Special tokens are dropped from the text, but for the tags of thoughts, which may be special tokens, too.
         added = tokenizer.added_tokens_decoder.items()
         dropped = {number for number, token in added if token.special and not marks_thought(token.content)}
 

@@ -1,6 +1,6 @@
-"""What a model costs, counted: floating-point operations and bytes of memory; and how passes fit in it.
+"""What a model costs: floating-point operations and bytes of GPU memory, both counted; and how passes fit in a memory.
 
-Operations are counted here alone: of a token that is read (forward_flops), of training (training_flops).
+All operations are counted here: of a token in scoring (forward_flops) and of training (training_flops).
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ REACHED = {"bf16": 0.45, "nf4": 0.33}
 
 @dataclass(frozen=True)
 class Plan:
-    """Of the layer calls of a pass: how many, the first ones, are computed twice, and how many of those have their
-    state wait in the CPU's memory."""
+    """How a pass saves memory: its first `recomputed` layer calls are computed again in the backward pass, and of those
+    the first `waiting` calls' inputs wait for it in the CPU's memory (graphs.py)."""
 
     recomputed: int = 0
     waiting: int = 0
@@ -57,7 +57,7 @@ def layer_weights(config: OuroConfig) -> int:
 
 
 def forward_flops(model: PreTrainedModel, depth: int) -> int:
-    """Floating-point operations of a token's products, attention's own not counted: two a weight."""
+    """Floating-point operations to read a token at a depth: two for each weight; attention's scores are not counted."""
     config = model.config
     head = config.hidden_size * config.vocab_size
     if isinstance(model, OuroForCausalLM):
@@ -79,15 +79,15 @@ def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pai
 
 
 def pass_flops(config: OuroConfig, s: Settings, each: Pass, plan: Plan) -> float:
-    """Of a pass, padding and what is computed twice included, by which a step is shared out; attention runs at about
-    half the rate of products, so its operations count twice."""
+    """What a pass costs, by which the passes of a step are shared out among processes: its operations, with padding and
+    what is computed twice. Attention's count double, since it runs at about half the rate of the large products."""
     pairs = each.tokens * (each.width / (len(each.rows) if each.packed else 1)) / 2
     flops = training_flops(config, s.total_ut_steps, s.r, each.tokens, 2 * pairs, each.tokens / 2)
     return flops * (1 + 0.5 * plan.recomputed / (s.total_ut_steps * config.num_hidden_layers))
 
 
 def matrix_rate(device: str | int) -> float:
-    """FLOP/s of bf16 products of 8192 x 8192 on this GPU: the rate that model-FLOP use is a share of."""
+    """FLOP/s of products of two 8192 x 8192 matrices in bf16, measured on this GPU: FLOP use is a share of it."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     spent = []
@@ -104,11 +104,12 @@ def matrix_rate(device: str | int) -> float:
 
 @dataclass
 class Memory:
-    """Bytes of GPU memory that training allocates, by the tokens of a pass, and the plans that fit. Compared with
-    measured peaks in `bench.py train`.
+    """An estimate of the bytes of GPU memory that training takes, by the tokens of a pass, and the plan by which a pass
+    fits. `make bench WHAT=train` compares it with measured peaks.
 
-    free: bytes of the GPU, None without one; host: of the CPU, for states that wait there; largest: tokens of the
-    largest pass; shapes: of passes, each with graphs of its own; compiled: the layers are."""
+    free: free bytes of the GPU's memory, None without a GPU; host: bytes of the CPU's memory for states that wait
+    there; largest: tokens of the largest pass; shapes: how many shapes of pass there are, each with graphs of its own;
+    compiled: whether the layers are compiled, as this estimate takes for granted."""
 
     s: Settings
     config: OuroConfig
@@ -123,63 +124,67 @@ class Memory:
 
     @property
     def calls(self) -> int:
+        """Layer calls of a pass: each layer once in each loop."""
         return self.s.total_ut_steps * self.config.num_hidden_layers
 
     @property
     def number(self) -> int:
+        """Bytes of a number that is computed with."""
         return 2 if self.s.bf16 else 4
 
     @property
     def inside(self) -> float:
-        """What a layer call keeps for the backward pass, a token: input and output of the norms around either
-        sub-layer; q, k, v, attention's output and its copy; gate, up, product."""
+        """Bytes a token that a layer call keeps for the backward pass: input and output of the norms around either
+        sub-layer; q, k, v, attention's output and its copy; gate, up and their product."""
         c, inner = self.config, self.config.num_attention_heads * self.config.head_dim
         return 1.03 * self.number * (5 * c.hidden_size + 5 * inner + 3 * c.intermediate_size)
 
     @property
     def state(self) -> float:
-        """A layer call's input, a token."""
+        """Bytes a token of a layer call's input."""
         return self.number * self.config.hidden_size
 
     @property
     def slot(self) -> int:
-        """What a state that waits takes of the CPU's memory, which is pinned by powers of two."""
+        """Bytes of the CPU's memory that a waiting state takes; torch pins memory in powers of two."""
         return 2 ** math.ceil(math.log2(max(self.state * self.largest, 1)))
 
     def fixed(self) -> float:
-        """Weights, adapters, the graphs and what they read and write, the loss."""
+        """Bytes that do not depend on the pass: weights, adapters, the graphs and their tensors, the loss."""
         s, c, sizes, number = self.s, self.config, product_sizes(self.config), self.number
         weight = 0.5 + ((1 + 4 / 256) if s.bnb_4bit_use_double_quant else 4) / 64 if s.use_qlora else number
         weights = (
             c.num_hidden_layers * weight * sum(i * o for i, o in sizes) + 2 * number * c.vocab_size * c.hidden_size
         )
-        # of each adapter parameter: itself, its gradient, the graphs' three, its copy, the optimizer's two numbers
+        # For each adapter parameter: itself, its gradient and three of the graphs' in fp32, the group's copy, and the
+        # optimizer's two numbers.
         adapter = 20 + number + (2 if "8bit" in s.optim else 8)
         adapters = c.num_hidden_layers * s.r * sum(i + o for i, o in sizes) * adapter
         read = 1 if s.loss == "last" else s.total_ut_steps
         loss = 2 * CHUNK * c.vocab_size * number + (3 + 2 * read) * self.state * self.largest
         graphs = self.shapes * GRAPH[s.use_qlora] * self.calls / 192 if self.compiled else 0
-        held_out = self.inside * self.largest if s.eval_steps else 0  # those passes run without graphs
+        held_out = self.inside * self.largest if s.eval_steps else 0  # held-out rows are read without graphs
         return weights + adapters + graphs + max(loss, held_out)
 
     def of(self, tokens: int, plan: Plan) -> float:
-        """The peak of passes of so many tokens."""
+        """Bytes in use at the peak of a pass of so many tokens that runs by this plan."""
         kept = (self.calls - plan.recomputed) * self.inside * tokens
         states = (plan.recomputed - plan.waiting + (2 if plan.waiting else 0)) * self.state * tokens
         decoded = 4 * 2 * self.config.hidden_size * self.config.intermediate_size * self.number * self.s.use_qlora
-        # A layer that is computed again is alone, but for its states: what is kept of later calls has been freed.
+        # While a call is computed again nothing of the later calls is left: the backward pass has freed it.
         again = (2.2 if self.s.use_qlora else 1.8) * self.inside * tokens if plan.recomputed else 0
         return self.fixed() + states + decoded + max(kept + 0.6 * self.inside * tokens, again)
 
     def plan(self, tokens: int) -> Plan | None:
-        """That with the least to compute twice, and then to copy, that fits; None where none does."""
+        """The plan by which a pass of so many tokens fits, with as few calls computed twice as can be, and states in
+        the CPU's memory only where even all calls twice do not fit. None where no plan fits."""
         asked = self.s.activation_checkpointing
         if asked == "auto" and (self.free is None or not self.compiled):
             asked = "none" if self.free is None else "full"  # the estimate is of compiled layers
         if asked != "auto":
             layers = {"none": 0, "full": self.config.num_hidden_layers}.get(asked)
             return Plan((int(asked) if layers is None else layers) * self.s.total_ut_steps)
-        usable = self.free * 0.97 - 0.7 * 2**30  # the rest is what the allocator loses, and the libraries' own
+        usable = self.free * 0.97 - 0.7 * 2**30  # the rest goes to gaps of the allocator and to libraries
         for recomputed in range(self.calls + 1):
             if self.of(tokens, Plan(recomputed)) <= usable:
                 return Plan(recomputed)
@@ -194,7 +199,7 @@ GRAPH = {False: 60 * 2**20, True: 82 * 2**20}
 
 
 def fitting(memory: Memory) -> int:
-    """The longest row, of at most `memory.largest` tokens, that can be trained, in steps of 256."""
+    """The longest row that fits, found in steps of 256 tokens from `memory.largest` downwards; 0 where none does."""
     for tokens in range(memory.largest, 0, -256):
         if dataclasses.replace(memory, largest=tokens).plan(tokens):
             return tokens
@@ -202,9 +207,9 @@ def fitting(memory: Memory) -> int:
 
 
 def passes_for(memory: Memory) -> Passes:
-    """How rows are put together here: as many tokens as need nothing computed twice; where all of it is in any case, as
-    with 4-bit weights, which are decoded anew for each pass, as many as fit.
-    Raises UserError: the longest row does not fit, by the estimate, with all layers computed twice."""
+    """How rows are put together into passes on this machine. A pass takes as many tokens as fit with nothing computed
+    twice. But with 4-bit weights it takes as many as fit at all, because the weights are decoded anew for each pass.
+    Raises UserError: by the estimate the longest row does not fit even with all layers computed twice."""
     s, longest = memory.s, memory.largest
     layers = memory.config.num_hidden_layers
     if s.activation_checkpointing.isdecimal() and int(s.activation_checkpointing) > layers:
@@ -216,7 +221,7 @@ def passes_for(memory: Memory) -> Passes:
         gib, fits = f"{memory.free / 2**30:.1f} GiB of GPU memory are free", fitting(memory)
         raise UserError(
             f"rows of {longest} tokens need about {least / 2**30:.1f} GiB with all layers computed twice; {gib}, and "
-            f"{memory.host / 2**30:.1f} of the CPU's for what can wait there: "
+            f"{memory.host / 2**30:.1f} GiB of the CPU's for layers' inputs that can wait there: "
             + (f"set max_length to {fits}" if fits else "set use_qlora")
         )
     grid = Passes(1)

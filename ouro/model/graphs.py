@@ -1,14 +1,16 @@
-"""How the layers of a training pass run: which are computed twice, where their states wait, and all as CUDA graphs.
+"""How a training pass runs the layers: which are computed twice to save memory, where their inputs are kept until the
+backward pass, and CUDA graphs of all of them.
 
     run_by_plan(model, plan, largest=16384, last=True, graphs=True)      # plan(tokens) -> Plan of a pass of that size
 
-A layer keeps 75 KB a token for the backward pass, and there are 192 layer calls in a pass of four loops. By its plan
-the first calls of a pass keep their input alone, a *state* of 4 KB a token, and are computed again in the backward
-pass; of those the first ones' states wait in the CPU's memory, copied beside the computation.
+A layer keeps 75 KB a token for the backward pass, and there are 192 layer calls in a pass of four loops. So a `Plan`
+says of a pass how many of its calls, counted from the first, keep only their input, a *state* of 4 KB a token, and are
+computed again in the backward pass; and how many of those states, again the first, are moved to the CPU's memory until
+then. They are copied while the layers compute.
 
-A CPU starts the thousands of kernels of a pass more slowly than a GPU runs them. So for each shape of a pass all
-layers in all loops are captured as two graphs, forward and backward; all graphs compute in one memory, one after the
-other.
+A CPU starts the thousands of kernels of a pass more slowly than a GPU runs them. So for each shape of pass all layers
+in all loops are captured as two CUDA graphs, forward and backward. The graphs of all shapes use the same memory, since
+they run one after the other.
 """
 
 from collections.abc import Callable
@@ -28,12 +30,13 @@ def groups_of(layer: nn.Module) -> list[Group]:
 
 
 def adapters(layer: nn.Module) -> list[nn.Parameter]:
+    """PEFT's parameters A and B in a layer, or in all layers of a decoder, group by group."""
     return [p for group in groups_of(layer) for p in group.adapters()]
 
 
 @contextmanager
 def standing_in(groups: list[Group], parameters: list[nn.Parameter]):
-    """The groups' adapters are these parameters, in the order of `adapters`."""
+    """Inside the `with` block these parameters, in the order of `adapters`, stand in for those of the groups."""
     linears = [linear for group in groups for linear in group.linears()]
     own = [linear.weight for linear in linears]
     for linear, parameter in zip(linears, parameters, strict=True):
@@ -46,20 +49,21 @@ def standing_in(groups: list[Group], parameters: list[nn.Parameter]):
 
 
 class Waiting:
-    """States in the CPU's pinned memory, each of so many numbers at most, copied on a stream of their own.
+    """A place in the CPU's pinned memory for the states that wait there from the forward to the backward pass.
 
-    Two buffers on the GPU stand between: a state is copied away from one, or fetched into it, while the layers compute.
-    """
+    states: how many; numbers: in the largest of them; like: a tensor of their dtype and device. Copies run on a stream
+    of their own, while the layers compute: a state is put into one of two buffers on the GPU and copied to the CPU from
+    there, and fetched the other way. State n uses buffer n % 2."""
 
     def __init__(self, states: int, numbers: int, like: Tensor):
         pinned = {"dtype": like.dtype, "pin_memory": like.is_cuda}
         self.far = [torch.empty(numbers, **pinned) for _ in range(states)]
         self.near = [like.new_empty(numbers) for _ in range(2)]
         self.stream = torch.cuda.Stream(like.device) if like.is_cuda else None
-        self.copied: list[torch.cuda.Event | None] = [None, None]  # of each buffer, when its last copy was done
+        self.copied: list[torch.cuda.Event | None] = [None, None]  # for each buffer: the end of its last copy
 
     def copy(self, to: Tensor, source: Tensor, buffer: int) -> None:
-        """After what the GPU has to do now, beside what it will have to do next."""
+        """Starts a copy, which waits for the work that the GPU was given before, and not the later work for it."""
         if not self.stream:
             to.copy_(source)
             return
@@ -69,11 +73,13 @@ class Waiting:
             self.copied[buffer] = self.stream.record_event()
 
     def wait(self, buffer: int) -> None:
+        """Lets the GPU's next work wait until the last copy of this buffer is done."""
         if self.copied[buffer]:
             torch.cuda.current_stream().wait_event(self.copied[buffer])
             self.copied[buffer] = None
 
     def put(self, number: int, x: Tensor) -> None:
+        """Starts to copy state `number` to the CPU's memory."""
         at = number % 2
         self.wait(at)
         near = self.near[at][: x.numel()].view_as(x)
@@ -81,17 +87,19 @@ class Waiting:
         self.copy(self.far[number][: x.numel()].view_as(x), near, at)
 
     def settle(self) -> None:
-        """All copies are done before what follows."""
+        """Lets the GPU's next work wait until all copies are done."""
         self.wait(0)
         self.wait(1)
 
     def fetch(self, number: int, shape: torch.Size) -> Tensor:
+        """Starts to copy state `number` back; the buffer into which it is copied."""
         near = self.near[number % 2][: shape.numel()].view(shape)
         self.copy(near, self.far[number][: shape.numel()].view(shape), number % 2)
         return near
 
     def get(self, number: int, last: int, shape: torch.Size) -> Tensor:
-        """State `number`; the one below it is on its way then. They are fetched from `last` downwards."""
+        """State `number`, back on the GPU. To be called for `last` first and downwards from it, as the backward pass
+        goes: each call starts to fetch the state that the next one asks for."""
         if number == last:
             self.fetch(number, shape)
         self.wait(number % 2)
@@ -101,10 +109,11 @@ class Waiting:
 
 
 class _Recomputed(torch.autograd.Function):
-    """layer(x, *arguments), of which only x is kept for the backward pass, or waits on the CPU.
+    """layer(x, *arguments), of which only x is kept for the backward pass, on the GPU or in the CPU's memory.
 
-    The parameters are the layer's, here to be given their gradients. Unlike torch's checkpoint this stores no state of
-    a random number generator, and so can be captured in a graph."""
+    parameters: the layer's, which also stand as arguments of their own, because autograd gives gradients to arguments
+    alone. wait: None, or (the `Waiting`, the number of this state, the number of the last state that waits). Unlike
+    torch's checkpoint this stores no state of a random number generator, and so can be captured in a graph."""
 
     @staticmethod
     def forward(ctx, layer, arguments, parameters, wait, x, *_):
@@ -133,7 +142,8 @@ class _Recomputed(torch.autograd.Function):
 
 
 def loops_by_plan(decoder, x, cos, sin, causal, documents, noise, loops: int, plan: Plan, waiting: Waiting | None):
-    """`decoder.run_loops` by the plan."""
+    """The states that `decoder.run_loops` gives, with layer calls computed twice, and states moved to the CPU's memory,
+    as the plan says."""
     states, call, own = [], 0, [adapters(layer) for layer in decoder.layers]
     for loop in range(loops):
         here = None if noise is None else noise + loop
@@ -153,14 +163,16 @@ def loops_by_plan(decoder, x, cos, sin, causal, documents, noise, loops: int, pl
 
 
 class GraphMemory:
-    """The GPU memory in which a model's graphs compute, one after the other, and what they read and write.
+    """The GPU memory that all graphs of a model share, and the tensors that they read their input from and write their
+    output to.
 
-    kept: its bytes, which torch does not count as allocated between replays. turn: number of forward passes replayed.
-    """
+    kept: bytes that the graphs need inside, which torch does not count as allocated while none of them runs. turn: how
+    many forward passes were replayed."""
 
     def __init__(self, like: Tensor, largest: int, head: int, states: int, parameters: list[nn.Parameter]):
-        """like: of the states' dtype and width, (1, hidden); largest: tokens of the largest pass; head: numbers of an
-        attention head; states: of a pass whose gradients are given."""
+        """like: a tensor (1, hidden) of the states' dtype; largest: tokens of the largest pass; head: size of an
+        attention head; states: how many loops' states a pass gives back, and is given gradients of; parameters: the
+        adapters', in the order of `adapters`."""
         self.pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
         # By default a process captures all graphs on one stream, of the GPU that was current at its first capture.
         self.stream = torch.cuda.Stream(like.device) if like.is_cuda else None
@@ -170,12 +182,14 @@ class GraphMemory:
         self.outs = [torch.zeros_like(self.state) for _ in range(states)]
         self.places = [like.new_zeros(largest, 1, head) for _ in range(2)]  # cos and sin
         self.noise = like.new_zeros(largest, dtype=torch.int32)
-        # Stand-ins: DDP waits for the adapters' own gradients on another stream, which a capture may not touch.
+        # The graphs compute with stand-ins for the adapters' parameters (`standing_in`): to the real ones DDP has tied
+        # work on another stream, which a capture may not touch.
         self.parameters = [nn.Parameter(p.detach()) for p in parameters]
         self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=like.device)
 
     def capture(self, work: Callable[[], None], x: Tensor) -> Callable[[], None]:
-        """`work` as a graph on the GPU of x; on a CPU it stays what it is. Nothing is drawn or compiled."""
+        """A function that replays `work` as a graph on the GPU of x; `work` itself on a CPU. The work must draw no
+        random numbers, and all of it must be compiled already."""
         if not x.is_cuda:
             return work
         with torch.cuda.device_of(x):
@@ -187,7 +201,7 @@ class GraphMemory:
                     work()
                     self.kept += torch.cuda.memory_reserved() - before
             except RuntimeError as error:
-                # Where the capture failed for want of memory, ending it fails too, and hides why.
+                # A capture that ran out of memory fails a second time as it is ended, and that error hides the first.
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
                 raise
@@ -195,14 +209,18 @@ class GraphMemory:
 
 
 def peak_memory(model: nn.Module) -> int:
-    """Bytes of this process's GPU in use at the peak, with the memory of the model's graphs."""
+    """Bytes of this process's GPU that were in use at the peak, the memory of the model's graphs included."""
     memory = getattr(model, "graph_memory", None)
     return torch.cuda.max_memory_allocated() + (memory.kept if memory else 0)
 
 
 class Captured:
-    """All layers in all loops, forward and backward, as two graphs for states of one shape, (batch, seq, hidden). What
-    the first keeps for the second stays where it is between replays. On a CPU the same work without graphs."""
+    """The two graphs of one shape of pass, (batch, seq, hidden): all layers in all loops, forward and backward. What
+    the forward graph keeps for the backward one stays in place between their replays. On a CPU the same work is done
+    without graphs.
+
+    documents: places for documents, see `room`; 0 where no rows stand end to end. last: only the last loop's state is
+    given back."""
 
     def __init__(
         self, decoder, memory: GraphMemory, x, cos, documents: int, noise, loops: int, last: bool, plan, waiting
@@ -223,7 +241,8 @@ class Captured:
         self.warm_up()
 
     def warm_up(self) -> None:
-        """All is compiled, and libraries have chosen their kernels; on the stream of the captures."""
+        """Runs a layer forward and backward on the stream of the captures, so that all is compiled, and libraries have
+        chosen their kernels, before the first capture."""
         arguments = self.cos, self.sin, None, self.documents is None, self.documents, None, None, self.noise
         beside = torch.cuda.stream(self.memory.stream) if self.memory.stream else nullcontext()
         with torch.cuda.device_of(self.state), beside, standing_in(self.groups, self.memory.parameters):
@@ -233,7 +252,7 @@ class Captured:
             torch.autograd.grad(y, (x, *self.memory.parameters), self.grads[0], allow_unused=True)
 
     def capture(self) -> "Captured":
-        """Captures the graphs, unless they are there."""
+        """Captures the graphs, unless that was done before."""
         if not self.forward:
             self.forward = self.memory.capture(self.run_forward, self.state)
             self.backward = self.memory.capture(self.run_backward, self.state)
@@ -244,12 +263,12 @@ class Captured:
 
     def run_forward(self) -> None:
         with standing_in(self.groups, self.memory.parameters), torch.enable_grad():
-            # The first state wants a gradient, as those between layers do: else the first layer is compiled by itself.
+            # The first layer's input asks for a gradient as the other layers' do: else it would be compiled by itself.
             x, causal = self.state.detach().requires_grad_(), self.documents is None
             places = self.cos, self.sin, causal, self.documents, self.noise
             states = loops_by_plan(self.decoder, x, *places, self.loops, self.plan, self.waiting)
             self.states = states[-1:] if self.last else states
-            # Not left in the graphs' memory: there it would take room from the passes of other shapes.
+            # Copied out of the graphs' shared memory, where they would take room from the other shapes' graphs.
             torch._foreach_copy_(self.outs, [state.detach() for state in self.states])
 
     def run_backward(self) -> None:
@@ -260,15 +279,15 @@ class Captured:
     def load(self, x, cos, sin, documents: Tensor | None, noise: Tensor | None) -> None:
         self.state.copy_(x)
         torch._foreach_copy_([self.cos, self.sin], [cos, sin])
-        if documents is not None:  # the places left over hold empty documents at the end
+        if documents is not None:  # unused places are empty documents at the end
             self.documents[: len(documents)], self.documents[len(documents) :] = documents, documents[-1]
         if noise is not None:
             self.noise.copy_(noise)
 
 
 class _Replayed(torch.autograd.Function):
-    """The states of decoder.run_loops(x); the parameters are there to be given their gradients. The states stay what
-    they are until the next pass."""
+    """The states of decoder.run_loops(x), by replaying the graphs. The next forward pass overwrites them. parameters:
+    the adapters', to which the backward pass gives gradients."""
 
     @staticmethod
     def forward(ctx, captured: Captured, x, cos, sin, documents, noise, *parameters):
@@ -283,7 +302,7 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, *dys):
         captured, memory = ctx.captured, ctx.captured.memory
         if ctx.turn != memory.turn:
-            raise RuntimeError("another forward pass has been replayed since this one, over what it had kept")
+            raise RuntimeError("another forward pass ran before this one's backward pass, and overwrote its states")
         torch._foreach_copy_(captured.grads, dys)
         captured.backward()
         grads = memory.flat.clone().split([size.numel() for size in ctx.sizes])
@@ -291,12 +310,12 @@ class _Replayed(torch.autograd.Function):
 
 
 def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, last: bool, graphs: bool) -> None:
-    """Makes training passes of a fused model run by their plans, in place; others, and those with a mask, run as
-    before.
+    """Replaces `run_loops` of a fused model, so that its training passes run by their plans. Passes in evaluation, with
+    a mask or with a cache run as before.
 
-    plan: for a number of tokens, padding included, not more than `largest`. last: only the last loop's state is given,
-    for an objective that reads no other. graphs: captured, a pair of graphs for each shape; the backward pass of a
-    batch must then come before the next forward pass, which raises RuntimeError otherwise."""
+    plan: the plan of a pass of so many tokens, padding included; largest: the most tokens that a pass has. last: only
+    the last loop's state is given back, for a loss that reads no other. graphs: each shape of pass is captured as a
+    pair of graphs. The backward pass of a batch must then come before the next forward pass; RuntimeError otherwise."""
     decoder = model.get_base_model().model
     run_loops, captured, parameters = decoder.run_loops, {}, adapters(decoder)
     like, loops = decoder.norm.weight.detach()[None], decoder.config.total_ut_steps
@@ -307,7 +326,7 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
         model.get_base_model().graph_memory = memory
 
     def graphs_of(x, cos, documents: int, noise) -> Captured:
-        """Warmed up at the first call. documents: of the pass, 0 where each row is one."""
+        """The graphs of this shape, warmed up where they are new. documents: in the pass; 0 where each row is one."""
         key = x.shape, len(cos), documents and room(documents)
         if key not in captured:
             planned = plan(x.shape[0] * x.shape[1])
@@ -315,8 +334,8 @@ def run_by_plan(model: PeftModel, plan: Callable[[int], Plan], largest: int, las
         return captured[key]
 
     def prepare(batch: int, width: int, documents: int, noise: bool) -> Captured:
-        """The graphs of a shape of pass, to be captured before its first use and after all others are warmed up: no
-        warm-up can use the memory of the graphs."""
+        """The graphs of a shape of pass, not captured yet. All shapes are to be warmed up so before the first of them
+        is captured, since no warm-up can use the memory that graphs have taken."""
         x = like.new_zeros(batch, width, like.shape[-1])
         cos, _ = decoder.rotations(torch.arange(width, device=x.device)[None], x.dtype)
         drawn = torch.zeros(batch, width, dtype=torch.int32, device=x.device) if noise else None

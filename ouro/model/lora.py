@@ -1,16 +1,16 @@
-"""LoRA beside frozen weights, a group of projections at a time: what makes training fast and small.
+"""LoRA beside frozen weights, computed for a group of projections at a time: faster than PEFT's layers, in less memory.
 
-    model = get_peft_model(load_ouro(...), LoraConfig(...))     # PEFT makes, saves and loads the adapters, as ever
+    model = get_peft_model(load_ouro(...), LoraConfig(...))     # PEFT makes, saves and loads the adapters
     fuse(model, "bf16")                                         # or "fp8", "nf4": how the frozen weights are kept
     loss.backward(); optimizer.step(); refresh(model)           # after every change of the adapters
 
 PEFT computes y = W x + s B A x for each projection by itself: two thin products and an addition beside each large one.
-Here the projections of one input (q, k, v; o; gate, up; down) are one group, computed together. How the large product
-is made is another matter for each kind of frozen weights: bf16.py (and fp32), nf4.py, fp8.py.
+Here the projections that read the same input are one group (q, k, v; o; gate, up; down) and are computed together. How
+the large product W x is made depends on how the frozen weights are kept: bf16.py (and fp32), nf4.py, fp8.py.
 
-The adapters' gradients are those of PEFT's layers. Dropout on LoRA's input has one mask a group, not one a projection,
-and the mask is a hash of the token's number (`noise`), loop, layer, group and column: nothing of it is stored, and a
-CPU, a GPU and any number of processes draw the same.
+The adapters get the same gradients as from PEFT's layers. But dropout on LoRA's input has one mask for a group, not one
+for each projection, and the mask is a hash of the token's random number (`noise`), loop, layer, group and column: it is
+not stored, and a CPU, a GPU and any number of processes make the same one (dropout.py).
 """
 
 import math
@@ -33,8 +33,10 @@ ADAPTER = "default"  # PEFT's name for the one adapter of a run
 class _Products(torch.autograd.Function):
     """y_k = W_k x + s B_k A_k dropout(x), for the projections k of a group; x (rows, in), y_k (rows, outs[k]).
 
-    key: int32 (rows,), as of `dropout`, or None where there is none. tensors: what the group keeps, copies of A
-    and B among it; and the parameters that those are copies of, here only to be given their gradients."""
+    key: int32 (rows,), as of `dropout`; None: no dropout. kind: a key of KINDS. outs: the projections' output sizes.
+    tensors: first the group's own tensors (`Group.frozen`), which hold W and the copies of A and B that are computed
+    with; then PEFT's parameters A and B, which are not read here, and stand among the arguments because autograd gives
+    gradients to arguments alone."""
 
     @staticmethod
     def forward(ctx, x, key, p, kind, outs, scale, *tensors):
@@ -52,16 +54,17 @@ class _Products(torch.autograd.Function):
         x, low, key, *frozen = ctx.saved_tensors
         weights, rank = KINDS[kind], low.shape[1] // len(outs)
         a, bs = weights.factors(frozen, outs, x.shape[1])
-        # Without this zero the compiler keeps 5 GB of decoded weights, and x after dropout, for the backward pass: the
-        # forward pass computes the same. What depends on the zero cannot be computed before the gradients are known,
-        # and no compiler knows that no number is larger than infinity (of a product with 0 torch 2.11 does).
+        # Always 0. The weights that are decoded below, and dropout(x), were computed in the forward pass, too, and the
+        # compiler would therefore keep them from there: 5 GB. Both are computed with this zero here, and so depend on
+        # the gradients, which the forward pass does not know. It is a comparison with infinity, because the compiler
+        # of torch 2.11 knows that a product with 0 is 0, and does not know that no number is larger than infinity.
         zero = (dys[0][0, 0] > math.inf).float()
         part = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1) * scale  # (rows, ranks)
         key = None if key is None else key + zero.to(key.dtype)
         das = gradient(part, x, key, p, zero).split(rank)
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(rank, 1), strict=True)]
-        # The gradients are put beside each other in one matrix only here. If the thin products above read columns of
-        # that matrix, the compiler writes it in a layout that takes four times as long.
+        # `input_gradient` puts the gradients dys side by side into one matrix. The thin products above read dys and not
+        # the columns of that matrix: the compiler would then write it in a layout that takes four times as long.
         if key is None:
             dx = weights.input_gradient(frozen, a, dys, part, zero)
         else:
@@ -70,14 +73,15 @@ class _Products(torch.autograd.Function):
 
 
 class Group(nn.Module):
-    """The projections of one input, computed together: (…, in) -> one (…, out) each.
+    """The projections that read one input, computed together: (…, in) -> one (…, out) for each of them.
 
-    It owns no parameter and nothing of the state dict: the adapters stay PEFT's, and what is here are copies in the
-    weights' dtype, which `refresh` brings up to date."""
+    The adapters' parameters stay PEFT's. A group has copies of them in the weights' dtype, which `refresh` brings up to
+    date, and adds nothing to the model's state dict. number: of the group in the model, by which its dropout differs
+    from other groups'."""
 
     def __init__(self, projections: list[LoraLayer], kind: str, number: int):
         super().__init__()
-        self.projections, self.kind = projections, kind  # a plain list: as submodules they would change their names
+        self.projections, self.kind = projections, kind  # no ModuleList: the state dict would have them twice
         bases = [p.get_base_layer() for p in projections]
         self.outs, self.scale = tuple(base.out_features for base in bases), projections[0].scaling[ADAPTER]
         self.dropout = getattr(projections[0].lora_dropout[ADAPTER], "p", 0.0)
@@ -86,20 +90,21 @@ class Group(nn.Module):
         self.count = len(frozen)
         for at, tensor in enumerate(frozen):
             self.register_buffer(f"frozen{at}", tensor, persistent=False)
-        # As a tensor: with a number the compiler would translate every layer by itself.
+        # A tensor, and no Python number: that would be a constant for the compiler, which would compile each layer.
         salt = torch.tensor(signed(number * GOLDEN), dtype=torch.int32, device=frozen[0].device)
         self.register_buffer("salt", salt, persistent=False)
 
     def frozen(self) -> list[Tensor]:
+        """The tensors that the class of this kind of weights (`KINDS`) keeps: frozen weights and copies of A and B."""
         return [getattr(self, f"frozen{at}") for at in range(self.count)]
 
     def copies(self) -> list[Tensor]:
-        """What is kept of each A (rank, in), then of each B (out, rank)."""
+        """The group's copies, as views of `frozen`: of each A (rank, in), then of each B (out, rank)."""
         a, bs = KINDS[self.kind].factors(self.frozen(), self.outs, self.width)
         return [*a.split(self.rank), *bs]
 
     def linears(self) -> list[nn.Linear]:
-        """PEFT's layers: of each A, then of each B."""
+        """PEFT's layers: each projection's A, then each one's B."""
         return [getattr(p, name)[ADAPTER] for name in ("lora_A", "lora_B") for p in self.projections]
 
     def adapters(self) -> list[nn.Parameter]:
@@ -107,7 +112,8 @@ class Group(nn.Module):
         return [linear.weight for linear in self.linears()]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """noise: int32 of x's shape but the last; needed where there is dropout (ValueError)."""
+        """The output of each projection for x (…, in). noise: int32 (…), a random number for each token.
+        Raises ValueError: there is dropout and no noise."""
         rows = x.reshape(-1, self.width)
         key = None
         if self.training and self.dropout:
@@ -120,8 +126,9 @@ class Group(nn.Module):
 
 
 def fuse(model: PeftModel, kind: str) -> None:
-    """Makes the layers' groups compute together, in place; `kind` is how frozen weights are kept: bf16, fp8 or nf4.
-    Raises ValueError: an adapter whose products are not plain LoRA's (DoRA)."""
+    """Puts a `Group` in the place of each group of projections, in the model itself. kind: how the frozen weights are
+    kept, bf16, fp8 or nf4.
+    Raises ValueError: a DoRA adapter, which does not compute W x + s B A x."""
     number = 0
     for layer in model.get_base_model().model.layers:
         parts = dict(layer.self_attn.named_children()) | dict(layer.mlp.named_children())
@@ -131,15 +138,16 @@ def fuse(model: PeftModel, kind: str) -> None:
                 raise ValueError("DoRA's products are not plain LoRA's: leave this model as PEFT made it")
             projections[0].group = Group(projections, kind, number)
             number += 1
-    model.train(model.training)  # new modules are in training mode, with dropout: a model to be scored is not
+    model.train(model.training)  # a new Group is in training mode, and would drop in a model that is to be scored
     refresh(model)
 
 
 @torch.no_grad()
 def refresh(model: PeftModel) -> None:
-    """Copies the adapters into the groups, zeros where they are disabled; to be called after either changed."""
+    """Copies PEFT's parameters into the groups, or zeros where adapters are disabled (`disable_adapter`). To be called
+    after each change of the parameters, and after adapters were disabled or enabled."""
     groups = [module for module in model.modules() if isinstance(module, Group)]
-    if groups:  # none where the layers are PEFT's
+    if groups:  # there are none where PEFT's own layers compute, as with DoRA
         copies = [t for g in groups for t in g.copies()]
         torch._foreach_copy_(copies, [p for g in groups for p in g.adapters()])
         if groups[0].projections[0].disable_adapters:

@@ -1,11 +1,12 @@
-"""The folder of a training run: whose it is, its checkpoints, and what it records.
+"""The folder of a training run: to which settings it belongs, its checkpoints, and what the run records in it.
 
     with hold(folder):                     # no other process trains into it meanwhile
         state = claim(folder, run)         # "new", "complete", or the newest good checkpoint, to continue from
-        seal(folder / "checkpoint-100")    # of ouro/files.py: checksums, all on the disk; damage(…) compares them
+        seal(folder / "checkpoint-100")    # writes checksums and syncs (ouro/files.py); damage(…) compares them
 
 OUTPUT_DIR/<experiment>/ has config.yaml, manifest.json, data_report.json, metrics.jsonl, checkpoint-*/, final_adapter/
-and, last, `completed`. A process may be killed at any moment: what is there is whole, or named so that it is not read.
+and, last, `completed`. A process may be killed at any moment: a file or folder is whole, or has a name under which
+nothing reads it.
 """
 
 import hashlib
@@ -55,15 +56,14 @@ from transformers import PreTrainedTokenizerBase
 
 LEASE = 180  # seconds for which a file server may keep the lock of a node that has failed
 
-
 # What progress.json of a checkpoint holds: LoopTrainer's state beside transformers' own.
 PROGRESS = ("sums", "tokens", "logged_step", "log_bytes", "log_sha256", "processes", "recent", "rates", "since_log")
-PLANNED = ("pass_tokens", "pass_grain")  # of the manifest: how a run that is continued puts rows into passes
-EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # written before a run's manifest
-# What a run without a checkpoint would write again; hidden files may be a file browser's or a file server's.
+PLANNED = ("pass_tokens", "pass_grain")  # keys of manifest.json: a continued run puts rows into passes as before
+EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # what a run writes before its manifest.json
+# What is deleted where a run without a checkpoint starts again. Other hidden files may be a file browser's or server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
 WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged")
-UNFINISHED = r"\..+\.tmp(\.d)?"  # of a process that was killed
+UNFINISHED = r"\..+\.tmp(\.d)?"  # temporary names, which a killed process leaves
 FORMS = re.compile(rf"checkpoint-\d+|damaged-\d+-(checkpoint-\d+|metrics\.jsonl|manifest\.json)|{UNFINISHED}")
 
 
@@ -73,18 +73,20 @@ def is_ours(name: str) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run's folder holds more of it than what is written before its manifest: one refused so early has not
-    begun."""
+    """Whether a run's folder holds more than what is written before manifest.json. A run that was refused before that
+    has not begun, and its folder may be used with other settings."""
     return any(is_ours(name) and name not in EARLY and not name.startswith(".") for name in os.listdir(folder))
 
 
 def recorded_settings(folder: Path) -> Settings:
+    """The settings in config.yaml of a run's folder."""
     recorded, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
     return Settings(**{name: parse(name, value, origin) for name, value in recorded.items() if name in FIELDS})
 
 
 def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
-    """By name, what config.yaml in a run's folder says and what is asked now, where they would train differently."""
+    """The settings in which config.yaml of a run's folder and `run` differ, name -> (recorded, asked now), but for
+    those that change nothing in training."""
     used = {run.settings.dataset, *run.settings.overlap.split(",")}
 
     def compared(s: Settings) -> dict:
@@ -96,8 +98,9 @@ def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, objec
 
 
 def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings]:
-    """The folder of a trained run, and the settings it was trained with: of a model on the Hub with the commit.
-    Raises UserError: it is not trained yet; the message holds the command that does it."""
+    """The folder of a trained run, and the settings it was trained with. model_revision of a model on the Hub is the
+    commit that was trained on.
+    Raises UserError: it is not trained yet; the message holds the command that trains it."""
     name = name or run.run
     folder = Path(run.settings.output_dir) / name
     if not (folder / "completed").exists():
@@ -112,20 +115,21 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
         command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
         raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: {shlex.join(command)}")
     trained = recorded_settings(folder)
-    if trained.model_revision is None and (folder / "manifest.json").exists():  # what is newest now may be another
+    if trained.model_revision is None and (folder / "manifest.json").exists():  # the main branch may have moved since
         trained.model_revision = read_json(folder / "manifest.json").get("model_files", {}).get("commit")
     return folder, trained
 
 
 def check_base(folder: Path, path: str, files: dict[str, str] | None = None) -> None:
-    """That the base of a trained run is the one it was trained on; one on the Hub is, by the commit of `run_settings`.
+    """Refuses a base in a local folder whose files have changed since the run was trained on it. A base on the Hub is
+    the same one by its commit, see `run_settings`.
 
-    files: the `model_files` of what is at `path`, where they are known.
-    Raises UserError: it is another, beside which the adapter means nothing; or the manifest is damaged."""
+    path: where the base is. files: its `model_files`, where the caller knows them.
+    Raises UserError: it has changed, so the adapter does not belong to it; or manifest.json is damaged."""
     record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     found = {"model_files": files or model_files(path, None)} if "model_files" in record and Path(path).is_dir() else {}
     if changed := changed_inputs(record, found):
-        raise UserError(f"{folder} was trained on {changed} {path}: bring it back")
+        raise UserError(f"{folder} was trained on {changed} {path}: put the old files back")
 
 
 def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
@@ -147,17 +151,20 @@ def whole(folder: Path, remedy: str) -> Path:
 
 
 def in_short(error: Exception) -> str:
+    """An error's message in one line of at most 300 characters, without torch's advice on its allocator."""
     return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
 
 
 @contextmanager
 def writing(what: str, folder: Path, unfinished: Path):
-    """Raises UserError where something of a run could not be written, as on a full disk; what is older stays."""
+    """Raises UserError where the block cannot write its files, as on a full disk, and deletes `unfinished`.
+
+    what: what is written, for the message; folder: the run's."""
     try:
         yield
     except Exception as error:  # torch.save raises RuntimeError, the library tokenizers Exception itself
         of_a_disk = isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
-        if not of_a_disk or isinstance(error, torch.OutOfMemoryError):  # which is a RuntimeError too, but of a GPU
+        if not of_a_disk or isinstance(error, torch.OutOfMemoryError):  # a RuntimeError, but about a GPU's memory
             raise
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
@@ -167,17 +174,19 @@ def writing(what: str, folder: Path, unfinished: Path):
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or folder of ours; what a file server keeps (.nfs…) stays, and so does what a link points to."""
+    """Deletes a file or folder that a run has written. Files that a file server holds on to (.nfs…) stay, and of a link
+    only the link goes."""
     if path.is_dir() and not path.is_symlink():
-        (path / SUMS).unlink(missing_ok=True)  # first, and with an error: what is left is no checkpoint
+        (path / SUMS).unlink(missing_ok=True)  # first: a half-deleted checkpoint without checksums is none
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
 def set_aside(damaged: list[Path], with_them: Sequence[Path] = ()) -> None:
-    """Renames damaged checkpoints, and before them what belongs to them, to damaged-1-NAME or the next number that none
-    of them has: they may be what could not be read for a while, and are the user's to delete."""
+    """Renames damaged checkpoints, and before them `with_them`, the records that belong to them, to damaged-N-NAME, N
+    the first number that is free for all of them. They are not deleted: perhaps a file server only failed to read
+    them."""
     paths = [*with_them, *damaged]
     names = ([path.with_name(f"damaged-{n}-{path.name}") for path in paths] for n in count(1))
     free = next(each for each in names if not any(map(os.path.lexists, each)))
@@ -188,11 +197,12 @@ def set_aside(damaged: list[Path], with_them: Sequence[Path] = ()) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, by its name."""
     return int(checkpoint.name.split("-")[1])
 
 
 def holds_all_steps(checkpoint: Path) -> bool:
-    """Whether no step is left after it: the run was ended before it wrote its adapter and `completed`."""
+    """Whether a checkpoint is of the last step, so that only the adapter and `completed` are left to be written."""
     state = read_json(checkpoint / "trainer_state.json", "global_step", "max_steps")
     return state["global_step"] >= state["max_steps"]
 
@@ -235,9 +245,9 @@ def hold(folder: Path):
 
 
 def claim(folder: Path, run: Resolved) -> str | Path:
-    """Makes `folder` this run's: "new", "complete" if the same run is done there already, or the checkpoint to
-    continue from. Process 0 goes first, and the others see what it left. Where no checkpoint is whole, they are set
-    aside with the run's log and manifest, and it is "new".
+    """Makes `folder` belong to this run, and says what is there: "new" (nothing), "complete" (the same run, which is
+    done), or the checkpoint to continue from. Process 0 goes first, and the others see what it left. Where there are
+    checkpoints and none is whole, they are renamed with the run's log and manifest, and the folder is "new".
     Raises UserError: the folder holds something else: a run with other settings that has begun, which is neither
     continued nor counted as this one, or files that are no run; or it is not the same folder for all processes."""
     if run.options.overwrite and REQUEUED:
@@ -265,8 +275,8 @@ def claim(folder: Path, run: Resolved) -> str | Path:
 
 
 def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
-    """What `claim` gives; "new" also for a run that is to be deleted, that was ended before its first checkpoint, or of
-    which no checkpoint is whole."""
+    """What `claim` gives; nothing is changed here. "new" is also a run that --overwrite is to delete, that was ended
+    before its first checkpoint, or of which no checkpoint is whole."""
     # a kill while config.yaml is first written leaves its temporary file in the folder, and that is hidden
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return "new"
@@ -282,7 +292,7 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
             "use another --output_dir or experiment, or --overwrite to delete that run"
         )
     if (folder / "completed").exists():
-        whole(folder / "final_adapter", "bring it back, or --overwrite trains the run again")
+        whole(folder / "final_adapter", "restore it from a copy, or --overwrite trains the run again")
         return "complete"
     lost, there = [], checkpoints(folder)
     for checkpoint in there:
@@ -296,9 +306,11 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
         lost.append(f"{checkpoint} is damaged: {why}")
     if made := [f"{path} is there" for path in (folder / "final_adapter", folder / "merged") if path.exists()]:
         lines = "\n  ".join([f"{folder} holds an unfinished run without a checkpoint to continue from:", *lost, *made])
-        raise UserError(f"{lines}\nbring one back, use another --output_dir, or --overwrite to delete that run")
+        raise UserError(
+            f"{lines}\nrestore one from a copy, use another --output_dir, or --overwrite to delete that run"
+        )
     for file in (file for checkpoint in there for file in checkpoint.glob("[!.]*") if file.is_file()):
-        file_sha256(file)  # a UserError: what cannot be read now, as from a file server, may be whole
+        file_sha256(file)  # a UserError where the file cannot be read: the checkpoint may be whole, and is not given up
     if lost:
         steps = f"all {step_of(there[0])} steps are trained again"
         print0(f"warning: no checkpoint is whole, so {run.run} starts from zero and {steps}: {'; '.join(lost)}")
@@ -306,9 +318,10 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
 
 
 def empty(folder: Path, all_of_it: bool) -> None:
-    """Deletes the run in a folder, if there is one; or of one that was ended before its first checkpoint, what it
-    would write again. Nothing else, nor config.yaml, which is written anew: without it the folder would be no run's.
-    A kill in between leaves an unfinished run, and no checkpoint without what belongs to it."""
+    """Deletes what a run has written into a folder: all of it, or else (of a run that was ended before its first
+    checkpoint) what it is going to write again. Files of others stay. So does config.yaml, which the caller writes
+    anew: without it the folder would not count as a run's. A kill in between leaves an unfinished run, which can be
+    deleted again."""
     config = folder / "config.yaml"
     if not config.exists():
         return
@@ -324,7 +337,8 @@ def empty(folder: Path, all_of_it: bool) -> None:
 
 
 def inputs(s: Settings, report: dict) -> dict:
-    """What a run learns from, for its manifest: whatever else has changed, with the same it is the same run."""
+    """For manifest.json, what a run learns from: hashes of model, tokenizer, data and rows. A run is only continued
+    while they are the same."""
     files = model_files(s.model_name_or_path, s.model_revision)
     return {"model_files": files} | {
         name: report[name] for name in ("tokenizer_sha256", "data_revision", "rows_sha256")
@@ -332,7 +346,7 @@ def inputs(s: Settings, report: dict) -> dict:
 
 
 def changed_inputs(record: dict, found: dict) -> str:
-    """In what the inputs that a manifest has are not those found now; empty if in nothing."""
+    """In words, which inputs recorded in a manifest differ from those found now; "" where none does."""
     told = []
     for name, new in found.items():
         old = record.get(name, new)
@@ -345,11 +359,12 @@ def changed_inputs(record: dict, found: dict) -> str:
 
 
 def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
-    """Takes back what the run recorded after its checkpoint, and records that it was continued.
-    Raises UserError: model, data or tokenizer are not those that the run began with, what it recorded is damaged, or
-    the checkpoint is another run's."""
+    """Cuts metrics.jsonl back to what it was when the checkpoint was saved, and adds to manifest.json that the run was
+    continued.
+    Raises UserError: model, data or tokenizer are not those that the run began with, manifest or log are damaged, or
+    the log is not the one that the checkpoint was saved with."""
     folder, step = checkpoint.parent, step_of(checkpoint)
-    advice = "bring it back, use another --output_dir, or --overwrite to delete that run"
+    advice = "put back what was there, use another --output_dir, or --overwrite to delete that run"
     found = inputs(s, report)
     try:
         record = read_json(folder / "manifest.json", *found, "packages", "git_commit", "gpu", *PLANNED)
@@ -378,11 +393,12 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
 
 
 def now() -> str:
+    """The time in UTC, as in 2026-11-30T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def environment() -> dict:
-    """Code, versions, GPU."""
+    """For manifest.json: the commit of the code, the versions of packages, the GPU."""
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
     return {
         **code_version(),
@@ -393,7 +409,9 @@ def environment() -> dict:
 
 
 def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None, memory: dict) -> dict:
-    """What is needed to repeat the run: code, versions, machine, revisions, seed."""
+    """The content of manifest.json: what is needed to repeat the run, code, versions, machine, revisions and seed.
+
+    flops: the GPU's measured FLOP/s; memory: what `plan_steps` planned."""
     return {
         "run": run.run,
         "command": sys.argv,
@@ -413,6 +431,8 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 
 
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
+    """README.md of an adapter. report: the data report; base: the base model's name; log: the lines of
+    metrics.jsonl."""
     s, data = run.settings, markdown(report["dataset"])
     licences = markdown(", ".join(f"{name}: {count} rows" for name, count in report["licences"].items()))
     return f"""---
@@ -442,7 +462,8 @@ Settings: config.yaml of the run; a turn ends with `<|im_end|>` (id 2).
 def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, run: Resolved, report: dict
 ) -> None:
-    """Writes final_adapter/ and, when that is on the disk, `completed`; the checkpoints go."""
+    """Writes final_adapter/, then, when that is on the disk, `completed`; then deletes the checkpoints.
+    Raises UserError: the disk is full."""
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     unfinished = folder / ".final_adapter"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The trainer: TRL's, with our objective, exact token metrics, an exact resume, and guards on the numbers."""
+"""The trainer: TRL's, with a step of our own, exact token counts, an exact resume, and checks that stop a lost run."""
 
 import dataclasses
 import json
@@ -34,26 +34,29 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")
-LOOP = "held_out_loss/loop"  # and the loop's number: a chart of TensorBoard or W&B holds one number a step
+SUMMED = ("loss", "correct tokens", "trained tokens", "tokens", "pairs", "tokens and padding")  # over steps, in `_sums`
+LOOP = "held_out_loss/loop"  # + the loop's number: TensorBoard and W&B take no list of losses under one name
 
 
 class LoopTrainer(SFTTrainer):
-    """TRL's trainer around a looped model: our objective, exact token metrics, an exact resume, and a stop with a
-    reason when the numbers say that going on is a waste. Its data set is `Steps`."""
+    """TRL's trainer for a looped model. Ours are the step and its loss (`training_step`), what is logged (`log`), what
+    a checkpoint holds, and the checks of each step's numbers (`after_step`), which stop a run that is lost.
+
+    train_dataset: a `Steps`. held_out: the held-out rows, and the numbers of those that are measured. flops: FLOP/s of
+    the GPU, as `matrix_rate` measured them; None: no FLOP use is logged."""
 
     def __init__(self, *args, settings: Settings, held_out: tuple[Rows, list[int]] | None, flops: float | None,
                  stopper: Stopper, **kwargs):  # fmt: skip
         self.settings, self.held_out, self.stopper = settings, held_out, stopper
-        self.flops = flops  # of a GPU, per second
+        self.flops = flops
         # Sums of this process since the last logged step; float64 counts tokens exactly up to 2**53.
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
         self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
         self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
-        self._unchecked: tuple | None = None
+        self._unchecked: tuple | None = None  # (step, its numbers, event of their copy from the GPU), not looked at yet
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
-        self._rates: list[float] = []
-        super().__init__(*args, data_collator=itemgetter(0), **kwargs)  # a batch is a step's share
+        self._rates: list[float] = []  # tokens/s at the logged steps up to the 50th
+        super().__init__(*args, data_collator=itemgetter(0), **kwargs)  # a "batch" here is one item of `Steps`
 
     def _prepare_peft_model(self, model: PeftModel, peft_config: None, args: SFTConfig) -> PeftModel:
         # TRL's own version casts embeddings, norms and head of a 4-bit model to fp32 (0.4 GB for 2.6B), and only on a
@@ -67,12 +70,13 @@ class LoopTrainer(SFTTrainer):
         return 0  # transformers' count goes through all parameters for each batch; ours is in `log`
 
     def network(self) -> OuroForCausalLM:
-        """The model without what PEFT, accelerate and DDP put around it: layers that compute together need none of
-        it."""
+        """OuroForCausalLM itself, without the wrappers of PEFT, accelerate and DDP, which would only take time:
+        gradients are added up by `add_over_processes`."""
         return self.accelerator.unwrap_model(self.model).get_base_model()
 
     def arithmetic(self) -> AbstractContextManager:
-        """PEFT's own layers multiply fp32 adapters with bf16 states, which autocast makes possible."""
+        """The context of a forward pass: autocast where PEFT's own layers compute, since they multiply fp32 adapters
+        with bf16 states; nothing where lora.py's groups do."""
         grouped = hasattr(self.network().model.layers[0].self_attn.q_proj, "group")
         return nullcontext() if grouped else self.compute_loss_context_manager()
 
@@ -98,7 +102,7 @@ class LoopTrainer(SFTTrainer):
         return sums[0].float()
 
     def measure_base(self) -> None:
-        """The held-out loss before the first step, to the manifest: the adapters change nothing yet."""
+        """Writes the held-out loss before the first step, which is the base model's, to manifest.json."""
         losses = self.held_out_loss()
         if RANK == 0:
             path = Path(self.args.output_dir) / "manifest.json"
@@ -106,7 +110,9 @@ class LoopTrainer(SFTTrainer):
         self._logged_at = time.perf_counter()
 
     def after_step(self, control: TrainerControl) -> None:
-        """The numbers of the step are looked at before anything of it is logged or saved."""
+        """Adds the step's sums to those of the next log line, and starts to fetch its numbers from the GPU. The numbers
+        are checked after the next step, so that the GPU need not wait; at once where the step is logged or saved.
+        Raises UserError: as `_check_pending`."""
         step, sums = self.state.global_step, self._step_sums
         self._sums = self._sums.to(sums.device) + sums
         sums = self.accelerator.reduce(sums[:3]) if WORLD_SIZE > 1 else sums[:3]
@@ -122,7 +128,7 @@ class LoopTrainer(SFTTrainer):
             self._check_pending()
 
     def _check_pending(self) -> None:
-        """Checks the numbers fetched last, mostly of the step before: the GPU has the next one to do meanwhile.
+        """Checks the numbers that were fetched last, if they are not checked yet.
         Raises UserError: they say that the run is lost."""
         if self._unchecked is None:
             return
@@ -138,6 +144,7 @@ class LoopTrainer(SFTTrainer):
         self._recent.append(loss)
 
     def _lost(self, step: int, loss: float, accuracy: float, norm: float) -> str | None:
+        """Why a step's numbers say that going on is a waste of time, and what to do; None where they do not."""
         s, advice = self.settings, "lower learning_rate, or look at its rows"
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss:g}, the gradient's norm {norm:g}; {advice}"
@@ -194,7 +201,7 @@ class LoopTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _watch(self, step: int, rate: float) -> None:
-        """Warns of a machine that has become slow."""
+        """Warns where training has become slow: less than half the rate of its first 50 steps."""
         if step <= 50 or not self._rates:
             if step > 1:  # the first step compiles, and is slow
                 self._rates.append(rate)
@@ -217,11 +224,12 @@ class LoopTrainer(SFTTrainer):
         with Progress("held-out loss", len(passes), "passes") as progress:
             for at in range(0, len(passes), WORLD_SIZE):
                 mine = passes[at : at + WORLD_SIZE][RANK::WORLD_SIZE]
-                # With fsdp all processes take part in each pass: one without a pass left makes the first, uncounted.
+                # With fsdp all processes must take part in each pass. A process that has none left computes the first
+                # pass once more, and does not count it.
                 each = (mine or passes)[0]
                 batch = collate([(row, *rows.row(row)) for row in each.rows], each)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-                # Not compiled, as the layers would be anew for each of these shapes.
+                # Not compiled: these passes have many shapes, and the compiler would have to work for each of them.
                 with self.arithmetic(), torch.compiler.set_stance("force_eager"):
                     out = network(**batch, objective="all", num_items_in_batch=1)
                 progress.update(min(WORLD_SIZE, len(passes) - at))
@@ -243,7 +251,7 @@ class LoopTrainer(SFTTrainer):
         return str(Path(self.args.output_dir) / ".saving")
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Under another name, with checksums and synced, then renamed; only then do older ones go.
+        """Writes a checkpoint under another name, with checksums, syncs and renames it, and then deletes the oldest.
         Raises UserError: it could not be written, as on a full disk; the older ones stay."""
         folder, step = Path(self.args.output_dir), self.state.global_step
         staging = folder / ".saving"
@@ -257,14 +265,14 @@ class LoopTrainer(SFTTrainer):
         if RANK == 0:
             with writing(f"step {step}: the checkpoint", folder, staging):
                 log = folder / "metrics.jsonl"
-                sync_file(log)  # what was logged up to here counts from now on
+                sync_file(log)  # a continued run keeps the log up to here
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
                 progress |= {"log_bytes": log.stat().st_size, "log_sha256": file_sha256(log)}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
                 progress["since_log"] = round(time.perf_counter() - self._logged_at, 3)
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 seal(staging / f"checkpoint-{step}")
-                # Those of this name and newer ones are damaged: the run would have continued from them.
+                # A checkpoint of this step or a later one is damaged, or the run would have continued from it.
                 if damaged := [other for other in checkpoints(folder) if step_of(other) >= step]:
                     set_aside(damaged)
                 os.rename(staging / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -275,6 +283,8 @@ class LoopTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Takes the steps that are left.
+        Raises UserError: the run is lost, its checkpoint is no checkpoint, or a GPU's memory ran out."""
         since_log = 0.0  # seconds from the last logged step to the checkpoint
         if resume_from_checkpoint and holds_all_steps(Path(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)  # all that is left is to write the adapter
@@ -289,7 +299,7 @@ class LoopTrainer(SFTTrainer):
         self._logged_at = time.perf_counter() - since_log
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
-        except UnpicklingError:  # torch.load reads no code; its own message tells how to run it
+        except UnpicklingError:  # torch.load refuses pickled code; its own message tells how to allow it
             raise UserError(
                 f"{resume_from_checkpoint} holds what no training writes: delete it, or --overwrite"
             ) from None
@@ -301,7 +311,7 @@ class LoopTrainer(SFTTrainer):
 
 
 class Loader(DataLoader):
-    """`Steps`, one after the other."""
+    """Gives the items of `Steps` in their order."""
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -309,7 +319,7 @@ class Loader(DataLoader):
 
 @torch.no_grad()
 def add_over_processes(parameters: list[torch.nn.Parameter]) -> None:
-    """Makes each gradient the sum of all processes' (zero where one has none), in one exchange."""
+    """Replaces each gradient by its sum over all processes, in one exchange; a missing gradient counts as zero."""
     if WORLD_SIZE == 1:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -320,7 +330,7 @@ def add_over_processes(parameters: list[torch.nn.Parameter]) -> None:
 
 
 class Metrics(TrainerCallback):
-    """One line a logging step: to metrics.jsonl for programs, to the terminal for people."""
+    """Writes a line at each logging step: to metrics.jsonl for programs, to the terminal for people."""
 
     def __init__(self, path: Path, eval_steps: int):
         self.path, self.eval_steps = path, eval_steps
@@ -330,6 +340,7 @@ class Metrics(TrainerCallback):
         self.first = state.global_step
 
     def left(self, state: TrainerState) -> timedelta:
+        """The time that the steps left will take, at the pace of those taken since this process started."""
         done = state.global_step - self.first
         seconds = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
         return timedelta(seconds=round(seconds))
@@ -362,8 +373,9 @@ class Metrics(TrainerCallback):
 
 
 class Guards(TrainerCallback):
-    """Looks at each step's numbers, measures the base before the first, and copies the adapters to where lora.py's
-    groups read them: after a checkpoint was read, and after each step."""
+    """Calls what the trainer does around steps: the held-out loss of the base before the first step, the checks after
+    each, and, whenever the adapters have changed (a checkpoint was read, the optimizer took a step), their copy into
+    lora.py's groups."""
 
     def __init__(self, trainer: LoopTrainer):
         self.trainer = trainer

@@ -1,9 +1,12 @@
 """The verdict: which words the numbers allow.
 
-Three quantities are tested. U: what k loops are worth on Thai against one, of adapters trained on Thai, each read at
-the depth it was trained at. X: U in Thai minus U in English, of adapters trained on as much English, on items that
-stand in both languages. F: what English an adapter trained on Thai has lost against the base at its depth. All tests
-that can print a word are one family (Holm); the word is what the interval says that agrees with it (`stats.reading`).
+Three quantities are tested, each at every depth k above one (F: also at one). U: how much better adapters trained and
+read at k loops are on Thai than those trained and read at one; both were trained on Thai. X: U minus the same
+difference in English, of adapters that were trained on as much English, on items that stand in both languages. F: how
+much better or worse than the base at the same depth the adapters trained on Thai are in English.
+
+All tests of a report are corrected together, as one family (Holm). Of each test the interval at its corrected level
+decides the word, by `stats.reading`.
 """
 
 import dataclasses
@@ -30,14 +33,14 @@ import numpy as np
 
 PARALLEL = {"thai_text": ("parallel_text_thai", "parallel_text_english"), "thai_exams": LANGUAGES}
 WORDS = TEXTS["words"]
-AS_MANY = 0.05  # by how much the operations of two runs may differ that are set beside each other at equal FLOPs
+AS_MANY = 0.05  # two groups of runs have "equal FLOPs" if their means differ by at most this share
 
 
 @dataclasses.dataclass
 class Test:
-    """One quantity at one depth; word: more, same, less, undecided, or provisional, where it is not tested."""
+    """A quantity at a depth. word: more, same, less or undecided; provisional where seeds are too few for a test."""
 
-    quantity: str
+    quantity: str  # U, X or F
     aspect: str
     dataset: str
     depth: int
@@ -46,22 +49,23 @@ class Test:
     items: int
     clusters: int
     task: str
-    rests: str  # what was trained for it
+    rests: str  # the training behind it, as `spent` tells it: seeds, tokens, FLOPs
     word: str = "provisional"
     p: float = math.nan
-    adjusted: float = math.nan
-    level: float = ALPHA  # of the interval: at it, it excludes zero just where `adjusted` is below ALPHA
-    smallest: float = math.nan  # found four times in five
+    adjusted: float = math.nan  # p, corrected for the family
+    level: float = ALPHA  # of the interval, by Holm: so that it excludes zero just where `adjusted` is below ALPHA
+    smallest: float = math.nan  # the smallest true difference that such a study finds four times in five
 
     @property
     def tested(self) -> bool:
         return self.estimate.known and min(self.estimate.seeds) >= SEEDS
 
     def text(self) -> str:
+        """The value with its interval and unit."""
         return signed(self.metric, self.estimate, self.level)
 
     def remark(self) -> str:
-        """What a reader needs beside the number."""
+        """What is added in brackets to the number: why there is no word, or what "same" and "undecided" mean here."""
         if self.word == "provisional":
             few = min(self.estimate.seeds) < SEEDS
             return f" (provisional: {f'fewer than {SEEDS} seeds' if few else 'one cluster of items'})"
@@ -74,7 +78,10 @@ class Test:
 
 @dataclasses.dataclass
 class Verdict:
-    """words: what is said of each depth; headline: the same, depths listed; sentence: the numbers; tests: behind it."""
+    """What the report says of one aspect (Thai text, Thai exams, …) and one training set.
+
+    words: of each depth; headline: the same as a line, in which depths with the same words stand together; sentence:
+    the numbers; missing: what would have to be trained or scored for more; tests: from which all of this was made."""
 
     aspect: str
     dataset: str
@@ -86,6 +93,7 @@ class Verdict:
 
 
 def listed(names: list) -> str:
+    """ "a, b and c"."""
     names = [str(name) for name in names]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -95,20 +103,24 @@ def at_depths(depths: list[int]) -> str:
 
 
 def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], rests: str) -> Test:
-    """panel: whose items they are, of adapters trained on Thai."""
+    """The test of a quantity, not judged yet. panel: of the adapters trained on Thai; cells: whose sum the quantity
+    is."""
     study, found, clusters = panel.study, stats.estimate(cells), len(cells[0].parts)
     if not panel.metric.log:
-        # The spread of a few items that are all answered alike is zero, and says nothing: as if in two more clusters
-        # the models differed by half an answer, once to either side (Agresti & Min 2005).
+        # Where the models answer a few items alike, the spread over items is zero, and would make any difference
+        # certain. It is at least what two more clusters would make, in which the models differ by half an answer, once
+        # to either side (Agresti & Min 2005).
         found.items = np.maximum(found.items, 1 / (clusters + 2) ** 2)
     whose = quantity, study["aspect"], str(study["dataset"]), depth, panel.metric
     return Test(*whose, found, panel.items, clusters, study["task"], rests)
 
 
 def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, Run]) -> tuple[Panel | None, str]:
-    """The adapters trained on English beside those of a Thai training set, read on `task`; or None and the reason.
+    """The panel of adapters trained on English with which those of a Thai training set are compared, read on `task`; or
+    None and what is missing.
 
-    They are those cut to as many tokens as it (`max_tokens`); if none is cut to those of a Thai set, the only ones."""
+    key: of the Thai panel. The English training set is the one that was cut to as many tokens as the Thai one
+    (`max_tokens`: its name). If there is none, it is the only one that was not cut to some Thai set's tokens."""
     there = [p for k, p in found.items() if k.task == task and k[2:] == key[2:] and p.adapted and p.language == "en"]
     cuts = [(p, str(runs[p.study["run"]].config.get("max_tokens"))) for p in there]
     there = [p for p, cut in cuts if cut == key.dataset] or [p for p, cut in cuts if cut == "None" or cut.isdecimal()]
@@ -125,7 +137,7 @@ def english_panel(found: dict[Key, Panel], key: Key, task: str, runs: dict[str, 
 
 
 def beside_english(reader: Reader, found: dict[Key, Panel], key: Key, aspect: str) -> tuple[list[Test], str]:
-    """The tests of X for an aspect of a Thai training set; what is missing for them."""
+    """The tests of X for an aspect of a Thai training set, and "" or what is missing for them."""
     tasks = PARALLEL[aspect]
     there = found.get(key._replace(task=tasks[0]))
     if there is None:
@@ -143,7 +155,7 @@ def beside_english(reader: Reader, found: dict[Key, Panel], key: Key, aspect: st
 
 
 def judge(tests: list[Test]) -> None:
-    """Gives each test its word: all that have seeds enough are one family."""
+    """Gives each test its word. Those with enough seeds are one family, and the others stay provisional."""
     family = [test for test in tests if test.tested]
     if not family:
         return
@@ -158,7 +170,8 @@ def judge(tests: list[Test]) -> None:
 
 
 def word_of(test: Test, beside: Test | None) -> str:
-    """The words of a depth: of F, or of U and X."""
+    """What is said of a depth: the words of F; or those of U, followed by those of X, `beside`, where it adds
+    something."""
     if test.quantity == "F":
         return WORDS["english"][test.word]
     word = WORDS["thai"][test.word]
@@ -176,7 +189,7 @@ def grouped(words: dict[int, str]) -> str:
 
 
 def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
-    """Seeds, tokens and training FLOPs of the runs, by depth where they differ."""
+    """How many runs there are of each depth, and their tokens and training FLOPs; by depth where these differ."""
     made = {k: [(runs[study["run"]], study) for study in panel.sources[k, k] if study["run"] in runs] for k in depths}
     tokens = known_means({k: [run.tokens for run, _ in mine] for k, mine in made.items()})
     flops = known_means({k: [run.flops(study) for run, study in mine] for k, mine in made.items()})
@@ -189,19 +202,20 @@ def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
 
 
 def known_means(values: dict[int, list[float | None]]) -> dict[int, float]:
-    """By depth; without the depths of which some run's value is not known."""
+    """The mean at each depth, without the depths at which the value of some run is not known."""
     return {k: float(np.mean(x)) for k, x in values.items() if x and all(v and math.isfinite(v) for v in x)}
 
 
 def by_depth(texts: dict[int, str]) -> str:
+    """The texts with their depths, or one text where all are the same."""
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return ", ".join(f"{text} ({depth_text(k)})" for k, text in texts.items())
 
 
 def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
-    """The second line: U of runs that took as many operations, of which some are of the arm of that name and the others
-    may be the study's own. It prints no word."""
+    """What follows the sentence: U between runs of two depths that took equally many operations. At least one of the
+    two groups is of the arm equal-flops, the other may be of the study's own. It has no word; "" without that arm."""
     arm = key._replace(arm="equal-flops")
     if arm not in found:
         return ""
@@ -221,6 +235,7 @@ def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
 
 
 def what_is_missing(panel: Panel) -> list[str]:
+    """Depths and seeds that the study wants and the panel lacks."""
     missing = [
         f"a model trained at {depth_text(k)}" for k in range(1, max(4, *panel.trained) + 1) if k not in panel.trained
     ]
@@ -238,7 +253,9 @@ def no_comparison(aspect: str, dataset: str, why: str, missing: list[str]) -> Ve
 
 
 def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
-    """An aspect's verdict, of tests that were judged. English is set against the base, Thai against one loop."""
+    """The verdict on an aspect, from its judged tests. Thai is compared with one loop, English with the base.
+
+    lacks: what is missing for the tests of X, or ""."""
     aspect, english = panel.study["aspect"], panel.study["aspect"] == "english"
     missing = what_is_missing(panel) + ([lacks] if lacks else [])
     if english:
@@ -266,7 +283,8 @@ def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: R
 
 
 def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
-    """Of each Thai training set in the study's own arm the aspects that were scored; of the first all of them."""
+    """The verdicts on each Thai training set of the study's own arm: on the aspects that were scored, and for the first
+    set also on those that were not, with the reason."""
     study = {
         key: panel for key, panel in found.items() if key.arm == STUDY and panel.adapted and panel.language == "th"
     }

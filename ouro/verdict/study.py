@@ -1,9 +1,9 @@
-"""What the study's files say: reads runs and results. Which of them may be compared: panels.py.
+"""Reads the runs in OUTPUT_DIR and the results in RESULTS_DIR. Which of them may be compared, panels.py says.
 
     reader = Reader(Path("output"), Path("results"))
     print({result.study["run"] for result in reader.results})
 
-What cannot be used is not an error but an entry of `Reader.left_out`: a file and why.
+A file that cannot be used is no error: it is named in `Reader.left_out`, with the reason.
 """
 
 import dataclasses
@@ -25,17 +25,18 @@ from ouro.settings import ARMS
 
 import numpy as np
 
-ITEMS = 512 << 20  # bytes of a result's items; a log of 3,000 lines has one million
+ITEMS = 512 << 20  # the most bytes that are read of a file of items
 BASE = "base model"
-SMALL = 1e8  # operations a token; Ouro-2.6B does 5e9 in one loop
+SMALL = 1e8  # FLOPs a token below which a model is a miniature; Ouro-2.6B has 5e9 in one loop
 TEXTS = read_yaml(Path(__file__).with_name("texts.yaml"))
 ASPECTS = TEXTS["aspects"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a level is shown (axis, factor, decimals), and a difference (unit, places) with the margin, set beforehand,
-    inside which it does not matter. Of bits the logarithms are compared; shown is how many per cent fewer they are."""
+    """How a level is shown (axis, factor, decimals) and a difference (unit, places), and the margin, set beforehand,
+    inside which a difference does not matter. log: levels are compared by their logarithms, as bits a character are,
+    and a difference is shown as how many per cent fewer bits that is."""
 
     axis: str
     factor: float
@@ -46,7 +47,7 @@ class Metric:
     log: bool = False
 
     def shown(self, difference: float) -> float:
-        """A difference in its unit; differences of logarithms as per cent."""
+        """A difference in its unit; one of logarithms in per cent."""
         return 100 * (1 - math.exp(-difference)) if self.log else self.factor * difference
 
     def level(self, value: float) -> str:
@@ -66,16 +67,18 @@ METRICS = {
     "accuracy": Metric("accuracy, %", 100, 1, "points", 1, 0.03),
     "rating": Metric("rating, 1 to 10", 1, 2, "rating points", 2, 0.3),
 }
+# Keys that the block "study" of a result must have.
 NEEDED = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
           "prompt_sha256", "judge", "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better")  # fmt: skip
 BY_ITEM = ("numerators", "denominators", "golds", "clusters", "strata")  # arrays of a Result
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
-SCORED = ("id", "bits", "characters", "value", "cluster", "stratum", "gold")  # of an item
+SCORED = ("id", "bits", "characters", "value", "cluster", "stratum", "gold")  # keys that are read of an item's line
 
 
 @dataclasses.dataclass
 class Run:
-    """A training run's folder. `log`: columns of metrics.jsonl."""
+    """A training run, as its folder tells it. config, manifest, data: config.yaml, manifest.json, data_report.json, {}
+    where they are not there; log: metrics.jsonl by column, each of LOGGED as an array over the logged steps."""
 
     name: str
     folder: Path
@@ -99,30 +102,32 @@ class Run:
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of its adapter and its data report, as a result names them; of what is there."""
+        """SHA-256 of its adapter and its data report, of what is there, by the keys under which results have them."""
         files = {"adapter_sha256": "final_adapter/adapter_model.safetensors", "data_report_sha256": "data_report.json"}
         return {key: file_sha256(self.folder / file) for key, file in files.items() if (self.folder / file).is_file()}
 
     @property
     def tokens(self) -> float:
+        """Tokens that it has been trained on; nan without a log."""
         return last(self.log["num_tokens"])
 
     @property
     def seconds(self) -> np.ndarray:
-        """What each logged interval took."""
+        """Seconds of training before each line of the log, since the line before it."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.nan_to_num(np.diff(self.log["num_tokens"], prepend=0) / self.log["tokens_per_second"], posinf=0)
 
     @property
     def gpu_hours(self) -> float | None:
-        """None: trained on a CPU."""
+        """None for a run on a CPU."""
         if not self.manifest.get("gpu"):
             return None
         return float(self.seconds.sum()) * (self.manifest.get("processes") or 1) / 3600
 
     def flops(self, study: dict) -> float | None:
-        """Of forward and backward passes. As counted in training, where the GPU's rate is known; else twice the forward
-        pass of its tokens, which `study` (of a result) tells, for frozen weights have no gradient of their own."""
+        """Operations of all its forward and backward passes: as the trainer has counted them, where the log has the
+        GPU's FLOP use; else twice those of reading its tokens, which `study`, of a result, has. (A backward pass costs
+        as much as the forward one, since frozen weights have no gradient.) None where neither is known."""
         rate = (self.manifest.get("gpu_tflops") or 0) * 1e12 * (self.manifest.get("processes") or 1)
         use, seconds = self.log["model_flop_use"], self.seconds
         known = np.isfinite(use)
@@ -138,8 +143,9 @@ def last(values: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class Result:
-    """A result file: its block "study"; of its items, in its order, ids, numerators, denominators, right answers, the
-    passages that several share and the exams."""
+    """A result: the block "study" of its file, and of its items, in the file's order: ids; numerators and denominators,
+    whose sums' ratio is the score (bits and characters; 1 or 0 and 1); right answers; clusters, the labels that items
+    of one passage share; strata, the exams."""
 
     study: dict
     path: Path
@@ -161,7 +167,7 @@ class Result:
         return self.study["run"], self.study["total_ut_steps"]
 
     def take(self, ids: list[str]) -> "Result":
-        """The same of these items alone, in this order."""
+        """The result on these items alone, in this order."""
         if ids == self.ids:
             return self
         place = {identity: i for i, identity in enumerate(self.ids)}
@@ -170,6 +176,7 @@ class Result:
 
 
 def read_config(path: Path) -> dict:
+    """config.yaml of a run. Raises ValueError: a depth or an arm that no run has."""
     config = read_yaml(path)
     if not isinstance(config.get("total_ut_steps", 1), int):
         raise ValueError("total_ut_steps is not a whole number")
@@ -179,12 +186,12 @@ def read_config(path: Path) -> dict:
 
 
 def folders(root: Path) -> list[tuple[str, Path]]:
-    """(name, folder) of the runs, or of their results, in a folder: <run> and seed<n>/<run>."""
+    """(name, folder) of each run in OUTPUT_DIR or RESULTS_DIR; a name is <experiment> or seed<n>/<experiment>."""
     return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
 
 class Reader:
-    """Reads what is there; what cannot be used goes to `left_out` as (what, why) and stops nothing."""
+    """The runs and results that are there. left_out: (file, reason) of those that cannot be used."""
 
     def __init__(self, output: Path, results: Path):
         self.left_out: list[tuple[str, str]] = []
@@ -194,7 +201,8 @@ class Reader:
         self.results: list[Result] = [r for r in (self.attempt(path, self.result, None) for path in files) if r]
 
     def attempt(self, path: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
-        """What `read` makes of a file; `otherwise` if there is none, or one that cannot be used, which is noted."""
+        """What `read` makes of a file; `otherwise` if it is not there, or cannot be used, which `left_out` then
+        says."""
         if not path.exists():
             return otherwise
         try:
@@ -206,8 +214,9 @@ class Reader:
         return otherwise
 
     def lines(self, path: Path, keys: Sequence[str], most: int) -> list[dict]:
-        """JSON lines, of each what it has of `keys`, with one copy of a text that stands in many; broken ones, as a
-        stopped run may leave at its log's end, are left out. Raises UserError: a file of more than `most` bytes."""
+        """The lines of a JSONL file, each as a dict of those of `keys` that it has. Equal texts are one object, to save
+        memory. Broken lines, as a killed run may leave at its log's end, are counted in `left_out`.
+        Raises UserError: a file of more than `most` bytes."""
         rows, broken = [], 0
         with open(regular(path, most), "rb") as file:
             for line in file:
@@ -232,6 +241,7 @@ class Reader:
         return log, [float(loss) for loss in held_out]
 
     def run(self, name: str, folder: Path) -> Run | None:
+        """The run in a folder; None if it is no run's."""
         config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
         if not config.exists() and not metrics.exists():
             return None
@@ -241,6 +251,8 @@ class Reader:
         return Run(name, folder, settings, manifest, data, log, held_out, (folder / "completed").exists())
 
     def result(self, path: Path) -> Result | None:
+        """The result in a file and in the file of its items; None if it is of replies that are not rated yet.
+        Raises ValueError, KeyError: it is of another format, or its items do not give the score that it states."""
         study = json.loads(regular(path, WHOLE).read_bytes())["study"]
         if study.get("format") != FORMAT:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
@@ -286,7 +298,7 @@ def logged(folder: Path) -> list[dict]:
 
 
 def progress(folder: Path) -> tuple[str, str, str, str]:
-    """Step of all steps, loss, tokens/s and time left, by the last lines of metrics.jsonl."""
+    """What `make status` shows of a run: "step/steps", loss, tokens/s, time left; by the last lines of its log."""
     try:
         *before, last = logged(folder)
         settings = read_yaml(folder / "config.yaml")
@@ -307,7 +319,8 @@ def depth_text(depth: int) -> str:
 
 
 def conversations(reader: Reader) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(who, reply)]) of the first two conversations: each model at the depth it was trained at, one seed."""
+    """The first two conversations for the report, (prompt, [(model and depth, its first reply)]): of each model at the
+    depth it was trained at, with one seed."""
 
     def first_turns(path: Path) -> list[dict]:
         with open(regular(path), "rb") as file:
@@ -327,11 +340,12 @@ def conversations(reader: Reader) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def about_answers(reader: Reader) -> str:
-    """What the answers are; of a miniature model also why they make no sense."""
+    """The note under the conversations; for a miniature model also why its replies make no sense."""
     known = [study.get("inference_flops_per_token") or math.inf for study, _ in reader.answers]
     return " ".join(filter(None, (TEXTS["answers"]["note"], why_it_babbles(min(known, default=math.inf)))))
 
 
 def why_it_babbles(flops: float) -> str:
-    """For people who read what a miniature model replies; flops: of a token. Empty for a model of a useful size."""
+    """For people who read a miniature model's replies: why they make no sense. "" for a larger model. flops: a
+    token."""
     return TEXTS["answers"]["small"].format(millions=f"{flops / 1e6:,.0f}") if flops < SMALL else ""
