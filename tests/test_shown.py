@@ -53,10 +53,18 @@ def test_markdown_and_spreadsheets_obey_nothing():
 
 def test_a_model_card_holds_no_markup_of_the_data(tmp_path):
     licences = {f"CC {ESCAPES} <img src=x>\n---": 3}
-    report = {"dataset": "a | b", "rows_kept": 1, "trained_tokens": 2, "licences": licences}
+    report = {"dataset": "a | b", "language": "th", "rows_kept": 1, "trained_tokens": 2, "licences": licences}
     card = model_card(resolved(), report, "a/base", [{"step": 1, "loss": 2.0}])
     assert card.replace("\n", "").isprintable() and "<img" not in card and card.count("\n---\n") == 1
     assert "| data | a \\| b: 1 rows" in card and "&lt;img src=x&gt; ---: 3 rows |" in card
+
+
+def test_a_model_card_names_the_language_of_the_data():
+    """It said Thai of an adapter trained on English, too."""
+    report = {"dataset": "smol-smoltalk", "rows_kept": 1, "trained_tokens": 2, "licences": {}}
+    for language, name in {"th": "Thai", "en": "English"}.items():
+        card = model_card(resolved(), report | {"language": language}, "a/base", [{"step": 1, "loss": 2.0}])
+        assert f"\nlanguage: {language}\n" in card and f"{name} instructions" in card
 
 
 def test_no_page_or_table_of_the_report_obeys_the_text_of_data_and_models(tmp_path):

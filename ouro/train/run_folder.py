@@ -433,18 +433,19 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
 def model_card(run: Resolved, report: dict, base: str, log: list[dict]) -> str:
     """README.md of an adapter. report: the data report; base: the base model's name; log: the lines of
     metrics.jsonl."""
-    s, data = run.settings, markdown(report["dataset"])
+    s, data, language = run.settings, markdown(report["dataset"]), report["language"]
+    spoken = {"th": "Thai", "en": "English"}.get(language, language)
     licences = markdown(", ".join(f"{name}: {count} rows" for name, count in report["licences"].items()))
     return f"""---
 {yaml_line(f"base_model: {json.dumps(base, ensure_ascii=False)}")}
 library_name: peft
-language: th
+language: {language}
 tags: [lora, looped-transformer, ouro]
 ---
 # {run.run}
 
-A LoRA adapter (r {s.r}, alpha {s.lora_alpha}, the seven projections of every layer) for {base}, trained on Thai
-instructions at `total_ut_steps = {s.total_ut_steps}` with `loss: {s.loss}`. Read it at that depth:
+A LoRA adapter (r {s.r}, alpha {s.lora_alpha}, the seven projections of every layer) for {base}, trained on
+{spoken} instructions at `total_ut_steps = {s.total_ut_steps}` with `loss: {s.loss}`. Read it at that depth:
 the base model must be loaded with `total_ut_steps={s.total_ut_steps}`.
 
 | | |
