@@ -1,7 +1,8 @@
-"""Token rows on disk -> the rows of a step -> passes, of what goes through the model at once -> each process's share.
+"""Token rows on disk -> the rows of a step -> passes -> each process's share of the passes.
 
-The rows of a step are a function of the seed alone. How they go through the model is the machine's affair, and changes
-only the rounding.
+A *pass* is what goes through the model at once: rows side by side as a batch, or end to end in one row. The rows of a
+step follow from the seed and the step's number alone. Into which passes they are put depends on the machine, and
+changes only the rounding of sums.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ IGNORE = -100  # label of a position that is not trained, as of torch's cross_en
 
 
 def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
+    """bool (length,), True in the stretches [start, stop, start, stop, …]."""
     mask = np.zeros(length, bool)
     for start, stop in zip(trained[::2], trained[1::2], strict=True):
         mask[start:stop] = True
@@ -25,16 +27,16 @@ def trained_mask(length: int, trained: Sequence[int]) -> np.ndarray:
 
 
 class Rows:
-    """Tokenised rows in a memory-mapped file.
+    """The tokenised rows in a memory-mapped file of the cache.
 
-    lengths: tokens of each row. trained: of those, how many are predicted in training.
+    lengths: tokens of each row. trained: how many of them are trained, which are the answers'.
     """
 
     def __init__(self, file: Path):
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
         self._places = table["place"]
-        self._columns = [  # of each column, by batch of the file: the rows' values end to end, where each row begins
+        self._columns = [  # column -> batch of the file -> (the rows' values end to end, where each row begins)
             [(c.flatten().to_numpy(), c.offsets.to_numpy() - c.offsets[0].as_py()) for c in table[name].chunks]
             for name in ("input_ids", "trained")
         ]
@@ -70,26 +72,27 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """How a machine puts rows together into passes, of what goes through the model at once.
+    """How a machine puts rows together into passes.
 
-    tokens: so many that shorter rows fill together. alone: longer rows stand apart from others: several of one width
-    are rows of a batch, each with causal attention, the fastest kind; the others are documents of one row. None: no
-    row stands apart, not even one that nothing fits beside, so that there are fewer kinds of passes. grain: a width is
-    a multiple of 1/16 of the power of two below it, and of this; 1: a width is that of the rows, not rounded.
-    """
+    tokens: of a pass; a longer row is a pass by itself. alone: rows longer than this are not put end to end with
+    others. Those of one width are side by side in a batch, with plain causal attention, which is the fastest. None: all
+    rows stand end to end, even in passes of a single row, so that there are fewer kinds of passes. grain: widths are
+    rounded up to a multiple of it, and of 1/16 of the power of two below them; with 1 they are not rounded."""
 
     tokens: int
     alone: int | None = 1024
     grain: int = 256
 
     def width(self, n: int) -> int:
+        """The width of a pass for rows of n tokens, rounded up."""
         if self.grain == 1:
             return n
         step = max(self.grain, 1 << max(0, (n - 1).bit_length() - 5))
         return -(-n // step) * step
 
     def of(self, lengths: dict[int, int], processes: int = 1) -> "list[Pass]":
-        """The passes of these rows (number -> tokens), the longest first; enough of them for so many processes."""
+        """The passes of these rows (number -> tokens), the longest first. With several processes a pass takes no more
+        than an equal share of the tokens, so that all have something to do."""
         tokens = min(self.tokens, max(-(-sum(lengths.values()) // processes), 1))
         widths: dict[int, list[int]] = defaultdict(list)
         short = {row: n for row, n in lengths.items() if self.alone is None or n <= min(self.alone, tokens)}
@@ -108,7 +111,8 @@ class Passes:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Rows that go through the model at once: of one batch, padded to `width`, or, `packed`, end to end in one row."""
+    """Rows, by number, that go through the model at once: as a batch, each padded to `width`; or, if `packed`, end to
+    end in one row, which is padded to `width`."""
 
     rows: tuple[int, ...]
     width: int
@@ -116,7 +120,7 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """With the padding."""
+        """Tokens that are computed, padding included."""
         return self.width if self.packed else self.width * len(self.rows)
 
 
@@ -124,7 +128,7 @@ def pack(lengths: dict[int, int], limit: int) -> list[list[int]]:
     """Rows put together so that each pack has at most `limit` tokens, a longer row by itself: best-fit decreasing, the
     same each time; at most 11/9 of the fewest packs possible, plus one (Johnson 1973)."""
     packs: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (free space, pack), sorted
+    spaces: list[tuple[int, int]] = []  # (tokens that still fit, number of the pack), sorted
     for row, n in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
         at = bisect_left(spaces, (n, -1))
         if at == len(spaces):
@@ -140,7 +144,10 @@ def pack(lengths: dict[int, int], limit: int) -> list[list[int]]:
 
 
 def shares(passes: list[Pass], processes: int, cost: Callable[[Pass], float]) -> list[list[Pass]]:
-    """The passes of each process: the dearest first, each to the process with the least to do (Graham 1969, LPT)."""
+    """The passes of each process: the costliest first, each goes to the process with the least to do (Graham 1969,
+    LPT).
+
+    cost: what a pass costs, in any unit."""
     given: list[list[Pass]] = [[] for _ in range(processes)]
     load = [0.0] * processes
     for each in sorted(passes, key=lambda p: (-cost(p), p.rows)):
@@ -164,7 +171,7 @@ class Steps:
     tokens that the whole step trains, in all processes, "seen", "pairs", "padded": tokens of this share, pairs of a
     token and one it attends to, tokens and padding}.
 
-    even: each process makes as many passes as the others, if need be some that train nothing and count nothing.
+    even: all processes are given equally many passes, by repeating one without its trained tokens; fsdp needs that.
     """
 
     def __init__(
@@ -213,8 +220,9 @@ class Steps:
         return self.collate([(row, *self.rows.row(row)) for row in each.rows], each, step)
 
     def shapes(self, first: int, last: int) -> tuple[list[tuple[int, int, int]], float]:
-        """(rows, width, documents) of the batches of steps first..last - 1, the largest first: what graphs are captured
-        for; and the share of padding. documents: that there is room for, 0 where each row is one."""
+        """The shapes of all passes in steps first..last - 1, the largest first, and the share of padding in them. A
+        shape is (rows of the batch, width, places for documents), the last 0 where rows do not stand end to end; graphs
+        are captured for each."""
         found, real, padded = set(), 0, 0
         for step in range(first, last):
             lengths = {row: int(self.rows.lengths[row]) for row in self.rows_of(step)}
@@ -226,7 +234,7 @@ class Steps:
 
 
 def room(documents: int) -> int:
-    """Places for documents in the graphs of a pass with so many: 16, 32, 64, ..."""
+    """How many places for documents the graphs of a pass have, for one of so many documents: 16, 32, 64, …"""
     return 1 << max(4, (documents - 1).bit_length())
 
 

@@ -65,7 +65,8 @@ class ModelUnderTest:
 
 @dataclass
 class Weights:
-    """What is loaded once for all models under test: an Ouro base, a baseline, or nothing where a server has it."""
+    """The weights that all models under test of a command share, an Ouro base or a baseline; or a served model's
+    name."""
 
     path: str
     revision: str | None
@@ -105,8 +106,8 @@ class Weights:
 
 @torch.no_grad()
 def check_readout(network: PreTrainedModel) -> None:
-    """That state times head is what the model itself answers: some architectures scale their logits.
-    Raises UserError: it is not."""
+    """Refuses a model whose logits are not its head times its last state, as some architectures scale them.
+    Raises UserError: so it is, or they are NaN."""
     ids = torch.arange(8, device=network.device)[None]
     ours = readout(network, network.base_model(input_ids=ids).last_hidden_state[0])
     theirs = network(input_ids=ids).logits[0].to(ours.dtype).log_softmax(-1)
@@ -201,7 +202,7 @@ def upon_one_base(run: Resolved, adapted: list[ModelUnderTest]) -> tuple[Weights
     base = replace((adapted and adapted[0].trained) or s, torch_compile=s.torch_compile)
     for model in adapted:
         if (model.adapter / SUMS).exists():  # which training writes
-            whole(model.adapter, "bring back what was trained, or train the run again")
+            whole(model.adapter, "restore it from a copy, or train the run again")
         check_adapter(model.adapter, base, model.trained)
     weights = Weights(path, revision or REVISIONS.get(path), precision, double_quant)
     return weights, base, [ModelUnderTest(f"base-{precision}", "base"), *adapted]

@@ -30,8 +30,9 @@ READOUT = 1024  # positions whose logits exist at once
 class Tree:
     """Sequences that share a beginning: each node is a token, in depth-first order, and every shared token stands once.
 
-    tokens, positions: of each node. last: of each node, the last one below it, so that node i sees node j exactly when
-    j <= i <= last[j]. targets: (sequence, node, token that is to follow it)."""
+    tokens, positions: of each node. last: for each node, the last node that continues it; node i sees node j exactly
+    when j <= i <= last[j]. targets: what is scored, (sequence, node, the token that follows the node in that
+    sequence)."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -44,8 +45,8 @@ class Tree:
         return len(os.path.commonprefix(([self.tokens[node] for node in self.path], ids)))
 
     def add(self, number: int, ids: list[int], start: int, same: int) -> None:
-        """A sequence whose tokens from `start` on are scored and whose first `same` are there already; sequences come
-        in the order of their tokens."""
+        """Adds sequence `number`, of which the tokens from `start` on are scored, and the first `same` are nodes of the
+        tree already. Sequences must be added in the order of their tokens."""
         read = ids[:-1]  # nothing follows the last token
         new = range(len(self.tokens), len(self.tokens) + len(read) - same)
         for node in self.path[:same]:
@@ -78,8 +79,8 @@ def plant(sequences: Sequence[tuple[list[int], int]], share: bool) -> list[Tree]
 
 
 def batches_of(trees: list[Tree], budget: int) -> Iterator[list[Tree]]:
-    """Trees of like length, the longest first, up to `budget` tokens with their padding; those without branches apart,
-    because they need no mask."""
+    """The trees in batches of at most `budget` tokens, padding included, the longest trees first. Trees without
+    branches have batches of their own, which need no mask."""
     for line in (False, True):
         batch: list[Tree] = []
         for tree in sorted((tree for tree in trees if tree.is_line is line), key=lambda tree: -len(tree.tokens)):
@@ -92,7 +93,7 @@ def batches_of(trees: list[Tree], budget: int) -> Iterator[list[Tree]]:
 
 
 def width_of(batch: list[Tree]) -> int:
-    return -(-len(batch[0].tokens) // 64) * 64  # few different widths: each is compiled, or tuned, for
+    return -(-len(batch[0].tokens) // 64) * 64  # rounded up, since each new width is compiled or tuned for
 
 
 def states_by_loop(network: PreTrainedModel, batch: list[Tree], count: int) -> Iterator[Tensor]:
@@ -133,10 +134,12 @@ def readout(network: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class Wanted:
-    """The pairs (position, token) of a batch whose log-probabilities are read; sequences may share one.
+    """The pairs (position, token) of a batch whose log-probabilities are read. A pair that several sequences need is
+    read once.
 
-    sequences, pair: of each target, its sequence and the number of its pair. positions: all that pairs have, sorted.
-    place, tokens: of each pair, the number of its position, and its token. cuts: of pairs, by READOUT positions."""
+    sequences, pair: for each target of the trees its sequence and the number of its pair. positions: the positions that
+    are read, sorted. place, tokens: for each pair the index of its position in `positions`, and its token. cuts: where
+    the pairs are cut, so that each piece has READOUT positions."""
 
     def __init__(self, batch: list[Tree], device: torch.device):
         width = width_of(batch)
@@ -160,8 +163,9 @@ class Wanted:
 
 @dataclass
 class Scores:
-    """log_p: [depth][sequence], summed over the scored tokens. exits: mean exit distribution by depth; distances: mean
-    of |h_t - h_(t-1)| / |h_(t-1)| from the second loop to the deepest; both over all tokens that were read."""
+    """log_p: log-probabilities (depths, sequences), summed over the scored tokens. exits: for each depth the mean exit
+    distribution over loops. distances: by loop, from the second on, how far it moves the state, the mean of
+    |h_t - h_(t-1)| / |h_(t-1)|. Both are means over all tokens that were read, of which there are `tokens`."""
 
     log_p: np.ndarray
     exits: list[list[float]] | None
@@ -176,14 +180,14 @@ def score(
 ) -> Scores:  # fmt: skip
     """Log-probability of each sequence's tokens from its start on, at each depth, from one pass through the deepest.
 
-    sequences: (tokens, start >= 1). budget: tokens a forward pass. What sequences have in common at their beginning is
-    computed once; only states that are read go through the head; neither batches nor padding change anything beyond the
-    rounding of sums."""
+    sequences: (tokens, start >= 1). budget: tokens of a forward pass. What sequences have in common at their beginning
+    is computed once, and logits are formed only for positions that are scored. How sequences are batched and padded
+    changes no more than the rounding of sums."""
     looped = isinstance(network, OuroForCausalLM)
     trees = plant(sequences, share=looped)
     total = sum(len(tree.tokens) for tree in trees)
     log_p = np.zeros((len(depths), len(sequences)))
-    # Sums over tokens: a line for the exits at each depth, and one for the distances.
+    # Sums over tokens, by loop: a row of exits for each depth, and a last row of distances.
     sums = torch.zeros(len(depths) + 1, max(depths), dtype=torch.float64, device=network.device)
 
     def collect(wanted: Wanted, found: Tensor) -> None:
@@ -212,7 +216,7 @@ def score(
                         exits = exit_distribution(torch.stack(gates))
                         sums[depths.index(loop), :loop] += (exits * real).sum((1, 2))
                     found.append(wanted.read(network, state))
-            if launched:  # only now, when the GPU has the next batch to work on, is the one before waited for
+            if launched:  # the batch before is fetched only now, when the GPU has this one to work on
                 collect(*launched)
             launched = wanted, torch.stack(found)
             progress.update(sum(len(tree.tokens) for tree in batch))
@@ -227,10 +231,11 @@ def score(
 def to_sequences(
     tokenizer: PreTrainedTokenizerBase, questions: list[tuple[str, list[str]]], longest: int | None = None
 ) -> tuple[list[tuple[list[int], int]], int]:
-    """The sequences (tokens, start) of (prompt, continuations), in order, and how many lost their beginning to fit.
+    """The sequences (tokens, start) of each prompt with each of its continuations, in order; and how many of them lost
+    their beginning, to have at most `longest` tokens.
 
-    The tokens are those of the joined text; the continuation's are what follows the prompt's. Of an empty prompt the
-    first token is read and not scored, having no probability.
+    Prompt and continuation are tokenised as one text, of which what follows the prompt's number of tokens is scored.
+    After an empty prompt the first token is not scored, since nothing stands before it.
     Raises UserError: a continuation has no token of its own."""
     prompts = text_tokens([prompt for prompt, _ in questions], tokenizer, begin=True)
     joined = text_tokens([prompt + c for prompt, continuations in questions for c in continuations], tokenizer, True)

@@ -1,4 +1,4 @@
-"""A benchmark under a protocol -> prompts -> outcomes, of one model at any depths.
+"""Scores a task: its items and prompts, and a model's outcome on them at each depth.
 
 task = load_task("thai_exam", settings, limit=50, subsets=[])
 outcomes = score_choices(network, tokenizer, task, [1, 2, 3, 4], 8192, "shown with the progress")
@@ -29,6 +29,8 @@ DENSE_BATCH = 8  # conversations that a baseline continues together
 
 
 def load_task(name: str, settings: Settings, limit: int | None, subsets: list[str]) -> Task:
+    """A task of evals.yaml with its items and prompts. limit: the first items of each subset; subsets: [] for all.
+    Raises UserError: the items cannot be read."""
     spec, prompts, skipped = benchmarks.table()["tasks"][name], [], 0
     benchmark = benchmarks.row_of(name, settings)
     local = settings.paths.get(spec["benchmark"])
@@ -57,8 +59,8 @@ def load_task(name: str, settings: Settings, limit: int | None, subsets: list[st
 
 @dataclass
 class Outcome:
-    """What a task gives at one depth: the numbers of the study block, a line an item, and how many tokens were read in
-    the pass that served all depths."""
+    """A model's outcome on a task at one depth. numbers: for the block "study" of the result; lines: one for each item,
+    for items.jsonl; tokens: how many were read, in the one pass that served all depths."""
 
     numbers: dict
     lines: list[dict]
@@ -66,7 +68,7 @@ class Outcome:
 
 
 def item_lines(task: Task, found: list[dict]) -> list[dict]:
-    """The lines of items.jsonl: of each item what was asked, and what was found."""
+    """The lines of items.jsonl: what was asked about each item, and `found`, what is to be recorded with it."""
     asked = task.prompts or [item["text"] for item in task.items]
     lines = []
     for number, (item, prompts, rest) in enumerate(zip(task.items, asked, found, strict=True)):

@@ -23,7 +23,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Bf16:
-    """What a group keeps: [the matrix (outputs + ranks, in + ranks)]."""
+    """How a group of projections keeps and multiplies its weights. `Group.frozen` is [the matrix (outputs + ranks,
+    in + ranks)]; outputs, ranks: summed over the projections."""
 
     @classmethod
     def keep(cls, bases: list[nn.Linear], rank: int) -> list[Tensor]:
@@ -45,10 +46,11 @@ class Bf16:
     def outputs(
         cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """x and low_rank(x) = s A x (rows, ranks), to be kept for the backward pass, and each output (rows, out)."""
+        """(x, low_rank(x) = s A x (rows, ranks), the outputs (rows, out)); the first two as they are to be kept for the
+        backward pass."""
         width = x.shape[1]
         both = torch.cat((x, x.new_zeros(len(x), len(a))), 1)
-        # Not low_rank(x): the compiler would write x a second time for that product.
+        # From `both`, not from x: the compiler would write x a second time for that product.
         low = low_rank(both[:, :width])
         # Compiled this is a write in place; assigning to the last columns would copy the whole matrix.
         both = torch.as_strided_scatter(both, low, low.shape, both.stride(), width)
@@ -71,7 +73,7 @@ class Bf16:
 
     @classmethod
     def columns(cls, frozen: list[Tensor], a: Tensor, count: int, zero: Tensor) -> Tensor:
-        """[W; A] of `count` projections. zero: see lora.py."""
+        """[W; A] of `count` projections. zero: `lora._Products.backward` says why it is there."""
         return frozen[0][:, : a.shape[1]]
 
 

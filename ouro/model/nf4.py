@@ -1,4 +1,5 @@
-"""Frozen weights in bitsandbytes' NF4, half a byte each, decoded in plain PyTorch for one product and dropped.
+"""Frozen weights in bitsandbytes' NF4, half a byte each. They are decoded in plain PyTorch for each product and then
+dropped.
 
 The products are those of bf16.py, whose matrix is put together from the decoded weights each time.
 """
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 
 def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """W (out, width) from bitsandbytes' NF4, rounded as theirs.
+    """W (out, width), decoded from bitsandbytes' NF4 to the same bits as by bitsandbytes.
 
-    code: the 16 numbers. state: indices into it, two a byte, the first in the higher half; a scale for each 64 of them.
-    Doubly quantised the scales are indices too, and behind them stand the numbers that they mean, a scale for each 256,
-    and the mean that was subtracted."""
+    code: the 16 numbers of the format. state: `nf4_state`, which is first the weights as indices into `code`, two in a
+    byte, the first in the higher half; then a scale for each 64 weights. With double quantisation the scales are
+    indices, too, and are followed by the numbers that these mean, a scale for each 256 of them, and the mean that was
+    subtracted from all."""
     packed, absmax, *nested = state
     if nested:
         scales_code, scales, mean = nested
@@ -26,7 +28,8 @@ def nf4_weight(state: tuple[Tensor, ...], code: Tensor, width: int, dtype: torch
 
 
 def nf4_state(weight: Tensor) -> list[Tensor]:
-    """What `nf4_weight` reads, of a bitsandbytes Params4bit. Raises ValueError: it is quantised in another way."""
+    """The tensors of a bitsandbytes Params4bit that `nf4_weight` reads. Raises ValueError: another kind of
+    quantisation."""
     state = weight.quant_state
     nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
     if state.quant_type != "nf4" or state.blocksize != 64 or (nested and state.state2.blocksize != 256):
@@ -65,7 +68,7 @@ class Nf4(Bf16):
 def decoded(
     frozen: list[Tensor], count: int, width: int, dtype: torch.dtype, zero: Tensor | None = None
 ) -> list[Tensor]:
-    """The weights (out, width) of `count` projections; zero, which is added to what is decoded: see lora.py."""
+    """The weights (out, width) of `count` projections. zero: added before decoding, see `lora._Products.backward`."""
     _, _, code, *states = frozen
     each = len(states) // count
     if zero is not None:

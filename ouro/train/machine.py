@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTConfig
 
-PINNED = 0.5  # share of the CPU's free memory that states may wait in; the rest is for everything else
+PINNED = 0.5  # share of the CPU's free memory that layers' inputs may wait in (graphs.py)
 
 
 def check_device(s: Settings) -> str | int:
@@ -60,7 +60,7 @@ def check_device(s: Settings) -> str | int:
 
 
 def unused(s: Settings, device: str | int) -> list[str]:
-    """What is set or there, and does nothing."""
+    """A line for each setting that has no effect here, and for GPUs that are idle."""
     lines = []
     if s.fsdp and WORLD_SIZE == 1:
         lines.append("fsdp: true does nothing with one process")
@@ -123,24 +123,27 @@ def shard_frozen_weights(model: PeftModel) -> None:
 
 
 def free_memory() -> float:
-    """Bytes of the CPU's memory that are free here, of a job of Slurm's at most those that it has."""
+    """Bytes of the CPU's memory that are free here; in a Slurm job not more than the job may have."""
     free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
     return min(free, int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20 or free)
 
 
 def host_memory() -> float:
-    """Bytes of the CPU's memory that this process may pin for states: of its share of what is free so much."""
+    """Bytes of the CPU's memory that this process may pin for waiting states: PINNED of an equal share of what is
+    free."""
     return PINNED * free_memory() / (LOCAL_WORLD_SIZE or 1)
 
 
 def last_step(s: Settings, steps: Steps) -> int:
+    """How many steps the run has, over all epochs."""
     return s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * len(steps))
 
 
 def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None = None) -> tuple[Steps, Memory, dict]:
-    """The steps of this process, the memory of their passes, and for the manifest what was planned; printed, too.
+    """The run's steps with this process's share of them, the estimate of their memory, and for manifest.json what was
+    planned, which is printed, too.
 
-    before: what the manifest of a run that is continued says of that: the same passes give the same bytes.
+    before: manifest.json of a run that is continued, which goes on with the same kind of passes, for the same bytes.
     Raises UserError: the longest row does not fit."""
     config, free, host = sizes(s), None if device == "cpu" else torch.cuda.mem_get_info()[0], host_memory()
     config.total_ut_steps = s.total_ut_steps
@@ -154,7 +157,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     if before:
         passes = dataclasses.replace(passes, tokens=before["pass_tokens"], grain=before["pass_grain"])
 
-    plan_of = cache(memory.plan)  # asked for every pass of an epoch, and the same while passes are shared out
+    plan_of = cache(memory.plan)  # it is slow, and is asked for each pass
 
     def cost(each: Pass) -> float:
         return pass_flops(config, s, each, plan_of(each.tokens) or Plan())
@@ -189,9 +192,9 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
 
 
 def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool) -> None:
-    """Captures the graphs of all passes of steps first..last - 1, the largest first: memory then runs out at once, or
-    not at all.
-    Raises UserError: it ran out."""
+    """Captures the graphs for all shapes of pass in steps first..last - 1 before the first step. The largest comes
+    first, so that memory runs out at once or not at all.
+    Raises UserError: the GPU's memory ran out."""
     prepare = getattr(model.get_base_model().model, "prepare", None)
     if not prepare:
         return

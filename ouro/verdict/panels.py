@@ -1,4 +1,4 @@
-"""Which results may be compared: those whose runs and measurements are alike but for what the study compares.
+"""Which results may be compared: those that were trained and measured alike, but for what the study compares.
 
     for key, panel in panels(reader, declared={}).items():
         print(*key, {depth: panel.worth(depth).value for depth in panel.trained if depth > 1})
@@ -38,6 +38,8 @@ EXAMS = ("thai_exam", "m3exam")  # one verdict rests on both, each exam a stratu
 
 
 class Key(NamedTuple):
+    """Which results are in a panel: those of a task, of adapters of one training set, in one arm."""
+
     task: str
     dataset: str
     arm: str = STUDY
@@ -45,9 +47,11 @@ class Key(NamedTuple):
 
 
 class Panel:
-    """One benchmark and the adapters of one training set, and the base: cells by (trained depth, depth read), of which
-    the base's trained depth is None. Their values are better when higher: minus the logarithm of bits per character,
-    a share of right answers, or a rating. Items, passages and exams are those of the first result."""
+    """The results on one benchmark of the adapters of one training set, and of the base.
+
+    cells: a `stats.Cell` for each (trained depth, depth read); the base's trained depth is None. A higher value is a
+    better one: minus the logarithm of bits per character, the share of right answers, or the rating. Items, passages
+    and exams are those of the first result."""
 
     def __init__(self, results: list[Result]):
         first = results[0]
@@ -77,7 +81,7 @@ class Panel:
         return made if self.study["higher_is_better"] else -made
 
     def gain_cell(self, trained: int, depth: int) -> Cell | None:
-        """Better than the base at the same depth by so much; None without both."""
+        """By how much an adapter is better than the base at the same depth; None without both."""
         if (trained, depth) not in self.adapted or depth not in self.base:
             return None
         return self.adapted[trained, depth] - self.base[depth]
@@ -87,10 +91,11 @@ class Panel:
         return gained and stats.estimate([gained])
 
     def depths(self) -> list[int]:
-        """Those above one at which adapters were trained and read, beside some at one."""
+        """The depths k > 1 at which adapters were trained and read, if others were trained and read at one loop."""
         return [k for k in self.trained if k > 1 and {(k, k), (1, 1)} <= self.adapted.keys()]
 
     def worth_cells(self, depth: int) -> list[Cell]:
+        """The cells whose sum is U at a depth."""
         return [self.adapted[depth, depth], -self.adapted[1, 1]]
 
     def worth(self, depth: int) -> Estimate:
@@ -118,7 +123,7 @@ class Panel:
 
 
 def gain_or_change(aspect: str) -> str:
-    """What a difference from the base is called: English, which was not trained, does not gain."""
+    """The word for a difference from the base: "change" for English, which is not trained, else "gain"."""
     return "change" if aspect == "english" else "gain"
 
 
@@ -161,12 +166,14 @@ def trained_as(run: Run) -> dict[str, str]:
 
 
 def measured_as(result: Result) -> dict[str, str]:
+    """How a result was measured, as far as that must not differ in a panel."""
     told = {key: str(result.study.get(key))[:80] for key in MEASURED_ALIKE}
     return told | {"set of items": digest(sorted(result.ids))[:12]}
 
 
 def unlike(signatures: dict[str, dict[str, str]]) -> list[str]:
-    """By name of a run: in which keys the runs are unlike, a text each: "key is a (runs) or b (runs)"."""
+    """The keys in which runs differ, each as a text, "key is a (runs) or b (runs)". signatures: of each run, by
+    name."""
     told = []
     for key in dict.fromkeys(key for signature in signatures.values() for key in signature):
         runs = defaultdict(list)
@@ -178,7 +185,7 @@ def unlike(signatures: dict[str, dict[str, str]]) -> list[str]:
 
 
 def once(results: list[Result], left_out: list) -> list[Result]:
-    """Without those that repeat another's seed and depths."""
+    """The results, without those that repeat another one's seed and depths, which `left_out` then names."""
     taken: dict[tuple, Result] = {}
     for result in results:
         first = taken.setdefault((result.trained, result.study["total_ut_steps"], result.study["seed"]), result)
@@ -189,8 +196,8 @@ def once(results: list[Result], left_out: list) -> list[Result]:
 
 
 def why_unlike(key: Key, results: list[Result], runs: dict[str, Run]) -> list[str]:
-    """In what results of one panel are unlike that must be alike: measurements, data, and settings but for those that
-    the arm lets differ between depths."""
+    """In words, where results for one panel differ and must not: in how they were measured, in their data, in settings.
+    Of the settings those are excepted that the arm lets differ between depths."""
     free, _ = ARMS[key.arm]
     measured = {f"{r.study['run']} read at {r.study['total_ut_steps']}": measured_as(r) for r in results}
     trained = {r.study["run"]: trained_as(runs[r.study["run"]]) for r in results}
@@ -203,7 +210,8 @@ def why_unlike(key: Key, results: list[Result], runs: dict[str, Run]) -> list[st
 
 
 def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[Result]:
-    """The base's results that can be subtracted from these adapted models', one a depth."""
+    """The base's results that were measured like those of these adapters, one for each depth: gains are measured from
+    them."""
     found = {}
     for result in bases:
         if mine and (why := unlike({"the base": measured_as(result), "the adapted": measured_as(mine[0])})):
@@ -214,9 +222,10 @@ def zero_line(bases: list[Result], mine: list[Result], left_out: list) -> list[R
 
 
 def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
-    """What may be compared, in the verdict's order. The rest is added to what was left out.
+    """The panels of results that may be compared, in the order of the report. The other results are added to
+    `reader.left_out`, with the reason.
 
-    declared: settings, by name, that a run must have to count."""
+    declared: settings, by name, that a run must have to count; {} for any."""
     rows = read_yaml(EXPERIMENTS)
     groups, bases = defaultdict(list), defaultdict(list)
     for result in reader.results:
@@ -258,7 +267,8 @@ def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
 
 
 def pool(one: Panel, other: Panel, left_out: list) -> Panel | None:
-    """The items of two benchmarks as those of one. None, which is noted, where some run was not scored on both."""
+    """A panel of the items of two benchmarks together. None, with a note in `left_out`, where some run was not scored
+    on both."""
     there = {result.place: result for result in other.results}
     scored = [{result.place for result in panel.results if result.trained is not None} for panel in (one, other)]
     if scored[0] != scored[1]:
@@ -269,6 +279,7 @@ def pool(one: Panel, other: Panel, left_out: list) -> Panel | None:
 
 
 def pool_results(*both: Result) -> Result:
+    """One result with the items of two, whose ids and labels begin with their task."""
     studies, count = [result.study for result in both], sum(len(result.ids) for result in both)
     unknown = dict.fromkeys(("majority", "macro", "macro_chance", "macro_majority", "predicted", "ci95"))
     study = studies[0] | unknown | {"task": " and ".join(s["task"] for s in studies), "items": count}
@@ -284,14 +295,13 @@ def pool_results(*both: Result) -> Result:
 
 
 def numbers(panel: Panel) -> dict[str, str]:
-    """An item's id by what is the same in both languages: the number after its last dash."""
+    """{number: id} of a panel's items; the number after the last dash is the same in both languages."""
     return {identity.rpartition("-")[2]: identity for identity in panel.ids}
 
 
 def paired(thai: Panel, english: Panel, left_out: list) -> tuple[Panel, Panel] | None:
-    """Both on the items that stand in both languages, in one order and in the Thai items' passages.
-
-    None, which is noted: the right answers of items of one number differ, so that the files are of different orders."""
+    """Both panels on the items that they have in common, in one order, with the Thai items' clusters. None, with a note
+    in `left_out`, where items of the same number have different right answers: then the files' orders differ."""
     here, there = numbers(thai), numbers(english)
     same = [number for number in here if number in there]
     of_thai, of_english = (
