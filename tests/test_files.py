@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from weakref import WeakSet
 
 from ouro import files
 
@@ -54,6 +55,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_names_what_begins_without_a_share_and_tells_a_log_a_line_at_a_time(monkeypatch, capsys, terminal):
     monkeypatch.setattr(files, "MINUTE", 0.05)
+    monkeypatch.setattr(files.tqdm, "_instances", WeakSet())  # without the bars that tests before left open
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with files.Progress("loading the model", 4, "files") as progress:
         progress.refresh()
