@@ -3,11 +3,11 @@
 The judge is named by JUDGE_BASE_URL and JUDGE_MODEL, a served model by --endpoint and, where the server has several, by
 ENDPOINT_MODEL. Keys are read from JUDGE_API_KEY and ENDPOINT_API_KEY alone, are shown in no message and saved nowhere.
 
-The package openai sends the requests, and repeats them after 408, 409, 429, 5xx and broken connections, as late as
-Retry-After says. Added here: an answer without a reply counts as a broken connection. Where a server refuses an option
-of a request (temperature, max_tokens, a system turn) the request is sent without it, and so are all later ones. A
-request that a server refuses, though it answers a harmless one, is left out. A spent quota, or any other status, ends
-the command.
+The package openai sends the requests, and repeats them after 408, 409, 429, 5xx (not 501) and broken connections, as
+late as Retry-After says. Added here: an answer without a reply counts as a broken connection. Where a server refuses an
+option of a request (temperature, max_tokens, a system turn) the request is sent without it, or with it under the name
+that newer servers use (OTHERWISE), and so are all later ones. A request that a server refuses, though it answers a
+harmless one, is left out. A spent quota, or any other status, ends the command.
 """
 
 import contextlib

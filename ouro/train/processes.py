@@ -1,4 +1,4 @@
-"""One of several training processes: its rank, and how it speaks, waits and leaves."""
+"""This process among those that train together: its rank, and how it prints, waits and ends."""
 
 import os
 import sys
@@ -11,7 +11,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 
 def number(name: str, missing: int) -> int:
-    """A launcher's variable; -1 where it is no whole number, which `check_launcher` refuses."""
+    """The number in a launcher's variable, `missing` where it is not set; -1, which `check_launcher` refuses, where it
+    holds no whole number."""
     text = os.environ.get(name, str(missing))
     return int(text) if text.isdecimal() else -1
 
@@ -24,8 +25,9 @@ REQUEUED = number("SLURM_RESTART_COUNT", 0) > 0
 
 
 def check_launcher() -> None:
-    """Raises UserError where a launcher's variables do not describe a process of a group: it would train alone, on its
-    share of each step, or save nothing."""
+    """Refuses launcher's variables that do not describe a process of a group: such a process would train its share of
+    each step alone, or save nothing.
+    Raises UserError: so they are."""
     rank, local, world, here = map(number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (0, 0, 1, 0))
     if "LOCAL_RANK" not in os.environ and (rank, world) == (0, 1):
         return
@@ -46,8 +48,8 @@ def print0(text: str) -> None:
 
 
 def wait_for_data() -> None:
-    """A moment, while another process of this node tokenises.
-    Raises UserError: a process has failed, which says why."""
+    """Waits a moment while another process of this node tokenises.
+    Raises UserError: another process has failed, and has said why."""
     time.sleep(0.2)
     try:
         failed = _get_default_store().add("failed", 0) if torch.distributed.is_initialized() else 0
@@ -58,8 +60,9 @@ def wait_for_data() -> None:
 
 
 def speaks(error: BaseException) -> bool:
-    """Whether this process is the one to say why the run ends: the first that fails, as others then fail with it."""
-    if not torch.distributed.is_initialized():  # a mistake that all of them see
+    """Whether this process is to print why the run ends. Only the first that fails is, since its failure makes the
+    others fail, too."""
+    if not torch.distributed.is_initialized():  # so early a UserError is raised in all processes
         return LOCAL_RANK == 0 or not isinstance(error, UserError)
     try:
         return _get_default_store().add("failed", 1) == 1
@@ -68,7 +71,7 @@ def speaks(error: BaseException) -> bool:
 
 
 def among_others() -> bool:
-    """Whether this process belongs to a group, if only of one."""
+    """Whether this process belongs to a group that a launcher started, even if to one of a single process."""
     return WORLD_SIZE > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 

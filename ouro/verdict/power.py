@@ -24,7 +24,8 @@ PLANS = {"thai_text": (488, 1000), "thai_exams": (565, 2733)}  # items: Belebele
 
 @dataclasses.dataclass(frozen=True)
 class Spreads:
-    """Standard deviations: of what a depth does with an item, of what a run does with it, and of a run as a whole."""
+    """Standard deviations of what a study's values vary by: item, how an item suits a depth; run, how it suits a single
+    run; seed, the mean of a run over all items."""
 
     item: float
     run: float
@@ -39,7 +40,7 @@ ASSUMED = {
 
 
 def measured(panel: Panel) -> Spreads | None:
-    """Of results with seeds enough; averages over the depths."""
+    """The spreads of a panel's results, averaged over depths; None where they have too few seeds."""
     groups = [panel.adapted[k, k] for k in panel.trained if (k, k) in panel.adapted]
     worth = [panel.worth(k) for k in panel.depths()]
     if not worth or min(len(group.values) for group in groups) < SEEDS:
@@ -72,14 +73,15 @@ def simulate(spreads: dict[str, Spreads], seeds: int, items: dict[str, int], stu
 
 
 class Family:
-    """Tests of studies in which nothing differs, but for one of which it is said how large it truly is."""
+    """The tests of simulated studies in which nothing differs, to one of which a true difference is then added."""
 
     def __init__(self, found: dict[tuple, Estimate]):
         self.found, self.places = found, list(found)
         self.p = np.array([e.p for e in found.values()])  # (tests, studies)
 
     def power(self, place: tuple, effect: float, margin: float) -> float:
-        """How often the rule says "more" of the quantity at `place`, if that is truly so large."""
+        """The share of studies in which the rule says "more" of the quantity at `place`, if `effect` is its true
+        value."""
         e, number, p = self.found[place], self.places.index(place), self.p.copy()
         value = e.value + effect
         p[number] = stats.p_value(value, *e.spreads)
@@ -87,7 +89,7 @@ class Family:
         return float((stats.reading(value - half, value + half, margin) == "more").mean())
 
     def smallest(self, place: tuple, metric: Metric) -> float:
-        """Found four times in five."""
+        """The smallest true value that is found in four of five studies."""
         low, high = 0.0, 30 * metric.margin
         for _ in range(10):
             middle = (low + high) / 2
