@@ -1,12 +1,13 @@
-"""Kills programs at their file events, gives the same command again, and compares all files with an undisturbed run's.
+"""Kills programs at their file events, gives the same command again, and compares what is left with what an undisturbed
+run leaves.
 
     python tests/kill_storm.py                        # at least 20, a few of each program: two minutes on two cores
     python tests/kill_storm.py --kills 200            # that many, of all programs, the demo and two processes too
     python tests/kill_storm.py --every training       # of the programs whose names begin so: once at each file event
 
 A file event is what changes a file or folder, or waits for the disk. At a chance one (seeded) the process gets SIGKILL,
-up to three times before the command is left alone, the demo nine times. Both then must hold the same bytes, and nothing
-must be left over.
+up to three times before the command is left alone, the demo nine times. Both then must hold the same folders and
+bytes, and nothing must be left over.
 """
 
 import argparse
@@ -217,11 +218,13 @@ class Storm:
 
 
 def contents(folder: Path, timed: bool) -> dict[str, str]:
-    """By file, a digest of all that does not tell the time. timed: not the numbers in a report's text and page; its
-    verdict.json has those that are no times."""
+    """By file, a digest of all that does not tell the time, and by folder nothing. timed: not the numbers in a report's
+    text and page; its verdict.json has those that are no times."""
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name] = ""
         if not path.is_file() or path.suffix == ".lock" or path.name == "manifest.json" or "logs/" in name:
             continue
         data = path.read_bytes()
@@ -261,7 +264,7 @@ def storm(kills: int, every: str | None, judge: str, place: Path) -> bool:
             good += 0 if difference else killed
             wrong += [f"  killed at {these}: {difference}"] if difference else []
         spent = time.monotonic() - began
-        print(f"{name}: {events} events; {good} of {mine} kills ended in the same files, {spent:.0f} s", flush=True)
+        print(f"{name}: {events} events; {good} of {mine} kills left the same behind, {spent:.0f} s", flush=True)
         print("".join(f"{line}\n" for line in wrong), end="", flush=True)
         came, same = came + mine, same + good
     for orders in sum(weather.servers.values(), []):

@@ -152,7 +152,8 @@ def test_killed_after_a_step_while_saving_and_after_the_last_checkpoint(whole, t
 
     killed(folder, lambda _: (run / "checkpoint-6").exists())
     assert not (run / "completed").exists() and names(run)[0] == "checkpoint-6"
-    (run / "final_adapter").mkdir(exist_ok=True)  # as if killed just before `completed` was written
+    (run / ".saving").mkdir(exist_ok=True)  # as if killed just after the checkpoint was renamed
+    (run / "final_adapter").mkdir(exist_ok=True)  # and again just before `completed` was written
     (run / "final_adapter/README.md").write_text("half")
     (run / "final_adapter/rest").write_text("of before")
     assert_same_run(six(folder), whole)

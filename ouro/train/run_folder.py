@@ -467,7 +467,8 @@ def save_adapter(
     Raises UserError: the disk is full."""
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     unfinished = folder / ".final_adapter"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in (unfinished, folder / ".saving"):  # by a kill in between, or just after the last checkpoint's rename
+        shutil.rmtree(left, ignore_errors=True)
     with writing("the adapter", folder, unfinished):
         model.save_pretrained(unfinished)
         config = json.loads((unfinished / "adapter_config.json").read_text(encoding="utf-8"))
