@@ -103,7 +103,7 @@ def at_depths(depths: list[int]) -> str:
 
 
 def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], rests: str) -> Test:
-    """The test of a quantity, not judged yet. panel: of the adapters trained on Thai; cells: whose sum the quantity
+    """The test of a quantity, without its word. panel: of the adapters trained on Thai; cells: whose sum the quantity
     is."""
     study, found, clusters = panel.study, stats.estimate(cells), len(cells[0].parts)
     if not panel.metric.log:
@@ -154,7 +154,7 @@ def beside_english(reader: Reader, found: dict[Key, Panel], key: Key, aspect: st
     return [make_test("X", pair[0], k, cells[k], rests) for k in both], ""
 
 
-def judge(tests: list[Test]) -> None:
+def give_words(tests: list[Test]) -> None:
     """Gives each test its word. Those with enough seeds are one family, and the others stay provisional."""
     family = [test for test in tests if test.tested]
     if not family:
@@ -253,7 +253,7 @@ def no_comparison(aspect: str, dataset: str, why: str, missing: list[str]) -> Ve
 
 
 def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
-    """The verdict on an aspect, from its judged tests. Thai is compared with one loop, English with the base.
+    """The verdict on an aspect, from its tests with their words. Thai is compared with one loop, English with the base.
 
     lacks: what is missing for the tests of X, or ""."""
     aspect, english = panel.study["aspect"], panel.study["aspect"] == "english"
@@ -302,7 +302,7 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
         if aspect in PARALLEL:
             more, lacks[place] = beside_english(reader, found, key, aspect)
             tests[place] += more
-    judge([test for some in tests.values() for test in some])
+    give_words([test for some in tests.values() for test in some])
     made = []
     for place in ((dataset, aspect) for dataset in datasets for aspect in ASPECTS):
         dataset, aspect = place
