@@ -139,8 +139,10 @@ def main() -> None:
         return
     content = write(run, reader)
     print(printable(f"{content['basis']}\n"))
-    for name, sentence in content["verdicts"]:
-        print(textwrap.fill(printable(f"{name}. {sentence}"), 100, subsequent_indent="  "))
+    for name, numbers, rests in content["verdicts"]:
+        print(textwrap.fill(printable(name), 100, subsequent_indent="  "))
+        for line in (*numbers, *([rests] if rests else [])):
+            print(textwrap.fill(printable(line), 100, initial_indent="  ", subsequent_indent="    "))
     for what in content["missing"]:
         print(printable(f"missing: {what}"))
     if run.options.explain and (table := next((t for t in content["tables"] if t.name == "tests"), None)):

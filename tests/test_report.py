@@ -79,14 +79,14 @@ def test_the_words_of_a_study_with_a_known_answer_whatever_the_base(tmp_path, th
     make_study(tmp_path, thai, english, **how)
     write_report(tmp_path)
     told = verdicts(tmp_path)["thai_text"]
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert told["words"] == dict.fromkeys("234", word), told["sentence"]
-    assert f"Thai text, 2, 3 and 4 loops: {word}." in text and "nan" not in text and "mixed" not in text
+    text, sentence = (tmp_path / "RESULTS.md").read_text(), " ".join(told["numbers"])
+    assert told["words"] == dict.fromkeys("234", word), sentence
+    assert f"Thai text, 2, 3 and 4 loops: {word}**" in text and "nan" not in text and "mixed" not in text
     for fact in ("400 items in 400 clusters", "training runs (seeds)", "tokens a run", "FLOPs a run"):
-        assert fact in told["sentence"]
-    assert ("[" in told["sentence"]) == (how.get("seeds") != (0,))  # one run has no interval
-    assert ("four times in five" in told["sentence"]) == ("undecided" in word)
-    assert ("measurable, and inside the margin of 2.00 %" in told["sentence"]) == (max(thai) == 0.01)
+        assert fact in told["rests"]
+    assert ("[" in sentence) == (how.get("seeds") != (0,))  # one run has no interval
+    assert ("four times in five" in sentence) == ("undecided" in word)
+    assert ("measurable, and inside the margin of 2.00 %" in sentence) == (max(thai) == 0.01)
 
 
 def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
@@ -97,7 +97,8 @@ def test_exams_conversation_and_english_have_words_of_their_own(tmp_path):
     found = verdicts(tmp_path)
     beside = "; beside English: not measured"
     assert found["thai_exams"]["words"]["4"] == found["thai_conversation"]["words"]["4"] == "helps Thai" + beside
-    assert "points" in found["thai_exams"]["sentence"] and "rating points" in found["thai_conversation"]["sentence"]
+    units = {"thai_exams": r"[\d.]+ points \[", "thai_conversation": r"[\d.]+ rating points \["}
+    assert all(re.search(unit, found[aspect]["numbers"][0]) for aspect, unit in units.items())
     headline = "1 and 2 loops: forgotten. 3 loops: no loss that matters. 4 loops: better than the base"
     assert found["english"]["headline"] == headline
     family = {row["tests in it"] for row in table(tmp_path, "tests")}
@@ -158,7 +159,7 @@ def test_a_verdict_is_what_numpy_and_scipy_make_of_the_items_files(tmp_path):
         value, _ = tests[index]
         width = halves[index](0.05 / max(1, 6 - min(place, rejected)))
         low, middle, high = (100 * (1 - np.exp(-x)) for x in (value - width, value, value + width))
-        assert f"{middle:+.2f} % [{low:+.2f}, {high:+.2f}]" in told["sentence"]
+        assert any(f"{middle:+.2f} % [{low:+.2f}, {high:+.2f}]" in line for line in told["numbers"])
     assert 0 < rejected < 6 and {test["seeds"] == [3, 3] for test in told["tests"]} == {True, False}
 
 
@@ -282,8 +283,8 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
     assert [row["arm"] for row in table(tmp_path, "arms")] == ["equal-flops", "rank", "rank", "tuned"]
     few, many = (each.partition("FLOPs a run ")[2] for each in equal_flops(tmp_path))
     assert float(many.rstrip(")")) == pytest.approx(4 * float(few.rstrip(")")), rel=0.01)
-    assert all(re.match(r"4 loops [+-][\d.]+ % \[.*tokens a run \S+ million \(1 loop\), \S+ million \(4 loops\)", each)
-               for each in equal_flops(tmp_path))  # fmt: skip
+    line = r"4 loops against 1: [+-][\d.]+ % \[.*tokens a run \S+ million \(1 loop\), \S+ million \(4 loops\)"
+    assert all(re.match(line, each) for each in equal_flops(tmp_path))
 
     scale_tokens(tmp_path / "output/seed0/exp1-wangchan-ut4-equal-flops-13.0", 1.5)
     write_report(tmp_path)
@@ -302,9 +303,9 @@ def test_arms_are_never_pooled_and_equal_flops_give_a_second_line(tmp_path):
 
 
 def equal_flops(root: Path) -> list[str]:
-    """What the sentence on Thai text says of depths at equal FLOPs."""
-    told = verdicts(root)["thai_text"]["sentence"].partition(" At equal FLOPs")[2]
-    return re.split(r"; (?=4 loops)", told.partition(": ")[2].removesuffix("."))
+    """What is said on Thai text of depths at equal FLOPs."""
+    lines = verdicts(root)["thai_text"]["numbers"]
+    return [line.partition("at equal FLOPs")[2].strip(",: ") for line in lines if "at equal FLOPs" in line]
 
 
 NO_ENGLISH = "; beside English: not measured"
@@ -528,7 +529,7 @@ def test_both_benchmarks_of_exams_are_one_with_each_exam_a_stratum(tmp_path):
     fabricate.study(tmp_path, tasks=("m3exam",), items=300, **how)
     write_report(tmp_path, "--csv")
     told = verdicts(tmp_path)["thai_exams"]
-    assert "thai_exam and m3exam, 400 items in 400 clusters" in told["sentence"]
+    assert "thai_exam and m3exam, 400 items in 400 clusters" in told["rests"]
     rows = {(row["benchmark"], row["trained at"], row["read at"]): row for row in table(tmp_path, "benchmarks")}
     for depth in ("1", "4"):
         one, other, both = (

@@ -19,9 +19,9 @@ def about(verdict: Verdict, made: list[Verdict]) -> str:
     return ASPECTS[verdict.aspect] + (f" ({verdict.dataset})" if several else "")
 
 
-def verdict_lines(made: list[Verdict]) -> list[tuple[str, str]]:
-    """(aspect and headline, sentence)."""
-    return [(f"{about(v, made)}{', ' if v.words else ': '}{v.headline}", v.sentence) for v in made]
+def verdict_lines(made: list[Verdict]) -> list[tuple[str, list[str], str]]:
+    """(aspect and headline, the numbers of each depth, what they rest on)."""
+    return [(f"{about(v, made)}{', ' if v.words else ': '}{v.headline}", v.numbers, v.rests) for v in made]
 
 
 def missing_lines(made: list[Verdict]) -> list[str]:

@@ -80,14 +80,16 @@ class Test:
 class Verdict:
     """What the report says of one aspect (Thai text, Thai exams, …) and one training set.
 
-    words: of each depth; headline: the same as a line, in which depths with the same words stand together; sentence:
-    the numbers; missing: what would have to be trained or scored for more; tests: from which all of this was made."""
+    words: of each depth; headline: the same as a line, in which depths with the same words stand together; numbers: a
+    line a depth; rests: on which items and runs, or ""; missing: what would have to be trained or scored for more;
+    tests: from which all of this was made."""
 
     aspect: str
     dataset: str
     words: dict[int, str]
     headline: str
-    sentence: str
+    numbers: list[str]
+    rests: str
     missing: list[str]
     tests: list[Test] = dataclasses.field(default_factory=list)
 
@@ -213,12 +215,12 @@ def by_depth(texts: dict[int, str]) -> str:
     return ", ".join(f"{text} ({depth_text(k)})" for k, text in texts.items())
 
 
-def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
-    """What follows the sentence: U between runs of two depths that took equally many operations. At least one of the
-    two groups is of the arm equal-flops, the other may be of the study's own. It has no word; "" without that arm."""
+def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> list[str]:
+    """U between runs of two depths that took equally many operations, a line each. At least one of the two groups is of
+    the arm equal-flops, the other may be of the study's own. It has no word; nothing without that arm."""
     arm = key._replace(arm="equal-flops")
     if arm not in found:
-        return ""
+        return []
     told = []
     for many, one in ((found[arm], found[key]), (found[key], found[arm]), (found[arm], found[arm])):
         for k in (depth for depth in many.trained if depth > 1):
@@ -228,10 +230,9 @@ def equal_flops(found: dict[Key, Panel], key: Key, runs: dict[str, Run]) -> str:
             costs = [[runs[s["run"]].flops(s) or np.nan for s in panel.sources[depth, depth]] for depth in (1, k)]
             if abs(np.mean(costs[1]) / np.mean(costs[0]) - 1) <= AS_MANY:
                 worth = signed(panel.metric, panel.worth(k))
-                told.append(f"{depth_text(k)} {worth} ({spent(panel, [1, k], runs)})")
-    if not told:
-        return " At equal FLOPs: no runs of two depths took as many operations."
-    return f" At equal FLOPs, against 1 loop, 95 % intervals: {'; '.join(told)}."
+                cost = spent(panel, [1, k], runs)
+                told.append(f"at equal FLOPs, {depth_text(k)} against 1: {worth} (95 % interval; {cost})")
+    return told or ["at equal FLOPs: no runs of two depths took as many operations"]
 
 
 def what_is_missing(panel: Panel) -> list[str]:
@@ -249,7 +250,7 @@ def what_is_missing(panel: Panel) -> list[str]:
 
 
 def no_comparison(aspect: str, dataset: str, why: str, missing: list[str]) -> Verdict:
-    return Verdict(aspect, dataset, {}, WORDS["no comparison"], why, missing)
+    return Verdict(aspect, dataset, {}, WORDS["no comparison"], [why], "", missing)
 
 
 def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: Reader, lacks: str) -> Verdict:
@@ -266,20 +267,20 @@ def verdict_of(key: Key, panel: Panel, tests: list[Test], found: dict, reader: R
         needed = "The base at the adapters' depths is" if english else "Adapters trained at 1 loop and at more are"
         return no_comparison(aspect, key.dataset, f"{needed} needed.", missing)
     words = {k: word_of(test, beside.get(k)) for k, test in own.items()}
-    told = []
+    numbers, against = [], "the base" if english else "1"
     for k, test in own.items():
-        told.append(f"{depth_text(k)} {test.text()}{test.remark()}")
+        numbers.append(f"{depth_text(k)} against {against}: {test.text()}{test.remark()}")
         if k in beside:
-            told[-1] += f", beside English {beside[k].text()}{beside[k].remark()}"
+            numbers[-1] += f", beside English {beside[k].text()}{beside[k].remark()}"
     first = next(iter(own.values()))
-    rests = f"{first.task}, {first.items} items in {first.clusters} clusters (passages or articles); {first.rests}"
+    rests = f"rests on {first.task}, {first.items} items in {first.clusters} clusters (passages or articles)"
+    rests += f"; {first.rests}"
     if beside:
         also = next(iter(beside.values()))
         rests += f"; in both languages: {also.task}, {also.items} items in {also.clusters} clusters"
         rests += f"; trained on English: {also.rests}"
-    sentence = f"Against {'the base' if english else '1 loop'}: {'; '.join(told)}. Rests on {rests}."
-    sentence += "" if english else equal_flops(found, key, reader.runs)
-    return Verdict(aspect, key.dataset, words, grouped(words), sentence, missing, tests)
+    numbers += [] if english else equal_flops(found, key, reader.runs)
+    return Verdict(aspect, key.dataset, words, grouped(words), numbers, rests, missing, tests)
 
 
 def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
