@@ -354,8 +354,10 @@ def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
             trained = f"{folder} was trained with {unlike[0]} = {there.get(unlike[0])}"
             raise UserError(f"learning_rate: tuned: {trained}, and this run has {getattr(s, unlike[0])}")
         lines = map(json.loads, regular(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        *_, last = (line["held_out_loss"][-1] for line in lines if "held_out_loss" in line)
-        losses.setdefault((folder.name, there["learning_rate"]), []).append(last)
+        if not (found := [line["held_out_loss"][-1] for line in lines if "held_out_loss" in line]):
+            raise UserError(f"learning_rate: tuned: {folder} was trained without a held-out loss (eval_steps = "
+                            f"{there['eval_steps']}): train it again, with --overwrite and --eval_steps")  # fmt: skip
+        losses.setdefault((folder.name, there["learning_rate"]), []).append(found[-1])
     missing = sorted(wanted.keys() - {name for name, _ in losses})
     if missing or not wanted:
         arm = f"the arm `rates` on {s.dataset} with total_ut_steps = {s.total_ut_steps}"

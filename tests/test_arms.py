@@ -94,6 +94,8 @@ def test_shuffled_answers_are_each_another_rows_and_always_the_same(prepared, to
     assert texts(again, tokenizer) == texts(shuffled, tokenizer)
     print_report(report)
     assert "control          each question has the answer of another row" in capsys.readouterr().out
+    few, _ = prepared("wangchan", rows, shuffle_answers=True, max_tokens=str(int(shuffled.lengths.sum()) // 2))
+    assert {few.place(0), few.place(len(few) - 1)} <= {plain.place(n) for n in (0, 1, 48, 49)}, "evenly spaced"
     with pytest.raises(UserError, match="line 1: shuffle_answers is for sets of one question and one answer a row"):
         prepared("chat", [{"messages": turns("a", "b", "c", "d")}], shuffle_answers=True)
 
@@ -162,6 +164,11 @@ def test_tuned_is_refused_in_one_sentence_while_the_sweep_is_missing_or_was_trai
     assert "there is no completed run of it" in refused("--dataset", "r1")
     what_trains_nothing = resolve("", [*TUNED, str(tmp_path)], several=True)
     assert what_trains_nothing.settings.learning_rate == 2e-4
+    log = tmp_path / "seed0/exp9-rates-x2-ut2/metrics.jsonl"
+    kept = log.read_text()
+    log.write_text('{"step": 1}\n')
+    assert f"{log.parent} was trained without a held-out loss (eval_steps = 100): train it" in refused()
+    log.write_text(kept)
     rates(tmp_path, LOSSES, seed="seed1", lora_dropout=0)
     assert "exp9-rates-x0.25-ut2 was trained with lora_dropout = 0.0, and this run has 0.05" in refused()
 

@@ -94,16 +94,16 @@ def checked_rows(
         yield where, row, chat
 
 
-def shuffled(rows: Iterator[tuple[str, dict, Chat]]) -> Iterator[tuple[str, dict, Chat]]:
+def shuffled(rows: Iterator[tuple[str, dict, Chat, int]]) -> Iterator[tuple[str, dict, Chat, int]]:
     """The rows, each with the answer of another, which is the same one each time. All are in memory meanwhile.
     Raises UserError: a row has several answers."""
     found = list(rows)
-    if several := [where for where, _, chat in found if sum(turn["role"] == "assistant" for turn in chat) > 1]:
+    if several := [where for where, _, chat, _ in found if sum(turn["role"] == "assistant" for turn in chat) > 1]:
         raise UserError(f"{several[0]}: shuffle_answers is for sets of one question and one answer a row")
     cycle = np.random.default_rng(0).permutation(len(found))
     giver = dict(zip(cycle.tolist(), np.roll(cycle, 1).tolist(), strict=True))
-    for number, (where, row, chat) in enumerate(found):
-        yield where, row, [*chat[:-1], found[giver[number]][2][-1]]
+    for number, (where, row, chat, read) in enumerate(found):
+        yield where, row, [*chat[:-1], found[giver[number]][2][-1]], read
 
 
 def licence_of(row: dict, entry: dict) -> str:
@@ -184,12 +184,13 @@ def write_rows(
     larger than the share of the rows that was read, so that what is kept stands evenly spaced."""
     ids_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
     schema = pa.schema({"input_ids": pa.list_(ids_type), "trained": pa.list_(pa.int32()), "place": pa.string()})
-    rows = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
+    checked = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
+    rows = ((*row, tally.rows_in) for row in checked)  # with how many were read up to each
     rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
     total, tokens_kept = sum(map(sources.count_rows, source.files[split])), 0
     progress = Progress(f"tokenise {source.place}", total, "rows", quiet)
     with progress, open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        while chunk := [(*row, tally.rows_in) for row in islice(rows, CHUNK)]:
+        while chunk := list(islice(rows, CHUNK)):
             pieces = []  # (input_ids, trained, place), as in the schema
             places, _, said, _ = zip(*chunk, strict=True)
             encoded = chats.encode_chats(said, tokenizer, places)
