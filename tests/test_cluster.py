@@ -313,6 +313,9 @@ def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", *rows)
     found = refused(preflight.check_data, "--dataset", "pairs", "--dataset_path", path)
     assert re.match(r"10 of the first 20 rows cannot be trained on, the first: .*empty \(completion\)", found)
+    marked = [{"prompt": f"ก {n}", "completion": "ข", "train": n % 2} for n in range(20)]
+    path = write_jsonl(tmp_path / "marked.jsonl", *marked)  # which training leaves out
+    assert "20 rows read" in preflight.check_data(resolved("--dataset", "pairs", "--dataset_path", path))
 
 
 def test_libraries_that_are_not_the_locked_ones_or_broken_are_refused(monkeypatch, tmp_path):

@@ -202,6 +202,7 @@ def check_model(run: Resolved) -> str:
 
 def check_data(run: Resolved) -> str:
     from ouro.data.chats import to_chat
+    from ouro.data.report import FLOORS
     from ouro.data.sources import entry_of, find_source, place_of
 
     s = run.settings
@@ -211,7 +212,8 @@ def check_data(run: Resolved) -> str:
     source = find_source(s)
     rows = islice(source.rows("train"), ROWS)
     looked = [(where, *to_chat(row, source.entry, s, where)) for where, row in rows]
-    bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None]
+    refused = tuple(prefix for prefix, *_ in FLOORS)  # rows that are left out for other reasons refuse no training
+    bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None and reason.startswith(refused)]
     if not looked:
         raise UserError(f"{source.place} has no rows")
     if len(bad) > max(s.max_empty_share, s.max_garbled_share, s.max_unbalanced_share) * len(looked):
