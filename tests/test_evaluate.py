@@ -549,3 +549,19 @@ def test_a_result_that_cannot_be_written_is_named_and_its_items_come_first(tmp_p
     with pytest.raises(UserError, match=r"x-ut1.json: No space left on device; what was finished before is kept"):
         results.save(tmp_path / "x-ut1.json", {}, [{"id": 1}])
     assert {file.name for file in tmp_path.iterdir()} == {"x-ut1.items.jsonl", "results_x_ut1.json"}
+
+
+def test_a_result_is_away_while_it_is_replaced_only_where_it_was_of_other_inputs(tmp_path, monkeypatch):
+    """Two jobs of a sweep may score the base at once: what one has written, and reads, the other replaces whole."""
+    file, there = tmp_path / "x-ut1.json", []
+    results.save(file, {"study": {"key": "a"}}, [])
+    monkeypatch.setattr(results, "write_atomic", lambda *_: there.append(file.exists()))
+    for key in "ab":
+        results.save(file, {"study": {"key": key}}, [])
+    assert there == [True, False]
+
+
+def test_a_damaged_data_report_of_a_run_is_one_message(tmp_path):
+    write_atomic(tmp_path / "data_report.json", "{")
+    with pytest.raises(UserError, match="cannot read .*data_report.json: damaged"):
+        models.ModelUnderTest("x", "adapter", folder=tmp_path).study()

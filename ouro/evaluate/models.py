@@ -3,7 +3,6 @@
 All that one command scores share their weights, which are loaded once: `Weights` and, upon them, each `ModelUnderTest`.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import DEPTHS, find_endpoint
 from ouro.evaluate.scoring import readout
-from ouro.files import SUMS, WHOLE, UserError, file_sha256, read_yaml, regular
+from ouro.files import SUMS, UserError, file_sha256, read_json, read_yaml
 from ouro.model.loading import (
     BROKEN,
     check_adapter,
@@ -47,7 +46,7 @@ class ModelUnderTest:
         """The part of the study block that is the same for all tasks and depths."""
         report, language = self.folder and self.folder / "data_report.json", None
         if report and report.exists():
-            language = json.loads(regular(report, WHOLE).read_text(encoding="utf-8")).get("language")
+            language = read_json(report).get("language")
         s = self.trained
         return {
             "run": self.run,

@@ -87,7 +87,8 @@ def read_study(file: Path) -> dict | None:
 
 
 def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = None) -> None:
-    """Writes a result and the lines of its items. The only place that writes results.
+    """Writes a result and the lines of its items. The only place that writes results. One of the same inputs is never
+    away: another job of a sweep, which has scored the base too, may be reading it.
 
     meanwhile: what stands there until both are written, so that no interruption leaves old numbers beside new items;
     nothing where all can be computed again.
@@ -102,7 +103,8 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
         raise UserError(f"{file} is not saved: {where}: a number in it is NaN or infinite") from None
     try:
         if meanwhile is None:
-            file.unlink(missing_ok=True)
+            if (read_study(file) or {}).get("key") != content.get("study", {}).get("key"):
+                file.unlink(missing_ok=True)
         else:
             write_json(file, meanwhile)
         write_atomic(file.with_suffix(".items.jsonl"), text)
