@@ -27,7 +27,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
-PATIENCE = 5  # seconds for a chat template and a chat; Ouro's takes 0.0001
+PATIENCE = 5  # seconds of processor time for a chat template and a chat; Ouro's takes 0.0001
 ROOM = 512 << 20  # bytes of memory for the same
 KEPT_QUESTION = 32  # tokens of a question that truncate_prompt leaves at least
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's roles
@@ -176,8 +176,8 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation: bool =
 
 @contextmanager
 def at_most(seconds: float, memory: int) -> Iterator[None]:
-    """Raises TimeoutError where a block takes longer, MemoryError where it takes more bytes. Other threads than the
-    first get no signals: there it may."""
+    """Raises TimeoutError where a block computes longer, MemoryError where it takes more bytes. Other threads than the
+    first get no signals: there it may. While the process is stopped, or others have the cores, no time is counted."""
 
     def late(*_) -> None:
         raise TimeoutError(f"not done after {seconds:g} s")
@@ -185,8 +185,8 @@ def at_most(seconds: float, memory: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm", "rb") as file:
         most = int(file.read().split()[0]) * resource.getpagesize() + memory
@@ -195,8 +195,8 @@ def at_most(seconds: float, memory: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def prompt_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
