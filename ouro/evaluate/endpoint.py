@@ -32,7 +32,7 @@ import httpx2
 from tqdm import tqdm
 
 AS_PUBLISHED = {"temperature": 0.0, "max_tokens": 2048}  # of a judgement
-ROOM_TO_THINK = 16_384  # max_tokens for a judgement that was cut at the published limit, and is asked for again
+ROOM_TO_THINK = 16_384  # max_tokens of judgements, from the first on that was cut at the published limit
 # An option that a server refuses: the name under which it may want it, or None to leave it out.
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "system": None}
 REFUSALS = (400, 403, 413, 422)  # statuses that may be about one request alone: a content filter, its length
@@ -104,7 +104,8 @@ class Server:
         self.client = connect(self)
 
     def complete(self, messages: Messages) -> Reply:
-        """The reply to a conversation. A judgement that was cut is asked for once more, with ROOM_TO_THINK.
+        """The reply to a conversation. A judgement that was cut is asked for once more, with ROOM_TO_THINK, and so are
+        all later ones from the start.
         Raises UserError: the server answers with a status that no repetition changes, its quota is spent, or the last
         repetition failed, too; Refused: it refuses these messages, and answers others; NotAsked: see there."""
         try:

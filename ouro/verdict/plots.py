@@ -264,12 +264,6 @@ def learning(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure 
         how = {"color": look(depth)["color"], "ls": strokes[str(run.config.get("dataset"))], "lw": 0.8, "alpha": 0.8}
         for axis, key in zip(axes, ("loss", "mean_token_accuracy"), strict=True):
             values = np.add.reduceat(run.log[key], starts) / (ends - starts)
-            how = {
-                "color": look(depth)["color"],
-                "ls": strokes[str(run.config.get("dataset"))],
-                "lw": 0.8,
-                "alpha": 0.8,
-            }
             axis.plot(run.log["num_tokens"][ends - 1] / 1e6, values, **how)
     for axis, title, unit in zip(axes, ("training loss", "token accuracy"), ("nats per token", "share"), strict=True):
         axis.set(xlabel="million tokens", ylabel=unit)
