@@ -239,8 +239,19 @@ def second_processes():
         multiprocessing.forkserver.ensure_running()
 
 
-def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -> None:
-    """Sends "ready", and after the answer the rows' digest and the report, or the error."""
+def in_second_process(connection, s: Settings, builder: bool, pid: int | None, at_once: int, kill: bool) -> None:
+    """Sends "ready", and after the answer the rows' digest and the report, or the error. at_once: processes that must
+    have begun to build before this one writes rows; kill: it kills itself when these are written."""
+    write_rows = cache.write_rows
+
+    def writing(path: Path, *rest) -> None:
+        while len([*path.parents[1].glob(".*.tmp.d")]) < at_once:
+            time.sleep(0.01)
+        write_rows(path, *rest)
+        if kill:
+            signal.raise_signal(signal.SIGKILL)
+
+    cache.write_rows = writing
     if pid:
         os.getpid = lambda: pid
     tokenizer = load_tokenizer(MODEL)
@@ -255,10 +266,10 @@ def in_second_process(connection, s: Settings, builder: bool, pid: int | None) -
         connection.send(repr(error))
 
 
-def start(s: Settings, builder: bool = True, pid: int | None = None) -> SimpleNamespace:
-    """A second process that is about to prepare."""
+def start(s: Settings, builder: bool = True, pid: int | None = None, at_once: int = 1, kill: bool = False):
+    """A second process that is about to prepare, as a SimpleNamespace; arguments as of `in_second_process`."""
     here, there = SECOND.Pipe()
-    process = SECOND.Process(target=in_second_process, args=(there, s, builder, pid), daemon=True)
+    process = SECOND.Process(target=in_second_process, args=(there, s, builder, pid, at_once, kill), daemon=True)
     process.start()
     there.close()
     assert here.poll(PATIENCE) and here.recv() == "ready"
@@ -287,17 +298,12 @@ def large(tmp_path_factory):
 
 def test_a_killed_build_leaves_no_cache_and_does_not_disturb_the_next(large, tmp_path):
     s = plain(large.data, tmp_path)
-    child = start(s)
+    child = start(s, kill=True)
     child.connection.send("go")
-    end = time.monotonic() + PATIENCE
-    while not any(path.stat().st_size for path in tmp_path.glob(".*/rows.arrow")):
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    os.kill(child.process.pid, signal.SIGKILL)
     child.process.join(PATIENCE)
     assert child.process.exitcode == -signal.SIGKILL
     assert not (tmp_path / large.name).exists()
-    assert any("rows.arrow" in name for name in listing(tmp_path)), "killed too late"
+    assert any("rows.arrow" in name for name in listing(tmp_path))
     rows, report = prepare(s, load_tokenizer(MODEL), quiet=True)
     assert not report["from_cache"] and rows_sha256(rows) == large.digest
     assert files(tmp_path / large.name) == large.files
@@ -308,7 +314,7 @@ def test_processes_that_build_or_wait_for_the_same_at_once_all_succeed(large, tm
     """The builders have one process number, as in two containers that share a file system; who waits tokenises
     nothing."""
     s = plain(large.data, tmp_path)
-    waiting, *builders = start(s, builder=False), start(s, pid=1), start(s, pid=1)
+    waiting, *builders = start(s, builder=False), *(start(s, pid=1, at_once=2) for _ in range(2))
     waiting.connection.send("go")
     assert not waiting.connection.poll(0.5) and listing(tmp_path) == []
     for builder in builders:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import train_qlora
@@ -52,7 +51,19 @@ def one_step(folder: Path, *argv: str) -> int:
     return int(re.search(r"after step (\d+), which is saved", str(stopped.value))[1])
 
 
-def run_script(argv: list[str], output: str) -> None:
+def run_script(argv: list[str], output: str, moment: str, number: int) -> None:
+    """Runs train_qlora.py, which kills itself before it opens the `number`-th file, or makes the folder, that `moment`
+    matches: its path, and how it is opened or the folder's mode."""
+    left = number
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event in ("open", "os.mkdir") and re.search(moment, f"{arguments[0]} {arguments[1]}"):
+            left -= 1
+            if not left:
+                signal.raise_signal(signal.SIGKILL)
+
+    sys.addaudithook(hook)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -60,18 +71,13 @@ def run_script(argv: list[str], output: str) -> None:
     runpy.run_path("train_qlora.py", run_name="__main__")
 
 
-def killed(folder: Path, when: Callable[[str], bool]) -> str:
-    """Six steps in a process of its own, which is killed as soon as `when` says so of what it has printed; that."""
+def killed(folder: Path, moment: str, number: int = 1) -> str:
+    """Six steps in a process of its own, which is killed as `run_script` says; what it has printed."""
     output = folder.parent / f"output-{time.monotonic_ns()}.txt"
     output.touch()
     argv = latest([*SMALL, *SIX, "--output_dir", str(folder)])
-    process = FORKS.Process(target=run_script, args=(argv, str(output)))
+    process = FORKS.Process(target=run_script, args=(argv, str(output), moment, number))
     process.start()
-    end = time.monotonic() + PATIENCE
-    while not when(output.read_text()):
-        assert process.is_alive() and time.monotonic() < end, output.read_text()
-        time.sleep(0.0005)
-    process.kill()
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL, output.read_text()
     return output.read_text()
@@ -143,17 +149,17 @@ def test_a_run_stopped_at_every_step_of_two_uneven_epochs_ends_in_the_same_bytes
 
 def test_killed_after_a_step_while_saving_and_after_the_last_checkpoint(whole, tmp_path, capsys):
     folder, run = tmp_path / "runs", tmp_path / "runs/smoke"
-    killed(folder, lambda printed: "step     3/" in printed)
+    killed(folder, r"/metrics\.jsonl a$", 4)
     assert names(run) == ["checkpoint-2"] and [line["step"] for line in metrics(run)] == [1, 2, 3]
 
-    printed = killed(folder, lambda _: (run / ".saving/checkpoint-4/adapter_model.safetensors").exists())
+    printed = killed(folder, r"/checkpoint-4/trainer_state\.json w$")
     assert f"continuing from {run}/checkpoint-2" in printed
     assert names(run) == ["checkpoint-2"] and (run / ".saving").exists(), "what is half written counts for nothing"
 
-    killed(folder, lambda _: (run / "checkpoint-6").exists())
+    killed(folder, r"/\.final_adapter 511$")
     assert not (run / "completed").exists() and names(run)[0] == "checkpoint-6"
-    (run / ".saving").mkdir(exist_ok=True)  # as if killed just after the checkpoint was renamed
-    (run / "final_adapter").mkdir(exist_ok=True)  # and again just before `completed` was written
+    (run / ".saving").mkdir()  # as if killed just after the checkpoint was renamed
+    (run / "final_adapter").mkdir()  # and again just before `completed` was written
     (run / "final_adapter/README.md").write_text("half")
     (run / "final_adapter/rest").write_text("of before")
     assert_same_run(six(folder), whole)
