@@ -30,6 +30,11 @@ def test_more_gpus_than_there_are_cannot_be_measured(bench_py, monkeypatch, coun
         bench_py("train", "--count", count)
 
 
+def test_a_large_model_is_not_measured_on_a_cpu(bench_py):
+    with pytest.raises(UserError, match="no CUDA GPU found"):
+        bench_py("generate", "--bf16", "true")
+
+
 @pytest.mark.slow
 def test_the_real_program_is_what_is_measured_with_the_settings_that_were_typed(bench_py, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

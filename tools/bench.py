@@ -31,6 +31,7 @@ from ouro.model.generate import Decoder, generate
 from ouro.model.loading import load_tokenizer, sizes
 from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Resolved, Settings, resolve
+from ouro.train.machine import check_device
 
 import numpy as np
 import torch
@@ -282,6 +283,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     run = resolve(__doc__, add_options=options)
+    check_device(run.settings)  # a CPU would take hours to draw the weights of a large model in bf16
     WHAT[run.options.what](run)
 
 
