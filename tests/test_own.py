@@ -42,6 +42,11 @@ def as_csv(rows: list[dict]) -> str:
     return text.getvalue()
 
 
+def sheet_csv(rows: list[dict]) -> str:
+    """With two empty columns and an empty row, as programs write a sheet in which more was once used."""
+    return as_csv(rows).replace("\r\n", ",,\r\n") + ",,,,\r\n"
+
+
 def as_workbook(*sheets: list[dict]) -> bytes:
     """With an empty row in each sheet, and an empty sheet beside those given."""
     content = io.BytesIO()
@@ -64,6 +69,7 @@ FORMS = {  # name -> files, which of them is named, the layout that is said
     "Alpaca without some inputs": ({"mine.jsonl": SPARSE}, "mine.jsonl", "alpaca: columns instruction, output, input;"),
     "Alpaca, JSON with a mark": ({"mine.json": BOM + json.dumps(ALPACA)}, "mine.json", "alpaca: "),
     "Alpaca, Excel's CSV": ({"mine.csv": BOM + as_csv(ALPACA)}, "mine.csv", "alpaca: "),
+    "Alpaca, a sheet's CSV": ({"mine.csv": ",,,,\n" + sheet_csv(ALPACA)}, "mine.csv", "alpaca: "),
     "Alpaca, a workbook": ({"mine.xlsx": as_workbook(ALPACA)}, "mine.xlsx", "alpaca: "),
     "Alpaca, Parquet": ({"mine.parquet": ALPACA}, "mine.parquet", "alpaca: "),
     "ShareGPT": ({"mine.jsonl": SHAREGPT}, "mine.jsonl", "sharegpt: columns conversations; not read: id;"),

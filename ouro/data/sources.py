@@ -341,25 +341,30 @@ def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> I
 
 
 def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """The rows of a CSV file with a header, each a text for each column, and where it begins. Errors as `read_file`."""
+    """The rows of a CSV file with a header, each a text for each column that has a name, and where it begins. Errors as
+    `read_file`."""
     csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     lines = iter(partial(text.readline, LONGEST + 1), "")  # a longer one is cut, and its cell is over the limit
     reader = csv.reader(lines, strict=True)
     end = 0  # the last line that was read
     try:
-        header = next(reader, [])
-        check_once(name, header)
-        check_columns(name, header, columns)
+        header = next(filter(any, reader), [])
+        if len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
+            raise UserError(f"{name}: its cells are separated by {mark[0]!r}: save it with commas")
+        check_once(name, named := [column for column in header if column])
+        check_columns(name, named, columns)
         end = reader.line_num
         for cells in reader:
             where, end = f"{name}, line {end + 1}", reader.line_num
             if cells and len(cells) != len(header):
                 raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}")
-            if cells:  # of an empty line there are none
-                yield where, dict(zip(header, cells, strict=True))
-    except UnicodeDecodeError:
-        raise UserError(f"{name}, after line {end}: not valid UTF-8: save it as CSV UTF-8") from None
+            if any(cells):  # of an empty line there are none, and of a sheet's unused row empty ones
+                yield where, {column: cell for column, cell in zip(header, cells, strict=True) if column}
+    except UnicodeDecodeError as error:
+        seems = "UTF-16" if b"\0" in error.object else "CP874" if re.search(rb"[\xa1-\xfb]{3}", error.object) else ""
+        how = f" (it seems to be {seems}: iconv -f {seems} -t UTF-8 OLD.csv > NEW.csv)" if seems else ""
+        raise UserError(f"{name}, after line {end}: not valid UTF-8: save it as CSV UTF-8{how}") from None
     except csv.Error as error:
         raise UserError(f"{name}, line {end + 1}: not valid CSV ({error})") from None
 
