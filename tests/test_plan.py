@@ -300,6 +300,8 @@ def test_what_fits_a_weekend_is_offered_with_what_to_type(monkeypatch, capsys):
     assert int(re.search(r"--max_tokens (\d+)", more)[1]) > 1.4 * int(tokens)
     for words in re.findall(r"EXP=(\S+)", offer):
         assert {name.rpartition("/")[2] for name in words.split(",")} <= {*read_yaml(EXPERIMENTS), "$exp"}
+    four = told("--gpu", "H100", "--count", "4", "--hours", "8")
+    assert "torchrun --nproc_per_node 4 train_qlora.py --config configs/a100.yaml --exp $exp" in four
     for argv, refusal in (
         (["--gpu", "RTX3080", "--hours", "6"], "6 hours hold too little on 1 x RTX3080: .* are needed for 30 steps"),
         (["--hours", "6"], "for which GPU. --gpu .make plan GPU=….: one of RTX3080"),

@@ -86,8 +86,8 @@ def table() -> str:
     machines = [Machine(gpu, count, resolve("", ["--config", config_for(gpu)]).settings) for gpu, count in both]
     lines = ["| typical rows (and at most) | RTX 3080 | 4 × H100 |", "|---|---|---|"]
     for title, cost in (
-        (f"`make train EXP={ONE}`", lambda m, r: m.run(ONE, r).hours),
-        (f"`make train EXP={FOUR}`", lambda m, r: m.run(FOUR, r).hours),
+        (f"training `{ONE}`", lambda m, r: m.run(ONE, r).hours),
+        (f"training `{FOUR}`", lambda m, r: m.run(FOUR, r).hours),
         ("`make eval`, a model, on one GPU", lambda m, r: m.scoring(m.s.tasks)),
         ("`STUDY=core`: 4 depths, 3 seeds, scored", lambda m, r: sum(m.part("core", r)[1:])),
         ("`STUDY=english`: 2 depths, 3 seeds, scored", lambda m, r: sum(m.part("english", r)[1:])),
@@ -124,10 +124,10 @@ def print_experiments(m: Machine, study: str) -> None:
     print(f"each with seeds {' '.join(seeds)}")
 
 
-def print_offer(m: Machine, hours: float, config: str) -> None:
+def print_offer(m: Machine, hours: float, file: str) -> None:
     """The study of one and four loops with three seeds, on as many rows, an epoch, as fit.
     Raises UserError: too few do."""
-    scored = 7 * m.scoring(TEXTS) / m.count  # six runs and the base
+    scored = 7 * m.scoring(TEXTS)  # six runs and the base, on one GPU
     whole = {exp: m.run(exp, num_train_epochs=1) for exp in (ONE, FOUR)}
     full, left = 3 * sum(p.hours for p in whole.values()), hours - scored
     tokens = int(min(1, left / full) * whole[ONE].tokens / 1e5) * 100_000
@@ -139,15 +139,20 @@ def print_offer(m: Machine, hours: float, config: str) -> None:
         need = f"{scored + full * LEAST / whole[ONE].steps:.0f} are needed for {LEAST} steps"
         raise UserError(f"{hours:g} hours hold too little on {m.count} x {m.gpu}: {need}")
     one, four = (p.hours for p in fits)
+    config = "" if file == "configs/default.yaml" else f" CONFIG={file}"
     names = ",".join(f"seed{seed}/{exp}" for seed in range(3) for exp in (ONE, FOUR))
     print(f"1 and 4 loops, 3 seeds, {tokens / 1e6:.1f} of {whole[ONE].tokens / 1e6:.0f} million tokens, one epoch "
           f"({steps} steps): a run {span(one)} and {span(four)}, scoring {span(scored)}, together "
           f"{span(3 * (one + four) + scored)}. Of typical rows; repeated, each line continues.\n")  # fmt: skip
+    settings = f"--seed $seed --max_tokens {tokens} --num_train_epochs 1"
+    train = f'make train{config} EXP=$exp OUTPUT_DIR=output/fits/seed$seed \\\n    ARGS="{settings}"'
+    if m.count > 1:
+        train = (f".venv/bin/torchrun --nproc_per_node {m.count} train_qlora.py --config {file} --exp $exp \\\n"
+                 f"    --output_dir output/fits/seed$seed {settings}")  # fmt: skip
     print(f"""make fetch{config}
 make preflight{config} EXP={FOUR} GPU=1
 for seed in 0 1 2; do for exp in {ONE} {FOUR}; do
-  make train{config} EXP=$exp OUTPUT_DIR=output/fits/seed$seed \\
-    ARGS="--seed $seed --max_tokens {tokens} --num_train_epochs 1"
+  {train}
 done; done
 make eval{config} EXP={names} \\
   OUTPUT_DIR=output/fits RESULTS_DIR=results/fits BENCH={TEXTS}
@@ -177,7 +182,7 @@ def main() -> None:
     m = Machine(asked.gpu, asked.count, run.settings, given)
     print(f"{asked.count} x {asked.gpu}, {run.config}")
     if asked.hours is not None:
-        print_offer(m, asked.hours, "" if run.config == "configs/default.yaml" else f" CONFIG={run.config}")
+        print_offer(m, asked.hours, run.config)
     elif asked.study:
         print_experiments(m, asked.study)
     else:
