@@ -13,6 +13,7 @@ What is there already is not computed again, unless something that its numbers d
 
 import argparse
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -344,7 +345,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    evaluate(resolve(__doc__, add_options=options, several=True))
+    try:
+        evaluate(resolve(__doc__, add_options=options, several=True))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command scores what is not there yet", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -200,6 +200,9 @@ def main() -> None:
             print(f"{stopped}; the same command{overwriting} continues (exit code {STOPPED})")
         leave(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and RANK == 0:
+            goes_on = "begins anew" if "--overwrite" in sys.argv else "continues from the last checkpoint"
+            print(f"\ninterrupted; the same command {goes_on}", file=sys.stderr)
         if not among_others():
             raise
         if not speaks(error):

@@ -196,6 +196,25 @@ def test_a_mistake_is_refused_before_anything_is_written(tmp_path, argv, told):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("program", "work", "argv", "told"),
+    [
+        (train_qlora, "train", [], "continues from the last checkpoint"),
+        (train_qlora, "train", ["--overwrite"], "begins anew"),
+        (evaluate, "evaluate", ["--base"], "scores what is not there yet"),
+    ],
+)
+def test_ctrl_c_says_what_the_same_command_does(monkeypatch, capsys, program, work, argv, told):
+    def interrupted(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [program.__name__, *argv])
+    monkeypatch.setattr(program, work, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
+    assert capsys.readouterr().err == f"\ninterrupted; the same command {told}\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
 def test_bf16_without_a_gpu_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match=r"no CUDA GPU found.*on a CPU use --config configs/smoke.yaml"):
