@@ -310,7 +310,7 @@ def main() -> None:
         run = resolve(__doc__, add_options=options, several=True)
     except UserError as error:
         say("FAIL", "settings", str(error))
-        raise UserError(f"preflight: settings: {error}") from None
+        raise UserError(f"preflight: settings: {str(error).splitlines()[0]}") from None
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER") or "none"
     say("ok", "settings", f"{run.config or 'defaults'}, {run.run}; code in {ROOT}, image: {image}")
     failed = []

@@ -88,7 +88,9 @@ class HubSession(requests.Session):
                     raise
                 HubSession.failure = error
         host = "/".join(url.split("/")[:3])
-        raise OfflineModeIsEnabled(f"cannot reach {host}: {in_one_line(HubSession.failure)}") from HubSession.failure
+        cause = next(iter(HubSession.failure.args), None)  # urllib3's error, of which `reason` is the one that matters
+        reason = getattr(cause, "reason", None) or HubSession.failure
+        raise OfflineModeIsEnabled(f"cannot reach {host}: {in_one_line(reason)}") from HubSession.failure
 
 
 configure_http_backend(HubSession)
