@@ -33,7 +33,8 @@ submit() { # SBATCH_ARGUMENT... of the job that the loop below has read; sets it
   [ -z "$dry" ] || return 0
   mkdir -p slurm/logs
   id=$(EVALUATED=$scores/evaluated sbatch --parsable --export=ALL --chdir="$PWD" --comment="$kind $folder" \
-    --job-name="$name" --output="slurm/logs/%j_$name.out" --error="slurm/logs/%j_$name.err" "$@")
+    --job-name="$name" --output="slurm/logs/%j_$name.out" --error="slurm/logs/%j_$name.err" "$@") ||
+    fail "Slurm does not take $name: correct slurm/site.env; make preflight looks at it"
   id=${id%%;*} # a federation adds the cluster's name
   printf '%s\t%s\t%s\t%s\t%s\n' "$id" "$kind" "$name" "$folder" "$scores" >>slurm/logs/jobs.tsv
 }

@@ -457,13 +457,13 @@ def test_a_sweep_submits_what_is_left_and_leaves_the_rest_alone(tmp_path):
     arguments = ["CONFIG=configs/smoke.yaml", "SEEDS=0", f"EXPS={STUDY[1]} {STUDY[0]}", "GPUS=2"]
     arguments += ["ARGS=--r 8\n--system_prompt 'ก ข'"]
 
-    def sweep(*more: str) -> str:
+    def sweep(*more: str, code: int = 0) -> str:
         done = subprocess.run(
             ["make", "cluster-sweep", *arguments, *more], capture_output=True, text=True, cwd=folder,
             env={"PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path)} | SESSION,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
 
     names = [f"{exp}-seed0{what}" for exp in (STUDY[1], STUDY[0]) for what in ("", "-eval")]
     planned = sweep("DRY=1")
@@ -487,6 +487,8 @@ def test_a_sweep_submits_what_is_left_and_leaves_the_rest_alone(tmp_path):
     assert [line[:3] for line in submitted] == [
         ["101", "eval", names[1]], ["102", "train", names[2]], ["103", "eval", names[3]], ["105", "report", "report"]
     ]  # fmt: skip
+    program(tmp_path / "bin/sbatch", "exit 1")
+    assert f"Slurm does not take {names[1]}: correct slurm/site.env" in sweep(code=2)
 
 
 @pytest.fixture
