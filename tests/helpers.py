@@ -8,10 +8,12 @@ Paths in tests/smoke.yaml are relative: a module that trains uses the fixture `i
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ouro import FOREIGN
@@ -69,10 +71,12 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 def port() -> str:
-    """A free port of this machine."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return str(opened.getsockname()[1])
+    """A free port of this machine, of those that the kernel does not hand out: it stays free until it is used."""
+    while True:
+        number = random.randrange(10_000, 32_768)
+        with suppress(OSError), socket.socket() as opened:
+            opened.bind(("127.0.0.1", number))
+            return str(number)
 
 
 def in_processes(count: int, *command: str) -> tuple[list[int], list[str]]:

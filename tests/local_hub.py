@@ -274,7 +274,7 @@ def environment(hub: LocalHub, home: Path, offline: bool = False) -> dict[str, s
     names = ("HF_", "HUGGING", "TRANSFORMERS_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(names) and "PROXY" not in k.upper()}
     kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
-    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "3"}  # seconds that an answer may take
+    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "60"}  # seconds that an answer may take
     return kept | dict.fromkeys(("CONFIG", "REPORT_TO", "TOTAL_UT_STEPS", "OUTPUT_DIR", "RESULTS_DIR"), "")
 
 

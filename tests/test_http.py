@@ -37,6 +37,7 @@ ENDS = {  # a choice -> reply, counted as
     "a refusal in a part": ({"message": of_parts(("refusal", "ไม่ได้"))}, "", "refused"),
     "error": ({"message": whole(), "finish_reason": "error"}, "", "refused"),
     "abort": ({"message": whole(), "finish_reason": "Abort"}, "", "refused"),
+    "speaks of a quota": ({"message": whole("insufficient_quota")}, "insufficient_quota", ""),
     "parts": ({"message": of_parts(("text", "ต"), ("text", "อบ"))}, "ตอบ", ""),
     "a thought in a part": ({"message": of_parts(("thinking", [{"type": "text", "text": "คิด"}]), ("text", "ตอบ"))},
                             "ตอบ", ""),

@@ -52,7 +52,7 @@ class HttpClient(openai.DefaultHttpxClient):
             response = self._read(request, options)
             if response.is_success:  # gateways report an overload with status 200, too
                 self._check(response)
-            if "insufficient_quota" in response.text:
+            elif "insufficient_quota" in response.text:
                 raise server.error(server.said(response))
             if response.status_code == 501:  # the server does not know such requests: openai is to give up
                 response.headers["x-should-retry"] = "false"
