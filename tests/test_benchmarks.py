@@ -240,6 +240,7 @@ def test_the_leaderboards_m3exam_shows_no_passage_and_has_four_labels(tmp_path):
         ({"answer_text": "5"}, "row 1: answer 'e' is not among the options a, b, c, d"),
         ({"options": ["1. ก"], "answer_text": "1"}, "row 1: answer 'a' is not among the options a, or is the only one"),
         ({"level": ""}, "row 1: no text in 'level'"),
+        ({"options": '["1. ก", "2. ข"]'}, "row 1: 'options' must be a list, found '[\"1. ก\""),
     ],
 )
 def test_an_item_of_m3exam_without_a_key_is_refused_by_its_number(tmp_path, row, told):

@@ -227,10 +227,12 @@ def m3exam_item(row: dict, spec: dict, where: str, spell: Spell) -> dict:
         lines = value if isinstance(value, list) else [value]
         return "\n".join(cell_text({"text": line}, "text", where) for line in lines)
 
+    if not isinstance(row[columns["options"]], list):  # of a text each letter would be an option
+        raise UserError(f"{where}: {columns['options']!r} must be a list, found {row[columns['options']]!r:.99}")
     exam = f"m3exam-{trim(cell_text(row, columns['exam'], where, needed=True))}"
     raw = [text_of(row[column]) for column in (columns["question"], columns["answer"], shared)]
     question, key, passage = (trim(spell(text)) for text in raw)
-    listed = [text_of(option) for option in row[columns["options"]] or ()]
+    listed = [text_of(option) for option in row[columns["options"]]]
     marked = [re.match(MARKED, trim(option), re.DOTALL) for option in listed]
     numbers = [found[1] and int(found[1]) for found in marked]  # int() reads Thai digits too
     labelled = all(number for number, found in zip(numbers, marked, strict=True) if found[0])
