@@ -174,7 +174,7 @@ def test_a_depth_a_base_a_benchmark_and_english_adapters_that_are_missing_are_na
     missing = {"a model trained at 2 loops", "a model trained at 3 loops"}
     assert missing | {f"{PAIR[0]} and {PAIR[1]}, which compare Thai with English"} == set(found["thai_text"].missing)
     assert missing | {"the base at 1 loop"} == set(found["english"].missing)
-    assert found["thai_exams"].words == {} and found["thai_exams"].missing == ["adapted models"]
+    assert found["thai_exams"].words == {} and found["thai_exams"].missing == ["scores of runs (make eval)"]
 
 
 def test_seeds_of_unequal_numbers_are_compared_and_fewer_than_three_are_not(tmp_path):

@@ -310,7 +310,7 @@ def verdicts(reader: Reader, found: dict[Key, Panel]) -> list[Verdict]:
         if place in asked:
             made.append(verdict_of(*asked[place], tests[place], found, reader, lacks[place]))
         elif dataset == datasets[0]:
-            why, lack = "No adapted model that counts was scored on its benchmark.", "adapted models"
+            why, lack = "No adapted model that counts was scored on its benchmark.", "scores of runs (make eval)"
             if aspect == "thai_conversation" and reader.answers:
                 why, lack = "There are answers, and no ratings of them.", "ratings (tools/judge.py)"
             made.append(no_comparison(aspect, dataset, why, [lack]))
