@@ -129,7 +129,7 @@ def main() -> None:
     if not any(place.is_dir() for place in places) and not run.options.power:
         raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
     there, reader = inputs(*places), Reader(*places)
-    if not reader.runs and not reader.results and (others := elsewhere(places[0])):
+    if not (run.options.power or reader.runs or reader.results) and (others := elsewhere(places[0])):
         print(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for{others}\n")
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")

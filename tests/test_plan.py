@@ -306,6 +306,7 @@ def test_what_fits_a_weekend_is_offered_with_what_to_type(monkeypatch, capsys):
         (["--gpu", "RTX3080", "--hours", "6"], "6 hours hold too little on 1 x RTX3080: .* are needed for 30 steps"),
         (["--hours", "6"], "for which GPU. --gpu .make plan GPU=….: one of RTX3080"),
         (["--gpu", "H100", "--study", "englsh"], "did you mean 'english'"),
+        (["--gpu", "H100", "--study", "core", "--hours", "48"], "give one of them"),
     ):
         with pytest.raises(UserError, match=refusal):
             told(*argv)

@@ -176,6 +176,8 @@ def main() -> None:
             raise UserError(f"for which GPU? --gpu (make plan GPU=…): one of {', '.join(GPUS)}")
         print(table(), end="")
         return
+    if asked.hours is not None and asked.study:
+        raise UserError("HOURS offers 1 and 4 loops, and STUDY is a part of the whole study: give one of them")
     if not run.config:
         run = resolve(__doc__, ["--config", config_for(asked.gpu), *sys.argv[1:]], add_options=options)
     given = frozenset(name for name, origin in run.origins.items() if origin == "command line")
