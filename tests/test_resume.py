@@ -289,7 +289,8 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(stopped, tmp_path,
         (run / name).touch()
     for name in ("damaged-1-checkpoint-1", "merged", ".manifest.json.0.tmp.d"):
         (run / name).mkdir()
-    (run / ".manifest.json.0.tmp").touch()
+    for name in (".manifest.json.0.tmp", "generation_config.json"):
+        (run / name).touch()
     assert one_step(tmp_path, "--overwrite") == 1
     printed = capsys.readouterr().out
     assert f"deleting the unfinished run in {run}" in printed

@@ -62,13 +62,13 @@ PLANNED = ("pass_tokens", "pass_grain")  # keys of manifest.json: a continued ru
 EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # what a run writes before its manifest.json
 # What is deleted where a run without a checkpoint starts again. Other hidden files may be a file browser's or server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
-WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged")
+WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged", "generation_config.json")  # the last: make serve
 UNFINISHED = r"\..+\.tmp(\.d)?"  # temporary names, which a killed process leaves
 FORMS = re.compile(rf"checkpoint-\d+|damaged-\d+-(checkpoint-\d+|metrics\.jsonl|manifest\.json)|{UNFINISHED}")
 
 
 def is_ours(name: str) -> bool:
-    """Whether a run, or the merging of its adapter, writes a file or folder of this name into the run's folder."""
+    """Whether a run, or its export, writes a file or folder of this name into the run's folder."""
     return name in WRITTEN or FORMS.fullmatch(name) is not None
 
 
