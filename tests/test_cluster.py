@@ -201,7 +201,7 @@ def test_an_experiment_that_fails_says_why_and_takes_only_its_own_evaluation_wit
     cluster.wait(lambda: {f"{job} FAILED", f"{after} CANCELLED"} == set(cluster.run(*queue).splitlines()))
     told = cluster.make("status")
     reason = "dataset synthetic: no such file or folder: nowhere.jsonl"
-    assert re.search(rf"exp4-synthetic-ut4 +{job} failed .*\n    job {job}: error: preflight: .*: {reason}\n", told)
+    assert re.search(rf"exp4-synthetic-ut4 +{job} failed .*\n    job {job}: error: preflight: .*: {reason} in /", told)
     assert cluster.log(after) == "", "never started"
     assert not (cluster.output / "exp4-synthetic-ut4").exists()
 

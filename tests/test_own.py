@@ -189,7 +189,7 @@ def test_a_row_of_the_table_needs_no_more_than_language_and_columns(tmp_path, mo
 @pytest.mark.parametrize(
     ("program", "argv", "told"),
     [
-        ("data_config", ["--dataset", "own", "--dataset_path", "nope.csv"], "no such file or folder: nope.csv"),
+        ("data_config", ["--dataset", "own", "--dataset_path", "nope.csv"], "no such file or folder: nope.csv in /"),
         ("data_config", ["--dataset", "own", "--dataset_path", "sample/nope"], "no such file or folder: sample/nope"),
         ("data_config", ["--dataset", "own"], r"is for data of your own: name its folder or file with --dataset_path"),
         ("data_config", ["--paths", "thai_exam=nope"], "paths: thai_exam=nope: no such file or folder"),

@@ -222,7 +222,8 @@ def place_of(settings: Settings, entry: dict) -> Path | None:
         return Path(local)
     if own and HUB_ID.fullmatch(local) and not local.endswith(KINDS) and not Path(local).parent.is_dir():
         return None
-    raise UserError(f"dataset {name}: no such file or folder: {local}")
+    where = "" if Path(local).is_absolute() else f" in {Path.cwd()}"
+    raise UserError(f"dataset {name}: no such file or folder: {local}{where}")
 
 
 def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = True) -> None:
