@@ -186,4 +186,4 @@ test-images:  ## build and run the images for real, on a Debian base (root; 20 t
 	@tests/images/run
 
 clean:  ## delete the environment, the cache of tokenised rows and what smoke wrote; runs and results stay
-	@rm -rf .venv cache output/smoke results/make-smoke
+	@rm -rf .venv cache output/smoke/smoke results/make-smoke

@@ -81,7 +81,7 @@ live_jobs() {
 
 # Whether Slurm would take a training job, for preflight, which may run where there is no sbatch.
 slurm_says() {
-  if command -v sbatch >/dev/null && (live_jobs) >/dev/null; then
+  if command -v sbatch >/dev/null && (live_jobs) >/dev/null 2>&1; then
     sbatch --test-only "${train[@]}" --wrap true 2>&1 || true
     scontrol show partition "$PARTITION" -o 2>&1 || true
   fi

@@ -623,6 +623,9 @@ def test_a_squeue_that_no_slurm_answers_is_told_in_one_line(tmp_path):
     told = done.stderr.splitlines()
     assert told[0].startswith("error: squeue is here, and no Slurm answers it (no controller): ")
     assert done.returncode == 2 and len(told) == 2 and told[1].startswith("make: ") and not done.stdout
+    program(tmp_path / "bin/sbatch", "exit 1")
+    says = ["bash", "-c", ". slurm/site.sh; slurm_says"]  # for preflight, which goes on
+    assert not subprocess.check_output(says, text=True, cwd=ROOT, env=env, stderr=subprocess.STDOUT)
 
 
 FLAGS = ("GPU", "MERGED", "PUBLIC", "RUN", "SERVE")

@@ -196,6 +196,15 @@ def test_a_mistake_is_refused_before_anything_is_written(tmp_path, argv, told):
     assert not (tmp_path / "runs").exists()
 
 
+def test_clean_leaves_runs_and_results(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("cache", "output/smoke/smoke", "output/smoke/own-ut4", "results/make-smoke", "results/smoke"):
+        (tmp_path / folder).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not any(path.glob("*"))}
+    assert left == {"Makefile", "output/smoke/own-ut4", "results/smoke"}
+
+
 @pytest.mark.parametrize(
     ("program", "work", "argv", "told"),
     [

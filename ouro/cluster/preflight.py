@@ -255,7 +255,7 @@ def check_slurm(run: Resolved) -> str:
         return f"job {job} on {platform.node()}"
     says = os.environ.get("SLURM_SAYS")
     if not says:
-        return "none here"
+        return "none here, or none that answers"
     if "to start at" not in says:
         reason = " ".join(says.partition("PartitionName")[0].split())
         raise UserError(f"a training job would be refused: {reason}; correct slurm/site.env")
