@@ -7,6 +7,7 @@ this file.
 import gc
 import logging
 import os
+import sys
 import warnings
 
 # torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin for seconds and so starve the other's:
@@ -37,6 +38,9 @@ for _name in REMOVED:
 # again and again, for a fifth of the time that imports take. `ouro.files.call` restores that threshold.
 COLLECT_AT = gc.get_threshold()
 gc.set_threshold(100_000)
+# Ctrl-C during imports, which take seconds, would print fifty lines of them.
+_hook = sys.excepthook
+sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else _hook(kind, *more)
 # bitsandbytes warns of a CPU kernel that is not used, at import, and of paged optimizers, at the first step on a CPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from weakref import WeakSet
@@ -82,3 +83,8 @@ def test_progress_names_what_begins_without_a_share_and_tells_a_log_a_line_at_a_
         progress.update(2)
         time.sleep(0.1)
     assert "quiet" not in capsys.readouterr().err
+
+
+def test_ctrl_c_during_imports_prints_no_traceback():
+    told = subprocess.run([sys.executable, "-c", "import ouro; raise KeyboardInterrupt"], capture_output=True)
+    assert told.returncode == -signal.SIGINT and told.stderr == b""
