@@ -16,6 +16,7 @@ import re
 import secrets
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -203,10 +204,14 @@ def regular(path: Path, most: int | None = None) -> Path:
     """`path`, of a file that stands in a folder: what is no file there is not opened, for a named pipe would be waited
     for, and a device never ends. Raises UserError: it is such a thing, or has more than `most` bytes; a missing file or
     a folder is left to open()."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    try:
+        about = path.stat()  # asked once: another process may replace the file meanwhile
+    except (OSError, ValueError):
+        return path
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
         raise UserError(f"cannot read {path}: a named pipe or a device, and no file")
-    if most is not None and path.is_file() and (size := path.stat().st_size) > most:
-        raise UserError(f"{path} has {size / 2**20:,.0f} MiB, and at most {most >> 20:,} are read")
+    if most is not None and stat.S_ISREG(about.st_mode) and about.st_size > most:
+        raise UserError(f"{path} has {about.st_size / 2**20:,.0f} MiB, and at most {most >> 20:,} are read")
     return path
 
 

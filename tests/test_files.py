@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from weakref import WeakSet
 
 from ouro import files
@@ -52,6 +53,19 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
     with pytest.raises(FileNotFoundError):
         files.write_atomic(tmp_path / "note.json", "new")
     assert [f.name for f in tmp_path.iterdir()] == ["note.json"] and (tmp_path / "note.json").read_text() == "old"
+
+
+def test_a_file_that_is_replaced_while_it_is_looked_at_is_no_pipe(tmp_path, monkeypatch):
+    file, look = tmp_path / "result.json", Path.stat
+    file.touch()
+
+    def gone_then(path: Path, **options):
+        found = look(path, **options)
+        file.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "stat", gone_then)
+    assert files.regular(file, 10) == file
 
 
 @pytest.mark.parametrize("terminal", [True, False])
