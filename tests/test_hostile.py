@@ -23,6 +23,9 @@ from ouro.files import UserError, read_yaml
 from ouro.model.loading import adapter_config, load_ouro, load_tokenizer
 from ouro.settings import Settings
 
+import openpyxl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import PATIENCE
 from helpers import ROOT
@@ -181,9 +184,14 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST", 1 << 20)
     (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b" " * (2 << 20)))
     (tmp_path / "list.json.gz").write_bytes(gzip.compress(b"[\n" + b" \n" * (1 << 20)))
+    (tmp_path / "line.json").write_text(json.dumps([{"a": "x" * 700_000}] * 2))
+    monkeypatch.setattr(sources, "WHOLE", 1 << 21)
+    assert sources.count_rows(tmp_path / "line.json") == 2, "json.dump writes a list in one line"
+    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
+    (tmp_path / "values.json").write_bytes(b"[\n" + b"{},\n" * (1 << 14) + b"{}]")
     (tmp_path / "cell.csv.gz").write_bytes(gzip.compress(b'prompt,completion\n"' + b"x" * (4 << 20)))
     tried = (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1"),
-             ("cell.csv.gz", "field larger than field limit"))  # fmt: skip
+             ("values.json", "millions of small values"), ("cell.csv.gz", "field larger than field limit"))  # fmt: skip
     for name, told in tried:
         with pytest.raises(UserError, match=told):
             list(sources.read_file(tmp_path / name))
@@ -197,6 +205,38 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.tar.gz").write_bytes(packed.getvalue())
     with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
         list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
+
+
+def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatch):
+    for name, most in (("WHOLE", 1 << 21), ("LONGEST", 1 << 20), ("PACKED", 1 << 10)):
+        monkeypatch.setattr(sources, name, most)
+    (tmp_path / "blank.jsonl.gz").write_bytes(gzip.compress(b"\n" * (2 << 20)))
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"prompt,completion\n" + b"a,b\n" * (1 << 18)))
+    null, long = pa.nulls(300_000, pa.string()), "x" * (1 << 20)
+    once = pa.DictionaryArray.from_arrays(pa.array([0] * 9, pa.int32()), [long])
+    turns = pa.ListArray.from_arrays([0, 9], pa.StructArray.from_arrays([once], ["content"]))
+    for name, column in (("null", null), ("once", once), ("turns", turns), ("plain", pa.array([long * 4]))):
+        table = pa.table({"messages": column})
+        pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False)
+    with pa.ipc.new_stream(tmp_path / "null.arrow", pa.schema({"messages": pa.null()})) as arrow:
+        arrow.write_batch(pa.record_batch({"messages": pa.nulls(10**9)}))
+    book = openpyxl.Workbook()
+    book.active.append(["x" * 30_000] * 50)
+    book.save(tmp_path / "cells.xlsx")
+    for file in sorted({*tmp_path.iterdir()}):
+        monkeypatch.setattr(sources, "RATIO", 10 if file.suffix == ".xlsx" else 256)
+        with pytest.raises(UserError, match=f"{file.name} unpacks to more than {sources.RATIO} times its size"):
+            list(sources.read_file(file))
+
+
+def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append(["prompt", "completion"])
+    book.active["XFD2"] = 1
+    book.active["A1048576"] = "last"
+    book.save(tmp_path / "far.xlsx")
+    rows = [row for _, row in sources.read_file(tmp_path / "far.xlsx")]
+    assert rows == [{"prompt": "", "completion": ""}, {"prompt": "last", "completion": ""}]
 
 
 @pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOENT])
