@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ouro.data.sources import check_places, read_file
+from ouro.data.formats import read_file
+from ouro.data.sources import check_places
 from ouro.data.thai import reply_tokens
 from ouro.evaluate import benchmarks, judge, results, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest

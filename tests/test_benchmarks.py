@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ouro.data.sources import read_file
+from ouro.data.formats import read_file
 from ouro.evaluate import benchmarks, tasks
 from ouro.evaluate.benchmarks import choose, item_prompts, load, load_items, load_shots, parse_choice, windows
 from ouro.evaluate.results import METRIC

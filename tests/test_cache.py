@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ouro import settings
-from ouro.data import cache, chats, sources
+from ouro.data import cache, chats, formats, sources
 from ouro.data.batches import Rows
 from ouro.data.cache import CHUNK, CODE, prepare, rows_sha256
 from ouro.files import UserError, read_yaml
@@ -392,6 +392,7 @@ def test_of_all_rows_some_hundreds_are_in_memory_at_a_time(large, tmp_path, toke
             yield where, row
 
     alive, most, read_file = weakref.WeakSet(), [], sources.read_file
-    monkeypatch.setattr(sources, "read_file", counted)
+    for module in (formats, sources):
+        monkeypatch.setattr(module, "read_file", counted)
     prepare(plain(large.data, tmp_path), tokenizer, quiet=True)
     assert len(most) > 4 * CHUNK and max(most) <= 2 * CHUNK + 1

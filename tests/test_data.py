@@ -8,8 +8,9 @@ import sys
 
 import data_config
 from ouro.data.cache import prepare
+from ouro.data.formats import read_file
 from ouro.data.report import print_report
-from ouro.data.sources import read_file, split_files
+from ouro.data.sources import split_files
 from ouro.files import ROOT, UserError, call, write_atomic
 from ouro.model import loading
 from ouro.model.loading import load_tokenizer

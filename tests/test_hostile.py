@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 
 from ouro import files
-from ouro.data import chats, sources
+from ouro.data import chats, formats, sources
 from ouro.evaluate.models import find_baseline
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import read_study
@@ -180,36 +180,37 @@ def test_a_yaml_file_that_stands_for_more_than_it_holds_is_one_message(tmp_path,
 
 
 def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
-    monkeypatch.setattr(sources, "LONGEST", 1 << 20)
+    monkeypatch.setattr(formats, "WHOLE", 1 << 20)
+    monkeypatch.setattr(formats, "LONGEST", 1 << 20)
     (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b" " * (2 << 20)))
     (tmp_path / "list.json.gz").write_bytes(gzip.compress(b"[\n" + b" \n" * (1 << 20)))
     (tmp_path / "line.json").write_text(json.dumps([{"a": "x" * 700_000}] * 2))
-    monkeypatch.setattr(sources, "WHOLE", 1 << 21)
-    assert sources.count_rows(tmp_path / "line.json") == 2, "json.dump writes a list in one line"
-    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
+    monkeypatch.setattr(formats, "WHOLE", 1 << 21)
+    assert formats.count_rows(tmp_path / "line.json") == 2, "json.dump writes a list in one line"
+    monkeypatch.setattr(formats, "WHOLE", 1 << 20)
     (tmp_path / "values.json").write_bytes(b"[\n" + b"{},\n" * (1 << 14) + b"{}]")
     (tmp_path / "cell.csv.gz").write_bytes(gzip.compress(b'prompt,completion\n"' + b"x" * (4 << 20)))
     tried = (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1"),
              ("values.json", "millions of small values"), ("cell.csv.gz", "field larger than field limit"))  # fmt: skip
     for name, told in tried:
         with pytest.raises(UserError, match=told):
-            list(sources.read_file(tmp_path / name))
+            list(formats.read_file(tmp_path / name))
         with pytest.raises(UserError, match=told):
-            sources.count_rows(tmp_path / name)
+            formats.count_rows(tmp_path / name)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         member = tarfile.TarInfo("x.jsonl")
         member.size = 2 << 20
         tar.addfile(member, io.BytesIO(bytes(member.size)))
     (tmp_path / "a.tar.gz").write_bytes(packed.getvalue())
+    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
     with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
         list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
 
 
 def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatch):
     for name, most in (("WHOLE", 1 << 21), ("LONGEST", 1 << 20), ("PACKED", 1 << 10)):
-        monkeypatch.setattr(sources, name, most)
+        monkeypatch.setattr(formats, name, most)
     (tmp_path / "blank.jsonl.gz").write_bytes(gzip.compress(b"\n" * (2 << 20)))
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"prompt,completion\n" + b"a,b\n" * (1 << 18)))
     null, long = pa.nulls(300_000, pa.string()), "x" * (1 << 20)
@@ -224,9 +225,9 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatc
     book.active.append(["x" * 30_000] * 50)
     book.save(tmp_path / "cells.xlsx")
     for file in sorted({*tmp_path.iterdir()}):
-        monkeypatch.setattr(sources, "RATIO", 10 if file.suffix == ".xlsx" else 256)
-        with pytest.raises(UserError, match=f"{file.name} unpacks to more than {sources.RATIO} times its size"):
-            list(sources.read_file(file))
+        monkeypatch.setattr(formats, "RATIO", 10 if file.suffix == ".xlsx" else 256)
+        with pytest.raises(UserError, match=f"{file.name} unpacks to more than {formats.RATIO} times its size"):
+            list(formats.read_file(file))
 
 
 def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):
@@ -235,7 +236,7 @@ def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):
     book.active["XFD2"] = 1
     book.active["A1048576"] = "last"
     book.save(tmp_path / "far.xlsx")
-    rows = [row for _, row in sources.read_file(tmp_path / "far.xlsx")]
+    rows = [row for _, row in formats.read_file(tmp_path / "far.xlsx")]
     assert rows == [{"prompt": "", "completion": ""}, {"prompt": "last", "completion": ""}]
 
 
@@ -257,7 +258,7 @@ def test_paths_that_cannot_be_are_one_message(tmp_path, number, capsys):
         ("SHA256SUMS", lambda f: files.sealed_files(f.parent)),
         ("train.jsonl", lambda f: sources.split_files(f.parent, None, "train")),
         ("data/train.parquet", lambda f: sources.split_files(f.parents[1], None, "train")),
-        ("items.jsonl", lambda f: list(sources.read_file(f))),
+        ("items.jsonl", lambda f: list(formats.read_file(f))),
         ("tokenizer.json", lambda f: load_tokenizer(str(f.parent))),
         ("adapter_config.json", lambda f: adapter_config(f.parent)),
         ("thai_exam-ut1.json", lambda f: read_study(f)),

@@ -49,7 +49,8 @@ ROWS, TEST = read_jsonl(SAMPLE / "wangchan/train.jsonl"), read_jsonl(SAMPLE / "w
 
 LOAD = f"""
 import sys, torch
-from ouro.data.sources import find_source, read_file
+from ouro.data.formats import read_file
+from ouro.data.sources import find_source
 from ouro.evaluate.benchmarks import load_items
 from ouro.files import read_yaml
 from ouro.model.loading import load_ouro, load_tokenizer

@@ -7,7 +7,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ouro.data import sources
+from ouro.data import formats, sources
 from ouro.data.sources import entry_of, find_source
 from ouro.files import UserError
 from ouro.settings import Settings
@@ -115,7 +115,7 @@ def test_what_is_held_out_of_ones_own_data_goes_by_the_whole_question(prepared, 
 
 def test_a_mark_in_csv_is_text_and_leaves_its_row_out(prepared, tokenizer):
     marked = [row | {"train": mark} for row, mark in zip(PAIRS, ("TRUE", "false", ""), strict=True)]
-    rows, report = prepared({"mine.csv": as_csv(marked)}, "mine.csv")
+    rows, report = prepared({"MINE.CSV": as_csv(marked)}, "MINE.CSV")  # so some name them on Windows
     assert trained_texts(rows, tokenizer) == [f"{ANSWERS[i]}<|im_end|>" for i in (0, 2)]
     assert report["rows_kept"] == 2 and "not read" not in report["layout"]
 
@@ -145,7 +145,7 @@ def test_a_workbooks_rows_are_placed_and_what_is_no_single_table_is_refused(prep
     (tmp_path / "one.xlsx").write_bytes(
         as_workbook([{"prompt": 1, "completion": 2.5}, {"prompt": "ก", "completion": None}])
     )
-    read = list(sources.read_file(tmp_path / "one.xlsx"))
+    read = list(formats.read_file(tmp_path / "one.xlsx"))
     assert [(where.rpartition(", ")[2], row) for where, row in read] == [
         ("row 2", {"prompt": "1", "completion": "2.5"}),
         ("row 4", {"prompt": "ก", "completion": ""}),

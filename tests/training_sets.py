@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ouro.data.batches import Rows
 from ouro.data.cache import prepare
-from ouro.data.sources import read_file
+from ouro.data.formats import read_file
 from ouro.files import ROOT
 from ouro.model.modeling_ouro import IGNORE
 from ouro.settings import Settings

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from ouro.data.batches import Passes
 from ouro.data.cache import prepare
-from ouro.data.sources import cache_only, count_rows, find_source
+from ouro.data.formats import count_rows
+from ouro.data.sources import cache_only, find_source
 from ouro.files import UserError, nearest, read_yaml
 from ouro.model.cost import GPUS, HOPPER, REACHED, Memory, passes_for, training_flops
 from ouro.model.loading import load_tokenizer, sizes

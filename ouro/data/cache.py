@@ -10,7 +10,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from ouro.data import chats, sources
+from ouro.data import chats, formats, marks, sources
 from ouro.data.batches import Rows
 from ouro.data.chats import Chat, Tokens, chat_digest, question_of
 from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
@@ -51,7 +51,7 @@ def checked_rows(
     the rows of "train" that are held out of it."""
     entry, rule = source.entry, source.entry["held_out"]
     special = re.compile("|".join(re.escape(token) for token in special_tokens if token))
-    held_out, rows_seen, questions_seen, read = set(), set(), set(), sources.columns_of(entry)
+    held_out, rows_seen, questions_seen, read = set(), set(), set(), formats.columns_of(entry)
     if split != "held_out" and "split" in rule:
         held_out = {chat_digest(question_of(chat)) for *_, chat, _ in read_chats(source, "held_out", s) if chat}
     for where, row, chat, why in read_chats(source, split, s):
@@ -59,11 +59,11 @@ def checked_rows(
         if chat is None:
             tally.drop(why, where)
             continue
-        unread = (key for key in row if sources.like_mark(key) and key not in read)
+        unread = (key for key in row if marks.like_mark(key) and key not in read)
         tally.unread_keys.update(key for key in unread if row[key] is not None)
         for turn in row[entry["messages"]] if "messages" in entry else ():
             known = chats.turn_keys(turn)
-            unread = (key for key in turn if key not in known and not sources.speaks_of_training(key))
+            unread = (key for key in turn if key not in known and not marks.speaks_of_training(key))
             tally.unread_keys.update(key for key in unread if turn[key] is not None)
         licence, text = licence_of(row, entry), "\n".join(turn["content"] for turn in chat)
         whole, asked = chat_digest(chat), chat_digest(question_of(chat))
@@ -187,7 +187,7 @@ def write_rows(
     checked = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
     rows = ((*row, tally.rows_in) for row in checked)  # with how many were read up to each
     rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
-    total, tokens_kept = sum(map(sources.count_rows, source.files[split])), 0
+    total, tokens_kept = sum(map(formats.count_rows, source.files[split])), 0
     progress = Progress(f"tokenise {source.place}", total, "rows", quiet)
     with progress, open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(islice(rows, CHUNK)):

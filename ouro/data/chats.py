@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from ouro.data.batches import trained_mask
-from ouro.data.sources import INVERSE_MARKS, MARKS, speaks_of_training
+from ouro.data.marks import INVERSE_MARKS, MARKS, speaks_of_training
 from ouro.data.thai import GARBLED, normalise, trim
 from ouro.data.thoughts import close_thought
 from ouro.files import UserError, from_json

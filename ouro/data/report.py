@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ouro.data.batches import IGNORE, Rows
 from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts
-from ouro.data.sources import read_file
+from ouro.data.formats import read_file
 from ouro.data.thai import count_letters
 from ouro.files import ROOT, printable, write_json
 from ouro.settings import Settings

@@ -14,10 +14,14 @@ TOTAL = re.compile(r"_(\d{1,3}|0\d+)")  # what follows the number in "train-1_3"
 COPY = re.compile(r"^copy of |[-_ ]+(?:copy|สำเนา)(?: ?\(?\d+\)?)?$| ?\(\d+\)$|[-_.](?:old|bak|backup)$")
 
 
+def kind_of(file: Path) -> str:
+    """The one of KINDS with which a file's name ends, in small letters or large ones; "" if there is none."""
+    return next((kind for kind in KINDS if file.name.lower().endswith(kind)), "")
+
+
 def stem(file: Path) -> str:
     """A file's name in small letters, without what says its format or that it is a copy."""
-    name = file.name.lower()
-    return COPY.sub("", name[: min(len(name.removesuffix(kind)) for kind in KINDS)])
+    return COPY.sub("", file.name.lower().removesuffix(kind_of(file)))
 
 
 def group_of(file: Path) -> str:
@@ -33,7 +37,7 @@ def check_unread(where: str, folder: Path, files: list[Path]) -> None:
     folder, files = folder.resolve(), [file.parent.resolve() / file.name for file in files]
     names = {group_of(file): file for file in files}
     for other in (*sorted(folder.glob("*")), *sorted(folder.glob("data/*"))):
-        if (read := names.get(group_of(other))) and other.name.endswith(KINDS) and other not in files:
+        if (read := names.get(group_of(other))) and kind_of(other) and other not in files:
             one, two = read.relative_to(folder), other.relative_to(folder)
             raise UserError(f"{where}: {one} would be read, and {two} not: leave the one there that is meant")
 

@@ -17,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 from ouro.data import sources
-from ouro.data.sources import benchmark_place, cell_text, check_columns, count_rows, read_benchmark, read_file
+from ouro.data.formats import cell_text, check_columns, count_rows, read_file
+from ouro.data.sources import benchmark_place, read_benchmark
 from ouro.data.thai import UNSEEN, as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
 from ouro.settings import EVALS, Settings

@@ -24,7 +24,8 @@ from collections import Counter
 from itertools import compress
 from pathlib import Path
 
-from ouro.data.sources import read_benchmark, read_file
+from ouro.data.formats import read_file
+from ouro.data.sources import read_benchmark
 from ouro.data.thai import CODE, is_thai, normalise, trim
 from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import Spell, digest, stripped

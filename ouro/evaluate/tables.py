@@ -2,7 +2,7 @@
 
 import math
 
-from ouro.data.sources import read_file
+from ouro.data.formats import read_file
 from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import Task
 from ouro.evaluate.models import ModelUnderTest
