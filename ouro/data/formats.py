@@ -138,15 +138,15 @@ def rows_at_once(file: Path, parquet: pa.parquet.ParquetFile, wanted: list[str])
     """How many rows of a Parquet file are read at a time: fewer where their texts are long.
     Raises UserError: a small file stands for far more than it holds, as a text of a dictionary in a million rows."""
     groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-    chunks = [(number, group.column(n)) for number, group in enumerate(groups) for n in range(group.num_columns)]
+    every = ((number, group.column(n)) for number, group in enumerate(groups) for n in range(group.num_columns))
+    starts = tuple(f"{name}." for name in wanted)
+    chunks = [(number, chunk) for number, chunk in every if f"{chunk.path_in_schema}.".startswith(starts)]
     most, longest = unpacked_most(file), 1
     # A null takes no byte in the file, and 4 in memory.
     if sum(max(chunk.total_uncompressed_size, 4 * chunk.num_values) for _, chunk in chunks) > most:
         refuse_repeated(file)
-    for number, chunk in chunks:
+    for number, chunk in ((number, chunk) for number, chunk in chunks if chunk.physical_type == "BYTE_ARRAY"):
         path = chunk.path_in_schema
-        if chunk.physical_type != "BYTE_ARRAY" or not any(f"{path}.".startswith(f"{name}.") for name in wanted):
-            continue
         longest = max(longest, chunk.total_uncompressed_size // max(groups[number].num_rows, 1))
         if chunk.has_dictionary_page:
             with pa.parquet.ParquetFile(file, read_dictionary=[path]) as coded:  # whole, with the first batch of texts
