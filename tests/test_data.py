@@ -389,6 +389,12 @@ def broken_parquet() -> bytes:
     return bytes(content)
 
 
+def parquet_with_a_broken_name() -> bytes:
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_pylist([ROW]), sink)
+    return sink.getvalue().to_pybytes().replace(b"Instruction", b"Instructio\xee")
+
+
 def broken_arrow() -> bytes:
     """An Arrow stream of which one text begins behind the end of the file."""
     sink, table = pa.BufferOutputStream(), pa.table({name: ["ก", "ข"] for name in ROW})
@@ -437,12 +443,18 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "CSV with a column twice": ("csv", "Input,Input\nก,ข\n", r"column 'Input' stands twice"),
     "damaged Arrow file": ("arrow", broken_arrow(), r"train.arrow is not a readable Arrow file"),
     "half an Arrow file": ("arrow", b"ARROW1", r"train.arrow is not a readable Arrow file"),
+    "zeros behind a compressed file": (
+        "jsonl.gz",
+        gzip.compress(LINE.encode()) + bytes(2 << 20),
+        r"train.jsonl.gz is damaged: more than a MiB of zeros",
+    ),
     "half a compressed file": ("jsonl.gz", gzip.compress(LINE.encode())[:-9], r"train.jsonl.gz is damaged"),
     "objects over several lines": ("json", json.dumps(ROW, indent=1) * 2, r"line 1: an object over several lines"),
     "a key twice": ("jsonl", [ROW, LINE[:-1] + ', "Output": "ก"}'], r"line 2: not valid JSON \('Output' stands twice"),
     "a column twice": ("parquet", ROW_TWICE, r"column 'Input' stands twice"),
     "pairs": ("parquet", [{"prompt": "ก", "completion": "ข"}], r"no column 'Instruction'; .* by DATASET=pairs "),
     "a weight between no and yes": ("jsonl", [ROW, ROW | {"weight": 0.5}], r"line 2, weight: expected 0, 1, .* 0.5"),
+    "Parquet with a broken name": ("parquet", parquet_with_a_broken_name(), r"train.parquet is not a readable Parquet"),
     "damaged Parquet file": ("parquet", broken_parquet(), r"train.parquet is not a readable Parquet file"),
 }
 BAD_SETS = {  # dataset, files, what the message says

@@ -220,7 +220,8 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatc
         table = pa.table({"messages": column})
         pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False)
     with pa.ipc.new_stream(tmp_path / "null.arrow", pa.schema({"messages": pa.null()})) as arrow:
-        arrow.write_batch(pa.record_batch({"messages": pa.nulls(10**9)}))
+        for _ in range(9):  # 10,000 rows each would pass
+            arrow.write_batch(pa.record_batch({"messages": pa.nulls(10_000)}))
     book = openpyxl.Workbook()
     book.active.append(["x" * 30_000] * 50)
     book.save(tmp_path / "cells.xlsx")
@@ -228,6 +229,31 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatc
         monkeypatch.setattr(formats, "RATIO", 10 if file.suffix == ".xlsx" else 256)
         with pytest.raises(UserError, match=f"{file.name} unpacks to more than {formats.RATIO} times its size"):
             list(formats.read_file(file))
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("packed", ["zstd", "lz4", None])
+def test_an_arrow_file_is_read_unless_its_columns_are_compressed(tmp_path, dictionary, packed):
+    texts = pa.array(["ก" * 50, "ข"])
+    batch = pa.record_batch({"x": texts.dictionary_encode() if dictionary else texts})
+    with pa.ipc.new_stream(
+        tmp_path / "a.arrow", batch.schema, options=pa.ipc.IpcWriteOptions(compression=packed)
+    ) as file:
+        file.write_batch(batch)
+    if packed is None:
+        assert [row["x"] for _, row in formats.read_file(tmp_path / "a.arrow")] == ["ก" * 50, "ข"]
+        return
+    with pytest.raises(UserError, match="its columns are compressed"):
+        list(formats.read_file(tmp_path / "a.arrow"))
+
+
+def test_a_row_of_a_table_is_no_longer_than_a_line_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST", 1000)
+    for size in (400, 2000):
+        pq.write_table(pa.table({"x": ["k" * size] * 9}), tmp_path / f"{size}.parquet", use_dictionary=False)
+    assert len(list(formats.read_file(tmp_path / "400.parquet"))) == 9
+    with pytest.raises(UserError, match=r"2000.parquet: a row of more than"):
+        list(formats.read_file(tmp_path / "2000.parquet"))
 
 
 def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):

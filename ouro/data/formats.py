@@ -32,6 +32,7 @@ ROWS = 256  # read from a Parquet file at a time; the layout of one's own data i
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
+NOTHING = 64  # bytes in memory of a null, which may take none in a file
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
 
 
@@ -99,13 +100,32 @@ def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
     try:
         if kind_of(file) == ".arrow":
             with pa.memory_map(f"{file}") as mapped:
+                if any(map(is_packed, pa.ipc.MessageReader.open_stream(mapped))):  # to what is not known before it is
+                    raise UserError(f"{file}: its columns are compressed, as save_to_disk has none: save it as Parquet")
+                mapped.seek(0)
                 yield pa.ipc.open_stream(mapped)
         else:
             with pa.parquet.ParquetFile(file) as parquet:
                 yield parquet
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a name of a column
         kind = kind_of(file)[1:].capitalize()
         raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
+
+
+def is_packed(part: pa.ipc.Message) -> bool:
+    """Whether buffers in a part of an Arrow file are compressed: in its FlatBuffer a RecordBatch has a fourth field."""
+    data = part.metadata.to_pybytes()
+
+    def number(at: int, size: int = 4) -> int:
+        return int.from_bytes(data[at : at + size], "little", signed=size == 4)
+
+    def field(table: int, which: int) -> int:
+        known = table - number(table)
+        place = number(known + 4 + 2 * which, 2) if 4 + 2 * which < number(known, 2) else 0
+        return place and table + place + number(table + place)
+
+    header = field(number(0), 2)
+    return part.type != "schema" and field(field(header, 1) if part.type == "dictionary" else header, 3) > 0
 
 
 def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -119,6 +139,8 @@ def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> I
         wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
         rows = rows_at_once(file, table, wanted) if parquet else ROWS
         for batch in table.iter_batches(rows, columns=wanted) if parquet else record_batches(file, table, wanted):
+            if batch.nbytes > LONGEST and max(batch.slice(n, 1).nbytes for n in range(len(batch))) > LONGEST:
+                raise UserError(f"{file}: a row of more than {LONGEST >> 20} MiB: this is no file of rows")
             batch.validate(full=True)  # places of texts beyond the file would end the process; and that they are UTF-8
             for row in batch.to_pylist():
                 yield f"{file}, row {(number := number + 1)}", row
@@ -126,9 +148,10 @@ def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> I
 
 def record_batches(file: Path, table: pa.RecordBatchStreamReader, wanted: list[str]) -> Iterator[pa.RecordBatch]:
     """Those of an Arrow file, in pieces. Errors as `rows_at_once`."""
+    count = 0
     for part in table:
-        longest = max([4, *(longest_of(part.column(name)) for name in wanted)])
-        if longest * len(part) > unpacked_most(file):
+        longest, count = max([1, *(longest_of(part.column(name)) for name in wanted)]), count + len(part)
+        if max(longest * len(part), NOTHING * count) > unpacked_most(file):
             refuse_repeated(file)
         rows = max(1, min(ROWS, LONGEST // longest))
         yield from (part.select(wanted).slice(start, rows) for start in range(0, len(part), rows))
@@ -142,8 +165,7 @@ def rows_at_once(file: Path, parquet: pa.parquet.ParquetFile, wanted: list[str])
     starts = tuple(f"{name}." for name in wanted)
     chunks = [(number, chunk) for number, chunk in every if f"{chunk.path_in_schema}.".startswith(starts)]
     most, longest = unpacked_most(file), 1
-    # A null takes no byte in the file, and 4 in memory.
-    if sum(max(chunk.total_uncompressed_size, 4 * chunk.num_values) for _, chunk in chunks) > most:
+    if sum(max(chunk.total_uncompressed_size, NOTHING * chunk.num_values) for _, chunk in chunks) > most:
         refuse_repeated(file)
     for number, chunk in ((number, chunk) for number, chunk in chunks if chunk.physical_type == "BYTE_ARRAY"):
         path = chunk.path_in_schema
@@ -254,7 +276,7 @@ class Unpacked(io.RawIOBase):
     without end: reading on would take minutes, and tell nothing."""
 
     def __init__(self, opened: IO[bytes]):
-        self.opened, self.stretch, self.size = opened, 0, 0
+        self.opened, self.stretch, self.size, self.zeros = opened, 0, 0, 0
         self.gzip = gzip.GzipFile(fileobj=self)  # which asks no more of it than `read`
 
     def readable(self) -> bool:
@@ -264,7 +286,11 @@ class Unpacked(io.RawIOBase):
         """Packed bytes, fewer than newer Pythons ask for at a time: what they unpack to is compared with them."""
         if (at := self.opened.tell()) - self.stretch >= PACKED:
             self.stretch, self.size = at, 0
-        return self.opened.read(min(size, PACKED // 4))
+        part = self.opened.read(min(size, PACKED // 4))
+        self.zeros = self.zeros + 1 if part == b"\0" else 0  # after the end gzip reads them one by one
+        if self.zeros > 1 << 20:
+            raise EOFError("more than a MiB of zeros after its end")
+        return part
 
     def readinto(self, buffer: memoryview) -> int:
         self.size += (size := self.gzip.readinto(buffer))
