@@ -109,8 +109,9 @@ def message(text: object) -> str:
             value = value.rpartition("@")[0].rpartition("//")[2]  # one without http:// before it
         elif not name.endswith(("_API_KEY", "_TOKEN")):
             continue
-        if len(value) >= HIDDEN:
-            text = text.replace(value, "…")
+        for part in (value, re.split("[#?/]", value)[0]):  # at which an address is cut where a password is not quoted
+            if len(part) >= HIDDEN:
+                text = text.replace(part, "…")
     return printable(text)
 
 

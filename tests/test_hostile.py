@@ -298,3 +298,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, name, read):
     os.mkfifo(pipe)
     with pytest.raises(UserError, match=f"{re.escape(name)}: a named pipe or a device, and no file"):
         read(pipe)
+
+
+def test_of_a_proxys_password_that_is_not_quoted_no_part_is_shown(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:first#last@host:1")
+    assert (
+        files.message("cannot parse 'user:first' of http://user:first#last@host:1")
+        == "cannot parse '…' of http://…@host:1"
+    )
