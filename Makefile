@@ -147,7 +147,7 @@ bench: env  ## speed and memory, measured: make bench WHAT=train [CONFIG=configs
 
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: env  ## run what holds the product together: under five minutes on two cores
+test: env  ## run what holds the product together: about five minutes on two cores
 	@$(PY) -m ruff check .
 	@$(PYTEST) -m 'not slow'
 
