@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import threading
 import uuid
 import zlib
@@ -16,6 +17,14 @@ def rate(messages: list[dict]) -> str:
     return f"It is an answer.\n\nRating: [[{1 + zlib.crc32(text.encode()) % 10}]]"
 
 
+class Quiet(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FakeServer:
     """OpenAI's /v1/chat/completions. `faults` are used up by the first requests, `answer` makes the others' text, or a
     whole choice; `refuse` names what is wrong with a request's body, if anything."""
@@ -24,7 +33,7 @@ class FakeServer:
         self.bodies, self.headers, self.faults, self.answer, self.models = [], [], [], rate, ["tiny"]
         self.refuse = lambda body: None
         self.lock, self.quiet = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"fake": self}))
+        self.server = Quiet(("127.0.0.1", port), type("Bound", (Handler,), {"fake": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
