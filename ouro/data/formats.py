@@ -32,7 +32,7 @@ ROWS = 256  # read from a Parquet file at a time; the layout of one's own data i
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
-NOTHING = 64  # bytes in memory of a null, which may take none in a file
+NULL = 64  # bytes in memory of a null, which may take none in a file
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
 
 
@@ -100,14 +100,14 @@ def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
     try:
         if kind_of(file) == ".arrow":
             with pa.memory_map(f"{file}") as mapped:
-                if any(map(is_packed, pa.ipc.MessageReader.open_stream(mapped))):  # to what is not known before it is
+                if any(map(is_packed, pa.ipc.MessageReader.open_stream(mapped))):  # nothing tells their size in memory
                     raise UserError(f"{file}: its columns are compressed, as save_to_disk has none: save it as Parquet")
                 mapped.seek(0)
                 yield pa.ipc.open_stream(mapped)
         else:
             with pa.parquet.ParquetFile(file) as parquet:
                 yield parquet
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a name of a column
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: of a column's name
         kind = kind_of(file)[1:].capitalize()
         raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
 
@@ -151,7 +151,7 @@ def record_batches(file: Path, table: pa.RecordBatchStreamReader, wanted: list[s
     count = 0
     for part in table:
         longest, count = max([1, *(longest_of(part.column(name)) for name in wanted)]), count + len(part)
-        if max(longest * len(part), NOTHING * count) > unpacked_most(file):
+        if max(longest * len(part), NULL * count) > unpacked_most(file):
             refuse_repeated(file)
         rows = max(1, min(ROWS, LONGEST // longest))
         yield from (part.select(wanted).slice(start, rows) for start in range(0, len(part), rows))
@@ -165,7 +165,7 @@ def rows_at_once(file: Path, parquet: pa.parquet.ParquetFile, wanted: list[str])
     starts = tuple(f"{name}." for name in wanted)
     chunks = [(number, chunk) for number, chunk in every if f"{chunk.path_in_schema}.".startswith(starts)]
     most, longest = unpacked_most(file), 1
-    if sum(max(chunk.total_uncompressed_size, NOTHING * chunk.num_values) for _, chunk in chunks) > most:
+    if sum(max(chunk.total_uncompressed_size, NULL * chunk.num_values) for _, chunk in chunks) > most:
         refuse_repeated(file)
     for number, chunk in ((number, chunk) for number, chunk in chunks if chunk.physical_type == "BYTE_ARRAY"):
         path = chunk.path_in_schema
