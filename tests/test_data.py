@@ -421,7 +421,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "missing column": ("jsonl", [ROW, NO_LICENCE], r"line 2: no column 'License'"),
     "null": ("jsonl", [ROW | {"Output": None}], r"(?s)1 of 1 rows.*max_empty_share.*line 1: empty \(Output\)"),
     "list in Parquet": ("parquet", [ROW | {"Output": ["ก"]}] * 300, r"row 1, column Output: expected text, found list"),
-    "empty file": ("jsonl", [], r"has no rows"),
+    "empty file": ("jsonl", [], r"has no rows: set dataset_path to"),
     "broken JSON": ("jsonl", [ROW] * 6 + [LINE[:30], ROW], r"line 7: not valid JSON \(.*, column 3[01]\)"),
     "broken JSON list": ("json", f"[\n{LINE},\n{LINE[:25]}\n]", r"line 3: not valid JSON \(.*, column \d+\)"),
     "not UTF-8": (
@@ -433,7 +433,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "half an emoji": ("jsonl", [ROW, LINE.replace("ตอบ", "\\ud83d")], r"(?s)max_garbled_share.*line 2"),
     "a number of many digits": ("jsonl", [LINE[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1: not valid JSON"),
     "mojibake": ("jsonl", [ROW | {"Input": "กข".encode().decode("latin-1")}], r"(?s)max_garbled_share.*line 1: gar"),
-    "CSV of other columns": ("csv", "ID,Instruction\n1,ก\n", r"train.csv: no column 'Input'"),
+    "CSV of other columns": ("csv", "ID,Instruction\n1,ก\n", r"column 'Input'; wanted are Instr.*: ID, .*DATASET=mine"),
     "CSV with a cell too many": ("csv", CSV + '1,"ก\n",ค,"ง"\n\nก,ข,ค,ง,จ\n', r"line 5: 5 cells, the header has 4"),
     "CSV with an open quote": ("csv", CSV + 'ก,ข,ค,ง\n"ก,ข\n', r"line 3: not valid CSV \(unexpected end of data\)"),
     "CSV of Thai Windows": ("csv", (CSV + "กขค,ข,ค,ง\n").encode("cp874"), r"save it as CSV UTF-8 .*iconv -f CP874 "),
@@ -458,7 +458,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
     "damaged Parquet file": ("parquet", broken_parquet(), r"train.parquet is not a readable Parquet file"),
 }
 BAD_SETS = {  # dataset, files, what the message says
-    "empty folder": ("wangchan", {}, r"doesn't contain any data files|holds no train"),
+    "empty folder": ("wangchan", {}, r"doesn't contain any data files; name the file itself, or a folder with"),
     "only a test split": ("wangchan", {"test.jsonl": [ROW]}, r"holds no train\*.jsonl or train\*.parquet"),
     "missing shard": ("wangchan", SHARDS, r"split train: 2 of the 3 files are there, without train-00001-of-00003$"),
     "a shard twice": ("wangchan", TWICE, r"split train: train.00001-of-00002-a.jsonl, train.00001-of-00002-b.j"),

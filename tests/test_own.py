@@ -126,9 +126,9 @@ REFUSED = {
         r"chat \(messages\) and of pairs \(prompt, completion\): which .* DATASET=ch",
     ),
     "two, in different rows": ([PAIRS[0], ALPACA[0]], r"alpaca \(instruction, output\) and of pairs .* DATASET=pairs"),
-    "no layout": ([{"ask": "ก", "say": "ข"}], r"its columns are ask, say: not those of alpaca .*; rename them, or"),
+    "no layout": ([{"ask": "ก", "say": "ข"}], r"are ask, say: not those of alpaca .*; rename .*DATASET=mine"),
     "a published one": ([{"Instruction": "ก", "Input": "", "Output": "ข", "License": "MIT"}], r"by DATASET=wangchan "),
-    "no rows": ([], "has no rows"),
+    "no rows": ([], "has no rows: set dataset_path to"),
     "unknown speaker": ([{"conversations": [{"from": "bing", "value": "ก"}]}], r"turn 1: expected .*found .*'bing'"),
     "a row of another layout": ([*[PAIRS[0]] * 256, OPENAI[0]], "line 257: no column 'prompt'.* by DATASET=chat"),
 }
@@ -189,10 +189,10 @@ def test_a_row_of_the_table_needs_no_more_than_language_and_columns(tmp_path, mo
 @pytest.mark.parametrize(
     ("program", "argv", "told"),
     [
-        ("data_config", ["--dataset", "own", "--dataset_path", "nope.csv"], "no such file or folder: nope.csv in /"),
+        ("data_config", ["--dataset", "own", "--dataset_path", "nope.csv"], "nope.csv in /.*; correct dataset_path: "),
         ("data_config", ["--dataset", "own", "--dataset_path", "sample/nope"], "no such file or folder: sample/nope"),
         ("data_config", ["--dataset", "own"], r"is for data of your own: name its folder or file with --dataset_path"),
-        ("data_config", ["--paths", "thai_exam=nope"], "paths: thai_exam=nope: no such file or folder"),
+        ("data_config", ["--paths", "thai_exam=nope"], "paths: thai_exam=nope: no such .*; correct it, or leave"),
         ("data_config", ["--overlap", "thai_exm"], "overlap: unknown benchmark 'thai_exm'"),
         ("data_config", ["--max_tokens", "wangchn"], "unknown dataset 'wangchn'"),
         ("evaluate", ["--base", "--paths", "english_text=nope.jsonl"], "paths: english_text=nope.jsonl: no such file"),

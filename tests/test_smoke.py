@@ -184,7 +184,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     [
         (["--frozen_weights", "fp8"], "frozen_weights: fp8 is for bf16 LoRA: it needs use_qlora"),
         (["--model_name_or_path", "sample/nope"], "no folder sample/nope"),
-        (["--paths", "wangchan=sample/nope"], "dataset wangchan: no such file or folder: sample/nope"),
+        (["--paths", "wangchan=sample/nope"], "no such .*; correct wangchan in `paths`: .*; without it"),
         (["--max_length", "100"], r"204 of 204 rows of .* longer than max_length = 100 [\s\S]*--max_length 512 keeps"),
         (["--tasks", "thai_exm"], "unknown task 'thai_exm'"),
         (["--dataset", "thai_exm"], "unknown dataset 'thai_exm'"),

@@ -215,7 +215,7 @@ def check_data(run: Resolved) -> str:
     refused = tuple(prefix for prefix, *_ in FLOORS)  # rows that are left out for other reasons refuse no training
     bad = [f"{where}: {reason}" for where, chat, reason in looked if chat is None and reason.startswith(refused)]
     if not looked:
-        raise UserError(f"{source.place} has no rows")
+        raise UserError(f"{source.place} has no rows: set dataset_path to a file that has some")
     if len(bad) > max(s.max_empty_share, s.max_garbled_share, s.max_unbalanced_share) * len(looked):
         many = f"{len(bad)} of the first {len(looked)} rows"
         raise UserError(f"{many} cannot be trained on, the first: {bad[0]}; are its columns in datasets.yaml right?")

@@ -53,16 +53,20 @@ def check_columns(where: str, found: Iterable[str], columns: Sequence[str]) -> N
         if column not in found:
             close = nearest(column, found).partition("; known")[0]
             trained = list(columns) in map(columns_of, read_yaml(DATASETS).values())  # and no benchmark
-            other = read_by(found) if trained else ""
-            raise UserError(f"{where}: no column {column!r}{close}; columns found: {', '.join(found)}{other}")
+            other = f"; {way_to_read(found)}" if trained else ""
+            both = f"wanted are {', '.join(columns)}; columns found: {', '.join(found)}"
+            raise UserError(f"{where}: no column {column!r}{close}; {both}{other}")
 
 
-def read_by(found: Iterable[str]) -> str:
-    """Which training set has such columns, as the end of a sentence; "" if none has."""
+def way_to_read(found: Iterable[str]) -> str:
+    """How to train on rows with such columns: by the training set that has them, or where none has."""
     # one's own data first, the embedded sample last: it has a published set's columns
     entries = sorted(read_yaml(DATASETS).items(), key=lambda item: ("path" in item[1], "hub_id" in item[1]))
     fits = [name for name, entry in entries if (layout := columns_of(entry)) and {*layout} <= {*found}]
-    return f"; rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})" if fits else ""
+    if fits:
+        return f"rows with these are read by DATASET={fits[0]} (--dataset {fits[0]})"
+    return ("rename them, or name them in a row of configs/datasets.yaml, as `mine: {language: th, prompt: [QUESTION], "
+            "completion: ANSWER}`, and say DATASET=mine (--dataset mine)")  # fmt: skip
 
 
 def check_once(where: str, names: list[str]) -> None:

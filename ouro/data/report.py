@@ -198,7 +198,7 @@ def refusals(report: dict, s: Settings) -> list[str]:
         asked = f"max_tokens = {s.max_tokens} asks for {budget:,}: name a larger set, or fewer tokens"
         reasons.append(f"{place} has {tokens:,} tokens to train on, and {asked}")
     if not rows:
-        reasons.append(f"{place} has no rows")
+        reasons.append(f"{place} has no rows: set dataset_path to a file that has some")
     elif not report["trained_tokens"]:
         reasons.append(f"no row of {place} is left to train on: {json.dumps(report['rows_dropped'])}")
     elif report["trained_share"] < s.min_trained_share:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from ouro.data.formats import ROWS, WHOLE, columns_of, in_one_line, read_by, read_file, read_lines, unpacked
+from ouro.data.formats import ROWS, WHOLE, columns_of, in_one_line, read_file, read_lines, unpacked, way_to_read
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
 from ouro.files import ROOT, UserError, file_sha256, nearest, read_yaml, regular
@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import configure_http_backend, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+LAYOUT = "name the file itself, or a folder with train.jsonl (or .csv, .parquet, …) in it"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BY_QUESTION = {"hash": None, "share": 0.02}  # what is held out of a set whose row of datasets.yaml does not say
 
@@ -140,14 +141,14 @@ def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
     rows = islice(chain.from_iterable(map(read_file, files)), ROWS)
     found = list(dict.fromkeys(column for _, row in rows for column in row))
     if not found:
-        raise UserError(f"{place} has no rows")
+        raise UserError(f"{place} has no rows: set dataset_path to a file that has some")
     fits = [layout for layout, known in layouts.items() if {*columns_of(known)} <= {*found}]
     if len(fits) > 1:
         raise UserError(f"{place}: its columns are those of {' and of '.join(texts[fit] for fit in fits)}: which is "
                         f"meant? Say {' or '.join(f'DATASET={fit}' for fit in fits)} (--dataset)")  # fmt: skip
     if not fits:
-        what = read_by(found) or "; rename them, or name them in a row of configs/datasets.yaml"
-        raise UserError(f"{place}: its columns are {', '.join(found)}: not those of {', '.join(texts.values())}{what}")
+        raise UserError(f"{place}: its columns are {', '.join(found)}: not those of {', '.join(texts.values())}; "
+                        f"{way_to_read(found)}")  # fmt: skip
     known = layouts[fits[0]]
     optional = [column for column in known.get("optional", ()) if column in found]
     read = columns_of(known) + optional
@@ -175,7 +176,10 @@ def place_of(settings: Settings, entry: dict) -> Path | None:
     if own and HUB_ID.fullmatch(local) and not kind_of(Path(local)) and not Path(local).parent.is_dir():
         return None
     where = "" if Path(local).is_absolute() else f" in {Path.cwd()}"
-    raise UserError(f"dataset {name}: no such file or folder: {local}{where}")
+    setting = "dataset_path" if settings.dataset_path else f"{name} in `paths`"
+    remedy = f"correct {setting}: a file of rows or a folder of them, as data/mine.csv or data"
+    published = "" if own else f"; without it {name} is read from where its row of configs/datasets.yaml says"
+    raise UserError(f"dataset {name}: no such file or folder: {local}{where}; {remedy}{published}")
 
 
 def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = True) -> None:
@@ -192,7 +196,8 @@ def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = 
     names |= {evals[task]["benchmark"] for task in names & evals.keys()}
     for name in sorted(names & settings.paths.keys()):
         if not Path(settings.paths[name]).exists():
-            raise UserError(f"paths: {name}={settings.paths[name]}: no such file or folder")
+            raise UserError(f"paths: {name}={settings.paths[name]}: no such file or folder; correct it, or leave "
+                            f"{name} out to read what the Hub has")  # fmt: skip
 
 
 def find_source(settings: Settings) -> Source:
@@ -235,14 +240,15 @@ def split_files(place: Path, config: str | None, split: str, may_lack: bool = Fa
             with tempfile.TemporaryDirectory() as nowhere:  # for its cache: the user's may be read-only
                 builder = load_dataset_builder(str(place.absolute()), name=config, cache_dir=nowhere)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script of that name
-            raise UserError(f"{place}: {in_one_line(error)} (is every file there that its README.md names?)") from None
+            wanted = "is every file there that its README.md names?" if (place / "README.md").exists() else LAYOUT
+            raise UserError(f"{place}: {in_one_line(error)}; {wanted}") from None
         found = builder.config.data_files or {}
         files = [Path(file) for key, names in found.items() if str(key) == split for file in names]
     if wrong := [file.name for file in files if not kind_of(file)]:
         raise UserError(f"{place}: a training set is JSONL, JSON, CSV (.gz too), Parquet, Excel's .xlsx or a folder of "
-                        f"save_to_disk; found {', '.join(wrong[:5])}")  # fmt: skip
+                        f"save_to_disk; found {', '.join(wrong[:5])}; save the rows as one of these")  # fmt: skip
     if not files and not may_lack:
-        raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder")
+        raise UserError(f"{place} holds no {split}*.jsonl or {split}*.parquet, nor does its data folder; {LAYOUT}")
     check_files(f"{place}, split {split}", files)
     if place.is_dir() and not (place / "README.md").exists():  # which may speak of several configurations
         check_unread(f"{place}, split {split}", place, files)
