@@ -73,7 +73,7 @@ env:  ## build the Python environment (3 GB download, 6 GB on disk); harmless to
 SMOKE = --output_dir "$${OUTPUT_DIR:-output/smoke}" --results_dir "$${RESULTS_DIR:-results/make-smoke}"
 
 smoke: env  ## train 10 steps and score, on the embedded model and data (CONFIG=configs/default.yaml: the real ones) [ARGS="…"]
-	@rm -rf results/make-smoke
+	@[[ -n "$${RESULTS_DIR:-}" || "$${ARGS:-}" = *--results_dir* ]] || rm -rf results/make-smoke
 	@$(PY) train_qlora.py $(SMOKE) --max_steps 10 --logging_steps 1 --report_to none --overwrite $(MORE)
 	@$(PY) evaluate.py $(SMOKE) --tasks thai_exam,thai_text,english_text --limit 3 $(MORE)
 	@echo "next: make report EXP=smoke, make chat EXP=smoke, make merge EXP=smoke; or make demo: the whole study in miniature"

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -203,6 +204,16 @@ def test_clean_leaves_runs_and_results(tmp_path):
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not any(path.glob("*"))}
     assert left == {"Makefile", "output/smoke/own-ut4", "results/smoke"}
+
+
+@pytest.mark.parametrize(("given", "kept"), [([], False), (["RESULTS_DIR=x"], True), (["ARGS=--results_dir x"], True)])
+def test_smoke_deletes_its_own_results_only_where_it_will_write_them(tmp_path, given, kept):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("results/make-smoke", "x"):
+        (tmp_path / folder).mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "RESULTS_DIR"}
+    subprocess.run(["make", "smoke", "ENV=:", "PY=true", *given], cwd=tmp_path, check=True, env=environment)
+    assert (tmp_path / "results/make-smoke").exists() == kept and (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
