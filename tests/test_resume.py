@@ -267,6 +267,15 @@ def test_without_a_good_checkpoint_all_are_set_aside_and_the_run_starts_anew(who
     assert "continued" not in json.loads((run / "manifest.json").read_text())
 
 
+def test_a_file_where_a_checkpoint_belongs_is_named_before_the_first_step(stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    (run / "checkpoint-4").write_text("notes")
+    before = contents(run)
+    with pytest.raises(UserError, match="checkpoint-4 is no folder, .* move it away"):
+        six(tmp_path)
+    assert contents(run) == before
+
+
 def test_checkpoints_that_cannot_be_read_now_are_not_taken_for_damaged(stopped, tmp_path, monkeypatch):
     run = copied(stopped, tmp_path)
 

@@ -169,7 +169,7 @@ def writing(what: str, folder: Path, unfinished: Path):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f"{what} could not be written to {folder}: {in_short(error)} ({shutil.disk_usage(folder).free / 1e6:,.0f} "
-            "MB free); the same command continues from the last good checkpoint"
+            "MB free); when that is mended, the same command continues from the last good checkpoint"
         ) from None
 
 
@@ -294,6 +294,9 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
     if (folder / "completed").exists():
         whole(folder / "final_adapter", "restore it from a copy, or --overwrite trains the run again")
         return "complete"
+    for path in folder.glob("checkpoint-*"):
+        if FORMS.fullmatch(path.name) and not path.is_dir():  # met when it is to be written, all steps would be lost
+            raise UserError(f"{path} is no folder, and a checkpoint may be written there: move it away")
     lost, there = [], checkpoints(folder)
     for checkpoint in there:
         if run.options.resume == "never":
