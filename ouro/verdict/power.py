@@ -110,14 +110,14 @@ def plans(found: dict[Key, Panel]) -> Iterator[dict[str, str]]:
         for s, items, seeds in product(some, PLANS[aspect], (3, 5)):
             spreads = {other: each[0] for other, each in choices.items()} | {aspect: s}
             counts = {other: count[0] for other, count in PLANS.items()} | {aspect: items}
-            family = Family(simulate(spreads, seeds, counts))
+            family, rounded = Family(simulate(spreads, seeds, counts)), dataclasses.replace(metric, places=1)
             yield {
                 "aspect": ASPECTS[aspect],
                 "spread of runs": f"{metric.size(s.seed)} ({s.source})",
                 "items": f"{items:,}",
                 "seeds": str(seeds),
-                "worth (U)": metric.size(family.smallest(("U", aspect, 4), metric)),
-                "beside English (X)": metric.size(family.smallest(("X", aspect, 4), metric)),
+                "worth (U)": rounded.size(family.smallest(("U", aspect, 4), metric)),
+                "beside English (X)": rounded.size(family.smallest(("X", aspect, 4), metric)),
             }
 
 
