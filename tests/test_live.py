@@ -8,6 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+from ouro.verdict import live
 
 import fabricate
 import pytest
@@ -56,6 +59,18 @@ def test_the_page_shows_each_runs_loss_and_time_left_and_is_made_again_when_one_
         assert time.monotonic() < end
         time.sleep(0.5)
     assert page.count(", complete<") == 2
+
+
+def test_a_run_that_is_deleted_while_the_page_is_made_is_left_out(tmp_path, monkeypatch):
+    output, _ = fabricate.study(tmp_path, tasks=("thai_text",), items=5, lines=4, seeds=(0,), depths=(1, 4))
+    gone, *left = (folder for _, folder in live.folders(output))
+
+    def changed(file: Path) -> float:  # asked of each log that was found
+        (gone / "metrics.jsonl").unlink(missing_ok=True)
+        return 0
+
+    monkeypatch.setattr(live, "changed", changed)
+    assert [run["name"] for run in live.runs_now(output)] == [folder.name for folder in left]
 
 
 @pytest.mark.parametrize(

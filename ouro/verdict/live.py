@@ -26,7 +26,9 @@ def runs_now(output: Path) -> list[dict[str, str]]:
     shown = []
     begun = [(name, folder) for name, folder in folders(output) if (folder / "metrics.jsonl").is_file()]
     for name, folder in sorted(begun, key=lambda run: (done(run[1]), -changed(run[1] / "metrics.jsonl"))):
-        losses = [x for line in logged(folder) if math.isfinite(x := line.get("loss", math.nan))]
+        losses: list[float] = []
+        with suppress(OSError):  # the run was deleted since it was found
+            losses = [x for line in logged(folder) if math.isfinite(x := line.get("loss", math.nan))]
         if not losses:
             continue
         low, high = min(losses), max(losses)
