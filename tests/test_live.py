@@ -53,12 +53,13 @@ def test_the_page_shows_each_runs_loss_and_time_left_and_is_made_again_when_one_
     told = re.search(r"exp1-wangchan-ut4</b> (.*?)<", ask("/")[2])[1]
     assert told.startswith("step 50/100, loss 0.5000 (first ") and "0:00:50 left, 65,536 tokens/s, last line " in told
     assert "not finished: step 40" in page
+    assert (made := re.search("All else on this page is of (.*?);", page)[1]) in ask("/")[2], "no run is complete since"
     (run / "completed").write_text("{}")
     end = time.monotonic() + PATIENCE
     while "not finished" in (page := ask("/")[2]):
         assert time.monotonic() < end
         time.sleep(0.5)
-    assert page.count(", complete<") == 2
+    assert page.count(", complete<") == 2 and made not in page
 
 
 def test_a_run_that_is_deleted_while_the_page_is_made_is_left_out(tmp_path, monkeypatch):

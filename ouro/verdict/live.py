@@ -94,11 +94,11 @@ def serve(content: dict, again: Callable[[], dict], seen: dict[Path, float], out
         server = ThreadingHTTPServer((HERE, PORT), Page)
     except OSError:
         server = ThreadingHTTPServer((HERE, 0), Page)
-    server.content, server.places = content, (output, results)
+    server.content, server.places = {"made": time.ctime()} | content, (output, results)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_port
     print(f"\nhttp://{HERE}:{port}/ until Ctrl-C; from elsewhere: ssh -L {port}:{HERE}:{port} THIS_MACHINE", flush=True)
     while True:
         time.sleep(LOOK)
         if (now := inputs(output, results)) != seen:
-            seen, server.content = now, again()
+            seen, server.content = now, {"made": time.ctime()} | again()
