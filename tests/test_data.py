@@ -429,7 +429,7 @@ BAD = {  # the file of a training set in wangchan's layout, its rows, what the m
         f"{LINE}\n".encode() + '{"Output": "ก"}\n'.encode("cp874"),
         r"line 2: not valid UTF-8 \(byte",
     ),
-    "not UTF-8 in Parquet": ("parquet", parquet_of_latin_1(), r"not a readable Parquet file: .*Invalid UTF8"),
+    "not UTF-8 in Parquet": ("parquet", parquet_of_latin_1(), r"not a readable Parquet file: .*utf-8"),
     "half an emoji": ("jsonl", [ROW, LINE.replace("ตอบ", "\\ud83d")], r"(?s)max_garbled_share.*line 2"),
     "a number of many digits": ("jsonl", [LINE[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1: not valid JSON"),
     "mojibake": ("jsonl", [ROW | {"Input": "กข".encode().decode("latin-1")}], r"(?s)max_garbled_share.*line 1: gar"),

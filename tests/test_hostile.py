@@ -10,12 +10,15 @@ import os
 import pty
 import re
 import shutil
+import signal
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from ouro import files
-from ouro.data import chats, formats, sources
+from ouro.data import chats, formats, sources, tables
 from ouro.evaluate.models import find_baseline
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import read_study
@@ -226,25 +229,94 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatc
     book.active.append(["x" * 30_000] * 50)
     book.save(tmp_path / "cells.xlsx")
     for file in sorted({*tmp_path.iterdir()}):
+        most = {".xlsx": 10, ".arrow": formats.UNPACKED}.get(file.suffix, 256)
         monkeypatch.setattr(formats, "RATIO", 10 if file.suffix == ".xlsx" else 256)
-        with pytest.raises(UserError, match=f"{file.name} unpacks to more than {formats.RATIO} times its size"):
+        with pytest.raises(UserError, match=f"{file.name} unpacks to more than {most} times its size"):
             list(formats.read_file(file))
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
 @pytest.mark.parametrize("packed", ["zstd", "lz4", None])
-def test_an_arrow_file_is_read_unless_its_columns_are_compressed(tmp_path, dictionary, packed):
+def test_an_arrow_file_is_read_also_where_its_columns_are_compressed(tmp_path, dictionary, packed):
     texts = pa.array(["ก" * 50, "ข"])
     batch = pa.record_batch({"x": texts.dictionary_encode() if dictionary else texts})
-    with pa.ipc.new_stream(
-        tmp_path / "a.arrow", batch.schema, options=pa.ipc.IpcWriteOptions(compression=packed)
-    ) as file:
+    options = pa.ipc.IpcWriteOptions(compression=packed)
+    with pa.ipc.new_stream(tmp_path / "a.arrow", batch.schema, options=options) as file:
         file.write_batch(batch)
-    if packed is None:
-        assert [row["x"] for _, row in formats.read_file(tmp_path / "a.arrow")] == ["ก" * 50, "ข"]
-        return
-    with pytest.raises(UserError, match="its columns are compressed"):
+    assert [row["x"] for _, row in formats.read_file(tmp_path / "a.arrow")] == ["ก" * 50, "ข"]
+    assert formats.count_rows(tmp_path / "a.arrow") == 2
+
+
+SHARED = {  # by what lets values share their bytes
+    "list_view": pa.ListViewArray.from_arrays([0, 0], [1, 1], pa.array(["a"])),
+    "string_view": pa.array(["a", "b"], pa.string_view()),
+    "run_end_encoded": pa.RunEndEncodedArray.from_arrays([2], ["a"]),
+    "dense_union": pa.UnionArray.from_dense(
+        pa.array([0, 0], pa.int8()), pa.array([0, 0], pa.int32()), [pa.array(["a"])]
+    ),
+    "struct": pa.StructArray.from_arrays([pa.array(["a", "b"], pa.string_view())], ["x"]),
+    "dictionary": pa.DictionaryArray.from_arrays([0, 0], pa.array([["a"]])),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_columns_whose_values_share_their_bytes_are_refused_where_they_are_read(tmp_path, kind):
+    batch = pa.record_batch({"x": SHARED[kind], "y": ["c", "d"]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", batch.schema) as file:
+        file.write_batch(batch)
+    assert [row for _, row in formats.read_file(tmp_path / "a.arrow", ["y"])] == [{"y": "c"}, {"y": "d"}]
+    with pytest.raises(UserError, match=f"a.arrow: column 'x' is of type {kind}<?.*, which is not read"):
         list(formats.read_file(tmp_path / "a.arrow"))
+
+
+def test_one_long_text_of_a_dictionary_beside_short_rows_is_read(tmp_path):
+    texts = ["ยาว" * (1 << 18), *(f"{n % 9}" for n in range(5000))]
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet", compression="zstd")
+    assert [row["prompt"] for _, row in formats.read_file(tmp_path / "a.parquet")] == texts
+
+
+def try_edited(file: Path) -> None:
+    """Tries a Parquet file with each byte of its footer changed."""
+    sound = file.read_bytes()
+    for at in range(len(sound) - 8 - int.from_bytes(sound[-8:-4], "little"), len(sound)):
+        for value in (0, sound[at] ^ 1):
+            file.write_bytes(sound[:at] + bytes([value]) + sound[at + 1 :])
+            with suppress(UserError, MemoryError):
+                tables.try_through(str(file), [], [], 256, 1 << 28, 1 << 26)
+
+
+def test_no_byte_of_a_footer_ends_the_process(tmp_path):
+    pq.write_table(pa.table({"x": ["a", "b"]}), tmp_path / "a.parquet")
+    child = multiprocessing.get_context("fork").Process(target=try_edited, args=(tmp_path / "a.parquet",))
+    child.start()
+    child.join(PATIENCE)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "told"),
+    [
+        (-signal.SIGABRT, b"terminate called", "is not a readable Parquet file: reading it ends in SIGABRT"),
+        (-signal.SIGXCPU, b"", "takes much longer"),
+        (1, b"Traceback\npyarrow.lib.ArrowMemoryError: malloc of size 9", "takes more than 1024 MiB"),
+    ],
+)
+def test_a_file_that_ends_the_process_that_tries_it_is_one_message(tmp_path, monkeypatch, end, said, told):
+    pq.write_table(pa.table({"x": ["a"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(tables.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=end, stderr=said))
+    with pytest.raises(UserError, match=told):
+        list(formats.read_file(tmp_path / "a.parquet"))
+
+
+def test_a_footer_that_claims_gigabytes_is_one_message(tmp_path):
+    with open(tmp_path / "a.parquet", "wb") as file:
+        file.write(b"PAR1")
+        file.truncate(50 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write((2**32 - 1).to_bytes(4, "little") + b"PAR1")
+    for read in (lambda file: list(formats.read_file(file)), formats.count_rows):
+        with pytest.raises(UserError, match="not a readable Parquet file: reading it takes more than 1024"):
+            read(tmp_path / "a.parquet")
 
 
 def test_a_row_of_a_table_is_no_longer_than_a_line_may_be(tmp_path, monkeypatch):

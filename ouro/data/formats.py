@@ -12,32 +12,24 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
-from ouro.data.marks import like_mark, speaks_of_training
 from ouro.data.shards import kind_of
+from ouro.data.tables import in_one_line, read_rows, refuse_repeated, tried
 from ouro.data.thai import trim
 from ouro.files import UserError, from_json, nearest, read_yaml, regular
 from ouro.settings import DATASETS
 
 import openpyxl
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet
 from openpyxl.worksheet._read_only import ReadOnlyWorksheet
 
-ROWS = 256  # read from a Parquet file at a time; the layout of one's own data is recognised by so many
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
-NULL = 64  # bytes in memory of a null, which may take none in a file
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
-
-
-def in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+UNPACKED = 64  # … Arrow files, where columns are rarely compressed, but many rows may name one text of a dictionary
 
 
 def columns_of(entry: dict) -> list[str]:
@@ -91,116 +83,36 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
             yield from read(f"{file}", opened, columns)
 
 
+def columns_by_row(file: Path) -> Iterator[Iterable[str]]:
+    """The columns that each row has, which of a Parquet or Arrow file are known without reading it. Errors as
+    `read_file`."""
+    if kind_of(file) in (".parquet", ".arrow"):
+        found = tried_table(file, None)
+        yield from repeat(found["names"], found["count"])
+    else:
+        yield from (row for _, row in read_file(file))
+
+
 def count_rows(file: Path) -> int:
-    if kind_of(file) == ".parquet":
-        with table_file(file) as parquet:
-            return parquet.metadata.num_rows
+    if kind_of(file) in (".parquet", ".arrow"):
+        return tried_table(file, None)["count"]
     return sum(1 for _ in read_file(file))
 
 
-@contextmanager
-def table_file(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchStreamReader]:
-    """A Parquet file; or an Arrow stream, as save_to_disk writes it."""
-    try:
-        if kind_of(file) == ".arrow":
-            with pa.memory_map(f"{file}") as mapped:
-                if any(map(is_packed, pa.ipc.MessageReader.open_stream(mapped))):  # nothing tells their size in memory
-                    raise UserError(f"{file}: its columns are compressed, as save_to_disk has none: save it as Parquet")
-                mapped.seek(0)
-                yield pa.ipc.open_stream(mapped)
-        else:
-            with pa.parquet.ParquetFile(file) as parquet:
-                yield parquet
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: of a column's name
-        kind = kind_of(file)[1:].capitalize()
-        raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
-
-
-def is_packed(part: pa.ipc.Message) -> bool:
-    """Whether buffers in a part of an Arrow file are compressed: in its FlatBuffer a RecordBatch has a fourth field."""
-    data = part.metadata.to_pybytes()
-
-    def number(at: int, size: int = 4) -> int:
-        return int.from_bytes(data[at : at + size], "little", signed=size == 4)
-
-    def field(table: int, which: int) -> int:
-        known = table - number(table)
-        place = number(known + 4 + 2 * which, 2) if 4 + 2 * which < number(known, 2) else 0
-        return place and table + place + number(table + place)
-
-    header = field(number(0), 2)
-    return part.type != "schema" and field(field(header, 1) if part.type == "dictionary" else header, 3) > 0
+def tried_table(file: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> dict:
+    """What a Parquet or Arrow file has, as `try_through` finds. Errors as it has them."""
+    size, ratio = file.stat().st_size, UNPACKED if kind_of(file) == ".arrow" else RATIO
+    told = (file.absolute(), columns if columns is None else tuple(columns), tuple(optional))
+    return tried(*told, ratio, max(WHOLE // 2, ratio * size), LONGEST, file.stat().st_mtime_ns)
 
 
 def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict]]:
     """The rows of a Parquet or Arrow file, ROWS of them in memory at a time. Errors as `read_file`."""
-    with table_file(file) as table:
-        parquet, number = kind_of(file) == ".parquet", 0
-        names = (table.schema_arrow if parquet else table.schema).names
-        check_columns(f"{file}", names, columns)
-        check_once(f"{file}", names)
-        read = {*columns, *optional}
-        wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
-        rows = rows_at_once(file, table, wanted) if parquet else ROWS
-        for batch in table.iter_batches(rows, columns=wanted) if parquet else record_batches(file, table, wanted):
-            if batch.nbytes > LONGEST and max(batch.slice(n, 1).nbytes for n in range(len(batch))) > LONGEST:
-                raise UserError(f"{file}: a row of more than {LONGEST >> 20} MiB: this is no file of rows")
-            batch.validate(full=True)  # places of texts beyond the file would end the process; and that they are UTF-8
-            for row in batch.to_pylist():
-                yield f"{file}, row {(number := number + 1)}", row
-
-
-def record_batches(file: Path, table: pa.RecordBatchStreamReader, wanted: list[str]) -> Iterator[pa.RecordBatch]:
-    """Those of an Arrow file, in pieces. Errors as `rows_at_once`."""
-    count = 0
-    for part in table:
-        longest, count = max([1, *(longest_of(part.column(name)) for name in wanted)]), count + len(part)
-        if max(longest * len(part), NULL * count) > unpacked_most(file):
-            refuse_repeated(file)
-        rows = max(1, min(ROWS, LONGEST // longest))
-        yield from (part.select(wanted).slice(start, rows) for start in range(0, len(part), rows))
-
-
-def rows_at_once(file: Path, parquet: pa.parquet.ParquetFile, wanted: list[str]) -> int:
-    """How many rows of a Parquet file are read at a time: fewer where their texts are long.
-    Raises UserError: a small file stands for far more than it holds, as a text of a dictionary in a million rows."""
-    groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-    every = ((number, group.column(n)) for number, group in enumerate(groups) for n in range(group.num_columns))
-    starts = tuple(f"{name}." for name in wanted)
-    chunks = [(number, chunk) for number, chunk in every if f"{chunk.path_in_schema}.".startswith(starts)]
-    most, longest = unpacked_most(file), 1
-    if sum(max(chunk.total_uncompressed_size, NULL * chunk.num_values) for _, chunk in chunks) > most:
-        refuse_repeated(file)
-    for number, chunk in ((number, chunk) for number, chunk in chunks if chunk.physical_type == "BYTE_ARRAY"):
-        path = chunk.path_in_schema
-        longest = max(longest, chunk.total_uncompressed_size // max(groups[number].num_rows, 1))
-        if chunk.has_dictionary_page:
-            with pa.parquet.ParquetFile(file, read_dictionary=[path]) as coded:  # whole, with the first batch of texts
-                texts = (longest_of(batch.column(0)) for batch in coded.iter_batches(ROWS, [number], [path]))
-                longest = max(longest, text := next(filter(None, texts), 0))
-            if text >= 1 << 20 and text * chunk.num_values > most:
-                refuse_repeated(file)
-    return max(1, min(ROWS, LONGEST // longest))
-
-
-def longest_of(column: pa.Array) -> int:
-    """The bytes of the longest text in the dictionaries of a column, however deep in it they are."""
-    if hasattr(column, "flatten"):  # a struct into its columns, a list into what is in it
-        parts = column.flatten()
-        return max(map(longest_of, parts if isinstance(parts, list) else [parts]), default=0)
-    if not pa.types.is_dictionary(column.type) or not f"{column.type.value_type}".endswith(("string", "binary")):
-        return 0
-    return pa.compute.max(pa.compute.binary_length(column.dictionary)).as_py() or 0
-
-
-def unpacked_most(file: Path) -> int:
-    """The bytes that a file of rows may take unpacked."""
-    return max(WHOLE // 2, RATIO * file.stat().st_size)
-
-
-def refuse_repeated(file: Path | str) -> NoReturn:
-    raise UserError(f"{file} unpacks to more than {RATIO} times its size, as rows of text do not: look what is in it; "
-                    "if it is meant, write it as JSON Lines that are not packed")  # fmt: skip
+    found = tried_table(file, columns, optional)
+    check_columns(f"{file}", found["names"], columns)
+    check_once(f"{file}", found["names"])
+    for number, row in enumerate(read_rows(file, found["wanted"], found["rows"]), 1):
+        yield f"{file}, row {number}", row
 
 
 def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
@@ -240,7 +152,7 @@ def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str
         if size > WHOLE:
             raise UserError(f"{file} unpacks to more than {WHOLE >> 20} MiB: save it as CSV UTF-8")
         if size > max(LONGEST, RATIO * file.stat().st_size):
-            refuse_repeated(file)
+            refuse_repeated(file, RATIO)
         with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
             rows = {sheet.title: sheet_rows(file, sheet) for sheet in book.worksheets}
             full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
@@ -299,7 +211,7 @@ class Unpacked(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         self.size += (size := self.gzip.readinto(buffer))
         if self.size > RATIO * PACKED:
-            refuse_repeated(self.opened.name)
+            refuse_repeated(self.opened.name, RATIO)
         return size
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from ouro.data.formats import ROWS, WHOLE, columns_of, in_one_line, read_file, read_lines, unpacked, way_to_read
+from ouro.data.formats import WHOLE, columns_by_row, columns_of, read_file, read_lines, unpacked, way_to_read
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
+from ouro.data.tables import ROWS, in_one_line
 from ouro.files import ROOT, UserError, file_sha256, nearest, read_yaml, regular
 from ouro.settings import DATASETS, EVALS, Settings
 
@@ -138,8 +139,8 @@ def recognised(entry: dict, place: Path, files: list[Path]) -> dict:
     Raises UserError: no layout has such columns, or several have."""
     layouts = {layout: entry_of(layout) for layout in entry["layouts"]}
     texts = {layout: f"{layout} ({', '.join(columns_of(known))})" for layout, known in layouts.items()}
-    rows = islice(chain.from_iterable(map(read_file, files)), ROWS)
-    found = list(dict.fromkeys(column for _, row in rows for column in row))
+    rows = islice(chain.from_iterable(map(columns_by_row, files)), ROWS)
+    found = list(dict.fromkeys(chain.from_iterable(rows)))
     if not found:
         raise UserError(f"{place} has no rows: set dataset_path to a file that has some")
     fits = [layout for layout, known in layouts.items() if {*columns_of(known)} <= {*found}]

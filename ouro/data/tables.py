@@ -1,0 +1,173 @@
+"""The rows of Parquet and Arrow files. A process of its own reads a file through before it is read: what lies in it, as
+a length, a type or a text that a million rows share, ends that process, and not the run."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import NoReturn
+
+from ouro.data.marks import like_mark, speaks_of_training
+from ouro.data.shards import kind_of
+from ouro.files import ROOT, UserError
+
+import pyarrow as pa
+import pyarrow.parquet
+
+ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
+MEMORY = 1 << 30  # bytes of the process that tries a file
+SECONDS = 4  # of the processor, for it, and one for each TRIED bytes of the file: honest ones take a tenth
+TRIED = 1 << 25
+VALUE = 64  # bytes in memory of a value, which may take none in a file
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchStreamReader]:
+    """A Parquet file; or an Arrow stream, as save_to_disk writes it. Raises UserError: it is neither."""
+    try:
+        if kind_of(file) == ".arrow":
+            with pa.memory_map(f"{file}") as mapped:
+                yield pa.ipc.open_stream(mapped)
+        else:
+            with pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
+                yield parquet
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # of a name, date, zone
+        kind = kind_of(file)[1:].capitalize()
+        raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
+
+
+def batches(
+    table: pa.parquet.ParquetFile | pa.RecordBatchStreamReader, columns: list[str], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, so many rows at a time."""
+    parquet = isinstance(table, pa.parquet.ParquetFile)
+    for part in table.iter_batches(rows, columns=columns, use_threads=False) if parquet else table:
+        part = part.select(columns)
+        if not parquet:
+            part.validate(full=True)  # an Arrow file says where in it a text is: beyond its end would end the process
+        yield from (part.slice(start, rows) for start in range(0, len(part), rows))
+
+
+def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
+    """Those of a file that was tried, so many of them in memory at a time. Errors as `open_table`."""
+    with open_table(file) as table:
+        for batch in batches(table, columns, rows):
+            yield from batch.to_pylist()
+
+
+def weight(values: pa.RecordBatch | pa.Array) -> int:
+    """About how many bytes Python's values take of what is in a column, or in all of them."""
+    if isinstance(values, pa.RecordBatch):
+        return sum(map(weight, values.columns))
+    if isinstance(values, pa.ExtensionArray):
+        return weight(values.storage)
+    if isinstance(values, pa.DictionaryArray):
+        return weight(values.dictionary_decode())
+    if isinstance(values, pa.MapArray):
+        return weight(values.cast(pa.list_(values.type.field(0).type)))
+    if not values.type.num_fields:
+        return values.nbytes + VALUE * len(values)
+    parts = values.flatten()  # a struct into its columns, a list into what is in it
+    return VALUE * len(values) + sum(map(weight, parts if isinstance(parts, list) else [parts]))
+
+
+def shares(kind: pa.DataType) -> bool:
+    """Whether values of a type, or of what is in it, may share bytes in another way than the texts of a dictionary."""
+    types = pa.types
+    odd = (types.is_list_view, types.is_large_list_view, types.is_string_view, types.is_binary_view,
+           types.is_run_end_encoded, types.is_union)  # fmt: skip
+    if isinstance(kind, pa.BaseExtensionType):
+        return shares(kind.storage_type)
+    if types.is_dictionary(kind):
+        return kind.value_type.num_fields > 0 or shares(kind.value_type)
+    return any(is_odd(kind) for is_odd in odd) or any(shares(kind.field(n).type) for n in range(kind.num_fields))
+
+
+def try_through(
+    file: str, columns: Sequence[str] | None, optional: Sequence[str], ratio: int, most: int, longest: int
+) -> dict:
+    """The names of a file's columns and how many rows it has; unless no `columns` are meant, one of them is missing or
+    a name stands twice, also those that are read and how many rows at a time: they were read through.
+    Raises UserError: it is no such file; a row is longer than `longest`; it unpacks to more than `most` bytes."""
+    path = Path(file)
+    with open_table(path) as table:
+        parquet = isinstance(table, pa.parquet.ParquetFile)
+        schema = table.schema_arrow if parquet else table.schema
+        names, count = schema.names, table.metadata.num_rows if parquet else sum(map(len, table))
+    if count * VALUE > most:
+        refuse_repeated(file, ratio)
+    found = {"names": names, "count": count}
+    if columns is None or not {*names} >= {*columns} or len({*names}) < len(names):
+        return found
+    read = {*columns, *optional}
+    wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
+    if odd := [name for name in wanted if shares(schema.field(name).type)]:
+        told = f"column {odd[0]!r} is of type {schema.field(odd[0]).type}"
+        raise UserError(f"{file}: {told}, which is not read: save it as texts, or lists and structs of them")
+    for rows in (ROWS, ROWS // 16, 1):
+        with suppress(MemoryError), open_table(path) as table:
+            size = seen = 0
+            for batch in batches(table, wanted, rows):
+                size += (part := weight(batch))
+                seen += len(batch)
+                if size > most:
+                    refuse_repeated(file, ratio)
+                if part > longest and max(weight(batch.slice(n, 1)) for n in range(len(batch))) > longest:
+                    raise UserError(f"{file}: a row of more than {longest >> 20} MiB: this is no file of rows")
+            if seen != count:
+                raise UserError(f"{file} is damaged: it says that it has {count} rows, and has {seen}")
+            return found | {"wanted": wanted, "rows": rows}
+    raise MemoryError
+
+
+def refuse_repeated(file: Path | str, ratio: int) -> NoReturn:
+    raise UserError(f"{file} unpacks to more than {ratio} times its size, as rows of text do not: look what is in it; "
+                    "if it is meant, write it as JSON Lines that are not packed")  # fmt: skip
+
+
+@lru_cache(maxsize=1 << 12)
+def tried(file: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...], *limits: int) -> dict:
+    """What `try_through` finds of a file, in a process of its own. The last of `limits` is no limit: by the time when
+    the file was changed it is known whether it was tried. Raises UserError: as `try_through`; the process ended."""
+    told = [*map(json.dumps, (f"{file}", columns, optional, *limits[:-1]))]
+    done = subprocess.run([sys.executable, "-m", "ouro.data.tables", *told], capture_output=True, cwd=ROOT)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
+        if done.returncode == -signal.SIGXCPU:
+            how = "reading it takes much longer than a file of rows of its size does"
+        elif "MemoryError" in last:
+            how = f"reading it takes more than {MEMORY >> 20} MiB"
+        raise UserError(f"{file} is not a readable {kind_of(file)[1:].capitalize()} file: {how}")
+    found = json.loads(done.stdout)
+    if "error" in found:
+        raise UserError(found["error"])
+    return found
+
+
+def main() -> None:
+    told = [*map(json.loads, sys.argv[1:])]
+    seconds = SECONDS + Path(told[0]).stat().st_size // TRIED
+    for what, most in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own reserves more than it gives out
+    try:
+        found = try_through(*told)
+    except UserError as error:
+        found = {"error": f"{error}"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
