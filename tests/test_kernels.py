@@ -114,6 +114,9 @@ def products_drop(device: str, dtype: torch.dtype, relative: float, shapes: list
         assert_close(low.double(), whole @ a.double().t() * 2, relative)
         das = dropout.gradient_in_one_kernel(part, x, key, 0.3)
         assert das.dtype == torch.float32
+        product = dropout.product_in_one_kernel(part, key, 0.3, a)
+        assert product.dtype == dtype
+        assert_close(product.double(), dropout.dropout((part.double() @ a.double()), key, 0.3), relative)
         assert_close(das.double(), part.double().t() @ whole, relative)
 
 
@@ -147,7 +150,7 @@ def test_the_kernels_that_decoding_and_fp8_start_compile_for_other_gpus(capabili
         start_all(fp8=capability >= 90)
     finally:
         driver.reset_active()
-    names = {"_decode": 2, "_multiply": 5, "_multiply_gated": 1, "_low_rank": 4, "_gradient": 4} | (
+    names = {"_decode": 2, "_multiply": 5, "_multiply_gated": 1, "_low_rank": 4, "_gradient": 4, "_dropped_product": 4} | (
         {"_by_row": 2} if capability >= 90 else {}
     )
     assert Counter(kernel.name for kernel in made) == names
@@ -178,6 +181,7 @@ def start_all(fp8: bool) -> None:
         x, key, a = new(64, width + ranks)[:, :width], torch.zeros(64, dtype=torch.int32), new(ranks, width + ranks)
         dropout.low_rank_in_one_kernel(x, key, 0.05, a[:, :width], 2.0)
         dropout.gradient_in_one_kernel(new(64, ranks), x, key, 0.05)
+        dropout.product_in_one_kernel(new(64, ranks), key, 0.05, a[:, :width])
     for count in (2, 3) if fp8 else ():
         by_row_in_one_kernel([new(4, hidden)] * count)
 

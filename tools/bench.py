@@ -81,6 +81,7 @@ FP8 = BF16 | {"frozen_weights": "fp8"}
 REAL = 16384  # max_length where rows are as long as the real ones
 TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all), tokens a row (or REAL), depths
     "bf16, 80 GB": (BF16, 78.6, REAL, (4, 1)),
+    "bf16, 80 GB, no dropout": (BF16 | {"lora_dropout": 0}, 78.6, REAL, (4, 1)),
     "bf16, 80 GB, rows to 8,192": (
         BF16 | {"max_length": 8192, "length_policy": "drop", "max_too_long_share": 1},
         78.6,
@@ -88,7 +89,6 @@ TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all),
         (4,),
     ),
     "bf16": (BF16, None, REAL, (4,)),
-    "bf16, no dropout": (BF16 | {"lora_dropout": 0}, None, REAL, (4,)),
     "fp8, 80 GB": (FP8, 78.6, REAL, (4,)),
     "nf4, 10 GB": (NF4, 9.3, REAL, (4, 1)),
     "bf16, rows of 2,048": (BF16 | {"lora_dropout": 0}, None, 2048, (4, 1)),

@@ -1,9 +1,9 @@
 """Dropout on LoRA's input x. A hash decides which numbers of x become zero, so that no mask is stored, and a CPU and a
 GPU drop the same numbers.
 
-Two products need dropout(x): A dropout(x) in the forward pass, and the gradient of A. On a GPU each of them is a kernel
-that applies dropout to the part of x that it has just read. To write dropout(x) to memory and read it again would take
-3 % of a step.
+Three products need it: A dropout(x) in the forward pass, the gradient of A, and LoRA's part of the gradient of x. On a
+GPU each of them is a kernel that applies dropout to what it has just read, or is about to write. To write dropout(x) to
+memory and read it again would take 3 % of a step.
 """
 
 import torch
@@ -37,81 +37,111 @@ def hashed(h: Tensor) -> Tensor:
 
 
 def least(p: float) -> int:
-    """The threshold of a dropout of p: a share p of all int32 hashes lies below it, and their numbers become zero."""
-    return round(p * 2**32) - 2**31
+    """The threshold of a dropout of p: an int32 below which a share p of all 16-bit numbers lies, as the upper bits."""
+    return (round(p * 2**16) << 16) - 2**31
 
 
 def dropout(x: Tensor, key: Tensor, p: float, zero: Tensor | float = 0.0) -> Tensor:
     """x (rows, columns) with a share p of its numbers set to zero and the others multiplied by 1 / (1 - p).
 
     key: int32 (rows,), a hash for each row. It is mixed with the column's number as in `hashed`, without the two shifts
-    by 16, which would take time and make no visible difference.
+    by 16, which would take time and make no visible difference. A hash decides for two columns: its upper 16 bits for
+    one of the first half, its lower bits for the one that stands so far in the second half.
     zero: 0, or the tensor of that value which `lora._Products.backward` explains."""
-    column = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * GOLDEN
-    h = (key[:, None] ^ column) * FIRST
+    half, column = (x.shape[1] + 1) // 2, torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    h = (key[:, None] ^ (column % half * GOLDEN)) * FIRST
     h = (h ^ shifted(h, 15)) * SECOND
-    return torch.where(h >= least(p), x / (1 - p + zero), 0).to(x.dtype)
+    return torch.where(torch.where(column < half, h, h << 16) >= least(p), x / (1 - p + zero), 0).to(x.dtype)
 
 
 if triton:
 
     @triton.jit
-    def _dropped(x, key, column, least, larger,
-                 GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
-        """`dropout` of a part x (rows, columns) that a kernel has read. larger: 1 / (1 - p)."""
+    def _kept(key, column, least, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+        """Whether `dropout` keeps the numbers (rows, columns) of the first half, and those of the second."""
         h = (key[:, None] ^ (column * GOLDEN)[None]) * FIRST
         h = (h ^ ((h >> 15) & 0x1FFFF)) * SECOND
-        return tl.where(h >= least, x.to(tl.float32) * larger, 0.0).to(x.dtype)
+        return h >= least, (h << 16) >= least
 
     @triton.jit
-    def _low_rank(x, key, a, out, count, width, ranks, x_stride, a_stride, scale, least, larger,
+    def _low_rank(x, key, a, out, count, width, half, ranks, x_stride, a_stride, scale, least, larger,
                   GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
                   RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
         """ROWS rows of out (count, ranks) = scale * dropout(x) a', of x (count, width) and a (ranks, width)."""
         row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
         keys = tl.load(key + row, mask=row < count, other=0)
-        start = x + row[:, None].to(tl.int64) * x_stride
+        x += row[:, None].to(tl.int64) * x_stride
+        a += rank[None] * a_stride
+        rows, ranked = (row < count)[:, None], (rank < ranks)[None]
         sums = tl.zeros([ROWS, RANKS], tl.float32)
-        for first in tl.range(0, width, BLOCK, num_stages=STAGES):
+        for first in tl.range(0, half, BLOCK, num_stages=STAGES):
             column = first + tl.arange(0, BLOCK)
-            inside = column < width
-            tile = tl.load(start + column[None], mask=(row < count)[:, None] & inside[None], other=0.0)
-            tile = _dropped(tile, keys, column, least, larger, GOLDEN, FIRST, SECOND)
-            here = rank[None] * a_stride + column[:, None]
-            factor = tl.load(a + here, mask=(rank < ranks)[None] & inside[:, None], other=0.0)
-            sums = tl.dot(tile, factor, sums, input_precision="ieee")
+            one, other = column < half, half + column < width
+            keep, keep_other = _kept(keys, column, least, GOLDEN, FIRST, SECOND)
+            tile = tl.load(x + column[None], mask=rows & one[None], other=0.0)
+            factor = tl.load(a + column[:, None], mask=ranked & one[:, None], other=0.0)
+            sums = tl.dot(tl.where(keep, tile, 0.0), factor, sums, input_precision="ieee")
+            tile = tl.load(x + half + column[None], mask=rows & other[None], other=0.0)
+            factor = tl.load(a + half + column[:, None], mask=ranked & other[:, None], other=0.0)
+            sums = tl.dot(tl.where(keep_other, tile, 0.0), factor, sums, input_precision="ieee")
         dtype = out.dtype.element_ty
-        sums = (sums.to(dtype).to(tl.float32) * scale).to(dtype)
+        sums = ((sums * larger).to(dtype).to(tl.float32) * scale).to(dtype)
         here = row[:, None].to(tl.int64) * ranks + rank[None]
-        tl.store(out + here, sums, mask=(row < count)[:, None] & (rank < ranks)[None])
+        tl.store(out + here, sums, mask=rows & ranked)
 
     @triton.jit
-    def _gradient(part, x, key, out, count, width, ranks, part_stride, x_stride, share, least, larger,
+    def _gradient(part, x, key, out, count, width, half, ranks, part_stride, x_stride, share, least, larger,
                   GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
                   RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-        """BLOCK columns of part' dropout(x), of part (count, ranks) and x (count, width), summed over one share of the
-        rows. out (shares, ranks, width) has a sum for each share; the caller adds them."""
+        """BLOCK columns of each half of part' dropout(x), of part (count, ranks) and x (count, width), summed over one
+        share of the rows. out (shares, ranks, width) has a sum for each share; the caller adds them."""
         column, rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, RANKS)
-        inside = column < width
+        one, other = (column < half)[None], (half + column < width)[None]
         low = tl.program_id(1) * share
         high = tl.minimum(low + share, count)
         sums = tl.zeros([RANKS, BLOCK], tl.float32)
+        sums_other = tl.zeros([RANKS, BLOCK], tl.float32)
         for first in tl.range(low, high, ROWS, num_stages=STAGES):
             row = first + tl.arange(0, ROWS)
             keys = tl.load(key + row, mask=row < high, other=0)
-            here = row[:, None].to(tl.int64) * x_stride + column[None]
-            tile = tl.load(x + here, mask=(row < high)[:, None] & inside[None], other=0.0)
-            tile = _dropped(tile, keys, column, least, larger, GOLDEN, FIRST, SECOND)
+            keep, keep_other = _kept(keys, column, least, GOLDEN, FIRST, SECOND)
             here = row[None].to(tl.int64) * part_stride + rank[:, None]
             gradient = tl.load(part + here, mask=(rank < ranks)[:, None] & (row < high)[None], other=0.0)
-            sums = tl.dot(gradient, tile, sums, input_precision="ieee")
-        here = (tl.program_id(1) * ranks + rank[:, None]).to(tl.int64) * width + column[None]
-        tl.store(out + here, sums, mask=(rank < ranks)[:, None] & inside[None])
+            here = row[:, None].to(tl.int64) * x_stride + column[None]
+            tile = tl.load(x + here, mask=(row < high)[:, None] & one, other=0.0)
+            sums = tl.dot(gradient, tl.where(keep, tile, 0.0), sums, input_precision="ieee")
+            tile = tl.load(x + half + here, mask=(row < high)[:, None] & other, other=0.0)
+            sums_other = tl.dot(gradient, tl.where(keep_other, tile, 0.0), sums_other, input_precision="ieee")
+        out += (tl.program_id(1) * ranks + rank[:, None]).to(tl.int64) * width + column[None]
+        tl.store(out, sums * larger, mask=(rank < ranks)[:, None] & one)
+        tl.store(out + half, sums_other * larger, mask=(rank < ranks)[:, None] & other)
+
+    @triton.jit
+    def _dropped_product(part, key, a, out, count, width, half, ranks, part_stride, a_stride, least, larger,
+                         GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+                         RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        """ROWS rows and BLOCK columns of each half of out (count, width) = dropout(part a), of part (count, ranks) and
+        a (ranks, width)."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        rank = tl.arange(0, RANKS)
+        rows, ranked, one, other = (row < count)[:, None], rank < ranks, (column < half)[None], half + column < width
+        keys = tl.load(key + row, mask=row < count, other=0)
+        keep, keep_other = _kept(keys, column, least, GOLDEN, FIRST, SECOND)
+        here = row[:, None].to(tl.int64) * part_stride + rank[None]
+        left = tl.load(part + here, mask=rows & ranked[None], other=0.0)
+        a += rank[:, None] * a_stride + column[None]
+        out += row[:, None].to(tl.int64) * width + column[None]
+        factor = tl.load(a, mask=ranked[:, None] & one, other=0.0)
+        product = tl.where(keep, tl.dot(left, factor, input_precision="ieee") * larger, 0.0)
+        tl.store(out, product.to(out.dtype.element_ty), mask=rows & one)
+        factor = tl.load(a + half, mask=ranked[:, None] & other[None], other=0.0)
+        product = tl.where(keep_other, tl.dot(left, factor, input_precision="ieee") * larger, 0.0)
+        tl.store(out + half, product.to(out.dtype.element_ty), mask=rows & other[None])
 
 
 def _constants(p: float, ranks: int) -> dict:
-    """The keyword arguments of both kernels: the threshold and factor of dropout, the hash's constants, block sizes."""
-    sizes = {"RANKS": max(16, triton.next_power_of_2(ranks)), "BLOCK": 128, "STAGES": 3, "num_warps": 4}
+    """Keyword arguments of all kernels: the threshold and factor of dropout, the hash's constants, block sizes."""
+    sizes = {"RANKS": max(16, triton.next_power_of_2(ranks)), "BLOCK": 64, "num_warps": 4}
     return {"least": least(p), "larger": 1 / (1 - p), "GOLDEN": GOLDEN, "FIRST": FIRST, "SECOND": SECOND} | sizes
 
 
@@ -126,11 +156,11 @@ def low_rank_in_one_kernel(x: Tensor, key: Tensor, p: float, a: Tensor, scale: f
     x, a = by_rows(x, a)
     (count, width), ranks = x.shape, len(a)
     out = x.new_empty(count, ranks)
-    rows = 64 if count >= 8192 else 32  # 32 rows a program make more programs, to fill the GPU; 64 read A half as often
     with torch.cuda.device_of(x):
-        _low_rank[(triton.cdiv(count, rows),)](
-            x, key, a, out, count, width, ranks, x.stride(0), a.stride(0), scale, ROWS=rows, **_constants(p, ranks)
-        )
+        _low_rank[(triton.cdiv(count, 32),)](
+            x, key, a, out, count, width, (width + 1) // 2, ranks, x.stride(0), a.stride(0), scale, ROWS=32, STAGES=4,
+            **_constants(p, ranks),
+        )  # fmt: skip
     return out
 
 
@@ -143,22 +173,43 @@ def _(x: Tensor, key: Tensor, p: float, a: Tensor, scale: float) -> Tensor:
 def gradient_in_one_kernel(part: Tensor, x: Tensor, key: Tensor, p: float) -> Tensor:
     """`gradient` with dropout on a GPU, where dropout(x) is never in memory."""
     part, x = by_rows(part, x)
-    (count, width), ranks, rows = x.shape, part.shape[1], 64
+    (count, width), ranks, rows = x.shape, part.shape[1], 32
     options = _constants(p, ranks)
-    blocks = triton.cdiv(width, options["BLOCK"])
+    half = (width + 1) // 2
+    blocks = triton.cdiv(half, options["BLOCK"])
     share = rows * triton.cdiv(count, rows * triton.cdiv(512, blocks))  # 512 programs: several for each processor
     shares = triton.cdiv(count, share)
     out = x.new_empty(shares, ranks, width, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _gradient[(blocks, shares)](
-            part, x, key, out, count, width, ranks, part.stride(0), x.stride(0), share, ROWS=rows, **options
-        )
+            part, x, key, out, count, width, half, ranks, part.stride(0), x.stride(0), share, ROWS=rows, STAGES=4,
+            **options,
+        )  # fmt: skip
     return out.sum(0)
 
 
 @gradient_in_one_kernel.register_fake
 def _(part: Tensor, x: Tensor, key: Tensor, p: float) -> Tensor:
     return x.new_empty(part.shape[1], x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("ouro::dropped_product", mutates_args=())
+def product_in_one_kernel(part: Tensor, key: Tensor, p: float, a: Tensor) -> Tensor:
+    """`dropped_product` on a GPU, which writes nothing else."""
+    part, a = by_rows(part, a)
+    (count, ranks), width, rows = part.shape, a.shape[1], 64
+    half, options = (width + 1) // 2, _constants(p, ranks)
+    out = part.new_empty(count, width)
+    with torch.cuda.device_of(part):
+        _dropped_product[(triton.cdiv(count, rows), triton.cdiv(half, options["BLOCK"]))](
+            part, key, a, out, count, width, half, ranks, part.stride(0), a.stride(0), ROWS=rows, **options
+        )
+    return out
+
+
+@product_in_one_kernel.register_fake
+def _(part: Tensor, key: Tensor, p: float, a: Tensor) -> Tensor:
+    return part.new_empty(part.shape[0], a.shape[1])
 
 
 def low_rank(x: Tensor, key: Tensor | None, p: float, a: Tensor, scale: float) -> Tensor:
@@ -174,3 +225,10 @@ def gradient(part: Tensor, x: Tensor, key: Tensor | None, p: float, zero: Tensor
     if key is not None and x.is_cuda and triton:
         return gradient_in_one_kernel(part, x, key, p)
     return (part.t() @ (x if key is None else dropout(x, key, p, zero))).float()
+
+
+def dropped_product(part: Tensor, key: Tensor, p: float, a: Tensor) -> Tensor:
+    """dropout(part a), (rows, in), of part (rows, ranks) and a (ranks, in): LoRA's part of the gradient of x."""
+    if part.is_cuda and triton:
+        return product_in_one_kernel(part, key, p, a)
+    return dropout(part @ a, key, p)

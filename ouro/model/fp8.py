@@ -6,7 +6,7 @@ they come.
 
 from collections.abc import Callable, Sequence
 
-from ouro.model.bf16 import add, own_columns
+from ouro.model.bf16 import add, add_product, own_columns
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,18 @@ class Fp8:
 
     @classmethod
     def input_gradient(
-        cls, frozen: list[Tensor], a: Tensor, dys: tuple[Tensor, ...], part: Tensor | None, zero: Tensor
+        cls,
+        frozen: list[Tensor],
+        a: Tensor,
+        dys: tuple[Tensor, ...],
+        part: Tensor,
+        dropped: Tensor | None,
+        zero: Tensor,
     ) -> Tensor:
         # A single gradient is left to the compiler, whose own kernel is as fast as by_row_together's.
         d8 = by_row_together(dys) if len(dys) > 1 else by_row(dys[0])
         dx = fp8_product(d8, *frozen[4:], dys[0].dtype)
-        return dx if part is None else add(dx, part @ a)
+        return add(dx, part @ a if dropped is None else dropped)
 
     @classmethod
     def decoded(cls, frozen: list[Tensor], outs: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -126,16 +132,3 @@ def by_row_in_one_kernel(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def fp8_product(x: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x (rows, in) times the transpose of weight (out, in), both scaled by row."""
     return torch._scaled_mm(x[0], weight.t(), x[1], scale.t(), out_dtype=dtype, use_fast_accum=True)
-
-
-@torch.library.custom_op("ouro::add_product", mutates_args=("y",))
-def add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """y (rows, out) += x (rows, in) times the transpose of weight (out, in). An operation of its own, so that the
-    compiler adds in place, too: else it writes the product, and reads it again wherever the sum is used, which took
-    2.8 % of a step."""
-    y.addmm_(x, weight.t())
-
-
-@add_product.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    pass

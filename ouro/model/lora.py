@@ -15,8 +15,8 @@ not stored, and a CPU, a GPU and any number of processes make the same one (drop
 
 import math
 
-from ouro.model.bf16 import Bf16, add
-from ouro.model.dropout import GOLDEN, dropout, gradient, hashed, low_rank, signed
+from ouro.model.bf16 import Bf16
+from ouro.model.dropout import GOLDEN, dropped_product, gradient, hashed, low_rank, signed
 from ouro.model.fp8 import Fp8
 from ouro.model.nf4 import Nf4
 
@@ -65,10 +65,8 @@ class _Products(torch.autograd.Function):
         dbs = [(d.t() @ z).float() for d, z in zip(dys, low.split(rank, 1), strict=True)]
         # `input_gradient` puts the gradients dys side by side into one matrix. The thin products above read dys and not
         # the columns of that matrix: the compiler would then write it in a layout that takes four times as long.
-        if key is None:
-            dx = weights.input_gradient(frozen, a, dys, part, zero)
-        else:
-            dx = add(weights.input_gradient(frozen, a, dys, None, zero), dropout(part @ a, key, p))
+        dropped = None if key is None else dropped_product(part, key, p, a)
+        dx = weights.input_gradient(frozen, a, dys, part, dropped, zero)
         return dx, *[None] * (5 + len(frozen)), *das, *dbs
 
 
