@@ -201,7 +201,8 @@ class Loaded:
 def score_jobs(
     run: Resolved, jobs: list[Job], weights: Weights, settings: Settings, models: list[ModelUnderTest]
 ) -> None:
-    """Loads the weights and scores one model after the other; what is scored is on the disk before the next task."""
+    """Loads the weights and scores one model after the other; what is scored is on the disk before the next task. The
+    base comes first, but for the tasks on which another job of a sweep scores it just now: they are looked at last."""
     folder, started = Path(run.settings.results_dir), time.monotonic()
     results.check_writable(folder)
     loaded = Loaded(weights, None, None, find_grader(jobs, run))
@@ -211,20 +212,33 @@ def score_jobs(
         for job in jobs:
             results.set_aside([file_of(run, job.model, job.task, depth) for depth in job.keys])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    for number, model in enumerate(models, 1):
-        own = [job for job in jobs if job.model is model]
+    for model, wait in [(models[0], False), *((model, True) for model in models[1:]), (models[0], True)]:
+        own = [job for job in jobs if job.model is model and job.keys]
         if not own:
             continue
         with with_adapter(loaded.network, model.adapter, weights.precision):
             for job in own:
-                begin = time.monotonic()
-                tokens = score_job(job, run, loaded)
-                seconds = time.monotonic() - begin
-                facts = {"tokens": tokens, "model": asdict(weights), "seed": run.settings.seed, "gpu": gpu}
-                results.note(folder, model.run, job.task, seconds, facts)
-                where = f"model {number} of {len(models)}, {time.monotonic() - started:.0f} s so far"
+                with results.alone(folder / model.run / f".{job.task.name}.lock", wait) as mine:
+                    if not mine or not still_to_do(job, run):
+                        continue
+                    begin = time.monotonic()
+                    tokens = score_job(job, run, loaded)
+                    seconds = time.monotonic() - begin
+                    facts = {"tokens": tokens, "model": asdict(weights), "seed": run.settings.seed, "gpu": gpu}
+                    results.note(folder, model.run, job.task, seconds, facts)
+                    job.keys = {}
+                where = f"model {models.index(model) + 1} of {len(models)}, {time.monotonic() - started:.0f} s so far"
                 done = f"{job.task.name}, {len(job.task.items)} items in {seconds:.1f} s"
                 print(f"{model.run}: {done} ({where})", flush=True)
+
+
+def still_to_do(job: Job, run: Resolved) -> bool:
+    """Leaves to the job the depths of which no other process has written a current result since `find_jobs`."""
+    files = {depth: file_of(run, job.model, job.task, depth) for depth in job.keys}
+    job.keys = {d: k for d, k in job.keys.items() if not is_current(files[d], job.task, k, run.options.judge)}
+    if not job.keys:
+        print(f"{job.model.run}: {job.task.name} was scored by another process meanwhile", flush=True)
+    return bool(job.keys)
 
 
 def find_grader(jobs: list[Job], run: Resolved) -> Server | None:

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,6 +328,32 @@ def test_an_adapter_scores_alone_as_after_others_and_each_folder_has_results_of_
     evaluated(tmp_path, "--base", "--tasks", "english_text")
     name = "base-fp32/english_text-ut2.json"
     assert (tmp_path / "results" / name).read_bytes() == (study / "results" / name).read_bytes()
+
+
+@pytest.mark.parametrize("ended", ["killed", "done"])
+def test_a_task_of_the_base_that_another_process_scores_is_waited_for_last(study, tmp_path, monkeypatch, capsys, ended):
+    name, base = "exp2-wangchan-ut1", tmp_path / "results/base-fp32"
+    base.mkdir(parents=True)
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = [sys.executable, "-c", holds, base / ".english_text.lock"]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+
+        def waits(_) -> None:
+            assert (tmp_path / "results" / name / "english_text-ut2.json").exists(), "what is its own comes first"
+            if ended == "done":
+                for file in (study / "results/base-fp32").glob("english_text-ut*"):
+                    shutil.copy(file, base)
+            other.kill()
+            other.wait()
+
+        monkeypatch.setattr(results, "time", SimpleNamespace(sleep=waits))
+        evaluated(tmp_path, "--output_dir", str(study / "output"), "--exp", name, *BOTH)
+    told = "base-fp32: english_text was scored by another process meanwhile"
+    assert (told in capsys.readouterr().out) == (ended == "done")
+    wanted = contents(study / "results").items()
+    assert contents(tmp_path / "results") == {f: data for f, data in wanted if f.startswith(("base", f"{name}/"))}
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_an_ouro_that_is_named_as_a_baseline_is_read_at_its_loops(study, tmp_path):

@@ -8,12 +8,14 @@ a link to the first, under a name that lm-evaluation-harness's own finder knows.
 import contextlib
 import json
 import tempfile
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from ouro.evaluate.benchmarks import REPLIES, Task, digest
-from ouro.files import WHOLE, UserError, code_version, regular, write_atomic, write_json
+from ouro.files import WHOLE, UserError, code_version, lock, regular, write_atomic, write_json
 from ouro.settings import Resolved
 
 FORMAT = 1  # of the result files
@@ -67,6 +69,23 @@ def harness_name(file: str) -> str:
 def cache_of(file: Path) -> Path:
     """Where the replies and judgements of a result are kept as they come."""
     return file.with_name(f".{file.stem}.cache.jsonl")
+
+
+@contextlib.contextmanager
+def alone(path: Path, wait: bool) -> Iterator[bool]:
+    """Keeps other processes from what this one does meanwhile; False: one of them does it now. wait: until it has
+    ended, be it by a kill. Where the file system has no locks, both do it, and write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        mine = True
+        with contextlib.suppress(OSError):
+            while not (mine := lock(file)) and wait:
+                time.sleep(1)
+        try:
+            yield mine
+        finally:
+            if mine:
+                path.unlink(missing_ok=True)
 
 
 def set_aside(files: list[Path]) -> None:
