@@ -47,6 +47,8 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 YAML_LETTERS = 1 << 18  # PyYAML takes ten seconds for four times as many
 
 
+VALUES = 1 << 20  # that a JSON text may have; a row has fewer
+
 MINUTE = 60.0  # seconds between two lines of a Progress where there is no terminal
 BEGUN = "{desc}: {percentage:.0f} %|{bar:20}| {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 BEGINNING = "{desc}: {elapsed} gone{postfix}"
@@ -151,8 +153,11 @@ def yaml_line(text: str) -> str:
     return NOT_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def from_json(text: str | bytes) -> object:
-    """A JSON text's value. Raises ValueError also for a key that stands twice: the first value would be lost."""
+def from_json(text: str, values: int = VALUES) -> object:
+    """A JSON text's value. Raises ValueError also for a key that stands twice, for the first value would be lost; and
+    for more than so many values, which take up to 100 times the memory of the text."""
+    if len(text) > values and sum(map(text.count, ",[{")) > values:
+        raise ValueError(f"more than {values:,} values")
 
     def once(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]

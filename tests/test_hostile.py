@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,9 +193,11 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     assert formats.count_rows(tmp_path / "line.json") == 2, "json.dump writes a list in one line"
     monkeypatch.setattr(formats, "WHOLE", 1 << 20)
     (tmp_path / "values.json").write_bytes(b"[\n" + b"{},\n" * (1 << 14) + b"{}]")
+    (tmp_path / "cells.csv").write_text('prompt,completion\n"\n",' + '"",' * (1 << 20))
     (tmp_path / "cell.csv.gz").write_bytes(gzip.compress(b'prompt,completion\n"' + b"x" * (4 << 20)))
     tried = (("line.jsonl.gz", "a line of more than 1 MiB"), ("list.json.gz", "a JSON list of more than 1"),
-             ("values.json", "millions of small values"), ("cell.csv.gz", "field larger than field limit"))  # fmt: skip
+             ("values.json", "more than 16,384 values"), ("cell.csv.gz", "line 2: a row of more than 1 MiB"),
+             ("cells.csv", "line 2: a row of .* or a million cells"))  # fmt: skip
     for name, told in tried:
         with pytest.raises(UserError, match=told):
             list(formats.read_file(tmp_path / name))
@@ -206,9 +209,19 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
         member.size = 2 << 20
         tar.addfile(member, io.BytesIO(bytes(member.size)))
     (tmp_path / "a.tar.gz").write_bytes(packed.getvalue())
-    monkeypatch.setattr(sources, "WHOLE", 1 << 20)
+    monkeypatch.setattr(sources, "LONGEST", 1 << 20)
     with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
         list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
+
+
+@pytest.mark.parametrize("part", [b"", b"\n"])
+def test_a_gz_file_of_parts_without_contents_is_refused(tmp_path, part):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(part) * 99_999)
+    with pytest.raises(UserError, match="a.jsonl.gz is damaged: 1024 KiB of it hold next to nothing"):
+        list(formats.read_file(tmp_path / "a.jsonl.gz"))
+    row = gzip.compress(b'{"prompt":"a","completion":"b"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(row * 40_000 + gzip.compress(b""))
+    assert formats.count_rows(tmp_path / "a.jsonl.gz") == 40_000
 
 
 def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatch):
@@ -225,12 +238,8 @@ def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatc
     with pa.ipc.new_stream(tmp_path / "null.arrow", pa.schema({"messages": pa.null()})) as arrow:
         for _ in range(9):  # 10,000 rows each would pass
             arrow.write_batch(pa.record_batch({"messages": pa.nulls(10_000)}))
-    book = openpyxl.Workbook()
-    book.active.append(["x" * 30_000] * 50)
-    book.save(tmp_path / "cells.xlsx")
     for file in sorted({*tmp_path.iterdir()}):
-        most = {".xlsx": 10, ".arrow": formats.UNPACKED}.get(file.suffix, 256)
-        monkeypatch.setattr(formats, "RATIO", 10 if file.suffix == ".xlsx" else 256)
+        most = formats.UNPACKED if file.suffix == ".arrow" else formats.RATIO
         with pytest.raises(UserError, match=f"{file.name} unpacks to more than {most} times its size"):
             list(formats.read_file(file))
 
@@ -326,6 +335,25 @@ def test_a_row_of_a_table_is_no_longer_than_a_line_may_be(tmp_path, monkeypatch)
     assert len(list(formats.read_file(tmp_path / "400.parquet"))) == 9
     with pytest.raises(UserError, match=r"2000.parquet: a row of more than"):
         list(formats.read_file(tmp_path / "2000.parquet"))
+
+
+def test_a_row_has_no_million_values(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": [' + "1," * (1 << 20) + "1]}")
+    with pytest.raises(UserError, match="a.jsonl, line 1: not valid JSON .more than 1,048,576 values"):
+        list(formats.read_file(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("unit", [b"<c/>", b'</row><row><c r="XFD1"/>'])
+def test_a_small_workbook_that_stands_for_a_huge_one_is_refused(tmp_path, unit):
+    book = openpyxl.Workbook()
+    book.active.append(["prompt"])
+    book.save(tmp_path / "a.xlsx")
+    with zipfile.ZipFile(tmp_path / "a.xlsx") as sound, zipfile.ZipFile(tmp_path / "b.xlsx", "w", 8) as huge:
+        for part in sound.namelist():
+            text = sound.read(part)
+            huge.writestr(part, text.replace(b"</row>", unit * (1 << 23) + b"</row>") if "sheet1" in part else text)
+    with pytest.raises(UserError, match="b.xlsx is not a readable Excel workbook: reading it takes m"):
+        list(formats.read_file(tmp_path / "b.xlsx"))
 
 
 def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):

@@ -7,27 +7,24 @@ import io
 import json
 import math
 import re
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import IO
 
 from ouro.data.shards import kind_of
-from ouro.data.tables import in_one_line, read_rows, refuse_repeated, tried
+from ouro.data.tables import in_one_line, read_rows, refuse_repeated, tried, workbook_rows
 from ouro.data.thai import trim
-from ouro.files import UserError, from_json, nearest, read_yaml, regular
+from ouro.files import VALUES, UserError, from_json, nearest, read_yaml, regular
 from ouro.settings import DATASETS
-
-import openpyxl
-from openpyxl.worksheet._read_only import ReadOnlyWorksheet
 
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
+THIN = 32  # such stretches may unpack to less than a quarter of their size
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
 UNPACKED = 64  # … Arrow files, where columns are rarely compressed, but many rows may name one text of a dictionary
 
@@ -94,13 +91,13 @@ def columns_by_row(file: Path) -> Iterator[Iterable[str]]:
 
 
 def count_rows(file: Path) -> int:
-    if kind_of(file) in (".parquet", ".arrow"):
+    if kind_of(file) in (".parquet", ".arrow", ".xlsx"):
         return tried_table(file, None)["count"]
     return sum(1 for _ in read_file(file))
 
 
 def tried_table(file: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> dict:
-    """What a Parquet or Arrow file has, as `try_through` finds. Errors as it has them."""
+    """What a Parquet, Arrow or Excel file has, as `try_through` finds. Errors as it has them."""
     size, ratio = file.stat().st_size, UNPACKED if kind_of(file) == ".arrow" else RATIO
     told = (file.absolute(), columns if columns is None else tuple(columns), tuple(optional))
     return tried(*told, ratio, max(WHOLE // 2, ratio * size), LONGEST, file.stat().st_mtime_ns)
@@ -120,9 +117,17 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
     `read_file`."""
     csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    lines = iter(partial(text.readline, LONGEST + 1), "")  # a longer one is cut, and its cell is over the limit
-    reader = csv.reader(lines, strict=True)
-    end = 0  # the last line that was read
+    size = cells = end = 0  # of the row that is read; the last line before it
+
+    def lines() -> Iterator[str]:
+        nonlocal size, cells
+        for line in iter(partial(text.readline, LONGEST + 1), ""):
+            size, cells = size + len(line), cells + line.count(",")
+            if size > LONGEST or cells > VALUES:
+                raise UserError(f"{name}, line {end + 1}: a row of more than {LONGEST >> 20} MiB or a million cells")
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     try:
         header = next(filter(any, reader), [])
         if len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
@@ -130,12 +135,12 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
         check_once(name, named := [column for column in header if column])
         check_columns(name, named, columns)
         end = reader.line_num
-        for cells in reader:
-            where, end = f"{name}, line {end + 1}", reader.line_num
-            if cells and len(cells) != len(header):
-                raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}")
-            if any(cells):  # of an empty line there are none, and of a sheet's unused row empty ones
-                yield where, {column: cell for column, cell in zip(header, cells, strict=True) if column}
+        for row in reader:
+            where, end, size, cells = f"{name}, line {end + 1}", reader.line_num, 0, 0
+            if row and len(row) != len(header):
+                raise UserError(f"{where}: {len(row)} cells, the header has {len(header)}")
+            if any(row):  # of an empty line there are none, and of a sheet's unused row empty ones
+                yield where, {column: cell for column, cell in zip(header, row, strict=True) if column}
     except UnicodeDecodeError as error:
         seems = "UTF-16" if b"\0" in error.object else "CP874" if re.search(rb"[\xa1-\xfb]{3}", error.object) else ""
         how = f" (it seems to be {seems}: iconv -f {seems} -t UTF-8 OLD.csv > NEW.csv)" if seems else ""
@@ -146,45 +151,15 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
 
 def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of the only sheet of an Excel workbook that is not empty, like those of `read_csv`."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > WHOLE:
-            raise UserError(f"{file} unpacks to more than {WHOLE >> 20} MiB: save it as CSV UTF-8")
-        if size > max(LONGEST, RATIO * file.stat().st_size):
-            refuse_repeated(file, RATIO)
-        with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
-            rows = {sheet.title: sheet_rows(file, sheet) for sheet in book.worksheets}
-            full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
-            if len(full) != 1:
-                told = f"{len(full)} sheets hold rows ({', '.join(full)}), one must"
-                raise UserError(f"{file}: {told}: save it as CSV UTF-8")
-            [((_, header), following)] = full.values()
-            named = [column for column, name in enumerate(header) if name]
-            check_once(f"{file}", names := [header[column] for column in named])
-            check_columns(f"{file}", names, columns)
-            for number, cells in following:
-                cells += [""] * (len(header) - len(cells))
-                yield f"{file}, row {number}", {header[column]: cells[column] for column in named}
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, NotImplementedError,
-            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML  # fmt: skip
-        raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
-
-
-def sheet_rows(file: Path, sheet: ReadOnlyWorksheet) -> Iterator[tuple[int, list]]:
-    """The number and the texts of each row of a sheet that has any; NaN where Excel shows an error."""
-    sheet.reset_dimensions()  # what the file says of them may be wrong
-    for number, row in enumerate(sheet.rows, 1):
-        if number > 1 << 20:
-            raise UserError(f"{file}: more than {1 << 20:,} rows, which no workbook of Excel has")
-        cells = []
-        for cell in row:
-            value = cell.value
-            whole = isinstance(value, float) and value.is_integer()
-            text = "" if value is None else str(int(value) if whole else value)
-            cells.append(math.nan if cell.data_type == "e" else text)
-        if any(cells):
-            yield number, cells
+    tried_table(file, ())
+    rows = workbook_rows(file)
+    _, header = next(rows)
+    named = [column for column, name in enumerate(header) if name]
+    check_once(f"{file}", names := [header[column] for column in named])
+    check_columns(f"{file}", names, columns)
+    for number, cells in rows:
+        cells += [""] * (len(header) - len(cells))
+        yield f"{file}, row {number}", {header[column]: cells[column] for column in named}
 
 
 class Unpacked(io.RawIOBase):
@@ -192,7 +167,7 @@ class Unpacked(io.RawIOBase):
     without end: reading on would take minutes, and tell nothing."""
 
     def __init__(self, opened: IO[bytes]):
-        self.opened, self.stretch, self.size, self.zeros = opened, 0, 0, 0
+        self.opened, self.stretch, self.size, self.thin = opened, 0, 0, 0
         self.gzip = gzip.GzipFile(fileobj=self)  # which asks no more of it than `read`
 
     def readable(self) -> bool:
@@ -201,12 +176,11 @@ class Unpacked(io.RawIOBase):
     def read(self, size: int) -> bytes:
         """Packed bytes, fewer than newer Pythons ask for at a time: what they unpack to is compared with them."""
         if (at := self.opened.tell()) - self.stretch >= PACKED:
+            self.thin += self.size < PACKED // 4  # parts of a few bytes each; zeros after the end, read one by one
             self.stretch, self.size = at, 0
-        part = self.opened.read(min(size, PACKED // 4))
-        self.zeros = self.zeros + 1 if part == b"\0" else 0  # after the end gzip reads them one by one
-        if self.zeros > 1 << 20:
-            raise EOFError("more than a MiB of zeros after its end")
-        return part
+            if self.thin > THIN:
+                raise EOFError(f"{THIN * PACKED >> 10} KiB of it hold next to nothing")
+        return self.opened.read(min(size, PACKED // 4))
 
     def readinto(self, buffer: memoryview) -> int:
         self.size += (size := self.gzip.readinto(buffer))
@@ -247,9 +221,7 @@ def read_lines(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Itera
             text += more
             if len(text) > WHOLE:
                 raise UserError(f"{name}: a JSON list of more than {WHOLE >> 20} MiB: write a row a line (JSON Lines)")
-        if sum(map(text.count, (b",", b"[", b"{"))) > WHOLE >> 6:  # a value takes 64 bytes or more in memory
-            raise UserError(f"{name}: a JSON list of millions of small values: write a row a line (JSON Lines)")
-        rows = ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text), 1))
+        rows = ((f"{name}, item {n}", item) for n, item in enumerate(parse_json(name, text, WHOLE >> 6), 1))
     elif first.strip() == b"{":
         raise UserError(f"{name}, line {number}: an object over several lines; rows are one a line, or one JSON list")
     else:
@@ -262,13 +234,18 @@ def read_lines(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Itera
         yield where, row
 
 
-def parse_json(where: str, text: bytes | bytearray) -> object:
+def parse_json(where: str, text: bytes | bytearray, values: int = VALUES) -> object:
     try:
-        return from_json(text.decode("utf-8").rstrip())
+        decoded = text.decode("utf-8")
+        if isinstance(text, bytearray):
+            text.clear()  # of half a GiB, which the rows need
+        else:
+            decoded = decoded.rstrip()
+        return from_json(decoded, values)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" * (b"\n" in text.strip())
+        where += f", line {error.lineno}" * ("\n" in error.doc.strip())
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a key twice, a number of too many digits, brackets nested too deep
         raise UserError(f"{where}: not valid JSON ({error})") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from ouro.data.formats import WHOLE, columns_by_row, columns_of, read_file, read_lines, unpacked, way_to_read
+from ouro.data.formats import LONGEST, columns_by_row, columns_of, read_file, read_lines, unpacked, way_to_read
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
 from ouro.data.tables import ROWS, in_one_line
@@ -220,6 +220,8 @@ def find_source(settings: Settings) -> Source:
     train = held_out = split_files(place, entry.get("config"), "train")
     if "layouts" in entry:
         entry = recognised(entry, place, train)
+    else:  # what cannot be read is refused before all of it is hashed
+        next(chain.from_iterable(map(columns_by_row, train)), None)
     if "split" in entry["held_out"]:
         held_out = split_files(place, entry.get("config"), entry["held_out"]["split"], may_lack=True)
     return Source(name, entry, place, commit, {"train": train, "held_out": held_out, "development": train})
@@ -298,8 +300,8 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
         return
     try:
         with unpacked(path) as opened:
-            if len(archive := opened.read(WHOLE + 1)) > WHOLE:
-                raise UserError(f"{path} unpacks to more than {WHOLE >> 20} MiB: it is no benchmark's")
+            if len(archive := opened.read(LONGEST + 1)) > LONGEST:
+                raise UserError(f"{path} unpacks to more than {LONGEST >> 20} MiB: it is no benchmark's")
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:  # nothing is unpacked to disk
             # in a folder of the archive or in none; or all of its files in one place
             named = [m for m in tar.getmembers() if m.isfile() and f"/{m.name}".endswith(f"/{file}")]

@@ -1,13 +1,16 @@
-"""The rows of Parquet and Arrow files. A process of its own reads a file through before it is read: what lies in it, as
-a length, a type or a text that a million rows share, ends that process, and not the run."""
+"""The rows of Parquet, Arrow and Excel files. A process of its own reads a file through before it is read: what lies in
+it, as a length, a type or a text that a million rows share, ends that process, and not the run."""
 
 import json
+import math
 import resource
 import signal
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +24,8 @@ import pyarrow.parquet
 
 ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
 MEMORY = 1 << 30  # bytes of the process that tries a file
-SECONDS = 4  # of the processor, for it, and one for each TRIED bytes of the file: honest ones take a tenth
-TRIED = 1 << 25
+SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; most take a tenth
+NAMES = {".parquet": ("Parquet file", 1 << 25), ".arrow": ("Arrow file", 1 << 25), ".xlsx": ("Excel workbook", 1 << 18)}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
 
 
@@ -43,8 +46,7 @@ def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # of a name, date, zone
-        kind = kind_of(file)[1:].capitalize()
-        raise UserError(f"{file} is not a readable {kind} file: {in_one_line(error)}") from None
+        raise UserError(f"{file} is not a readable {NAMES[kind_of(file)][0]}: {in_one_line(error)}") from None
 
 
 def batches(
@@ -64,6 +66,39 @@ def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
     with open_table(file) as table:
         for batch in batches(table, columns, rows):
             yield from batch.to_pylist()
+
+
+def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
+    """The number and the texts of each row that has any, of the only sheet of an Excel workbook that has such rows; NaN
+    where Excel shows an error. Raises UserError: several sheets have rows, or none, or it is no workbook."""
+    import openpyxl  # 0.2 s, which trying a Parquet file need not take
+
+    try:
+        with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
+            rows = {sheet.title: sheet_rows(sheet) for sheet in book.worksheets}
+            full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
+            if len(full) != 1:
+                told = f"{len(full)} sheets hold rows ({', '.join(full)}), one must"
+                raise UserError(f"{file}: {told}: save it as CSV UTF-8")
+            [(first, following)] = full.values()
+            yield first
+            yield from following
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, NotImplementedError,
+            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML  # fmt: skip
+        raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
+
+
+def sheet_rows(sheet) -> Iterator[tuple[int, list]]:
+    sheet.reset_dimensions()  # what the file says of them may be wrong
+    for number, row in enumerate(sheet.rows, 1):
+        cells = []
+        for cell in row:
+            value = cell.value
+            whole = isinstance(value, float) and value.is_integer()
+            text = "" if value is None else str(int(value) if whole else value)
+            cells.append(math.nan if cell.data_type == "e" else text)
+        if any(cells):
+            yield number, cells
 
 
 def weight(values: pa.RecordBatch | pa.Array) -> int:
@@ -101,6 +136,8 @@ def try_through(
     a name stands twice, also those that are read and how many rows at a time: they were read through.
     Raises UserError: it is no such file; a row is longer than `longest`; it unpacks to more than `most` bytes."""
     path = Path(file)
+    if kind_of(path) == ".xlsx":
+        return {"count": sum(1 for _ in workbook_rows(path)) - 1}
     with open_table(path) as table:
         parquet = isinstance(table, pa.parquet.ParquetFile)
         schema = table.schema_arrow if parquet else table.schema
@@ -146,10 +183,10 @@ def tried(file: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...]
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
-            how = "reading it takes much longer than a file of rows of its size does"
+            how = "reading it takes much longer than its size lets expect"
         elif "MemoryError" in last:
             how = f"reading it takes more than {MEMORY >> 20} MiB"
-        raise UserError(f"{file} is not a readable {kind_of(file)[1:].capitalize()} file: {how}")
+        raise UserError(f"{file} is not a readable {NAMES[kind_of(file)][0]}: {how}")
     found = json.loads(done.stdout)
     if "error" in found:
         raise UserError(found["error"])
@@ -158,9 +195,11 @@ def tried(file: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...]
 
 def main() -> None:
     told = [*map(json.loads, sys.argv[1:])]
-    seconds = SECONDS + Path(told[0]).stat().st_size // TRIED
+    file = Path(told[0])
+    seconds = SECONDS + file.stat().st_size // NAMES[kind_of(file)][1]
     for what, most in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own reserves more than it gives out
     try:
         found = try_through(*told)
