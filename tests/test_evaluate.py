@@ -349,8 +349,9 @@ def test_a_task_of_the_base_that_another_process_scores_is_waited_for_last(study
 
         monkeypatch.setattr(results, "time", SimpleNamespace(sleep=waits))
         evaluated(tmp_path, "--output_dir", str(study / "output"), "--exp", name, *BOTH)
-    told = "base-fp32: english_text was scored by another process meanwhile"
-    assert (told in capsys.readouterr().out) == (ended == "done")
+    told = capsys.readouterr().out
+    assert told.count("base-fp32: another process is at english_text; waiting for its end") == 1
+    assert ("base-fp32: english_text was scored by another process meanwhile" in told) == (ended == "done")
     wanted = contents(study / "results").items()
     assert contents(tmp_path / "results") == {f: data for f, data in wanted if f.startswith(("base", f"{name}/"))}
     assert not list(tmp_path.rglob("*.lock"))

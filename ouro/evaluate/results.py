@@ -79,8 +79,11 @@ def alone(path: Path, wait: bool) -> Iterator[bool]:
     with open(path, "a") as file:
         mine = True
         with contextlib.suppress(OSError):
-            while not (mine := lock(file)) and wait:
+            if not (mine := lock(file)) and wait:
+                print(f"{path.parent.name}: another process is at {path.stem[1:]}; waiting for its end", flush=True)
+            while not mine and wait:
                 time.sleep(1)
+                mine = lock(file)
         try:
             yield mine
         finally:
