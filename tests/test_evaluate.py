@@ -14,7 +14,7 @@ import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
 from ouro.evaluate.tasks import load_task, score_choices, score_texts
-from ouro.files import UserError, latest, seal, write_atomic
+from ouro.files import UserError, latest, read_json, seal, write_atomic
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
@@ -328,6 +328,19 @@ def test_an_adapter_scores_alone_as_after_others_and_each_folder_has_results_of_
     evaluated(tmp_path, "--base", "--tasks", "english_text")
     name = "base-fp32/english_text-ut2.json"
     assert (tmp_path / "results" / name).read_bytes() == (study / "results" / name).read_bytes()
+
+
+def test_notes_of_processes_that_end_tasks_at_once_are_all_kept(tmp_path):
+    """Twenty by each of three processes."""
+    (tmp_path / "base").mkdir()
+    notes = """import sys; from pathlib import Path
+from types import SimpleNamespace; from ouro.evaluate import results
+for n in range(20):
+    task = SimpleNamespace(name=f"{sys.argv[2]}{n}", items=[1], benchmark={"revision": "1"}, sha256="1")
+    results.note(Path(sys.argv[1]), "base", task, 1, {})"""
+    started = [subprocess.Popen([sys.executable, "-c", notes, tmp_path, who], cwd=ROOT) for who in "abc"]
+    assert [process.wait() for process in started] == [0] * 3
+    assert len(read_json(tmp_path / "base/manifest.json")["tasks"]) == 60
 
 
 @pytest.mark.parametrize("ended", ["killed", "done"])

@@ -6,13 +6,16 @@ a link to the first, under a name that lm-evaluation-harness's own finder knows.
 """
 
 import contextlib
+import itertools
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from ouro.evaluate.benchmarks import REPLIES, Task, digest
 from ouro.files import WHOLE, UserError, code_version, lock, regular, write_atomic, write_json
@@ -76,19 +79,27 @@ def alone(path: Path, wait: bool) -> Iterator[bool]:
     """Keeps other processes from what this one does meanwhile; False: one of them does it now. wait: until it has
     ended, be it by a kill. Where the file system has no locks, both do it, and write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        mine = True
-        with contextlib.suppress(OSError):
-            if not (mine := lock(file)) and wait:
-                print(f"{path.parent.name}: another process is at {path.stem[1:]}; waiting for its end", flush=True)
-            while not mine and wait:
-                time.sleep(1)
-                mine = lock(file)
-        try:
-            yield mine
-        finally:
-            if mine:
-                path.unlink(missing_ok=True)
+    for number in itertools.count():
+        with open(path, "a") as file:
+            if (mine := holds(file, path)) or not wait:
+                try:
+                    yield mine
+                finally:
+                    if mine:
+                        path.unlink(missing_ok=True)
+                return
+        if number == 0:
+            print(f"{path.parent.name}: another process is at {path.stem[1:]}; waiting for its end", flush=True)
+        time.sleep(1)
+
+
+def holds(file: IO, path: Path) -> bool:
+    try:  # the process that had the lock deletes the file in the end, and a third may have made and locked another
+        return lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+    except OSError:  # no locks
+        return True
 
 
 def set_aside(files: list[Path]) -> None:
@@ -140,22 +151,23 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
 def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> None:
     """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result; facts: the caller's part."""
     file = results / run / "manifest.json"
-    try:
-        manifest = json.loads(regular(file, WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = {}
-    manifest["run"] = run
-    manifest.setdefault("tasks", {})[task.name] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "items_per_second": round(len(task.items) / seconds, 2),
-        "benchmark_revision": task.benchmark["revision"],
-        "prompt_sha256": task.sha256,
-        **facts,
-        **code_version(),
-        "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-    }
-    write_json(file, manifest)
+    with alone(file.with_name(".manifest.lock"), wait=True):  # two jobs may score the base's tasks
+        try:
+            manifest = json.loads(regular(file, WHOLE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            manifest = {}
+        manifest["run"] = run
+        manifest.setdefault("tasks", {})[task.name] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "items_per_second": round(len(task.items) / seconds, 2),
+            "benchmark_revision": task.benchmark["revision"],
+            "prompt_sha256": task.sha256,
+            **facts,
+            **code_version(),
+            "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        }
+        write_json(file, manifest)
 
 
 def check_writable(folder: Path) -> None:
