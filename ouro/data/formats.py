@@ -151,7 +151,7 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
 
 def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of the only sheet of an Excel workbook that is not empty, like those of `read_csv`."""
-    tried_table(file, ())
+    tried_table(file, None)
     rows = workbook_rows(file)
     _, header = next(rows)
     named = [column for column, name in enumerate(header) if name]

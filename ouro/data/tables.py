@@ -43,7 +43,7 @@ def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
         else:
             with pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
                 yield parquet
-    except MemoryError:
+    except MemoryError:  # Arrow's own is an ArrowException, too
         raise
     except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # of a name, date, zone
         raise UserError(f"{file} is not a readable {NAMES[kind_of(file)][0]}: {in_one_line(error)}") from None
