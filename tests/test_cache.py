@@ -391,8 +391,7 @@ def test_of_all_rows_some_hundreds_are_in_memory_at_a_time(large, tmp_path, toke
             most.append(len(alive))
             yield where, row
 
-    alive, most, read_file = weakref.WeakSet(), [], sources.read_file
-    for module in (formats, sources):
-        monkeypatch.setattr(module, "read_file", counted)
+    alive, most, read_file = weakref.WeakSet(), [], formats.read_file
+    monkeypatch.setattr(formats, "read_file", counted)
     prepare(plain(large.data, tmp_path), tokenizer, quiet=True)
     assert len(most) > 4 * CHUNK and max(most) <= 2 * CHUNK + 1

@@ -190,7 +190,7 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "list.json.gz").write_bytes(gzip.compress(b"[\n" + b" \n" * (1 << 20)))
     (tmp_path / "line.json").write_text(json.dumps([{"a": "x" * 700_000}] * 2))
     monkeypatch.setattr(formats, "WHOLE", 1 << 21)
-    assert formats.count_rows(tmp_path / "line.json") == 2, "json.dump writes a list in one line"
+    assert formats.count_rows([tmp_path / "line.json"]) == 2, "json.dump writes a list in one line"
     monkeypatch.setattr(formats, "WHOLE", 1 << 20)
     (tmp_path / "values.json").write_bytes(b"[\n" + b"{},\n" * (1 << 14) + b"{}]")
     (tmp_path / "cells.csv").write_text('prompt,completion\n"\n",' + '"",' * (1 << 20))
@@ -202,7 +202,7 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=told):
             list(formats.read_file(tmp_path / name))
         with pytest.raises(UserError, match=told):
-            formats.count_rows(tmp_path / name)
+            formats.count_rows([tmp_path / name])
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         member = tarfile.TarInfo("x.jsonl")
@@ -221,7 +221,7 @@ def test_a_gz_file_of_parts_without_contents_is_refused(tmp_path, part):
         list(formats.read_file(tmp_path / "a.jsonl.gz"))
     row = gzip.compress(b'{"prompt":"a","completion":"b"}\n')
     (tmp_path / "a.jsonl.gz").write_bytes(row * 40_000 + gzip.compress(b""))
-    assert formats.count_rows(tmp_path / "a.jsonl.gz") == 40_000
+    assert formats.count_rows([tmp_path / "a.jsonl.gz"]) == 40_000
 
 
 def test_a_small_file_that_stands_for_a_huge_one_is_refused(tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_an_arrow_file_is_read_also_where_its_columns_are_compressed(tmp_path, d
     with pa.ipc.new_stream(tmp_path / "a.arrow", batch.schema, options=options) as file:
         file.write_batch(batch)
     assert [row["x"] for _, row in formats.read_file(tmp_path / "a.arrow")] == ["ก" * 50, "ข"]
-    assert formats.count_rows(tmp_path / "a.arrow") == 2
+    assert formats.count_rows([tmp_path / "a.arrow"]) == 2
 
 
 SHARED = {  # by what lets values share their bytes
@@ -284,6 +284,45 @@ def test_one_long_text_of_a_dictionary_beside_short_rows_is_read(tmp_path):
     assert [row["prompt"] for _, row in formats.read_file(tmp_path / "a.parquet")] == texts
 
 
+def test_a_column_of_many_categories_is_read(tmp_path):
+    count = 200_000  # each batch of a Parquet file has all of them
+    texts = pa.array([f"คำถาม {n}" for n in range(count)]).dictionary_encode()
+    pq.write_table(pa.table({"prompt": texts, "completion": ["x"] * count}), tmp_path / "a.parquet")
+    assert (
+        sum(row["prompt"] == f"คำถาม {n}" for n, (_, row) in enumerate(formats.read_file(tmp_path / "a.parquet")))
+        == count
+    )
+
+
+def claim_gigabytes(file: Path) -> None:
+    """A Parquet file whose end says that all of it describes its columns."""
+    with open(file, "wb") as opened:
+        opened.write(b"PAR1")
+        opened.truncate(50 << 30)
+        opened.seek(0, os.SEEK_END)
+        opened.write((2**32 - 1).to_bytes(4, "little") + b"PAR1")
+
+
+def test_small_files_are_tried_by_one_process_but_one_that_ends_it_by_its_own(tmp_path, monkeypatch):
+    files, begun, run = [tmp_path / f"{name}.parquet" for name in "abcd"], [], tables.subprocess.run
+    for file in files:
+        pq.write_table(pa.table({"x": [file.stem]}), file)
+    claim_gigabytes(files[2])
+    monkeypatch.setattr(formats, "SMALL", 1 << 40)
+    monkeypatch.setattr(tables.subprocess, "run", lambda *told, **kwargs: begun.append(kwargs) or run(*told, **kwargs))
+    formats.try_together(files, ["x"])
+    for file in (files[0], files[1]):
+        assert [row["x"] for _, row in formats.read_file(file, ["x"])] == [file.stem]
+    with pytest.raises(UserError, match="c.parquet is not a readable"):
+        list(formats.read_file(files[2], ["x"]))
+    assert len(begun) == 2
+    assert [row["x"] for _, row in formats.read_file(files[3], ["x"])] == ["d"]
+    assert len(begun) == 3
+    code = "import numpy, os; print(len(os.listdir('/proc/self/task')))"
+    threads = run([sys.executable, "-c", code], env=begun[0]["env"], capture_output=True).stdout
+    assert int(threads) == 1, "each processor's would take memory of what the process may have"
+
+
 def try_edited(file: Path) -> None:
     """Tries a Parquet file with each byte of its footer changed."""
     sound = file.read_bytes()
@@ -312,18 +351,16 @@ def test_no_byte_of_a_footer_ends_the_process(tmp_path):
 )
 def test_a_file_that_ends_the_process_that_tries_it_is_one_message(tmp_path, monkeypatch, end, said, told):
     pq.write_table(pa.table({"x": ["a"]}), tmp_path / "a.parquet")
-    monkeypatch.setattr(tables.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=end, stderr=said))
+    monkeypatch.setattr(
+        tables.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=end, stdout=b"", stderr=said)
+    )
     with pytest.raises(UserError, match=told):
         list(formats.read_file(tmp_path / "a.parquet"))
 
 
 def test_a_footer_that_claims_gigabytes_is_one_message(tmp_path):
-    with open(tmp_path / "a.parquet", "wb") as file:
-        file.write(b"PAR1")
-        file.truncate(50 << 30)
-        file.seek(0, os.SEEK_END)
-        file.write((2**32 - 1).to_bytes(4, "little") + b"PAR1")
-    for read in (lambda file: list(formats.read_file(file)), formats.count_rows):
+    claim_gigabytes(tmp_path / "a.parquet")
+    for read in (lambda file: list(formats.read_file(file)), lambda file: formats.count_rows([file])):
         with pytest.raises(UserError, match="not a readable Parquet file: reading it takes more than 1024"):
             read(tmp_path / "a.parquet")
 

@@ -111,7 +111,7 @@ def epoch_of(s: Settings, rows: str) -> tuple[np.ndarray, float, str]:
         count = known.get("rows", {}).get("train")
         if rows == "cached" or not published or count is None:
             try:
-                count = sum(map(count_rows, find_source(s).files["train"]))
+                count = count_rows(find_source(s).files["train"])
             except UserError:
                 if count is None:
                     raise

@@ -187,7 +187,7 @@ def write_rows(
     checked = checked_rows(source, split, s, tokenizer.all_special_tokens, overlap, tally)
     rows = ((*row, tally.rows_in) for row in checked)  # with how many were read up to each
     rows = shuffled(rows) if s.shuffle_answers and split == "train" else rows
-    total, tokens_kept = sum(map(formats.count_rows, source.files[split])), 0
+    total, tokens_kept = formats.count_rows(source.files[split]), 0
     progress = Progress(f"tokenise {source.place}", total, "rows", quiet)
     with progress, open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(islice(rows, CHUNK)):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from ouro.data.shards import kind_of
-from ouro.data.tables import in_one_line, read_rows, refuse_repeated, tried, workbook_rows
+from ouro.data.tables import FOUND, NAMES, in_one_line, read_rows, refuse_repeated, try_all, workbook_rows
 from ouro.data.thai import trim
 from ouro.files import VALUES, UserError, from_json, nearest, read_yaml, regular
 from ouro.settings import DATASETS
@@ -26,6 +26,7 @@ WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON lis
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
 THIN = 32  # such stretches may unpack to less than a quarter of their size
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
+SMALL = 1 << 22  # bytes of a Parquet, Arrow or Excel file that is tried together with others
 UNPACKED = 64  # … Arrow files, where columns are rarely compressed, but many rows may name one text of a dictionary
 
 
@@ -80,6 +81,13 @@ def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] =
             yield from read(f"{file}", opened, columns)
 
 
+def read_files(files: Sequence[Path], columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Iterator[tuple]:
+    """As `read_file`, of one file after the other."""
+    try_together(files, columns, optional)
+    for file in files:
+        yield from read_file(file, columns, optional)
+
+
 def columns_by_row(file: Path) -> Iterator[Iterable[str]]:
     """The columns that each row has, which of a Parquet or Arrow file are known without reading it. Errors as
     `read_file`."""
@@ -90,17 +98,33 @@ def columns_by_row(file: Path) -> Iterator[Iterable[str]]:
         yield from (row for _, row in read_file(file))
 
 
-def count_rows(file: Path) -> int:
-    if kind_of(file) in (".parquet", ".arrow", ".xlsx"):
-        return tried_table(file, None)["count"]
-    return sum(1 for _ in read_file(file))
+def count_rows(files: Sequence[Path]) -> int:
+    try_together(files, None)
+    return sum(tried_table(f, None)["count"] if kind_of(f) in NAMES else sum(1 for _ in read_file(f)) for f in files)
+
+
+def question(file: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> str:
+    """What `try_all` is asked of a Parquet, Arrow or Excel file."""
+    about, ratio = regular(file).stat(), UNPACKED if kind_of(file) == ".arrow" else RATIO
+    if kind_of(file) == ".xlsx":  # of which all is read
+        columns, optional = None, ()
+    limits = ratio, max(WHOLE // 2, ratio * about.st_size), LONGEST
+    return json.dumps([f"{file.absolute()}", columns, optional, *limits, about.st_mtime_ns])
+
+
+def try_together(files: Iterable[Path], columns: Sequence[str] | None, optional: Sequence[str] = ()) -> None:
+    """Tries in one process the files that take less time than the start of a process: small ones; and all of which only
+    the columns' names and the number of rows are asked."""
+    tables = (f for f in files if kind_of(f) in NAMES and (columns is None or f.stat().st_size < SMALL))
+    try_all([question(file, columns, optional) for file in tables])
 
 
 def tried_table(file: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> dict:
     """What a Parquet, Arrow or Excel file has, as `try_through` finds. Errors as it has them."""
-    size, ratio = file.stat().st_size, UNPACKED if kind_of(file) == ".arrow" else RATIO
-    told = (file.absolute(), columns if columns is None else tuple(columns), tuple(optional))
-    return tried(*told, ratio, max(WHOLE // 2, ratio * size), LONGEST, file.stat().st_mtime_ns)
+    try_all([asked := question(file, columns, optional)])
+    if "error" in FOUND[asked]:
+        raise UserError(FOUND[asked]["error"])
+    return FOUND[asked]
 
 
 def read_table(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, dict]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from ouro.data.formats import LONGEST, columns_by_row, columns_of, read_file, read_lines, unpacked, way_to_read
+from ouro.data.formats import LONGEST, columns_by_row, columns_of, read_files, read_lines, unpacked, way_to_read
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
 from ouro.data.tables import ROWS, in_one_line
@@ -96,8 +96,7 @@ class Source:
 
     def rows(self, split: str) -> Iterator[tuple[str, dict]]:
         """Where each row of a part stands, and the row. Errors as `read_file`."""
-        for file in self.files[split]:
-            yield from read_file(file, self.columns, self.entry.get("optional", ()))
+        return read_files(self.files[split], self.columns, self.entry.get("optional", ()))
 
     def fingerprint(self) -> str:
         """The commit, or for a local copy the SHA-256 of its files' contents."""
@@ -296,7 +295,7 @@ def read_benchmark(name: str, spec: dict, local: str | None, file: str) -> Itera
     Raises UserError: no network and no copy, the file is missing or damaged."""
     path = benchmark_path(name, spec, local, file)
     if path.name != spec.get("archive"):
-        yield from read_file(path)
+        yield from read_files([path])
         return
     try:
         with unpacked(path) as opened:

@@ -1,17 +1,18 @@
-"""The rows of Parquet, Arrow and Excel files. A process of its own reads a file through before it is read: what lies in
-it, as a length, a type or a text that a million rows share, ends that process, and not the run."""
+"""The rows of Parquet, Arrow and Excel files. A process of its own reads a file through before it is read: a length, a
+type or a text in it that stands for more than any memory holds ends that process, and not the run."""
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,9 +25,10 @@ import pyarrow.parquet
 
 ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
 MEMORY = 1 << 30  # bytes of the process that tries a file
-SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; most take a tenth
-NAMES = {".parquet": ("Parquet file", 1 << 25), ".arrow": ("Arrow file", 1 << 25), ".xlsx": ("Excel workbook", 1 << 18)}
+SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take an eighth
+NAMES = {".parquet": ("Parquet file", 1 << 21), ".arrow": ("Arrow file", 1 << 21), ".xlsx": ("Excel workbook", 1 << 16)}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
+FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
 
 def in_one_line(error: Exception) -> str:
@@ -52,17 +54,26 @@ def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
 def batches(
     table: pa.parquet.ParquetFile | pa.RecordBatchStreamReader, columns: list[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, so many rows at a time."""
-    parquet = isinstance(table, pa.parquet.ParquetFile)
+    """Some columns of a file, of which so many rows are read at a time, in parts of at most ROWS."""
+    parquet, most = isinstance(table, pa.parquet.ParquetFile), min(rows, ROWS)
     for part in table.iter_batches(rows, columns=columns, use_threads=False) if parquet else table:
         part = part.select(columns)
         if not parquet:
             part.validate(full=True)  # an Arrow file says where in it a text is: beyond its end would end the process
-        yield from (part.slice(start, rows) for start in range(0, len(part), rows))
+        yield from (part.slice(start, most) for start in range(0, len(part), most))
+
+
+def rows_at_once(file: Path, columns: list[str]) -> int:
+    """How many rows of a Parquet file to read at a time: so many that they take as much memory as the dictionaries of
+    their columns, as pandas' categories are. Each batch has these whole, be there 200,000 texts in them."""
+    with suppress(MemoryError), open_table(file) as table:
+        for first in batches(table, columns, ROWS):
+            return ROWS * max(1, first.nbytes // max(1, weight(first)))
+    return ROWS
 
 
 def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
-    """Those of a file that was tried, so many of them in memory at a time. Errors as `open_table`."""
+    """Those of a file that was tried, so many of them read at a time. Errors as `open_table`."""
     with open_table(file) as table:
         for batch in batches(table, columns, rows):
             yield from batch.to_pylist()
@@ -132,8 +143,9 @@ def shares(kind: pa.DataType) -> bool:
 def try_through(
     file: str, columns: Sequence[str] | None, optional: Sequence[str], ratio: int, most: int, longest: int
 ) -> dict:
-    """The names of a file's columns and how many rows it has; unless no `columns` are meant, one of them is missing or
-    a name stands twice, also those that are read and how many rows at a time: they were read through.
+    """The `names` of a file's columns and the `count` of its rows. Unless `columns` is None the file is read through,
+    and `wanted` are the columns that are read, `rows` how many rows at a time; but not where a column is missing or
+    stands twice, which the caller refuses.
     Raises UserError: it is no such file; a row is longer than `longest`; it unpacks to more than `most` bytes."""
     path = Path(file)
     if kind_of(path) == ".xlsx":
@@ -151,8 +163,8 @@ def try_through(
     wanted = [n for n in names if not columns or n in read or speaks_of_training(n) or like_mark(n)]
     if odd := [name for name in wanted if shares(schema.field(name).type)]:
         told = f"column {odd[0]!r} is of type {schema.field(odd[0]).type}"
-        raise UserError(f"{file}: {told}, which is not read: save it as texts, or lists and structs of them")
-    for rows in (ROWS, ROWS // 16, 1):
+        raise UserError(f"{file}: {told}, which is not read: save it as Parquet, as plain texts, lists and structs")
+    for rows in dict.fromkeys((rows_at_once(path, wanted), ROWS, ROWS // 16, 1)):
         with suppress(MemoryError), open_table(path) as table:
             size = seen = 0
             for batch in batches(table, wanted, rows):
@@ -173,39 +185,47 @@ def refuse_repeated(file: Path | str, ratio: int) -> NoReturn:
                     "if it is meant, write it as JSON Lines that are not packed")  # fmt: skip
 
 
-@lru_cache(maxsize=1 << 12)
-def tried(file: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...], *limits: int) -> dict:
-    """What `try_through` finds of a file, in a process of its own. The last of `limits` is no limit: by the time when
-    the file was changed it is known whether it was tried. Raises UserError: as `try_through`; the process ended."""
-    told = [*map(json.dumps, (f"{file}", columns, optional, *limits[:-1]))]
-    done = subprocess.run([sys.executable, "-m", "ouro.data.tables", *told], capture_output=True, cwd=ROOT)
-    if done.returncode:
+def try_all(asked: Sequence[str]) -> None:
+    """Puts into FOUND what `try_through` finds of files, or of the first why it cannot be read. One process tries them;
+    where one of the others ends it, that and what follows are left to be asked for again.
+    asked: of each file the arguments as JSON, and the time when it was changed."""
+    if not (asked := [one for one in asked if one not in FOUND]):
+        return
+    # NumPy's library starts a thread for each processor, 40 MB each: with 24 of them nothing would be left of MEMORY.
+    done = subprocess.run([sys.executable, "-m", "ouro.data.tables"], input="\n".join(asked).encode(), cwd=ROOT,
+                          capture_output=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})  # fmt: skip
+    answers = [*map(json.loads, done.stdout.splitlines())]
+    FOUND.update(zip(asked, answers, strict=False))
+    if not answers:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
             how = "reading it takes much longer than its size lets expect"
         elif "MemoryError" in last:
             how = f"reading it takes more than {MEMORY >> 20} MiB"
-        raise UserError(f"{file} is not a readable {NAMES[kind_of(file)][0]}: {how}")
-    found = json.loads(done.stdout)
-    if "error" in found:
-        raise UserError(found["error"])
-    return found
+        file = json.loads(asked[0])[0]
+        FOUND[asked[0]] = {"error": f"{file} is not a readable {NAMES[kind_of(Path(file))][0]}: {how}"}
+
+
+def limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def main() -> None:
-    told = [*map(json.loads, sys.argv[1:])]
-    file = Path(told[0])
-    seconds = SECONDS + file.stat().st_size // NAMES[kind_of(file)][1]
-    for what, most in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(what)[1]
-        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    limit(resource.RLIMIT_DATA, MEMORY)
+    limit(resource.RLIMIT_CORE, 0)
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own reserves more than it gives out
-    try:
-        found = try_through(*told)
-    except UserError as error:
-        found = {"error": f"{error}"}
-    print(json.dumps(found))
+    for line in sys.stdin:
+        *told, _ = json.loads(line)
+        file = Path(told[0])
+        seconds = SECONDS + file.stat().st_size // NAMES[kind_of(file)][1]
+        limit(resource.RLIMIT_CPU, int(time.process_time()) + seconds)
+        try:
+            found = try_through(*told)
+        except UserError as error:
+            found = {"error": f"{error}"}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

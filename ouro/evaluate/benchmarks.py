@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from ouro.data import sources
-from ouro.data.formats import cell_text, check_columns, count_rows, read_file
+from ouro.data.formats import cell_text, check_columns, count_rows, read_files
 from ouro.data.sources import benchmark_place, read_benchmark
 from ouro.data.thai import UNSEEN, as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
@@ -320,8 +320,8 @@ def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> 
         files = [sources.benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
     take, columns = (None, []) if local else (spec["take"], [key])
     # The distance of two texts in rows, mostly no whole number; of each such stretch the first row is taken.
-    step = max(1, sum(map(count_rows, files)) / take) if take else 1
-    rows = enumerate((row for file in files for row in read_file(file, columns)), 1)
+    step = max(1, count_rows(files) / take) if take else 1
+    rows = enumerate(read_files(files, columns), 1)
     sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
     items, empty = [], []
     for number, where, row in islice(sample, limit):
