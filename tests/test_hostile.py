@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pty
+import random
 import re
 import shutil
 import signal
@@ -212,6 +213,14 @@ def test_what_unpacks_to_more_than_a_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST", 1 << 20)
     with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
         list(sources.read_benchmark("a", {"archive": "a.tar.gz", "file": "x.jsonl"}, str(tmp_path), "x.jsonl"))
+
+
+@pytest.mark.parametrize("level", [0, 9])
+def test_a_gz_file_of_ten_mebibytes_of_rows_is_read(tmp_path, level):
+    rows = [{"prompt": random.Random(n).randbytes(1 << 19).hex()} for n in range(10)]
+    for name, text in (("a.json.gz", json.dumps(rows)), ("a.jsonl.gz", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode(), level))
+        assert [row for _, row in formats.read_file(tmp_path / name)] == rows
 
 
 @pytest.mark.parametrize("part", [b"", b"\n"])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 from ouro.data.shards import kind_of
@@ -24,7 +25,7 @@ from ouro.settings import DATASETS
 LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
-THIN = 32  # such stretches may unpack to less than a quarter of their size
+EMPTY = 1 << 20  # bytes of one that may unpack to less than a quarter of them
 RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
 SMALL = 1 << 22  # bytes of a Parquet, Arrow or Excel file that is tried together with others
 UNPACKED = 64  # … Arrow files, where columns are rarely compressed, but many rows may name one text of a dictionary
@@ -187,28 +188,29 @@ def read_workbook(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str
 
 
 class Unpacked(io.RawIOBase):
-    """What is in a compressed file. Raises UserError where a stretch of it unpacks to what no rows do, as blank lines
-    without end: reading on would take minutes, and tell nothing."""
+    """What is in a compressed file. Raises UserError or EOFError where some of it unpacks to what no rows do, as blank
+    lines without end: reading on would take minutes, and tell nothing."""
 
     def __init__(self, opened: IO[bytes]):
-        self.opened, self.stretch, self.size, self.thin = opened, 0, 0, 0
-        self.gzip = gzip.GzipFile(fileobj=self)  # which asks no more of it than `read`
+        self.opened, self.empty, self.beyond = opened, 0, 0
+        self.gzip = gzip.GzipFile(fileobj=SimpleNamespace(read=self.read_packed), mode="rb")
 
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int) -> bytes:
-        """Packed bytes, fewer than newer Pythons ask for at a time: what they unpack to is compared with them."""
-        if (at := self.opened.tell()) - self.stretch >= PACKED:
-            self.thin += self.size < PACKED // 4  # parts of a few bytes each; zeros after the end, read one by one
-            self.stretch, self.size = at, 0
-            if self.thin > THIN:
-                raise EOFError(f"{THIN * PACKED >> 10} KiB of it hold next to nothing")
-        return self.opened.read(min(size, PACKED // 4))
+    def read_packed(self, size: int) -> bytes:
+        packed = self.opened.read(min(size, PACKED // 4))  # newer Pythons ask for more
+        self.empty += len(packed)
+        self.beyond = max(0, self.beyond - RATIO * len(packed))
+        if self.empty > EMPTY:  # parts of a few bytes each; zeros after the end, which gzip reads one by one
+            raise EOFError(f"{EMPTY >> 10} KiB of it hold next to nothing")
+        return packed
 
     def readinto(self, buffer: memoryview) -> int:
-        self.size += (size := self.gzip.readinto(buffer))
-        if self.size > RATIO * PACKED:
+        size = self.gzip.readinto(memoryview(buffer)[:PACKED])
+        self.empty = max(0, self.empty - 4 * size)
+        self.beyond += size
+        if self.beyond > RATIO * PACKED:
             refuse_repeated(self.opened.name, RATIO)
         return size
 
