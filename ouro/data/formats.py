@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import IO
 
 from ouro.data.shards import kind_of
-from ouro.data.tables import FOUND, NAMES, in_one_line, read_rows, refuse_repeated, try_all, workbook_rows
+from ouro.data.tables import FOUND, NAMES, RATIO, in_one_line, read_rows, refuse_repeated, try_all, workbook_rows
 from ouro.data.thai import trim
 from ouro.files import VALUES, UserError, from_json, nearest, read_yaml, regular
 from ouro.settings import DATASETS
@@ -26,9 +26,7 @@ LONGEST = 1 << 26  # bytes of a line
 WHOLE = 1 << 29  # bytes of what is read whole, unpacked: an archive, a JSON list
 PACKED = 1 << 15  # bytes of a compressed file that may unpack to RATIO times as many
 EMPTY = 1 << 20  # bytes of one that may unpack to less than a quarter of them
-RATIO = 256  # JSON Lines unpack 3 to 20 times, and 130 where all begin with the same 7 kB
 SMALL = 1 << 22  # bytes of a Parquet, Arrow or Excel file that is tried together with others
-UNPACKED = 64  # … Arrow files, where columns are rarely compressed, but many rows may name one text of a dictionary
 
 
 def columns_of(entry: dict) -> list[str]:
@@ -106,10 +104,10 @@ def count_rows(files: Sequence[Path]) -> int:
 
 def question(file: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> str:
     """What `try_all` is asked of a Parquet, Arrow or Excel file."""
-    about, ratio = regular(file).stat(), UNPACKED if kind_of(file) == ".arrow" else RATIO
+    about = regular(file).stat()
     if kind_of(file) == ".xlsx":  # of which all is read
         columns, optional = None, ()
-    limits = ratio, max(WHOLE // 2, ratio * about.st_size), LONGEST
+    limits = max(WHOLE // 2, RATIO * about.st_size), LONGEST
     return json.dumps([f"{file.absolute()}", columns, optional, *limits, about.st_mtime_ns])
 
 
@@ -211,7 +209,7 @@ class Unpacked(io.RawIOBase):
         self.empty = max(0, self.empty - 4 * size)
         self.beyond += size
         if self.beyond > RATIO * PACKED:
-            refuse_repeated(self.opened.name, RATIO)
+            refuse_repeated(self.opened.name)
         return size
 
 
