@@ -66,9 +66,9 @@ def check_once(where: str, names: list[str]) -> None:
 
 def read_file(file: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL, JSON, CSV, Excel, Parquet or Arrow file, each with where it stands; never the whole file in
-    memory, but for JSON that is one list. columns: must be there, and with the `optional` ones are all that
-    is wanted; or none. Raises UserError: naming file and line (or row): not UTF-8, not JSON, not an object, a column
-    missing."""
+    memory, but for JSON that is one list. columns: must be there; of a Parquet or Arrow file no others are read, but
+    for the `optional` ones and marks of training; none are named: all are read. Raises UserError: naming file and line
+    (or row): not UTF-8, not JSON, not an object, a column missing."""
     regular(file)
     if (kind := kind_of(file)) in (".parquet", ".arrow"):
         yield from read_table(file, columns, optional)
@@ -119,7 +119,7 @@ def try_together(files: Iterable[Path], columns: Sequence[str] | None, optional:
 
 
 def tried_table(file: Path, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> dict:
-    """What a Parquet, Arrow or Excel file has, as `try_through` finds. Errors as it has them."""
+    """What `try_through` finds of a Parquet, Arrow or Excel file. Raises UserError: as it does; the file ended it."""
     try_all([asked := question(file, columns, optional)])
     if "error" in FOUND[asked]:
         raise UserError(FOUND[asked]["error"])

@@ -49,14 +49,20 @@ def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
                 yield parquet
     except MemoryError:  # Arrow's own is an ArrowException, too
         raise
-    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:  # of a name, date, zone
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+    ) as error:  # a name, date or zone in it
         raise UserError(f"{file} is not a readable {NAMES[kind_of(file)]}: {in_one_line(error)}") from None
 
 
 def batches(
     table: pa.parquet.ParquetFile | pa.RecordBatchStreamReader, columns: list[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, of which so many rows are read at a time, in parts of at most ROWS."""
+    """Some columns of a file, in parts of at most ROWS rows. rows: of a Parquet file that are read at a time."""
     parquet, most = isinstance(table, pa.parquet.ParquetFile), min(rows, ROWS)
     for part in table.iter_batches(rows, columns=columns, use_threads=False) if parquet else table:
         part = part.select(columns)
@@ -115,7 +121,7 @@ def sheet_rows(sheet) -> Iterator[tuple[int, list]]:
 
 
 def weight(values: pa.RecordBatch | pa.Array) -> int:
-    """About how many bytes Python's values take of what is in a column, or in all of them."""
+    """About how many bytes a column, or all of a batch, takes as Python's values."""
     if isinstance(values, pa.RecordBatch):
         return sum(map(weight, values.columns))
     if isinstance(values, pa.ExtensionArray):
@@ -131,7 +137,8 @@ def weight(values: pa.RecordBatch | pa.Array) -> int:
 
 
 def shares(kind: pa.DataType) -> bool:
-    """Whether values of a type, or of what is in it, may share bytes in another way than the texts of a dictionary."""
+    """Whether values of a type, or parts of them, may share bytes, so that a small file stands for much. Texts of a
+    dictionary do, too, but `weight` counts them one by one."""
     types = pa.types
     odd = (types.is_list_view, types.is_large_list_view, types.is_string_view, types.is_binary_view,
            types.is_run_end_encoded, types.is_union)  # fmt: skip

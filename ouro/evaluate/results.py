@@ -76,8 +76,8 @@ def cache_of(file: Path) -> Path:
 
 @contextlib.contextmanager
 def alone(path: Path, wait: bool) -> Iterator[bool]:
-    """Keeps other processes from what this one does meanwhile; False: one of them does it now. wait: until it has
-    ended, be it by a kill. Where the file system has no locks, both do it, and write the same."""
+    """A lock that one process has at a time: True, it is this one's until the block ends; False, another has it. wait:
+    for the other to end, be it by a kill. Where the file system has no locks each has it, and all write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
         with open(path, "a") as file:
@@ -94,7 +94,9 @@ def alone(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def holds(file: IO, path: Path) -> bool:
-    try:  # the process that had the lock deletes the file in the end, and a third may have made and locked another
+    """Whether this process has the lock now, of the file that stands at `path`: who had it has deleted what it locked,
+    and a third process may have made and locked another."""
+    try:
         return lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
