@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +49,8 @@ YAML_LETTERS = 1 << 18  # PyYAML takes ten seconds for four times as many
 
 
 VALUES = 1 << 20  # that a JSON text may have; a row has fewer
+# What begins a value or divides two; or a text in quotes, in which it does neither, also one that does not end.
+VALUE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
 
 MINUTE = 60.0  # seconds between two lines of a Progress where there is no terminal
 BEGUN = "{desc}: {percentage:.0f} %|{bar:20}| {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
@@ -156,8 +159,10 @@ def yaml_line(text: str) -> str:
 def from_json(text: str, values: int = VALUES) -> object:
     """A JSON text's value. Raises ValueError also for a key that stands twice, for the first value would be lost; and
     for more than so many values, which take up to 100 times the memory of the text."""
-    if len(text) > values and sum(map(text.count, ",[{")) > values:
-        raise ValueError(f"more than {values:,} values")
+    if len(text) > values and sum(map(text.count, ",[{")) > values:  # so many commas may stand in texts: count exactly
+        found = (match for match in VALUE.finditer(text) if match[1])
+        if next(islice(found, values, None), None):
+            raise ValueError(f"more than {values:,} values: write each row in a line of its own")
 
     def once(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]

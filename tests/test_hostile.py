@@ -386,6 +386,9 @@ def test_a_row_has_no_million_values(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": [' + "1," * (1 << 20) + "1]}")
     with pytest.raises(UserError, match="a.jsonl, line 1: not valid JSON .more than 1,048,576 values"):
         list(formats.read_file(tmp_path / "a.jsonl"))
+    row = {"prompt": 'a, [b], {"c": "\\"}, ' * (1 << 17)}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert [found for _, found in formats.read_file(tmp_path / "a.jsonl")] == [row], "commas in a text are no values"
 
 
 @pytest.mark.parametrize("unit", [b"<c/>", b'</row><row><c r="XFD1"/>'])
