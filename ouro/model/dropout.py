@@ -122,9 +122,10 @@ if triton:
                          RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         """ROWS rows and BLOCK columns of each half of out (count, width) = dropout(part a), of part (count, ranks) and
         a (ranks, width)."""
-        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         rank = tl.arange(0, RANKS)
-        rows, ranked, one, other = (row < count)[:, None], rank < ranks, (column < half)[None], half + column < width
+        rows, ranked = (row < count)[:, None], rank < ranks
+        one, other = (column < half)[None], (half + column < width)[None]
         keys = tl.load(key + row, mask=row < count, other=0)
         keep, keep_other = _kept(keys, column, least, GOLDEN, FIRST, SECOND)
         here = row[:, None].to(tl.int64) * part_stride + rank[None]
@@ -134,9 +135,9 @@ if triton:
         factor = tl.load(a, mask=ranked[:, None] & one, other=0.0)
         product = tl.where(keep, tl.dot(left, factor, input_precision="ieee") * larger, 0.0)
         tl.store(out, product.to(out.dtype.element_ty), mask=rows & one)
-        factor = tl.load(a + half, mask=ranked[:, None] & other[None], other=0.0)
+        factor = tl.load(a + half, mask=ranked[:, None] & other, other=0.0)
         product = tl.where(keep_other, tl.dot(left, factor, input_precision="ieee") * larger, 0.0)
-        tl.store(out + half, product.to(out.dtype.element_ty), mask=rows & other[None])
+        tl.store(out + half, product.to(out.dtype.element_ty), mask=rows & other)
 
 
 def _constants(p: float, ranks: int) -> dict:

@@ -107,10 +107,11 @@ def plans(found: dict[Key, Panel]) -> Iterator[dict[str, str]]:
     choices = {aspect: (known[aspect],) if aspect in known else some for aspect, some in ASSUMED.items()}
     for aspect, some in choices.items():
         metric = METRICS["accuracy" if aspect == "thai_exams" else "bits_per_character"]
+        rounded = dataclasses.replace(metric, places=1)  # STUDIES studies tell no more
         for s, items, seeds in product(some, PLANS[aspect], (3, 5)):
             spreads = {other: each[0] for other, each in choices.items()} | {aspect: s}
             counts = {other: count[0] for other, count in PLANS.items()} | {aspect: items}
-            family, rounded = Family(simulate(spreads, seeds, counts)), dataclasses.replace(metric, places=1)
+            family = Family(simulate(spreads, seeds, counts))
             yield {
                 "aspect": ASPECTS[aspect],
                 "spread of runs": f"{metric.size(s.seed)} ({s.source})",
