@@ -426,8 +426,12 @@ def damage(folder: Path) -> str | None:
 
 
 def code_version() -> dict[str, str | bool | None]:
-    """git_commit and git_dirty of this code, for manifests: by git; else by the file COMMIT that an image has beside
-    the code; else by what slurm/site.sh found where the job was submitted; else "unknown"."""
+    """Of this code, for manifests: code_sha256, of all its Python files; git_commit and git_dirty: by git; else by the
+    file COMMIT that an image has beside the code; else by what slurm/site.sh found where the job was submitted; else
+    "unknown"."""
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("ouro/**/*.py")])
+    content = "".join(f"{file_sha256(file)} {file.relative_to(ROOT)}\n" for file in files)
+    code = {"code_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
     def git(*args: str) -> str | None:
         if shutil.which("git") is None:
@@ -438,12 +442,12 @@ def code_version() -> dict[str, str | bool | None]:
     reports = (":(exclude)RESULTS.md", ":(exclude)report.html")  # which `make report` writes
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", *reports)
     if commit and changes is not None:
-        return {"git_commit": commit, "git_dirty": bool(changes)}
+        return code | {"git_commit": commit, "git_dirty": bool(changes)}
     file = ROOT / "COMMIT"
     said = file.read_text(encoding="utf-8").strip() if file.exists() else os.environ.get("OURO_THAI_COMMIT")
     if said in (None, "", "unknown"):
-        return {"git_commit": "unknown", "git_dirty": None}
-    return {"git_commit": said.removesuffix("-dirty"), "git_dirty": said.endswith("-dirty")}
+        return code | {"git_commit": "unknown", "git_dirty": None}
+    return code | {"git_commit": said.removesuffix("-dirty"), "git_dirty": said.endswith("-dirty")}
 
 
 def explain(error: BaseException) -> int | None:

@@ -99,6 +99,18 @@ def test_progress_names_what_begins_without_a_share_and_tells_a_log_a_line_at_a_
     assert "quiet" not in capsys.readouterr().err
 
 
+def test_the_codes_hash_is_another_after_an_edit_that_is_not_committed(monkeypatch, tmp_path):
+    (tmp_path / "ouro/train").mkdir(parents=True)
+    program, others = tmp_path / "ouro/train/trainer.py", [tmp_path / "output.py.log", tmp_path / "mine.yaml"]
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    told = []
+    for content in ("loss = 1", "loss = -1", "loss = 1"):
+        program.write_text(content)
+        others.pop().touch() if others else None
+        told.append(files.code_version()["code_sha256"])
+    assert told[0] == told[2] != told[1]
+
+
 def test_ctrl_c_during_imports_prints_no_traceback():
     told = subprocess.run([sys.executable, "-c", "import ouro; raise KeyboardInterrupt"], capture_output=True)
     assert told.returncode == -signal.SIGINT and told.stderr == b""

@@ -244,6 +244,9 @@ STALE = {  # what is done to a run's folder, by why its results do not count the
     "of another adapter": lambda run: (run / "final_adapter/adapter_model.safetensors").write_text("trained again"),
     "of another data report than its run's": lambda run: change(run / "data_report.json", rows_kept=7),
     "its folder has no config.yaml or no data_report.json": lambda run: (run / "config.yaml").unlink(),
+    "its trained_ut_steps is 4, and its run's config.yaml says": lambda run: set_config(run, total_ut_steps=2),
+    "its dataset is wangchan, and its run's config.yaml says": lambda run: set_config(run, dataset="r1"),
+    "its seed is 1, and its run's config.yaml says": lambda run: set_config(run, seed=7),
 }
 
 
@@ -255,6 +258,39 @@ def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out(of_two_dept
     assert found[THAI_TEXT].seeds[4, 4] == [0, 2] and found[THAI_TEXT].seeds[1, 1] == [0, 1, 2]
     assert len(reader.left_out) == 4 and all(reason in why for _, why in reader.left_out)
     assert {Path(path).parent for path, _ in reader.left_out} == {tmp_path / "results/seed1/exp1-wangchan-ut4"}
+
+
+def test_a_run_that_was_copied_to_another_seed_is_counted_once(of_two_depths, tmp_path):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    for kind in ("output", "results"):
+        shutil.copytree(tmp_path / kind / "seed1", tmp_path / kind / "seed3")
+        for file in (tmp_path / kind / "seed3").rglob("*.*"):
+            told = file.read_text().replace("seed1/", "seed3/").replace('"seed": 1', '"seed": 3')
+            file.write_text(told.replace("seed: 1", "seed: 3"))
+    for file in (tmp_path / "results/seed3").rglob("*-ut?.json"):
+        run = json.loads(file.read_text())["study"]["run"]
+        files = {"adapter_sha256": "final_adapter/adapter_model.safetensors", "data_report_sha256": "data_report.json"}
+        shutil.copy(tmp_path / "output" / run.replace("seed3", "seed1") / files["adapter_sha256"],
+                    tmp_path / "output" / run / files["adapter_sha256"])  # fmt: skip
+        change(file, **{key: file_sha256(tmp_path / "output" / run / name) for key, name in files.items()})
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == found[THAI_TEXT].seeds[1, 1] == [0, 1, 2]
+    assert len(reader.left_out) == 8
+    assert all("seed3/" in path and "depth and adapter as" in why for path, why in reader.left_out)
+
+
+def test_runs_of_other_code_or_packages_count_and_are_named(of_two_depths, tmp_path):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    for seed in (0, 1, 2):
+        for name in ("exp1-wangchan-ut4", "exp2-wangchan-ut1"):
+            change(tmp_path / f"output/seed{seed}/{name}/manifest.json",
+                   code_sha256=("b" if seed == 2 and "ut4" in name else "a") * 64,
+                   packages={"torch": "2.11.0" if seed == 1 else "2.7.1"})  # fmt: skip
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == [0, 1, 2]
+    odd = "seed1/exp1-wangchan-ut4, seed1/exp2-wangchan-ut1"
+    told = f"code aaaaaaaaaaaa, but bbbbbbbbbbbb (seed2/exp1-wangchan-ut4); torch 2.7.1, but 2.11.0 ({odd})"
+    assert reader.left_out == [("runs", f"counted, but trained unlike: {told}")]
 
 
 def scale_tokens(folder: Path, factor: float) -> None:

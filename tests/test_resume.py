@@ -429,10 +429,12 @@ def test_a_run_says_and_records_what_is_not_as_it_began(stopped, tmp_path, capsy
     run = copied(stopped, tmp_path)
     manifest = json.loads((run / "manifest.json").read_text())
     before = manifest["packages"] | {"torch": "2.0"}
-    (run / "manifest.json").write_text(json.dumps(manifest | {"git_commit": "12ab", "gpu": "H100", "packages": before}))
+    began = {"git_commit": "12ab", "code_sha256": "34cd", "gpu": "H100", "packages": before}
+    (run / "manifest.json").write_text(json.dumps(manifest | began))
     assert one_step(tmp_path) == 4
     torch_now, commit = manifest["packages"]["torch"], manifest["git_commit"]
-    line = f"  unlike when it began: torch {torch_now} after 2.0, git_commit {commit} after 12ab, gpu None after H100\n"
+    code = f"git_commit {commit} after 12ab, code_sha256 {manifest['code_sha256']} after 34cd"
+    line = f"  unlike when it began: torch {torch_now} after 2.0, {code}, gpu None after H100\n"
     assert capsys.readouterr().out.count(line) == 1
     *_, entry = json.loads((run / "manifest.json").read_text())["continued"]
     assert (entry["step"], entry["git_commit"], entry["gpu"]) == (3, commit, None)

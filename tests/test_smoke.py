@@ -135,7 +135,8 @@ def test_without_a_repository_the_commit_is_what_the_image_or_the_login_node_sai
             [sys.executable, "-c", "import json; from ouro import files; print(json.dumps(files.code_version()))"],
             capture_output=True, text=True, cwd=tmp_path, env={"PATH": str(path)} | environment,
         )  # fmt: skip
-        return tuple(json.loads(done.stdout).values())
+        code = json.loads(done.stdout)
+        return code["git_commit"], code["git_dirty"]
 
     with_git = Path(shutil.which("git")).parent
     assert version(tmp_path) == version(with_git, OURO_THAI_COMMIT="unknown") == ("unknown", None)

@@ -387,7 +387,9 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
             "each step, but another order of sums, so not the same bytes"
         )
     here = environment()
-    before, today = (x["packages"] | {"git_commit": x["git_commit"], "gpu": x["gpu"]} for x in (record, here))
+    record.setdefault("code_sha256", here["code_sha256"])  # a run that began before it was recorded
+    parts = ("git_commit", "code_sha256", "gpu")
+    before, today = (x["packages"] | {name: x[name] for name in parts} for x in (record, here))
     if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
         print(f"  unlike when it began: {', '.join(changed)}")
     write_atomic(log, kept)

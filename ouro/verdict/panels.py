@@ -34,6 +34,8 @@ ARMS = {  # arm: settings that may differ between depths; settings whose values 
     "control": ((), ()),
 }
 STUDY = "equal-tokens"  # the arm that the verdict rests on
+# What a result says of its run: the setting that it repeats.
+HEADER = {"trained_ut_steps": "total_ut_steps", "dataset": "dataset", "seed": "seed"}
 EXAMS = ("thai_exam", "m3exam")  # one verdict rests on both, each exam a stratum
 
 
@@ -151,6 +153,9 @@ def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: 
         if (other := result.study.get(key)) != mine:
             what = "adapter" if key.startswith("adapter") else "data report"
             return f"of another {what} than its run's ({str(other)[:12]}, not {mine[:12]}): evaluate again"
+    for name, setting in HEADER.items():
+        if str(said := result.study.get(name)) != str(true := run.config.get(setting)):
+            return f"its {name} is {said}, and its run's config.yaml says {setting}: {true}: evaluate again"
     own = rows.get(run.name.rpartition("/")[2], {})
     for name, value in declared.items():
         if name not in own and str(run.config.get(name)) != str(value):
@@ -185,14 +190,38 @@ def unlike(signatures: dict[str, dict[str, str]]) -> list[str]:
 
 
 def once(results: list[Result], left_out: list) -> list[Result]:
-    """The results, without those that repeat another one's seed and depths, which `left_out` then names."""
+    """The results, without those that repeat another one's seed or adapter, and depths, which `left_out` then names."""
     taken: dict[tuple, Result] = {}
+    kept = []
     for result in results:
-        first = taken.setdefault((result.trained, result.study["total_ut_steps"], result.study["seed"]), result)
-        if first is not result:
-            why = f"the same training set, depth and seed as {first.path}: counted once"
+        study, read = result.study, (result.trained, result.study["total_ut_steps"])
+        same = {"depth and seed": (*read, study["seed"])}
+        if adapter := study.get("adapter_sha256"):
+            same["depth and adapter"] = (*read, str(adapter))
+        if found := next((what for what, key in same.items() if key in taken), None):
+            why = f"the same training set, {found} as {taken[same[found]].path}: counted once"
             left_out.append((str(result.path), why))
-    return list(taken.values())
+        else:
+            kept.append(result)
+            taken |= dict.fromkeys(same.values(), result)
+    return kept
+
+
+def made_otherwise(runs: list[Run]) -> list[str]:
+    """In words, which runs were trained by other code, or with other packages, than most: that may change numbers."""
+    made, told = {}, []
+    for run in runs:
+        packages = run.manifest.get("packages")
+        code = str(run.manifest.get("code_sha256") or run.manifest.get("git_commit"))[:12]
+        made[run.name] = {"code": code} | (packages if isinstance(packages, dict) else {})
+    for key in dict.fromkeys(key for parts in made.values() for key in parts):
+        groups = defaultdict(list)
+        for name, parts in made.items():
+            groups[str(parts.get(key))].append(name)
+        most = max(groups, key=lambda value: len(groups[value]))
+        others = [f"{value} ({', '.join(names)})" for value, names in groups.items() if value != most]
+        told += [f"{key} {most}, but {', '.join(others)}"] if others else []
+    return told
 
 
 def why_unlike(key: Key, results: list[Result], runs: dict[str, Run]) -> list[str]:
@@ -240,6 +269,9 @@ def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
             arm = run.config.get("arm", STUDY)
             condition = ", ".join(f"{name} {run.config.get(name)}" for name in ARMS[arm][1])
             groups[Key(study["task"], str(study["dataset"]), arm, condition)].append(result)
+    counted = {result.study["run"]: reader.runs[result.study["run"]] for group in groups.values() for result in group}
+    if told := made_otherwise(list(counted.values())):
+        reader.left_out.append(("runs", f"counted, but trained unlike: {'; '.join(told)}"))
     found = {}
     for key, results in groups.items():
         mine = once(results, reader.left_out)
