@@ -86,7 +86,8 @@ class Settings:
     normalise_thai: bool = setting(True, "drop zero-width characters, compose sara am, order marks; scoring too")
     licence: str = setting("all", "rows by their licence, see configs/datasets.yaml", one_of=("all", "permissive"))
     overlap: str = setting(
-        "thai_exam,m3exam,openthaieval,mt_bench_thai", "benchmarks whose items no row may repeat, or none"
+        "thai_exam,m3exam,openthaieval,mt_bench_thai,belebele,thai_text",
+        "benchmarks, and tasks of texts, that no row may repeat, or none",
     )
     max_tokens: str | None = setting(
         None,

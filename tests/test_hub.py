@@ -364,7 +364,7 @@ def published(tmp_path_factory, source) -> dict[str, Path]:
         "thai_exam": EXAM_FILES,
         "m3exam": {BENCHMARKS["m3exam"]["file"]: [item]},
         "openthaieval": {"data/test.parquet": [item]},
-        "belebele": {f"data/{name}.jsonl": json.dumps(name) for name in ("tha_Thai", "eng_Latn")},
+        "belebele": {f"data/{name}.jsonl": json.dumps({"question": name}) for name in ("tha_Thai", "eng_Latn")},
         "wikipedia": shards("20231101.th/train", [{"text": "ก"}], 1)
         | shards("20231101.simple/train", [{"text": "a"}], 1),
         "mt_bench_thai": {"mt_bench_thai_full.json": json.dumps([{"turns": ["แต่งกลอน", "แปลกลอน"]}])},
@@ -429,8 +429,10 @@ def test_everything_is_fetched_once_and_jobs_then_need_no_network(full, publishe
     before = sorted((online.folder / "cache").rglob("*"))
     with closed(hub):
         result, checked = load(offline), report(offline, "data_config.py", *LOCAL_MODEL)
+        texts = report(offline, *CHECKED, "thai_text,thai_wikipedia,english_text")
     assert all(torch.equal(result["weights"][name], weight) for name, weight in source.state_dict().items())
-    assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1 + 1)
+    assert (checked["rows_in"], checked["overlap"]["items"]) == (len(ROWS), 100 + 1 + 1 + 1 + 2)
+    assert texts["overlap"]["items"] == len(TEST) + 1 + 1
     assert sorted((online.folder / "cache").rglob("*")) == before
 
 

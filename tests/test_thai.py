@@ -4,15 +4,16 @@ import random
 import re
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 from ouro.data.cache import prepare
 from ouro.data.chats import END_OF_TURN
-from ouro.data.sources import strings
+from ouro.data.sources import benchmark_items, strings
 from ouro.data.thai import LEAST, MOST, Overlap, is_thai, normalise
 from ouro.evaluate.benchmarks import load_items
 from ouro.files import ROOT, read_yaml
-from ouro.settings import EVALS, Settings
+from ouro.settings import EVALS, Settings, resolve
 
 import pytest
 from helpers import read_jsonl, write_jsonl
@@ -255,6 +256,57 @@ def test_rows_that_repeat_an_exam_item_are_listed_and_dropped_unless_told_otherw
     trained = "".join(tokenizer.decode(kept.row(i)[0]) for i in range(len(kept)))
     assert (TGAT[2]["question"] in trained) is not drop
     assert whole(IC[5])[:30] in trained
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[str, str]:
+    """Of the demo's `paths` those of benchmarks and texts, and the sample's training set."""
+    return {name: str(ROOT / path) for name, path in read_yaml(ROOT / "configs/demo.yaml")["paths"].items()}
+
+
+@pytest.mark.parametrize("language", ["tha_Thai", "eng_Latn"])
+def test_a_passage_that_a_verdict_rests_on_is_found_without_asking_for_it(tmp_path, tokenizer, sampled, language):
+    passages = [row["flores_passage"] for row in read_jsonl(ROOT / f"sample/belebele/data/{language}.jsonl")]
+    settings = training_set(tmp_path, [(f"เขียนต่อ {n}", text) for n, text in enumerate(passages)], paths=sampled)
+    _, report = prepare(settings, tokenizer, quiet=True)
+    found = [hit["row"] for hit in report["overlap"]["rows"] if hit["item"].startswith(f"belebele, {language}")]
+    assert len(found) == len(passages) == 24 == report["rows_dropped"]["repeats a benchmark item"]
+
+
+def test_held_out_answers_are_found_in_a_training_set_of_ones_own_and_their_own_set_leaves_out_their_questions(
+    tmp_path, tokenizer, sampled
+):
+    from_hub = {name: path for name, path in sampled.items() if name != "thai_text"}  # wangchan's test split
+    answers = [row["Output"] for row in read_jsonl(ROOT / "sample/wangchan/test.jsonl")]
+    settings = training_set(tmp_path, [(f"ถาม {n}", text) for n, text in enumerate(answers)], paths=from_hub)
+    _, report = prepare(settings, tokenizer, quiet=True)
+    hits = {hit["row"]: hit["item"] for hit in report["overlap"]["rows"]}
+    assert len(hits) == len(answers) == report["rows_dropped"]["repeats a benchmark item"]
+    assert all(item == f"thai_text, text {row.rpartition(' ')[2]}" for row, item in hits.items())
+    itself = Settings(paths=from_hub, cache_dir=str(tmp_path / "cache"))
+    _, report = prepare(itself, tokenizer, quiet=True)
+    assert report["overlap"]["benchmarks"] == itself.overlap.removesuffix(",thai_text"), "it says what was not checked"
+    assert report["rows_kept"] == report["rows_in"] == 204
+
+
+@pytest.mark.parametrize("task", ["thai_text", "thai_wikipedia", "english_text"])
+def test_texts_that_paths_names_are_checked_against_when_overlap_names_their_task(tmp_path, tokenizer, sampled, task):
+    first, *_ = read_jsonl(Path(sampled[task]))
+    settings = training_set(tmp_path, [("เล่าเรื่อง", f"ได้เลย {first['text'][50:300]}")], overlap=task,
+                            paths={task: sampled[task]})  # fmt: skip
+    _, report = prepare(settings, tokenizer, quiet=True)
+    (hit,) = report["overlap"]["rows"]
+    assert (hit["item"], report["overlap"]["benchmarks"]) == (f"{task}, text 1", task)
+
+
+@pytest.mark.parametrize("config", ["demo", "smoke"])
+def test_the_sample_s_training_sets_repeat_nothing_that_is_checked(config):
+    s = resolve("", ["--config", f"configs/{config}.yaml"]).settings
+    assert s.overlap == Settings().overlap
+    for dataset in s.paths.keys() & {"wangchan", "synthetic", "r1", "smol-smoltalk", "r1-english"}:
+        items = Overlap(benchmark_items(replace(s, dataset=dataset)))
+        rows = [whole(row) for file in Path(s.paths[dataset]).glob("train.jsonl") for row in read_jsonl(file)]
+        assert len(items.texts) > 200 and not [row for row in rows if items.find(row)]
 
 
 # ------------------------------------------------------------------------------------------------ replies

@@ -223,13 +223,14 @@ def check_data(run: Resolved) -> str:
 
 
 def check_benchmarks(run: Resolved) -> str:
-    from ouro.data.sources import benchmark_items, overlap_names
+    from ouro.data.sources import benchmark_items, overlap_names, overlap_place
     from ouro.evaluate.benchmarks import load, named, table
 
     s, specs, said = run.settings, table(), {}
     absent = functools.cache(lambda name: on_hub(name, s) is None)  # several tasks may share a benchmark
     for name in overlap_names(s):
-        if "hub_id" in specs["benchmarks"][name] and name not in s.paths and absent(name):
+        place = overlap_place(name)
+        if not {name, place} & s.paths.keys() and absent(place):
             said[name] = "to be downloaded"
         else:
             said[name] = f"{len(benchmark_items(replace(s, overlap=name)))} items"

@@ -150,7 +150,8 @@ def build_cache(
             write_rows(partial / "rows.arrow", source, split, s, tokenizer, overlap, tally, budget, quiet)
             rows = Rows(partial / "rows.arrow")
             report = data_report(tally, rows, tokenizer, s.max_length) | {"rows_sha256": rows_sha256(rows)}
-            report["overlap"] = {"benchmarks": s.overlap, "items": len(items), "too_short": overlap.short,
+            checked = ",".join(sources.overlap_names(s)) or "none"
+            report["overlap"] = {"benchmarks": checked, "items": len(items), "too_short": overlap.short,
                                  "rows": tally.overlap}  # fmt: skip
             write_json(partial / "report.json", report)
             seal(partial)

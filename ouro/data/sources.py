@@ -8,11 +8,20 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
-from ouro.data.formats import LONGEST, columns_by_row, columns_of, read_files, read_lines, unpacked, way_to_read
+from ouro.data.formats import (
+    LONGEST,
+    columns_by_row,
+    columns_of,
+    count_rows,
+    read_files,
+    read_lines,
+    unpacked,
+    way_to_read,
+)
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
 from ouro.data.tables import ROWS, in_one_line
@@ -322,25 +331,75 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(part)
 
 
+def text_rows(task: str, spec: dict, settings: Settings) -> Iterator[tuple[int, str, str]]:
+    """The texts of a task of texts, each with its row's number and where it stands; "" for an empty one. They are all
+    texts of the local file or folder that `paths` names for the task (JSONL, JSON, Parquet); else `take` texts of the
+    held-out part of a training set, or of the benchmark's file, evenly spaced since files are often sorted.
+    spec: its row of `benchmarks`, with `source` where that was found already.
+    Raises UserError: no such file, no network and no copy, a row without that column."""
+    local, key = settings.paths.get(task), spec["text"]
+    if local is not None:
+        if not Path(local).exists():
+            raise UserError(f"paths: {task}={local}: no such file or folder")
+        files = split_files(Path(local), None, "train")
+    elif "dataset" in spec:
+        source = spec.get("source") or find_source(replace(settings, dataset=spec["dataset"], dataset_path=None))
+        files = source.files["held_out"]
+    else:
+        (file,) = benchmark_files(spec)
+        files = [benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
+    take, columns = (None, []) if local else (spec["take"], [key])
+    # The distance of two texts in rows, mostly no whole number; of each such stretch the first row is taken.
+    step = max(1, count_rows(files) / take) if take else 1
+    rows = enumerate(read_files(files, columns), 1)
+    for number, (where, row) in islice(((n, at) for n, at in rows if (n - 1) // step > (n - 2) // step), take):
+        text = row.get("text", row.get(key))
+        if not {"text", key} & row.keys() or not isinstance(text, str | None):
+            raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
+        yield number, where, text or ""
+
+
+def overlap_row(name: str) -> dict:
+    """The row of `benchmarks` that a name in `overlap` is about: a benchmark's, or that of a task of texts."""
+    evals = read_yaml(EVALS)
+    task = evals["tasks"].get(name, {"benchmark": name})
+    row = evals["benchmarks"][task["benchmark"]] | {"name": task["benchmark"]}
+    return row | ({"subsets": task["subsets"]} if "subsets" in task else {})
+
+
+def overlap_place(name: str) -> str:
+    """What is downloaded for a name in `overlap`: a benchmark, or the training set of which it is the held-out part."""
+    row = overlap_row(name)
+    return row.get("dataset", row["name"])
+
+
 def overlap_names(settings: Settings) -> list[str]:
-    """The benchmarks in `overlap`. Raises UserError: an unknown one, or one that is a part of a training set."""
-    specs = read_yaml(EVALS)["benchmarks"]
+    """The benchmarks, and tasks of texts, in `overlap`, but for the held-out part of the training set itself, whose
+    questions are left out of it. Raises UserError: an unknown one."""
+    evals = read_yaml(EVALS)
+    specs, tasks = evals["benchmarks"], evals["tasks"]
+    known = {name for name, row in specs.items() if "text" not in row}  # a benchmark of texts is read as a task says
+    known |= {name for name, task in tasks.items() if "text" in specs[task["benchmark"]]}
     names = [] if settings.overlap in ("", "none") else settings.overlap.split(",")
     for name in names:
-        if name not in specs:
-            raise UserError(f"overlap: unknown benchmark {name!r}{nearest(name, specs)}")
-        if "file" not in specs[name]:
-            raise UserError(f"overlap: {name} is a part of a training set, which is held out already")
-    return names
+        if name in tasks.keys() - known:
+            raise UserError(f"overlap: the items of {name} are those of {tasks[name]['benchmark']}: name that")
+        if name not in known:
+            raise UserError(f"overlap: unknown benchmark {name!r}{nearest(name, known)}")
+    return [name for name in names if name in settings.paths or overlap_place(name) != settings.dataset]
 
 
 def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
     """Where each item of the benchmarks in `overlap` stands, and all its texts."""
-    specs, items = read_yaml(EVALS)["benchmarks"], []
+    items = []
     for name in overlap_names(settings):
+        spec = overlap_row(name)
         try:
-            for file in benchmark_files(specs[name]):
-                rows = read_benchmark(name, specs[name], settings.paths.get(name), file)
+            if "text" in spec:
+                items += [(f"{name}, text {n}", [text]) for n, _, text in text_rows(name, spec, settings) if text]
+                continue
+            for file in benchmark_files(spec):
+                rows = read_benchmark(name, spec, settings.paths.get(name), file)
                 place = f"{name}, {Path(file).name}, item"
                 items += [(f"{place} {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)]
         except UserError as error:

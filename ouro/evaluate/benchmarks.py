@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 from ouro.data import sources
-from ouro.data.formats import cell_text, check_columns, count_rows, read_files
+from ouro.data.formats import cell_text, check_columns
 from ouro.data.sources import benchmark_place, read_benchmark
 from ouro.data.thai import UNSEEN, as_seen, normalise, trim
 from ouro.files import UserError, nearest, read_yaml
@@ -303,32 +302,12 @@ def load_shots(spec: dict, benchmark: dict, settings: Settings, subsets: Iterabl
 
 
 def load_texts(task: str, spec: dict, settings: Settings, limit: int | None) -> tuple[list[dict], int]:
-    """Texts, each {id, subset, text}, and how many were left out because they are empty. They are all texts of the
-    local file or folder that `paths` names for the task (JSONL, JSON, Parquet); else `take` texts of the held-out part
-    of a training set, or of the benchmark's file, evenly spaced since files are often sorted. An id has the row's
-    number.
-    Raises UserError: no such file, a row without that column, or more empty ones than `max_empty_share`."""
-    spell, local, key = spelling({}, settings), settings.paths.get(task), spec["text"]
-    if local is not None:
-        if not Path(local).exists():
-            raise UserError(f"paths: {task}={local}: no such file or folder")
-        files = sources.split_files(Path(local), None, "train")
-    elif "source" in spec:
-        files = spec["source"].files["held_out"]
-    else:
-        (file,) = sources.benchmark_files(spec)
-        files = [sources.benchmark_path(spec["name"], spec, settings.paths.get(spec["name"]), file)]
-    take, columns = (None, []) if local else (spec["take"], [key])
-    # The distance of two texts in rows, mostly no whole number; of each such stretch the first row is taken.
-    step = max(1, count_rows(files) / take) if take else 1
-    rows = enumerate(read_files(files, columns), 1)
-    sample = islice(((n, *row) for n, row in rows if (n - 1) // step > (n - 2) // step), take)
-    items, empty = [], []
-    for number, where, row in islice(sample, limit):
-        text = row.get("text", row.get(key))
-        if not {"text", key} & row.keys() or not isinstance(text, str | None):
-            raise UserError(f"{where}: no text in {key!r}; keys: {', '.join(row)}")
-        if text and trim(text):
+    """The texts of `text_rows`, each {id, subset, text}, and how many were left out because they are empty. An id has
+    the row's number.
+    Raises UserError: as `text_rows`, or more empty ones than `max_empty_share`."""
+    spell, key, items, empty = spelling({}, settings), spec["text"], [], []
+    for number, where, text in islice(sources.text_rows(task, spec, settings), limit):
+        if trim(text):
             items.append({"id": f"{task}-{number}", "subset": task, "text": spell(text)})
         else:
             empty.append(where)

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
-from ouro.data.sources import entry_of
+from ouro.data.sources import entry_of, overlap_names, overlap_place
 from ouro.files import (
     SUMS,
     UserError,
@@ -87,7 +87,8 @@ def recorded_settings(folder: Path) -> Settings:
 def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, object]]:
     """The settings in which config.yaml of a run's folder and `run` differ, name -> (recorded, asked now), but for
     those that change nothing in training."""
-    used = {run.settings.dataset, *run.settings.overlap.split(",")}
+    names = overlap_names(run.settings)
+    used = {run.settings.dataset, *names, *map(overlap_place, names)}
 
     def compared(s: Settings) -> dict:
         values = vars(s) | {"paths": {name: path for name, path in s.paths.items() if name in used}}
