@@ -16,7 +16,7 @@ from pathlib import Path
 from ouro.data.cache import prepare
 from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
-from ouro.files import call
+from ouro.files import call, one_line
 from ouro.model.loading import load_tokenizer
 from ouro.settings import resolve
 from ouro.train.machine import plan_steps
@@ -34,7 +34,7 @@ def main() -> None:
         plan_steps(s, rows, torch.cuda.current_device())
     path = Path(s.output_dir) / "data-report" / f"{s.dataset}.json"
     save_report(path, report)
-    print(f"file: {path}")
+    print(f"file: {one_line(path)}")
 
 
 if __name__ == "__main__":

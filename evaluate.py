@@ -26,7 +26,7 @@ from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
-from ouro.files import UserError, call, file_sha256, place, remove_left
+from ouro.files import UserError, call, file_sha256, message, one_line, place, remove_left
 from ouro.model.cost import forward_flops
 from ouro.model.loading import model_files, read_config, warn_of_depth, with_adapter
 from ouro.settings import Resolved, Settings, resolve
@@ -121,7 +121,7 @@ def load_tasks(run: Resolved, specs: dict[str, dict], weights: Weights) -> list[
         except UserError as error:
             if not spec.get("optional") or run.origins["tasks"] != "default":
                 raise
-            print(f"  warning: {name} is left out: {error}")
+            print(f"  warning: {name} is left out: {message(error)}")
     return tasks
 
 
@@ -342,7 +342,7 @@ def print_results(run: Resolved, models: list[ModelUnderTest], tasks: list[Task]
     if rows:
         tables.print_gaps(rows)
     for model in models:
-        print(f"files: {folder / model.run}/" + (f" and {model.folder}/" if model.folder else ""))
+        print(one_line(f"files: {folder / model.run}/" + (f" and {model.folder}/" if model.folder else "")))
 
 
 def options(parser: argparse.ArgumentParser) -> None:

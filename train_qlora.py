@@ -132,7 +132,7 @@ def train(run: Resolved) -> Path:
         if state == "complete":
             print0(f"{folder} is complete already; --overwrite trains it again")
             if RANK == 0 and (changed := changed_inputs(read_json(folder / "manifest.json"), inputs(s, report))):
-                print(f"  it was trained on {changed}")
+                print0(f"  it was trained on {changed}")
             return folder
         begun = state != "new"
         if RANK == 0:

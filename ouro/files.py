@@ -68,6 +68,7 @@ class Progress(tqdm):
         self.live, self.count, self.ended = sys.stderr.isatty(), count, threading.Event()
         quiet = quiet or os.environ.get("RANK", "0") != "0"
         big = (total or 0) > 9999  # told as 12.3k
+        what = one_line(what)
         super().__init__(desc=what, total=total, unit=unit, unit_scale=big, leave=False, disable=quiet, delay=1)
         if not quiet:
             threading.Thread(target=self._tell, daemon=True).start()
@@ -100,6 +101,11 @@ class UserError(Exception):
 def printable(text: object) -> str:
     """Text of data, models and servers as it can be shown: a terminal obeys nothing in it."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(text: object) -> str:
+    """As `printable`, for a name, path or value: a line feed in it begins no line of its own."""
+    return printable(text).replace("\n", "\\n")
 
 
 LOGIN = re.compile(r"(?<=://)[^\s/]*@")  # user and password before the host of an address
@@ -462,7 +468,7 @@ def explain(error: BaseException) -> int | None:
         case OSError() if error.errno in THEIRS:
             blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
             reason = "a file is where a folder is wanted" if blocked else error.strerror
-            print(f"error: {reason}: {printable(error.filename or 'writing a file')}", file=sys.stderr)
+            print(f"error: {reason}: {one_line(error.filename or 'writing a file')}", file=sys.stderr)
             return 2
         case KeyboardInterrupt():
             return 130

@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from ouro.files import ROOT, Parser, UserError, call, nearest, place, read_yaml, regular, yaml_line
+from ouro.files import ROOT, Parser, UserError, call, nearest, one_line, place, read_yaml, regular, yaml_line
 
 REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
@@ -311,6 +311,10 @@ def resolve(
             chosen = tuned_rate(Settings(**values), read_yaml(EXPERIMENTS))
             values["learning_rate"], origins["learning_rate"] = chosen
     own, s = Path(config).stem if config else "run", Settings(**values)
+    if one_line(own) != own:
+        raise UserError(
+            f"{config!r}: runs are named after this file: rename it without line feeds and control characters"
+        )
     if options.exp:
         check_experiments(options.exp.split(",") if several else [options.exp], experiments, own, s, several)
     return Resolved(s, origins, options.exp or own, config, options)

@@ -120,6 +120,21 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, mon
         assert [line["step"] for line in metrics(run)] == [1]
 
 
+def test_of_a_model_that_gives_nan_neither_the_learning_rate_nor_a_checkpoint_is_told(tmp_path):
+    """The first step's numbers come before any weight has changed, and nothing is saved yet."""
+    token = load_tokenizer(MODEL)("<|im_start|>", add_special_tokens=False).input_ids[0]  # which each row begins with
+    model = ["--model_name_or_path", str(broken_model(tmp_path / "model", token))]
+    with pytest.raises(UserError) as told:
+        trained(tmp_path, *pairs(tmp_path / "data.jsonl", QUESTIONS), *model, *PLAIN, *FOUR, "--eval_steps", "0")
+    first, _, last = str(told.value).splitlines()
+    assert (
+        first.startswith("step 1: the loss is nan")
+        and "the model itself gives it" in first
+        and "learning_rate" not in first
+    )
+    assert last == "no checkpoint is there yet: the same command begins anew"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # thresholds
 
@@ -141,7 +156,15 @@ ABOVE = math.nextafter(3 * 2.5, 1e9)
     ("step", "loss", "accuracy", "norm", "recent", "told"),
     [
         (1, 2.0, 0.5, 1.0, [], None),
-        (1, math.nan, 0.5, 1.0, [], "the loss is nan, the gradient's norm 1"),
+        (
+            1,
+            math.nan,
+            0.5,
+            1.0,
+            [],
+            "the loss is nan, the gradient's norm 1; the model itself gives it (are its weights whole?), or a row",
+        ),
+        (2, math.nan, 0.5, 1.0, [], "the loss is nan, the gradient's norm 1; lower learning_rate"),
         (1, -math.inf, 0.5, 1.0, [], "the loss is -inf, the gradient's norm 1"),
         (1, 2.0, 0.5, math.inf, [], "the loss is 2, the gradient's norm inf"),
         (200, 3 * 2.5, 0.5, 1.0, LOSSES, None),

@@ -125,6 +125,18 @@ def test_a_key_is_hidden_in_replies_and_messages_before_they_are_cut(server, que
         assert form[:5] not in str(error.value)
 
 
+def test_what_a_server_says_is_told_on_one_line(server, monkeypatch):
+    said = json.dumps({"error": {"message": "no\r\nerror: all \x1b[31mresults are lost\u2028"}}).encode()
+    server.faults = [(401, said)]
+    with pytest.raises(UserError) as told:
+        find_judge().check()
+    first, hint = str(told.value).splitlines()
+    assert first.endswith(": 401: no error: all \\x1b[31mresults are lost") and hint.startswith("is JUDGE_API_KEY")
+    server.answer = lambda messages: {"message": whole(None, refusal="no\r\nerror: lost"), "finish_reason": "stop"}
+    with pytest.raises(UserError, match=r"^judge .* is a refusal: no error: lost$"):
+        find_judge().check()
+
+
 def test_a_short_key_is_a_placeholder_and_hides_no_words(server, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "none")
     server.answer = lambda messages: "Rating: [[5]], for it has none."

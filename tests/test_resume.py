@@ -525,7 +525,9 @@ def test_a_run_is_continued_and_used_with_what_it_was_begun_with_alone(begun, tm
         six(complete.parent, *argv)
         assert re.search(f"is complete already; .*\n  it was trained on {told}", capsys.readouterr().out)
         if "of the model" in told:
-            with pytest.raises(UserError, match="was trained on another .*: put the old files back"):
+            with pytest.raises(
+                UserError, match="was trained on another .*: put the old files back, or train .* --overwrite"
+            ):
                 run_folder.finished_run(resolved(*SIX, *argv, "--output_dir", str(complete.parent)))
     finally:
         shutil.copytree(tmp_path / "kept", place, dirs_exist_ok=True)

@@ -5,12 +5,17 @@ import csv
 import hashlib
 import io
 
+import train_qlora
+from ouro.data.cache import prepare
+from ouro.data.report import print_report
+from ouro.evaluate.models import find_adapter
 from ouro.files import UNSAFE, UserError, explain, markdown, message, spreadsheet
+from ouro.model.loading import load_tokenizer
 from ouro.train.run_folder import model_card
 
 import fabricate
 import pytest
-from helpers import resolved
+from helpers import resolved, write_jsonl
 from reports import change, table, write_report
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\x85"
@@ -33,6 +38,32 @@ def test_a_message_holds_no_password_and_no_key(monkeypatch, capsys, name, value
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "WORD9" not in told
     assert told.removesuffix("\n").isprintable() and "\\u202e" in told
+
+
+def test_a_setting_is_told_on_one_line_and_a_terminal_obeys_nothing_in_it(tmp_path, capsys):
+    hostile = f"{ESCAPES}\nerror: a second line"
+    given = ["--system_prompt", hostile, "--dataset_path", f"/nowhere/{hostile}", "--output_dir", f"out{hostile}"]
+    train_qlora.print_settings(resolved(*given), tmp_path / hostile, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() and not line.startswith("error") for line in lines)
+    assert sum("\\x1b[2J" in line and "\\nerror: a second line" in line for line in lines) == 1 + len(given) / 2
+
+
+def test_no_run_is_named_with_what_a_terminal_obeys(tmp_path):
+    config = tmp_path / "a\x1b[31m\nb.yaml"
+    config.write_text("max_steps: 1\n")
+    with pytest.raises(UserError, match="runs are named after this file: rename it"):
+        resolved("--config", str(config))
+    assert find_adapter(str(tmp_path / "a\x1b[31m\nb")).run.startswith("adapter-a\\x1b[31m\\nb-")
+
+
+def test_a_data_report_names_its_file_on_one_line(tmp_path, capsys, in_the_repository):
+    file = tmp_path / "a\x1b[31m\nerror: b.jsonl"
+    write_jsonl(file, *({"prompt": f"คำถามที่ {i}", "completion": "ตอบ" * (i + 1)} for i in range(4)))
+    settings = resolved("--dataset", "pairs", "--dataset_path", str(file)).settings
+    print_report(prepare(settings, load_tokenizer("sample/ouro-tiny"), quiet=True)[1])
+    told = capsys.readouterr().out
+    assert "a\\x1b[31m\\nerror: b.jsonl" in told and not UNSAFE.search(told.translate({ord(c): "" for c in "⟦⟧"}))
 
 
 def test_addresses_and_short_values_stay():

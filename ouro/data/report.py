@@ -15,7 +15,7 @@ from ouro.data.batches import IGNORE, Rows
 from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts
 from ouro.data.formats import read_file
 from ouro.data.thai import count_letters
-from ouro.files import ROOT, printable, write_json
+from ouro.files import ROOT, one_line, printable, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -259,10 +259,10 @@ def print_report(report: dict, rows: int = 3) -> None:
     r = report
 
     def line(label: str, text: str) -> None:
-        print(printable(f"  {label:<17}{text}"))
+        print(one_line(f"  {label:<17}{text}"))
 
     commit = r["data_revision"][:19]
-    print(printable(f"data: {r['dataset']} from {r['source']}, {commit}{', cached' * r['from_cache']}"))
+    print(one_line(f"data: {r['dataset']} from {r['source']}, {commit}{', cached' * r['from_cache']}"))
     if r["rows_when_described"] not in (None, r["rows_in"]):
         line("note", f"{r['rows_when_described']:,} rows when configs/datasets.yaml was written")
     if r["layout"]:

@@ -269,7 +269,7 @@ class Server:
 
     def said(self, response: httpx2.Response) -> str:
         """The status and the beginning of a server's answer, without the key, which some servers repeat."""
-        text = " ".join(response.text.split())
+        text = response.text
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             text = str(response.json()["error"]["message"])
         return f"{response.status_code}: {beginning(self.hide(text)) or 'an empty answer'}"
@@ -287,7 +287,8 @@ class Server:
 
 
 def beginning(text: str) -> str:
-    """The first 300 characters of a text, for messages."""
+    """The first 300 characters of a text, on one line, for messages: those of a server may look like two."""
+    text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

@@ -31,7 +31,7 @@ from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import Spell, digest, stripped
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, beginning, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
-from ouro.files import UserError, printable
+from ouro.files import UserError, one_line, printable
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def load_questions(name: str, spec: dict, local: str | None, limit: int | None, 
             continue
         reference = [trim(spell(text or "")) or None for text in reference or ()]
         questions.append(
-            {"id": printable(f"{name}-{known}"), "question_id": number, "category": printable(category),
+            {"id": one_line(f"{name}-{known}"), "question_id": number, "category": one_line(category),
              "turns": [trim(spell(turn)) for turn in turns],
              "reference": reference if any(reference) else None} | stripped(turns)
         )  # fmt: skip

@@ -10,7 +10,7 @@ from ouro.evaluate import benchmarks
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import DEPTHS, find_endpoint
 from ouro.evaluate.scoring import readout
-from ouro.files import SUMS, UserError, file_sha256, read_json, read_yaml
+from ouro.files import SUMS, UserError, file_sha256, one_line, read_json, read_yaml
 from ouro.model.loading import (
     BROKEN,
     check_adapter,
@@ -22,7 +22,7 @@ from ouro.model.loading import (
     read_config,
 )
 from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
-from ouro.train.run_folder import recorded_settings, run_settings, whole
+from ouro.train.run_folder import RETRAIN, recorded_settings, run_settings, whole
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def find_baseline(name: str, s: Settings) -> tuple[Weights, Settings, list[Model
     path, revision = row["hub_id"], row.get("revision") or REVISIONS.get(row["hub_id"])
     s = replace(s, bf16=s.bf16 and torch.cuda.is_available(), use_qlora=False, frozen_weights="auto")
     looped = read_config(path, revision).model_type == "ouro"  # an Ouro of the Hub, or what make merge wrote
-    run, published = f"baseline-{name.rstrip('/').replace('/', '--')}", tuple(row.get("published", ()))
+    run, published = f"baseline-{one_line(name).rstrip('/').replace('/', '--')}", tuple(row.get("published", ()))
     model = ModelUnderTest(run, "baseline", published=published)
     return Weights(path, revision, frozen_kind(s), looped=looped), s, [model]
 
@@ -178,7 +178,7 @@ def find_adapter(place: str) -> ModelUnderTest:
         adapter /= "final_adapter"
     folder = adapter.parent if (adapter.parent / "config.yaml").exists() else None
     whole = adapter.resolve()
-    name = whole.parent.name if whole.name == "final_adapter" else whole.name
+    name = one_line(whole.parent.name if whole.name == "final_adapter" else whole.name)
     trained = recorded_settings(folder) if folder else None
     # The hash tells folders of one name apart, as seed0/exp2 and seed1/exp2.
     return ModelUnderTest(f"adapter-{name}-{digest(str(whole))[:8]}", "adapter", adapter, folder, trained)
@@ -201,7 +201,7 @@ def upon_one_base(run: Resolved, adapted: list[ModelUnderTest]) -> tuple[Weights
     base = replace((adapted and adapted[0].trained) or s, torch_compile=s.torch_compile)
     for model in adapted:
         if (model.adapter / SUMS).exists():  # which training writes
-            whole(model.adapter, "restore it from a copy, or train the run again")
+            whole(model.adapter, f"restore it from a copy, or {RETRAIN}")
         check_adapter(model.adapter, base, model.trained)
     weights = Weights(path, revision or REVISIONS.get(path), precision, double_quant)
     return weights, base, [ModelUnderTest(f"base-{precision}", "base"), *adapted]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ouro.data.thoughts import answer_of, usual_beginning, with_beginning
 from ouro.evaluate.benchmarks import digest
 from ouro.evaluate.endpoint import Chat, Messages, Reply
-from ouro.files import Progress, UserError, lock, regular, sync_folder
+from ouro.files import Progress, UserError, lock, one_line, regular, sync_folder
 
 
 class Cache:
@@ -23,10 +23,10 @@ class Cache:
         self.file = open(regular(self.path), "a+b", buffering=0)  # noqa: SIM115
         try:
             if not lock(self.file):
-                print(f"waiting for another process that is at work on {self.path}", flush=True)
+                print(f"waiting for another process that is at work on {one_line(self.path)}", flush=True)
                 fcntl.lockf(self.file, fcntl.LOCK_EX)
         except OSError:
-            print(f"warning: no locks on this file system: let one process at a time work on {self.path}")
+            print(f"warning: no locks on this file system: let one process at a time work on {one_line(self.path)}")
         sync_folder(self.path.parent)
         self.file.seek(0)
         lines = self.file.read().split(b"\n")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from ouro.evaluate.benchmarks import REPLIES, Task, digest
-from ouro.files import WHOLE, UserError, code_version, lock, regular, write_atomic, write_json
+from ouro.files import WHOLE, UserError, code_version, lock, one_line, regular, write_atomic, write_json
 from ouro.settings import Resolved
 
 FORMAT = 1  # of the result files
@@ -110,7 +110,7 @@ def set_aside(files: list[Path]) -> None:
         for old in (file, file.with_suffix(".items.jsonl"), cache_of(file)):
             if old.exists():
                 old.replace(old.with_name(f"{old.name}.old"))
-    print(f"{', '.join(map(str, files))}: anew (after an interruption go on without --again)")
+    print(f"{', '.join(map(one_line, files))}: anew (after an interruption go on without --again)")
 
 
 def read_study(file: Path) -> dict | None:

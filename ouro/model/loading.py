@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ouro.data.chats import END_OF_TURN
-from ouro.files import WHOLE, Progress, UserError, file_sha256, from_json, regular
+from ouro.files import WHOLE, Progress, UserError, file_sha256, from_json, one_line, regular
 from ouro.model.cost import product_sizes
 from ouro.model.lora import fuse
 from ouro.model.modeling_ouro import PROJECTIONS, OuroConfig, OuroForCausalLM
@@ -224,8 +224,8 @@ def frozen_here(s: Settings, who: str) -> Frozen:
     kind = frozen_kind(s)
     if kind == "fp8" and not has_fp8():
         print(
-            f"warning: {who} has frozen weights in fp8, which need a Hopper GPU (H100, H200) or a later one; here it "
-            "is read beside bf16 weights, which are nearly the same"
+            f"warning: {one_line(who)} has frozen weights in fp8, which need a Hopper GPU (H100, H200) or a later "
+            "one; here it is read beside bf16 weights, which are nearly the same"
         )
         return "bf16"
     return kind
@@ -315,7 +315,8 @@ def check_adapter(adapter: Path, s: Settings, trained: Settings | None) -> None:
     zero = [name for name, tensor in tensors.items() if not tensor.any()]
     if zero and zero == [name for name in tensors if "lora_B" in name]:
         print(
-            f"warning: {adapter} adds nothing to the base: every lora_B is zero, as before the first step that trains"
+            f"warning: {one_line(adapter)} adds nothing to the base: every lora_B is zero, as before the first "
+            "step that trains"
         )
     elif zero:
         raise UserError(f"{adapter}: {zero[0]} is all zero, others are not: the file is damaged")

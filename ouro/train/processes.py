@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from ouro.files import UserError
+from ouro.files import UserError, one_line
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
@@ -42,9 +42,10 @@ def check_launcher() -> None:
 
 
 def print0(text: str) -> None:
-    """Prints a line in process 0 alone."""
+    """Prints a line in process 0 alone; whatever names and values are in it, it stays one, and a terminal obeys nothing
+    in it."""
     if RANK == 0:
-        print(text)
+        print(one_line(text))
 
 
 def wait_for_data() -> None:

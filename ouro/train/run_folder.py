@@ -33,7 +33,6 @@ from ouro.files import (
     file_sha256,
     lock,
     markdown,
-    printable,
     read_json,
     read_yaml,
     regular,
@@ -63,6 +62,7 @@ EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # what a ru
 # What is deleted where a run without a checkpoint starts again. Other hidden files may be a file browser's or server's.
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
 WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged", "generation_config.json")  # the last: make serve
+RETRAIN = "train the run again (train_qlora.py --overwrite)"  # in messages, what helps where a file is lost
 UNFINISHED = r"\..+\.tmp(\.d)?"  # temporary names, which a killed process leaves
 FORMS = re.compile(rf"checkpoint-\d+|damaged-\d+-(checkpoint-\d+|metrics\.jsonl|manifest\.json)|{UNFINISHED}")
 
@@ -130,7 +130,7 @@ def check_base(folder: Path, path: str, files: dict[str, str] | None = None) -> 
     record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     found = {"model_files": files or model_files(path, None)} if "model_files" in record and Path(path).is_dir() else {}
     if changed := changed_inputs(record, found):
-        raise UserError(f"{folder} was trained on {changed} {path}: put the old files back")
+        raise UserError(f"{folder} was trained on {changed} {path}: put the old files back, or {RETRAIN}")
 
 
 def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
@@ -138,7 +138,7 @@ def finished_run(run: Resolved) -> tuple[Path, Settings, Path]:
     Raises UserError: it is not trained, the adapter is damaged, or its base is another one now."""
     folder, trained = run_settings(run)
     check_base(folder, trained.model_name_or_path)
-    return folder, trained, whole(folder / "final_adapter", "train the run again (train_qlora.py --overwrite)")
+    return folder, trained, whole(folder / "final_adapter", f"restore it from a copy, or {RETRAIN}")
 
 
 def whole(folder: Path, remedy: str) -> Path:
@@ -194,7 +194,7 @@ def set_aside(damaged: list[Path], with_them: Sequence[Path] = ()) -> None:
     for path, aside in zip(paths, free, strict=True):
         path.rename(aside)
     told = ", ".join(map(str, damaged))
-    print(f"{told}: damaged, renamed to {', '.join(path.name for path in free)}, which you may delete")
+    print0(f"{told}: damaged, renamed to {', '.join(path.name for path in free)}, which you may delete")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -232,7 +232,7 @@ def hold(folder: Path):
                     break
             except OSError as error:
                 why = f"no locks on its file system ({error.strerror})"
-                print(f"{folder}: nothing keeps a second run out of it: {why}")
+                print0(f"{folder}: nothing keeps a second run out of it: {why}")
                 break
             if time.monotonic() > end:
                 file.seek(0)
@@ -330,14 +330,14 @@ def empty(folder: Path, all_of_it: bool) -> None:
     if not config.exists():
         return
     if all_of_it:
-        print(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
+        print0(f"deleting the {'' if (folder / 'completed').exists() else 'unfinished '}run in {folder}")
     first = [folder / "completed", *checkpoints(folder)]
     rest = [path for path in sorted(folder.iterdir()) if path not in (*first, config)]
     for path in (*first, *rest):
         if is_ours(path.name) if all_of_it else path.name in REWRITTEN or re.fullmatch(UNFINISHED, path.name):
             remove(path)
     if kept := [path.name for path in rest if not is_ours(path.name) and not path.name.startswith(".")]:
-        print(printable(f"left in {folder}, as no run has written it: {', '.join(kept)}"))
+        print0(f"left in {folder}, as no run has written it: {', '.join(kept)}")
 
 
 def inputs(s: Settings, report: dict) -> dict:
@@ -381,9 +381,9 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
         raise UserError(f"{error}\n{advice}") from None
     if changed := changed_inputs(record, found):
         raise UserError(f"{folder} began with {changed}: {advice}")
-    print(f"continuing from {checkpoint}")
+    print0(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
-        print(
+        print0(
             f"  with {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)} after {progress['processes']}: the same rows in "
             "each step, but another order of sums, so not the same bytes"
         )
@@ -392,7 +392,7 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     parts = ("git_commit", "code_sha256", "gpu")
     before, today = (x["packages"] | {name: x[name] for name in parts} for x in (record, here))
     if changed := [f"{name} {x} after {before.get(name)}" for name, x in today.items() if x != before.get(name)]:
-        print(f"  unlike when it began: {', '.join(changed)}")
+        print0(f"  unlike when it began: {', '.join(changed)}")
     write_atomic(log, kept)
     entry = {"step": step, "processes": WORLD_SIZE, "at": now(), **here}
     write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
@@ -489,4 +489,4 @@ def save_adapter(
         write_json(folder / "completed", {"steps": log[-1]["step"], "loss": log[-1]["loss"]})
     for checkpoint in checkpoints(folder):
         remove(checkpoint)
-    print(f"adapter: {folder / 'final_adapter'}")
+    print0(f"adapter: {folder / 'final_adapter'}")

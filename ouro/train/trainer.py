@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ouro.data.batches import Rows
-from ouro.files import MINUTE, Progress, UserError, file_sha256, seal, sync_file, sync_folder, write_json
+from ouro.files import MINUTE, Progress, UserError, file_sha256, one_line, seal, sync_file, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
@@ -137,9 +137,11 @@ class LoopTrainer(SFTTrainer):
             arrived.synchronize()
         (loss, correct, trained, norm), self._unchecked = numbers.tolist(), None
         if reason := self._lost(step, loss, correct / max(trained, 1), norm):
+            there = checkpoints(Path(self.args.output_dir))
+            goes_on = "the newest good checkpoint stays; the same command continues from it"
+            goes_on = goes_on if there else "no checkpoint is there yet: the same command begins anew"
             raise UserError(
-                f"step {step}: {reason}\nits rows: {', '.join(self._rows_of(step))}\nthe newest good checkpoint stays; "
-                "the same command continues from it"
+                f"step {step}: {reason}\nits rows: {', '.join(map(one_line, self._rows_of(step)))}\n{goes_on}"
             )
         self._recent.append(loss)
 
@@ -147,7 +149,9 @@ class LoopTrainer(SFTTrainer):
         """Why a step's numbers say that going on is a waste of time, and what to do; None where they do not."""
         s, advice = self.settings, "lower learning_rate, or look at its rows"
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"the loss is {loss:g}, the gradient's norm {norm:g}; {advice}"
+            # The first step's numbers come before any weight has changed.
+            cause = "the model itself gives it (are its weights whole?), or a row does" if step == 1 else advice
+            return f"the loss is {loss:g}, the gradient's norm {norm:g}; {cause}"
         if step <= s.collapse_steps and (loss < s.min_loss or accuracy > s.max_token_accuracy):
             return (
                 f"collapsed, there is nothing to learn: loss {loss:.4f} (min_loss = {s.min_loss:g}), token accuracy "
