@@ -207,7 +207,7 @@ def try_all(asked: Sequence[str]) -> None:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
-            how = "reading it takes much longer than a file of rows of its size does; if it is meant, save it as JSON Lines"
+            how = "reading it takes much longer than a file of its size should; if it is meant, save it as JSON Lines"
         elif "MemoryError" in last:
             how = f"reading it takes more than {MEMORY >> 20} MiB; if it is meant, save it as JSON Lines"
         file = json.loads(asked[0])[0]
