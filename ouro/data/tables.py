@@ -30,6 +30,7 @@ A_SECOND = {".parquet": 1 << 21, ".arrow": 1 << 21, ".xlsx": 1 << 16}
 NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel workbook"}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
 RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 130 where all begin with the same 7 kB
+CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 4 s
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
 
@@ -89,12 +90,17 @@ def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
 
 def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
     """The number and the texts of each row that has any, of the only sheet of an Excel workbook that has such rows; NaN
-    where Excel shows an error. Raises UserError: several sheets have rows, or none, or it is no workbook."""
+    where Excel shows an error. Raises UserError: several sheets have rows, or none, or it is no workbook; it unpacks to
+    what no rows do."""
     import openpyxl  # 0.2 s, which trying a Parquet file need not take
 
+    size = file.stat().st_size
     try:
+        with zipfile.ZipFile(file) as packed:  # no more is read of a part than this says
+            if sum(part.file_size for part in packed.infolist()) > RATIO * max(size, 1 << 16):
+                refuse_repeated(file)
         with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
-            rows = {sheet.title: sheet_rows(sheet) for sheet in book.worksheets}
+            rows = {sheet.title: sheet_rows(sheet, file) for sheet in book.worksheets}
             full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
             if len(full) != 1:
                 told = f"{len(full)} sheets hold rows ({', '.join(full)}), one must"
@@ -107,9 +113,13 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
         raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
 
 
-def sheet_rows(sheet) -> Iterator[tuple[int, list]]:
+def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
     sheet.reset_dimensions()  # what the file says of them may be wrong
+    left = CELLS + 2 * file.stat().st_size
     for number, row in enumerate(sheet.rows, 1):
+        left -= 1 + len(row)
+        if left < 0:
+            refuse_repeated(file)
         cells = []
         for cell in row:
             value = cell.value
@@ -134,6 +144,12 @@ def weight(values: pa.RecordBatch | pa.Array) -> int:
         return values.nbytes + VALUE * len(values)
     parts = values.flatten()  # a struct into its columns, a list into what is in it
     return VALUE * len(values) + sum(map(weight, parts if isinstance(parts, list) else [parts]))
+
+
+def stored_size(footer: pa.parquet.FileMetaData) -> int:
+    """How many bytes of a Parquet file its columns take; more than there are, where several are in the same place."""
+    groups = map(footer.row_group, range(footer.num_row_groups))
+    return sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
 
 
 def shares(kind: pa.DataType) -> bool:
@@ -161,8 +177,11 @@ def try_through(file: str, columns: Sequence[str] | None, optional: Sequence[str
         parquet = isinstance(table, pa.parquet.ParquetFile)
         schema = table.schema_arrow if parquet else table.schema
         names, count = schema.names, table.metadata.num_rows if parquet else sum(map(len, table))
+        stored = stored_size(table.metadata) if parquet and table.num_row_groups > 1 else 0
     if count * VALUE > most:
         refuse_repeated(file)
+    if stored > (size := path.stat().st_size):
+        raise UserError(f"{file} is damaged: its columns take {stored} bytes, it has {size}")
     found = {"names": names, "count": count}
     if columns is None or not {*names} >= {*columns} or len({*names}) < len(names):
         return found
