@@ -92,7 +92,7 @@ TRAIN = {  # row: settings, GiB of the GPU that the process may use (None: all),
     "fp8, 80 GB": (FP8, 78.6, REAL, (4,)),
     "nf4, 10 GB": (NF4, 9.3, REAL, (4, 1)),
     "bf16, rows of 2,048": (BF16 | {"lora_dropout": 0}, None, 2048, (4, 1)),
-    "fp8, rows of 2,048": (FP8 | {"lora_dropout": 0}, None, 2048, (4,)),
+    "fp8, rows of 2,048": (FP8 | {"lora_dropout": 0}, None, 2048, (4, 1)),
 }
 STEPS = {"max_steps": 7, "eval_steps": 0, "save_steps": 10**6, "overlap": "none", "min_loss": 0}
 
