@@ -192,16 +192,19 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     processes.check_launcher()
+    overwrite = False
     try:
-        train(resolve(__doc__, add_options=options))
+        run = resolve(__doc__, add_options=options)
+        overwrite = run.options.overwrite
+        train(run)
     except Stopped as stopped:
         if RANK == 0:
-            overwriting = " without --overwrite" * ("--overwrite" in sys.argv)
+            overwriting = " without --overwrite" * overwrite
             print(f"{stopped}; the same command{overwriting} continues (exit code {STOPPED})")
         leave(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and RANK == 0:
-            goes_on = "begins anew" if "--overwrite" in sys.argv else "continues from the last checkpoint"
+            goes_on = "begins anew" if overwrite else "continues from the last checkpoint"
             print(f"\ninterrupted; the same command {goes_on}", file=sys.stderr)
         if not among_others():
             raise

@@ -16,7 +16,7 @@ from ouro import files
 from ouro.cluster import plan, preflight, sweep
 from ouro.data.sources import HubSession, constants
 from ouro.files import UserError
-from ouro.settings import resolve
+from ouro.settings import Settings, resolve
 
 import pytest
 from conftest import PATIENCE
@@ -306,6 +306,21 @@ def test_a_benchmark_that_several_tasks_share_is_asked_for_once(monkeypatch):
     real.settings.paths = {}
     told = preflight.check_benchmarks(real)
     assert told.count("to be downloaded") == 3 and asked == ["thai_exam", "wangchan"]
+
+
+def test_preflight_leaves_out_what_an_evaluation_would(monkeypatch):
+    def refuse(name: str, settings: Settings) -> None:
+        if name == "wikipedia":
+            raise UserError("not to be had")
+
+    monkeypatch.setattr(preflight, "on_hub", refuse)
+    real = resolved()
+    real.settings.paths, real.settings.tasks, real.origins["tasks"] = {}, "thai_exam,thai_wikipedia", "default"
+    told = preflight.check_benchmarks(real)
+    assert "thai_exam to be downloaded" in told and "thai_wikipedia left out, as it is not to be had" in told
+    real.origins["tasks"] = "command line"
+    with pytest.raises(UserError, match="not to be had"):
+        preflight.check_benchmarks(real)
 
 
 def test_a_training_set_that_cannot_be_trained_on_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from ouro.model.loading import load_ouro, load_run_model, read_config
 from ouro.model.modeling_ouro import PROJECTIONS
 from ouro.settings import REVISIONS, Settings
 from tools import export as exporting
-from tools.card import TRIED, WHEEL
+from tools.card import TRIED, WHEEL, metadata
 from tools.export import merge_adapter, merged_model
 
 import pytest
@@ -382,6 +382,12 @@ def test_the_card_holds_the_scores_of_this_adapter_at_its_depth_and_where_the_ro
     (score,) = yaml.safe_load(there[score_file])
     assert score["dataset"] == {"id": "scb10x/thai_exam", "task_id": "thai_exam", "revision": "e" * 40}
     assert score["value"] == 0.25 and score["source"]["url"] == f"{hub.url}/somchai/scored/blob/main/{result_file}"
+
+
+def test_the_card_names_rows_of_ones_own_that_came_from_the_hub():
+    report = {"data_revision": "d" * 40, "dataset": "own", "licences": {}}
+    for settings in (Settings(dataset_path="me/rows"), Settings(paths={"own": "me/rows"})):
+        assert metadata("x", settings, report, {}, None, merged=False).datasets == ["me/rows"]
 
 
 def test_what_the_hub_refuses_is_one_message(push, hub, run, monkeypatch):

@@ -18,7 +18,7 @@ from ouro.files import UserError, call, latest
 from ouro.model import cost, loading
 from ouro.model.loading import WEIGHTS, load_ouro, load_tokenizer, sizes
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
-from ouro.settings import Settings
+from ouro.settings import FROM_ENVIRONMENT, Settings
 from ouro.train import build, machine, trainer
 from ouro.train.trainer import LoopTrainer
 
@@ -448,8 +448,13 @@ def test_a_process_uses_one_gpu_whatever_it_sees(tmp_path, monkeypatch):
 def test_what_does_nothing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train_qlora.py", "--exp", "a b"])
-    idle = "3 of the 4 GPUs here are idle; all of them: torchrun --nproc_per_node 4 train_qlora.py --exp 'a b'"
-    assert machine.unused(Settings(), 0) == [idle]
+    monkeypatch.setattr(sys, "executable", "python")
+    for name in ("CONFIG", *map(str.upper, FROM_ENVIRONMENT)):
+        monkeypatch.delenv(name, raising=False)
+    started = "python -m torch.distributed.run --nproc_per_node 4 train_qlora.py --exp 'a b'"
+    assert machine.unused(Settings(), 0) == [f"3 of the 4 GPUs here are idle; all of them: {started}"]
+    monkeypatch.setenv("CONFIG", "configs/a100.yaml")  # as make gives it
+    assert machine.unused(Settings(), 0)[0].endswith(f": CONFIG=configs/a100.yaml {started}")
     assert machine.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
     monkeypatch.setattr(machine, "WORLD_SIZE", 4)
     monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 4)

@@ -461,6 +461,13 @@ def test_the_users_token_is_sent_and_never_shown(full, tmp_path):
     assert len(written) > 10 and not any(token.encode() in file.read_bytes() for file in written)
 
 
+def test_a_new_row_of_the_training_sets_needs_no_revision(monkeypatch):
+    mine = {"mine": {"language": "th", "hub_id": "me/rows", "prompt": ["q"], "completion": "a"}}
+    monkeypatch.setattr(fetch, "read_yaml", lambda file: files.read_yaml(file) | (mine if file == DATASETS else {}))
+    (found,) = (download for download in fetch.wanted(Settings()) if download.name == "mine")
+    assert found.hub_id == "me/rows" and found.revision is None
+
+
 def test_what_cannot_be_fetched_is_refused():
     with pytest.raises(files.UserError, match="nothing called 'wangchn' to download; did you mean 'wangchan'"):
         fetch.fetch(Settings(), "model,wangchn")

@@ -621,7 +621,8 @@ def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatc
 
 def test_a_stop_is_exit_75_and_says_which_command_continues(stopped, tmp_path, monkeypatch, capsys):
     copied(stopped, tmp_path)
-    for argv, which in (([], ""), (["--overwrite"], " without --overwrite")):
+    again = " without --overwrite"
+    for argv, which in (([], ""), (["--overwrite"], again), (["--args=--overwrite"], again)):  # the last is make's
         monkeypatch.setattr(processes, "WORLD_SIZE", 1)
         monkeypatch.setattr(
             sys, "argv", ["train_qlora.py", *SMALL, *SIX, "--output_dir", str(tmp_path), "--time_limit", "0", *argv]

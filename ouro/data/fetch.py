@@ -46,7 +46,7 @@ def wanted(settings: Settings) -> list[Download]:
         if "hub_id" in entry and name not in settings.paths:
             files = benchmark_files(entry) if name in benchmarks else patterns_of(entry)
             files = [entry["archive"]] if "archive" in entry else files
-            everything.append(Download(name, entry["hub_id"], entry["revision"], "dataset", files))
+            everything.append(Download(name, entry["hub_id"], entry.get("revision"), "dataset", files))
     return everything
 
 

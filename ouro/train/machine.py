@@ -15,7 +15,7 @@ from ouro.data.batches import Pass, Rows, Steps
 from ouro.files import Progress, UserError
 from ouro.model.cost import Memory, Plan, pass_flops, passes_for
 from ouro.model.loading import sizes
-from ouro.settings import Resolved, Settings
+from ouro.settings import FROM_ENVIRONMENT, Resolved, Settings
 from ouro.train.build import is_compiled
 from ouro.train.collate import collate
 from ouro.train.processes import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, print0
@@ -68,7 +68,10 @@ def unused(s: Settings, device: str | int) -> list[str]:
         lines.append("torch_compile: true does nothing with fsdp")
     count = 0 if device == "cpu" else torch.cuda.device_count()
     if (idle := count - (LOCAL_WORLD_SIZE or WORLD_SIZE)) > 0:
-        command = shlex.join(["torchrun", "--nproc_per_node", str(count), *sys.argv])
+        names = ("CONFIG", *map(str.upper, FROM_ENVIRONMENT))  # make gives these so
+        given = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        command = shlex.join([*given, *start, *sys.argv])
         lines.append(f"{idle} of the {count} GPUs here {'is' if idle == 1 else 'are'} idle; all of them: {command}")
     return lines
 
