@@ -608,6 +608,26 @@ def test_the_held_out_loss_is_drawn_by_loop_beside_the_bases(written):
     np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])
 
 
+def test_the_held_out_loss_of_another_arm_or_of_an_unfinished_run_is_not_drawn(tmp_path):
+    """As control (answers of other rows) and rates (development rows) would pull mean and base away."""
+    how = TEXT | {"depths": (1, 4)}
+    output, _ = fabricate.study(tmp_path, **how)
+    for arm in ("control", "rates", "unfinished"):
+        settings = dict.fromkeys((1, 4), {"arm": arm} if arm != "unfinished" else {})
+        fabricate.study(tmp_path, **how, suffix=f"-{arm}", settings=settings)
+        for folder in output.glob(f"seed*/*-{arm}"):
+            depth = int(folder.name.partition("ut")[2][0])
+            write_jsonl(folder / "metrics.jsonl", {"step": 10, "loss": 1, "held_out_loss": [5.0] * depth})
+            change(folder / "manifest.json", base_held_out_loss=[9.0] * depth)
+            if arm == "unfinished":
+                (folder / "completed").unlink()
+    reader, found = read(tmp_path)
+    figure = plots.draw(reader.runs, found, rule.verdicts(reader, found))["levels"]
+    base, *adapted = (list(line.get_ydata()) for line in figure.axes[-1].lines)
+    assert base == [1.5, 1.3, 1.25, 1.2] and [len(losses) for losses in adapted] == [1, 4]
+    np.testing.assert_allclose(adapted[-1], [0.9, 0.7, 0.65, 0.64])
+
+
 def test_latex_is_escaped_and_the_terminal_ends_with_the_verdict_and_the_paths(written):
     root, printed = written
     text = (root / "results" / "report" / "runs.tex").read_text()

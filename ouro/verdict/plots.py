@@ -153,8 +153,9 @@ def levels(panels: list[Panel], runs: dict[str, Run], dataset: str) -> Figure | 
     if not panels:
         return None
     held_out, before = defaultdict(list), []  # losses by depth, of runs by their depth; of the base, as deep as known
-    for run in runs.values():
-        if run.held_out and run.config.get("dataset") == dataset:
+    counted = {study["run"] for panel in panels for studies in panel.sources.values() for study in studies}
+    for run in (runs[name] for name in sorted(counted & runs.keys())):
+        if run.held_out:
             held_out[len(run.held_out)].append(run.held_out)
             before = max(before, run.manifest.get("base_held_out_loss", []), key=len)
     figure, axes = grid_of(len(panels) + bool(held_out))
