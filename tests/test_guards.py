@@ -135,6 +135,16 @@ def test_of_a_model_that_gives_nan_neither_the_learning_rate_nor_a_checkpoint_is
     assert last == "no checkpoint is there yet: the same command begins anew"
 
 
+def test_a_held_out_loss_of_the_base_that_is_no_number_is_told_and_not_recorded(tmp_path):
+    token = load_tokenizer(MODEL)("<|im_start|>", add_special_tokens=False).input_ids[0]
+    model = ["--model_name_or_path", str(broken_model(tmp_path / "model", token))]
+    told = r"before the first step the held-out loss is nan: the model itself gives it \(are its weights whole\?\)"
+    with pytest.raises(UserError, match=told):
+        trained(tmp_path, *model, *PLAIN, *FOUR, "--dataset", "sample", "--eval_rows", "2", "--eval_steps", "1")
+    (manifest,) = tmp_path.rglob("manifest.json")
+    assert "base_held_out_loss" not in json.loads(manifest.read_text())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # thresholds
 

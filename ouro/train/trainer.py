@@ -102,8 +102,14 @@ class LoopTrainer(SFTTrainer):
         return sums[0].float()
 
     def measure_base(self) -> None:
-        """Writes the held-out loss before the first step, which is the base model's, to manifest.json."""
+        """Writes the held-out loss before the first step, which is the base model's, to manifest.json.
+        Raises UserError: it is not a number, so no step would be one."""
         losses = self.held_out_loss()
+        if wrong := [loss for loss in losses if not math.isfinite(loss)]:
+            raise UserError(
+                f"before the first step the held-out loss is {wrong[0]:g}: the model itself gives it (are its weights "
+                "whole?), or a held-out row does; the same command begins anew"
+            )
         if RANK == 0:
             path = Path(self.args.output_dir) / "manifest.json"
             write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
