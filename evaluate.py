@@ -225,7 +225,7 @@ def score_jobs(
                     tokens = score_job(job, run, loaded)
                     seconds = time.monotonic() - begin
                     facts = {"tokens": tokens, "model": asdict(weights), "seed": run.settings.seed, "gpu": gpu}
-                    results.note(folder, model.run, job.task, seconds, facts)
+                    results.note(folder, model.run, job.task, job.keys, seconds, facts)
                     job.keys = {}
                 where = f"model {models.index(model) + 1} of {len(models)}, {time.monotonic() - started:.0f} s so far"
                 done = f"{job.task.name}, {len(job.task.items)} items in {seconds:.1f} s"

@@ -19,6 +19,7 @@ from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
 from ouro.settings import Settings, resolve
+from ouro.verdict.study import made_with
 
 import numpy as np
 import pytest
@@ -337,10 +338,20 @@ def test_notes_of_processes_that_end_tasks_at_once_are_all_kept(tmp_path):
 from types import SimpleNamespace; from ouro.evaluate import results
 for n in range(20):
     task = SimpleNamespace(name=f"{sys.argv[2]}{n}", items=[1], benchmark={"revision": "1"}, sha256="1")
-    results.note(Path(sys.argv[1]), "base", task, 1, {})"""
+    results.note(Path(sys.argv[1]), "base", task, [1], 1, {})"""
     started = [subprocess.Popen([sys.executable, "-c", notes, tmp_path, who], cwd=ROOT) for who in "abc"]
     assert [process.wait() for process in started] == [0] * 3
     assert len(read_json(tmp_path / "base/manifest.json")["tasks"]) == 60
+
+
+def test_of_each_depth_the_code_that_scored_it_is_recorded(tmp_path, monkeypatch):
+    task = SimpleNamespace(name="thai_text", items=[1], benchmark={"revision": "1"}, sha256="1")
+    for code, depths in (("old", [1, 4]), ("new", [4])):
+        monkeypatch.setattr(results, "code_version", lambda code=code: {"code_sha256": code})
+        results.note(tmp_path, "base", task, depths, 1, {})
+    made = made_with(tmp_path / "base/manifest.json")
+    assert {depth: each["code_sha256"] for (_, depth), each in made.items()} == {"1": "old", "4": "new"}
+    assert made["thai_text", "4"]["packages"].keys() == {"torch", "transformers", "peft", "bitsandbytes"}
 
 
 @pytest.mark.parametrize("ended", ["killed", "done"])

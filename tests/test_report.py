@@ -293,6 +293,57 @@ def test_runs_of_other_code_or_packages_count_and_are_named(of_two_depths, tmp_p
     assert reader.left_out == [("runs", f"counted, but trained unlike: {told}")]
 
 
+def test_results_of_other_code_or_packages_count_and_are_named(of_two_depths, tmp_path):
+    """By task and depth: of another task, and at the other depths, all are of one code."""
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+
+    def made(code: str, torch: str = "2.7.1") -> dict:
+        return {"code_sha256": code * 64, "packages": {"torch": torch}}
+
+    for folder in (tmp_path / "results").glob("*/*-ut?"):
+        entry = made("a", "2.11.0" if folder.parent.name == "seed1" else "2.7.1")
+        if folder.parent.name == "seed2" and "ut4" in folder.name:
+            entry |= {"depths": dict.fromkeys("1234", made("a")) | {"4": made("b")}}
+        (folder / "manifest.json").write_text(json.dumps({"tasks": {"thai_text": entry, "english_text": made("c")}}))
+    (tmp_path / "results/base-bf16/manifest.json").write_text('{"tasks": {"thai_text": {"depths": [1]}}}')
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == [0, 1, 2]
+    (base, _), (what, told) = reader.left_out
+    assert (base, what) == (str(tmp_path / "results/base-bf16/manifest.json"), "results of thai_text")
+    code = "code aaaaaaaaaaaa, but bbbbbbbbbbbb (seed2/exp1-wangchan-ut4), not recorded (base-bf16)"
+    torch = "torch 2.7.1, but 2.11.0 (seed1/exp1-wangchan-ut4, seed1/exp2-wangchan-ut1)"
+    assert told == f"counted, but measured unlike: {code}; {torch}"
+
+
+@pytest.mark.parametrize(
+    "why, change_log",
+    [("no step can be read there", Path.unlink), ("no step can be read there", lambda log: log.write_text("")),
+     ("ends at step 10", lambda log: write_jsonl(log, read_jsonl(log)[0]))],
+)  # fmt: skip
+def test_a_log_that_does_not_end_where_the_run_ended_is_not_used_and_said(of_two_depths, tmp_path, why, change_log):
+    """Its tokens and FLOPs would be a part's, and the other depth's would seem to be those of both."""
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "output/seed1/exp1-wangchan-ut4/metrics.jsonl"
+    before = {v.aspect: v for v in rule.verdicts(*read(tmp_path))}["thai_text"]
+    change_log(log)
+    reader, found = read(tmp_path)
+    told = {v.aspect: v for v in rule.verdicts(reader, found)}["thai_text"]
+    assert reader.left_out == [(str(log), f"{why}, and `completed` says 20: its loss, tokens and cost are not known")]
+    assert reader.runs["seed1/exp1-wangchan-ut4"].state == "complete, but without its log"
+    assert (told.words, told.numbers) == (before.words, before.numbers)
+    assert "tokens a run 1.3 million;" in before.rests and "1.3 million (1 loop), not known (4 loops);" in told.rests
+    (log.parent / "completed").write_text("")
+    assert "completed: damaged" in read(tmp_path)[0].left_out[0][1]
+
+
+def test_of_a_run_that_was_renamed_the_folder_that_has_its_adapter_is_named(of_two_depths, tmp_path):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    there = tmp_path / "output/seed1/mine"
+    (tmp_path / "output/seed1/exp1-wangchan-ut4").rename(there)
+    (told,) = {why for _, why in read(tmp_path)[0].left_out}
+    assert told.endswith(f"is not here, but {there} has its adapter: name it seed1/exp1-wangchan-ut4 again")
+
+
 def scale_tokens(folder: Path, factor: float) -> None:
     """A run of so many times the tokens, in as many times the time."""
     lines = [line | {"num_tokens": line["num_tokens"] * factor} for line in read_jsonl(folder / "metrics.jsonl")]

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -150,8 +150,9 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
         raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 
 
-def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> None:
-    """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result; facts: the caller's part."""
+def note(results: Path, run: str, task: Task, depths: Iterable[int], seconds: float, facts: dict) -> None:
+    """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result. depths: that were scored now,
+    as others may have been by other code; facts: the caller's part."""
     file = results / run / "manifest.json"
     with alone(file.with_name(".manifest.lock"), wait=True):  # two jobs may score the base's tasks
         try:
@@ -159,15 +160,19 @@ def note(results: Path, run: str, task: Task, seconds: float, facts: dict) -> No
         except (OSError, ValueError):
             manifest = {}
         manifest["run"] = run
-        manifest.setdefault("tasks", {})[task.name] = {
+        tasks, code = manifest.setdefault("tasks", {}), code_version()
+        packages = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+        made = {"code_sha256": code["code_sha256"], "packages": packages}
+        tasks[task.name] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "items_per_second": round(len(task.items) / seconds, 2),
             "benchmark_revision": task.benchmark["revision"],
             "prompt_sha256": task.sha256,
             **facts,
-            **code_version(),
-            "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+            **code,
+            "packages": packages,
+            "depths": tasks.get(task.name, {}).get("depths", {}) | {str(depth): made for depth in depths},
         }
         write_json(file, manifest)
 

@@ -9,6 +9,7 @@ runs were trained or measured unlike, neither counts until the settings that do 
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ouro.evaluate.benchmarks import LANGUAGES, digest
@@ -140,11 +141,19 @@ def signed(metric: Metric, e: Estimate, level: float = ALPHA) -> str:
     return f"{told} [{low:+z.{metric.places}f}, {high:+z.{metric.places}f}]"
 
 
-def why_not(result: Result, run: Run | None, declared: dict[str, object], rows: dict[str, dict]) -> str:
+def not_here(result: Result, runs: dict[str, Run]) -> str:
+    """Why a result whose run has no folder of that name does not count, and which folder has its adapter."""
+    why, adapter = "how it was trained is not known: its folder in OUTPUT_DIR is not here", "adapter_sha256"
+    same = [run.folder for run in runs.values() if run.hashes.get(adapter, "") == result.study.get(adapter)]
+    return why + (f", but {same[0]} has its adapter: name it {result.study['run']} again" if same else "")
+
+
+def why_not(result: Result, runs: dict[str, Run], declared: dict[str, object], rows: dict[str, dict]) -> str:
     """Why an adapter's result does not count; empty if it does. declared: settings that the runs must have; rows: of
     experiments.yaml, whose own settings an experiment may have instead."""
+    run = runs.get(result.study["run"])
     if run is None:
-        return "how it was trained is not known: its folder in OUTPUT_DIR is not here"
+        return not_here(result, runs)
     if not run.completed:
         return f"its run is not complete ({run.state})"
     if not run.config or not run.data:
@@ -207,20 +216,35 @@ def once(results: list[Result], left_out: list) -> list[Result]:
     return kept
 
 
-def made_otherwise(runs: list[Run]) -> list[str]:
-    """In words, which runs were trained by other code, or with other packages, than most: that may change numbers."""
-    made, told = {}, []
-    for run in runs:
-        packages = run.manifest.get("packages")
-        code = str(run.manifest.get("code_sha256") or run.manifest.get("git_commit"))[:12]
-        made[run.name] = {"code": code} | (packages if isinstance(packages, dict) else {})
-    for key in dict.fromkeys(key for parts in made.values() for key in parts):
+def made_otherwise(manifests: list[tuple[str, dict]]) -> str:
+    """In words, which runs were trained, or their results made, by other code, or with other packages, than most: that
+    may change numbers. manifests: (run, what is recorded), several of a run for results at several depths."""
+    made, told = [], []
+    for name, manifest in manifests:
+        packages = manifest.get("packages")
+        code = str(manifest.get("code_sha256") or manifest.get("git_commit") or "not recorded")[:12]
+        made.append((name, {"code": code} | (packages if isinstance(packages, dict) else {})))
+    for key in dict.fromkeys(key for _, parts in made for key in parts):
         groups = defaultdict(list)
-        for name, parts in made.items():
-            groups[str(parts.get(key))].append(name)
+        for name, parts in made:
+            if key in parts:
+                groups[str(parts[key])].append(name)
         most = max(groups, key=lambda value: len(groups[value]))
-        others = [f"{value} ({', '.join(names)})" for value, names in groups.items() if value != most]
+        others = [f"{value} ({', '.join(dict.fromkeys(runs))})" for value, runs in groups.items() if value != most]
         told += [f"{key} {most}, but {', '.join(others)}"] if others else []
+    return "; ".join(told)
+
+
+def measured_otherwise(results: Iterable[Result], reader: Reader) -> dict[str, list[str]]:
+    """What `made_otherwise` says of the results of each task, and of which tasks it does."""
+    by_task, told = defaultdict(list), defaultdict(list)
+    for result in results:
+        task, made = result.study["task"], reader.made[result.path.parent]
+        depth = str(result.study["total_ut_steps"])
+        by_task[task].append((result.study["run"], made.get((task, depth), made.get((task, ""), {}))))
+    for task, manifests in by_task.items():
+        if why := made_otherwise(manifests):
+            told[why].append(task)
     return told
 
 
@@ -262,16 +286,16 @@ def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
         if study["kind"] == "base":
             bases[study["task"]].append(result)
         elif study["kind"] == "adapter":
-            run = reader.runs.get(study["run"])
-            if why := why_not(result, run, declared, rows):
+            if why := why_not(result, reader.runs, declared, rows):
                 reader.left_out.append((str(result.path), why))
                 continue
+            run = reader.runs[study["run"]]
             arm = run.config.get("arm", STUDY)
             condition = ", ".join(f"{name} {run.config.get(name)}" for name in ARMS[arm][1])
             groups[Key(study["task"], str(study["dataset"]), arm, condition)].append(result)
     counted = {result.study["run"]: reader.runs[result.study["run"]] for group in groups.values() for result in group}
-    if told := made_otherwise(list(counted.values())):
-        reader.left_out.append(("runs", f"counted, but trained unlike: {'; '.join(told)}"))
+    if told := made_otherwise([(name, run.manifest) for name, run in counted.items()]):
+        reader.left_out.append(("runs", f"counted, but trained unlike: {told}"))
     found = {}
     for key, results in groups.items():
         mine = once(results, reader.left_out)
@@ -281,6 +305,9 @@ def panels(reader: Reader, declared: dict[str, object]) -> dict[Key, Panel]:
             reader.left_out.append((" ".join(key).strip(), f"not compared: {'; '.join(why)}; {how}"))
         else:
             found[key] = Panel(mine + zero_line(bases[key.task], mine, reader.left_out))
+    shown = {result.path: result for panel in found.values() for result in panel.results}.values()
+    for told, tasks in measured_otherwise(shown, reader).items():
+        reader.left_out.append((f"results of {', '.join(tasks)}", f"counted, but measured unlike: {told}"))
     for key in [key for key in found if key.task == EXAMS[0] and key._replace(task=EXAMS[1]) in found]:
         if exams := pool(found[key], found[key._replace(task=EXAMS[1])], reader.left_out):
             found[key._replace(task=exams.study["task"])] = exams

@@ -200,7 +200,8 @@ def spent(panel: Panel, depths: list[int], runs: dict[str, Run]) -> str:
         "tokens a run": {k: f"{x / 1e6:{',.1f' if x > 1e6 else '.2g'}} million" for k, x in tokens.items()},
         "FLOPs a run": {k: f"{x:.3g}".replace("e+", "e") for k, x in flops.items()},
     }
-    return "; ".join(f"{name} {by_depth(texts)}" for name, texts in told.items() if texts)
+    unknown = dict.fromkeys(depths, "not known")
+    return "; ".join(f"{name} {by_depth(unknown | texts)}" for name, texts in told.items() if texts)
 
 
 def known_means(values: dict[int, list[float | None]]) -> dict[int, float]:

@@ -92,7 +92,7 @@ class Run:
     @property
     def state(self) -> str:
         if self.completed:
-            return "complete"
+            return "complete" if len(self.log["step"]) else "complete, but without its log"
         if not len(self.log["step"]):
             return "no step logged"
         if not math.isfinite(self.log["loss"][-1]):
@@ -185,19 +185,29 @@ def read_config(path: Path) -> dict:
     return config
 
 
+def made_with(path: Path) -> dict[tuple[str, str], dict]:
+    """With what code and packages results were made, by task and depth; depth "": all of a task. path: manifest.json of
+    their folder."""
+    tasks = read_json(path, "tasks")["tasks"].items()
+    by_depth = ((task, (entry.get("depths") or {"": entry}).items()) for task, entry in tasks)
+    return {(task, depth): dict(made) for task, depths in by_depth for depth, made in depths}
+
+
 def folders(root: Path) -> list[tuple[str, Path]]:
     """(name, folder) of each run in OUTPUT_DIR or RESULTS_DIR; a name is <experiment> or seed<n>/<experiment>."""
     return sorted((path.relative_to(root).as_posix(), path) for path in [*root.glob("*/"), *root.glob("seed*/*/")])
 
 
 class Reader:
-    """The runs and results that are there. left_out: (file, reason) of those that cannot be used."""
+    """The runs and results that are there. left_out: (file, reason) of those that cannot be used; made: `made_with` of
+    each folder of results."""
 
     def __init__(self, output: Path, results: Path):
         self.left_out: list[tuple[str, str]] = []
         self.runs = {run.name: run for run in (self.run(*named) for named in folders(output)) if run}
         self.answers: list[tuple[dict, Path]] = []  # of generated conversations, rated or not
         files = [path for _, folder in folders(results) for path in sorted(folder.glob("*-ut*.json"))]
+        self.made = {there: self.attempt(there / "manifest.json", made_with, {}) for _, there in folders(results)}
         self.results: list[Result] = [r for r in (self.attempt(path, self.result, None) for path in files) if r]
 
     def attempt(self, path: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
@@ -245,10 +255,18 @@ class Reader:
         config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
         if not config.exists() and not metrics.exists():
             return None
-        log, held_out = self.attempt(metrics, self.log, ({key: np.array([]) for key in LOGGED}, []))
+        nothing = {key: np.array([]) for key in LOGGED}, []
+        log, held_out = self.attempt(metrics, self.log, nothing)
+        done = folder / "completed"
+        steps = self.attempt(done, lambda path: read_json(path, "steps")["steps"], None)
+        if steps is not None and steps != last(log["step"]):  # a part's numbers would be taken for the run's
+            ends = f"ends at step {last(log['step']):.0f}" if len(log["step"]) else "no step can be read there"
+            why = f"{ends}, and `completed` says {str(steps)[:20]}: its loss, tokens and cost are not known"
+            self.left_out.append((str(metrics), why))
+            log, held_out = nothing
         settings = self.attempt(config, read_config, {})
         manifest, data = (self.attempt(folder / f"{file}.json", read_json, {}) for file in ("manifest", "data_report"))
-        return Run(name, folder, settings, manifest, data, log, held_out, (folder / "completed").exists())
+        return Run(name, folder, settings, manifest, data, log, held_out, done.exists())
 
     def result(self, path: Path) -> Result | None:
         """The result in a file and in the file of its items; None if it is of replies that are not rated yet.
