@@ -49,6 +49,7 @@ from ouro.train.run_folder import (
     manifest,
     save_adapter,
     step_of,
+    with_rate,
 )
 from ouro.train.stopping import STOPPED, Stopped, Stopper
 from ouro.train.time_limit import time_limit
@@ -144,8 +145,9 @@ def train(run: Resolved) -> Path:
         before = read_json(folder / "manifest.json") if begun else None
         steps, memory, planned = plan_steps(s, rows, device, before)
         model, flops = build_model(s, device, memory)
-        if RANK == 0 and not begun:
-            write_json(folder / "manifest.json", manifest(run, model, report, flops, planned))
+        if RANK == 0:
+            record = with_rate(before, flops) if begun else manifest(run, model, report, flops, planned)
+            write_json(folder / "manifest.json", record)
 
         stopper = Stopper(run.options.time_limit)
         trainer = LoopTrainer(

@@ -11,7 +11,7 @@ from pathlib import Path
 import report
 from ouro.files import UserError, file_sha256, write_atomic
 from ouro.settings import ARMS, LEARNING
-from ouro.verdict import panels, plots, power, rule, study
+from ouro.verdict import panels, plots, power, rule, study, tables
 from ouro.verdict.panels import Key
 
 import fabricate
@@ -589,6 +589,29 @@ def test_numbers_of_the_runs_table_are_those_of_the_log(written):
     assert (row["final loss"], row["state"]) == (f"{log[-1]['loss']:.4f}", "complete")
     assert row["average loss"] == f"{sum(x['loss'] for x in log) / len(log):.4f}"
     assert (row["model-FLOP use"], row["tokens/s"]) == ("41.0%", "7,500")
+
+
+def test_gpu_hours_and_flops_count_the_gpus_that_each_part_of_a_run_was_trained_on(tmp_path):
+    """Half of the tokens on four H200, as many on one H100, as the run was continued; a step was logged twice."""
+    output, _ = fabricate.study(tmp_path, tasks=("thai_text",), items=9, seeds=(0,), depths=(1,), lines=4)
+    folder = output / "exp2-wangchan-ut1"
+    log = [{"step": step, "loss": 1.0, "num_tokens": step * 10**6, "tokens_per_second": rate, "model_flop_use": use}
+           for step, rate, use in ((10, 40000, 0.4), (20, 40000, 0.4), (30, 10000, 0.5), (40, 10000, 0.5))]  # fmt: skip
+    write_jsonl(folder / "metrics.jsonl", *log)
+    one = {"gpu": "NVIDIA H100", "processes": 1, "gpu_tflops": 560.0}
+    lost = {"step": 30, "gpu": "NVIDIA A100", "processes": 8, "gpu_tflops": 250.0}  # its lines were cut off
+    change(folder / "manifest.json", processes=4, continued=[lost, one | {"step": 20}])
+    reader, _ = read(tmp_path)
+    run = reader.runs["exp2-wangchan-ut1"]
+    assert run.gpu_hours == pytest.approx((500 * 4 + 2000) / 3600)
+    assert run.flops({}) == pytest.approx(500 * 0.4 * 4 * 700e12 + 2000 * 0.5 * 560e12)
+    (row,) = tables.cost_rows(reader.runs.values(), reader.results)
+    assert row["device"] == "NVIDIA H100, NVIDIA H200" and row["GPU-hours"][1] == "1.11"
+    del one["gpu_tflops"]  # as before it was recorded: half of the tokens are known
+    change(folder / "manifest.json", continued=[one | {"step": 20}])
+    assert read(tmp_path)[0].runs[run.name].flops({}) == pytest.approx(2 * 500 * 0.4 * 4 * 700e12)
+    change(folder / "manifest.json", continued=[one | {"step": 20, "gpu": "NVIDIA H200"}])  # the start's rate
+    assert read(tmp_path)[0].runs[run.name].flops({}) == pytest.approx((500 * 0.4 * 4 + 2000 * 0.5) * 700e12)
 
 
 def test_each_caption_says_benchmark_items_and_unit_and_of_english_a_change_is_told(written):

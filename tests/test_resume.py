@@ -425,8 +425,9 @@ def test_settings_that_change_no_training_neither_refuse_nor_repeat_a_run(whole,
     assert printed.count("continuing from ") == 1 and printed.count("is complete already") == 1
 
 
-def test_a_run_says_and_records_what_is_not_as_it_began(stopped, tmp_path, capsys):
-    run = copied(stopped, tmp_path)
+def test_a_run_says_and_records_what_is_not_as_it_began(stopped, tmp_path, capsys, monkeypatch):
+    run, build_model = copied(stopped, tmp_path), train_qlora.build_model
+    monkeypatch.setattr(train_qlora, "build_model", lambda *args: (build_model(*args)[0], 7e14))
     manifest = json.loads((run / "manifest.json").read_text())
     before = manifest["packages"] | {"torch": "2.0"}
     began = {"git_commit": "12ab", "code_sha256": "34cd", "gpu": "H100", "packages": before}
@@ -438,7 +439,7 @@ def test_a_run_says_and_records_what_is_not_as_it_began(stopped, tmp_path, capsy
     assert capsys.readouterr().out.count(line) == 1
     *_, entry = json.loads((run / "manifest.json").read_text())["continued"]
     assert (entry["step"], entry["git_commit"], entry["gpu"]) == (3, commit, None)
-    assert entry["packages"] == manifest["packages"]
+    assert entry["packages"] == manifest["packages"] and entry["gpu_tflops"] == 700, "FLOP use is a share of it"
 
 
 def change(file: Path, old: bytes, new: bytes) -> None:

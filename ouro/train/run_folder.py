@@ -398,6 +398,17 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     write_json(folder / "manifest.json", record | {"continued": [*record.get("continued", []), entry]})
 
 
+def with_rate(record: dict, flops: float | None) -> dict:
+    """manifest.json of a continued run, with the GPU's rate since."""
+    *before, entry = record["continued"]
+    return record | {"continued": [*before, entry | {"gpu_tflops": tflops(flops)}]}
+
+
+def tflops(flops: float | None) -> float | None:
+    """Of bf16 products, measured, for manifest.json: model_flop_use is a share of it."""
+    return flops and round(flops / 1e12, 1)
+
+
 def now() -> str:
     """The time in UTC, as in 2026-11-30T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -422,7 +433,7 @@ def manifest(run: Resolved, model: PeftModel, report: dict, flops: float | None,
         "run": run.run,
         "command": sys.argv,
         **environment(),
-        "gpu_tflops": flops and round(flops / 1e12, 1),  # of bf16 products, measured: model_flop_use is a share of it
+        "gpu_tflops": tflops(flops),
         **memory,
         "processes": WORLD_SIZE,
         "model": run.settings.model_name_or_path,

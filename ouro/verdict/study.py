@@ -117,22 +117,29 @@ class Run:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.nan_to_num(np.diff(self.log["num_tokens"], prepend=0) / self.log["tokens_per_second"], posinf=0)
 
+    @functools.cached_property
+    def machines(self) -> list[dict]:
+        """Of each line of the log, the record of the start or of the continuation that wrote it: GPU, its rate, and how
+        many. A continuation has cut off the lines after its step; the line in which it lies counts as its own."""
+        same = {key: self.manifest.get(key) for key in ("gpu", "gpu_tflops")}  # of one that did not record its rate
+        later = [(same if at.get("gpu") == same["gpu"] else {}) | at for at in self.manifest.get("continued", [])]
+        return [next((at for at in reversed(later) if at["step"] < step), self.manifest) for step in self.log["step"]]
+
     @property
     def gpu_hours(self) -> float | None:
         """None for a run on a CPU."""
-        if not self.manifest.get("gpu"):
-            return None
-        return float(self.seconds.sum()) * (self.manifest.get("processes") or 1) / 3600
+        gpus = np.array([(at.get("processes") or 1) * bool(at.get("gpu")) for at in self.machines], int)
+        return float(self.seconds @ gpus) / 3600 if gpus.any() else None
 
     def flops(self, study: dict) -> float | None:
         """Operations of all its forward and backward passes: as the trainer has counted them, where the log has the
         GPU's FLOP use; else twice those of reading its tokens, which `study`, of a result, has. (A backward pass costs
         as much as the forward one, since frozen weights have no gradient.) None where neither is known."""
-        rate = (self.manifest.get("gpu_tflops") or 0) * 1e12 * (self.manifest.get("processes") or 1)
-        use, seconds = self.log["model_flop_use"], self.seconds
-        known = np.isfinite(use)
-        if rate and known.any() and (counted := float((use * seconds)[known].sum() * rate)):
-            return counted * seconds.sum() / seconds[known].sum()
+        rates = [(at.get("gpu_tflops") or math.nan) * 1e12 * (at.get("processes") or 1) for at in self.machines]
+        counted = self.log["model_flop_use"] * self.seconds * np.array(rates, float)
+        known, tokens = np.isfinite(counted), np.diff(self.log["num_tokens"], prepend=0)
+        if total := float(counted[known].sum()):
+            return total * tokens.sum() / tokens[known].sum()
         forward = study.get("inference_flops_per_token")
         return 2 * forward * self.tokens if forward and math.isfinite(self.tokens) else None
 

@@ -128,7 +128,7 @@ def cost_rows(runs: Iterable[Run], results: Iterable[Result]) -> Rows:
             "training FLOPs": number_cell(sum(spent) if all(spent) else None, ".3g"),
             "inference FLOPs/token": number_cell(study.get("inference_flops_per_token"), ".3g"),
             "GiB": number_cell(max(nan_mean(run.log["memory_gib"]) for run in seeds) or None, ".1f"),
-            "device": ", ".join(sorted({str(run.manifest.get("gpu") or "CPU") for run in seeds})),
+            "device": ", ".join(sorted({str(at.get("gpu") or "CPU") for run in seeds for at in run.machines})),
         }
 
 
