@@ -16,11 +16,10 @@ The same inputs give the same bytes. What could not be used is listed in the rep
 import argparse
 import json
 import os
-import shlex
 import textwrap
 from pathlib import Path
 
-from ouro.files import UserError, call, place, printable, read_yaml, write_atomic, write_json
+from ouro.files import UserError, call, one_line, place, printable, quoted, read_yaml, write_atomic, write_json
 from ouro.settings import Resolved, resolve, runs_in
 from ouro.verdict.compare import compare
 from ouro.verdict.live import inputs, serve
@@ -67,7 +66,7 @@ def print_power(found: dict[Key, Panel], out: Path) -> None:
     for row in plans(found):
         print("; ".join(f"{name} {cell}" for name, cell in row.items()), flush=True)
     save("power", curves(), out)
-    print(f"\nthe curves of Thai text: {out / 'power.png'}")
+    print(f"\nthe curves of Thai text: {one_line(out / 'power.png')}")
 
 
 def elsewhere(output: Path) -> str:
@@ -76,7 +75,7 @@ def elsewhere(output: Path) -> str:
     for folder in sorted(output.glob("*/")):
         if runs := runs_in(folder):
             scores = read_yaml(folder / runs[0] / "config.yaml")["results_dir"]
-            told += f"\n  make report OUTPUT_DIR={shlex.quote(str(folder))} RESULTS_DIR={shlex.quote(scores)}"
+            told += f"\n  make report OUTPUT_DIR={quoted(folder)} RESULTS_DIR={quoted(scores)}"
     return told
 
 
@@ -131,7 +130,7 @@ def main() -> None:
         raise UserError(f"nothing to report on: {read}; OUTPUT_DIR and RESULTS_DIR name other folders")
     there, reader = inputs(*places), Reader(*places)
     if not (run.options.power or reader.runs or reader.results) and (others := elsewhere(places[0])):
-        print(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for{others}\n")
+        print(one_line(f"no run is in {places[0]}, and no result in {places[1]}; runs there are for") + f"{others}\n")
     if run.options.compare:
         print(compare(reader, *run.options.compare), end="")
         return
@@ -151,8 +150,8 @@ def main() -> None:
         for row in table.texts():
             told = (f"{name} {cell}" for name, cell in zip(table.columns, row, strict=True))
             print(textwrap.fill("; ".join(told), 100, initial_indent="- ", subsequent_indent="  "))
-    print(f"\nread: {read}")
-    print(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {places[1] / 'report'}")
+    print(f"\nread: {one_line(read)}")
+    print(one_line(f"{out / 'report.html'}, {out / 'RESULTS.md'}; plots in {places[1] / 'report'}"))
     if run.options.serve:
         serve(content, lambda: write(run, Reader(*places)), there, *places)
 

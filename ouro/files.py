@@ -95,7 +95,11 @@ class Progress(tqdm):
 
 
 class UserError(Exception):
-    """A mistake of the user's: shown as one message without a traceback, exit code 2."""
+    """A mistake of the user's: shown as one message without a traceback, exit code 2. Each argument is a line of it,
+    and stays one, whatever names and values are in it."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, self.args))
 
 
 def printable(text: object) -> str:
@@ -106,6 +110,14 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """As `printable`, for a name, path or value: a line feed in it begins no line of its own."""
     return printable(text).replace("\n", "\\n")
+
+
+def quoted(text: object) -> str:
+    """A word of a command for bash, on one line: `shlex.quote`'s, but where a terminal would obey something in it."""
+    if one_line(text) == str(text):
+        return shlex.quote(str(text))
+    plain = str(text).replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
+    return "$'{}'".format(UNSAFE.sub(lambda found: "".join(map(r"\x{:02x}".format, os.fsencode(found[0]))), plain))
 
 
 LOGIN = re.compile(r"(?<=://)[^\s/]*@")  # user and password before the host of an address

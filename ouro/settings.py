@@ -332,12 +332,13 @@ def check_experiments(names: list[str], rows: dict, own: str, s: Settings, sever
     for name in names:
         if (name.rpartition("/")[2] if several else name) in (*rows, own) or name in there:
             continue
-        told = nearest(name.rpartition("/")[2], rows)
+        told, lines = nearest(name.rpartition("/")[2], rows), []
         if told.startswith("; known"):
             plain = [exp for exp, row in rows.items() if "arm" not in row]
-            told = f"\nconfigs/experiments.yaml holds: {', '.join(plain)}, and {len(rows) - len(plain)} of other arms"
-        runs = f"\n{s.output_dir} holds: {', '.join(there)}" * bool(there)
-        raise UserError(f"unknown experiment {name!r}{told}{runs}")
+            others = f"and {len(rows) - len(plain)} of other arms"
+            told, lines = "", [f"configs/experiments.yaml holds: {', '.join(plain)}, {others}"]
+        lines += [f"{s.output_dir} holds: {', '.join(there)}"] if there else []
+        raise UserError(f"unknown experiment {name!r}{told}", *lines)
 
 
 def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:

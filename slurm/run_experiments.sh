@@ -28,7 +28,7 @@ plan=$("${python[@]}" -m ouro.cluster.sweep --processes $((NODES * GPUS)) --seed
   --study "${STUDY:-}" --config "${CONFIG:-configs/a100.yaml}" --args="${ARGS:-}" <<<"$queue")
 
 quoted() { printf "'%s' " "${@//\'/\'\\\'\'}"; } # for sh, which does not know the $'…' of printf %q
-row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "$@"; }
+row() { printf '%-8s %-36s %-12s %4s  %-11s %-27s %s\n' "${@//[[:cntrl:]]/?}"; }
 submit() { # SBATCH_ARGUMENT... of the job that the loop below has read; sets its id
   [ -z "$dry" ] || return 0
   mkdir -p slurm/logs

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced in the repository by everything that runs on a cluster: the settings (the environment's, else site.env's, else
 # the example's), modules, proxy; `train` and `score`, the options of sbatch; `python`, the command that runs our scripts.
-fail() { echo "error: $*" >&2; exit 2; }
+fail() { echo "error: ${*//[[:cntrl:]]/?}" >&2; exit 2; } # one line, and a terminal obeys nothing in it
 
 # Slurm's commands take options from variables as well. Outside of our jobs those of the session that this shell may run
 # in (salloc, Jupyter) and those that change what squeue prints or sbatch asks are dropped; site.env can set any of them.
@@ -9,7 +9,7 @@ if [ -z "${in_job:-}" ]; then
   for name in $(compgen -e); do
     case $name in
       SLURM_CONF | SLURM_CONF_SERVER | SLURM_CLUSTERS | SLURM_JWT | SBATCH_ACCOUNT | SBATCH_QOS | SBATCH_CONSTRAINT | SBATCH_RESERVATION | SBATCH_WCKEY) ;;
-      SBATCH_*) echo "not heeded: $name=${!name}; if it is meant, write it into slurm/site.env" >&2 && unset "$name" ;;
+      SBATCH_*) echo "not heeded: $name=${!name//[[:cntrl:]]/?}; if it is meant, write it into slurm/site.env" >&2 && unset "$name" ;;
       SLURM_* | SQUEUE_* | SCANCEL_* | SCONTROL_* | SRUN_* | SALLOC_*) unset "$name" ;;
     esac
   done

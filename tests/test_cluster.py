@@ -439,6 +439,13 @@ def test_an_image_or_a_module_that_is_not_there_is_refused(tmp_path):
         assert done.returncode == 2 and told in done.stderr and "slurm/site.env" in done.stderr
 
 
+def test_what_a_shell_script_refuses_is_named_on_one_line(tmp_path):
+    hostile = "/ภาพ\x1b[2J\nerror: x"
+    for settings in ({"MODULES": hostile}, {"SBATCH_X": hostile, "IMAGE": hostile}):
+        told = site(tmp_path, "true", path=f"{program(tmp_path / 'bin/apptainer')}:{SLURM_PATH}", **settings).stderr
+        assert told.count("/ภาพ?[2J?error: x") == len(settings) == told.count("\n") and "\x1b" not in told
+
+
 def test_in_an_image_everything_that_a_run_reads_and_writes_is_bound(tmp_path):
     path, other, hub = f"{program(tmp_path / 'bin/apptainer')}:{SLURM_PATH}", tmp_path / "elsewhere", tmp_path / "hub"
     (tmp_path / "ouro.sif").touch()

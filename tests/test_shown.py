@@ -4,12 +4,18 @@ import base64
 import csv
 import hashlib
 import io
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import train_qlora
+from ouro.cluster import preflight, status
+from ouro.data import fetch
 from ouro.data.cache import prepare
 from ouro.data.report import print_report
 from ouro.evaluate.models import find_adapter
-from ouro.files import UNSAFE, UserError, explain, markdown, message, spreadsheet
+from ouro.files import UNSAFE, UserError, explain, markdown, message, quoted, spreadsheet, write_atomic
 from ouro.model.loading import load_tokenizer
 from ouro.train.run_folder import model_card
 
@@ -19,6 +25,14 @@ from helpers import resolved, write_jsonl
 from reports import change, table, write_report
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\x85"
+NAME = f"a{ESCAPES}\nerror: 'b' \\"  # of a file or a folder, or what a server says
+
+
+def lines_of(printed: str) -> list[str]:
+    """What was printed, in which a terminal obeys nothing and NAME begins no line."""
+    assert "\\x1b" in printed and not UNSAFE.search(printed)
+    assert not any(line.startswith("error: 'b'") for line in printed.splitlines())
+    return printed.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,78 @@ def test_a_data_report_names_its_file_on_one_line(tmp_path, capsys, in_the_repos
     print_report(prepare(settings, load_tokenizer("sample/ouro-tiny"), quiet=True)[1])
     told = capsys.readouterr().out
     assert "a\\x1b[31m\\nerror: b.jsonl" in told and not UNSAFE.search(told.translate({ord(c): "" for c in "⟦⟧"}))
+
+
+def test_a_message_has_the_lines_that_it_is_given_whatever_is_in_them(capsys):
+    explain(UserError(f"no {NAME}", f"  in {NAME}", "make it"))
+    assert len(lines_of(capsys.readouterr().err)) == 3
+
+
+def test_a_config_file_is_named_on_one_line_where_it_cannot_be_read(tmp_path, capsys):
+    config = tmp_path / "a\n b.yaml"
+    config.write_text("a: [")
+    for file, told in ((config, "is not valid YAML"), (tmp_path / "c\n d.yaml", "No such file")):
+        with pytest.raises(UserError) as refused:
+            resolved("--config", str(file))
+        explain(refused.value)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line and "\\n " in line
+
+
+def test_rows_that_are_not_worth_training_on_are_named_a_line_each(tmp_path, in_the_repository):
+    """The lines that are meant stay, those of the folder's name do not."""
+    (tmp_path / NAME).mkdir()
+    file = write_jsonl(tmp_path / NAME / "rows.jsonl", *({"prompt": "ก", "completion": ""} for _ in range(9)))
+    settings = resolved("--dataset", "pairs", "--dataset_path", file).settings
+    with pytest.raises(UserError) as refused:
+        prepare(settings, load_tokenizer("sample/ouro-tiny"), quiet=True)
+    first, *places, last = lines_of(str(refused.value))
+    assert first.startswith("9 of 9 rows of ") and [line.partition(":")[0] for line in places] == [
+        "  rows.jsonl, line 1",
+        "  rows.jsonl, line 2",
+    ]
+    assert last.startswith("no row of ")
+
+
+def test_preflight_tells_a_check_on_one_line(tmp_path, monkeypatch, capsys, in_the_repository):
+    monkeypatch.setattr(preflight, "CHECKS", (preflight.check_disk,))
+    argv = ["preflight.py", "--config", "tests/smoke.yaml", "--output_dir", str(tmp_path / NAME)]
+    monkeypatch.setattr("sys.argv", argv)
+    preflight.main()
+    assert [line.split()[:2] for line in lines_of(capsys.readouterr().out)] == [["ok", "settings"], ["ok", "disk"]]
+    monkeypatch.setattr(preflight, "DISK", 1e18)
+    with pytest.raises(UserError, match=r"the first: disk: .*nerror: 'b' .* are needed"):
+        preflight.main()
+    assert len(lines_of(capsys.readouterr().out)) == 2
+
+
+def test_the_status_tells_what_slurm_and_a_log_say_on_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = NAME.replace("\n", " ")
+    write_atomic("slurm/logs/jobs.tsv", f"7\ttrain\tx\t{said}\t{said}\n8\ttrain\ty\tother\tother\n")
+    write_atomic("slurm/logs/8_y.err", f"srun: 1\nerror: {said}\n")
+    status.print_status([["7", "PENDING", said, "train x"]])
+    heading, waits, failed, why, then = lines_of(capsys.readouterr().out)
+    assert waits.startswith("x ") and failed.startswith("y ") and why.startswith("    job 8: error: 'b'")
+
+
+def test_what_a_hub_says_is_told_on_one_line(monkeypatch, capsys):
+    info = SimpleNamespace(sha=f"\x1b\n{NAME}", siblings=[SimpleNamespace(rfilename=f"{NAME}.json", size=1)])
+    monkeypatch.setattr(fetch.HfApi, "repo_info", lambda *_, **__: info)
+    fetch.look_up(fetch.Download("model", "me/model", None, "model", ["*.json"]))
+    assert len(lines_of(capsys.readouterr().out)) == 1
+    with pytest.raises(UserError) as refused:
+        fetch.look_up(fetch.Download("model", "me/model", None, "model", ["*.txt"]))
+    assert len(lines_of(str(refused.value))) == 1
+
+
+def test_a_command_can_be_copied_whatever_is_in_a_name():
+    for name in (NAME, "a b", "ก\x85\x1bb", os.fsdecode(b"\xff'\\")):
+        word = quoted(name)
+        assert "\n" not in word and not UNSAFE.search(word)
+        done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True)
+        assert done.stdout == os.fsencode(name)
+    assert quoted(Path("/a b")) == "'/a b'"
 
 
 def test_addresses_and_short_values_stay():

@@ -134,7 +134,7 @@ def trained(run: Resolved, folder: Path, gpus: int, gib: float | None, **setting
     command = [sys.executable, *start, *script, *config, *typed(settings | given(run) | needed)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise UserError(f"train_qlora.py failed:\n{done.stdout[-3000:]}")
+        raise UserError("train_qlora.py failed:", *done.stdout[-3000:].splitlines())
     (metrics,) = output.glob("*/metrics.jsonl")
     steps = [json.loads(text) for text in metrics.read_text(encoding="utf-8").splitlines()][2:]
     measured = ("tokens_per_second", "model_flop_use", "padding")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 from ouro.data.chats import prompt_tokens
 from ouro.data.thai import normalise
 from ouro.data.thoughts import answer_of, begun_by, with_beginning
-from ouro.files import UserError, call
+from ouro.files import UserError, call, one_line
 from ouro.model.cost import forward_flops
 from ouro.model.generate import generate
 from ouro.model.loading import frozen_here, load_run_model, load_tokenizer
@@ -156,7 +156,7 @@ def chat(run: Resolved) -> None:
     model = load_run_model(s, adapter, frozen=frozen, device=device)
     sys.stdout.reconfigure(encoding="utf-8")
     talk = Conversation(model, tokenizer, s, run.settings, has_adapter=adapter is not None)
-    write(f"{who} at depth {talk.depth}; {COMMANDS.format(loops=model.config.total_ut_steps)}\n")
+    write(f"{one_line(who)} at depth {talk.depth}; {COMMANDS.format(loops=model.config.total_ut_steps)}\n")
     base = model.get_base_model() if adapter else model
     if small := why_it_babbles(forward_flops(base, 1)):
         write(f"{small}\n")
@@ -165,7 +165,7 @@ def chat(run: Resolved) -> None:
             answer = talk.command(line)
             if answer is None:
                 break
-            write(f"[{answer}]\n")
+            write(f"[{one_line(answer)}]\n")
         elif line:
             try:
                 talk.reply(line, write)

@@ -26,7 +26,7 @@ import evaluate
 import report
 import train_qlora
 from ouro.evaluate.results import read_study
-from ouro.files import Parser, Progress, UserError, call, latest
+from ouro.files import Parser, Progress, UserError, call, latest, one_line
 from ouro.settings import resolve
 
 import torch
@@ -104,8 +104,8 @@ def together(steps: list[Step], logs: Path, cores: int, progress: Progress) -> N
             for process in [process for process in running if not process.is_alive()]:
                 step, log = running.pop(process)
                 if process.exitcode:
-                    end = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-                    raise UserError(f"{step.name} failed (exit code {process.exitcode}); the end of {log}:\n{end}")
+                    end = log.read_text(errors="replace").splitlines()[-12:]
+                    raise UserError(f"{step.name} failed (exit code {process.exitcode}); the end of {log}:", *end)
                 progress.update(step.share)
             time.sleep(0.2)
     finally:
@@ -151,7 +151,7 @@ def main() -> None:
     sys.argv = ["report.py", *arguments, "--out", s.results_dir]
     report.main()
     print(f"{len(runs)} runs, {(time.monotonic() - started) / 60:.1f} minutes")
-    print(f"next: open {s.results_dir}/report.html; make chat CONFIG={CONFIG} EXP={runs[0][0]}")
+    print(f"next: open {one_line(s.results_dir)}/report.html; make chat CONFIG={CONFIG} EXP={runs[0][0]}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ repository, with the scores of RESULTS_DIR. Model and server have the depth that
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 import zipfile
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where ouro/ is
 
 from ouro import files
 from ouro.data.chats import END_OF_TURN
-from ouro.files import ROOT, Progress, UserError, call, file_sha256, read_json, seal, write_atomic, write_json
+from ouro.files import ROOT, Progress, UserError, call, file_sha256, quoted, read_json, seal, write_atomic, write_json
 from ouro.model import modeling_ouro
 from ouro.model.loading import WEIGHTS, frozen_kind, load_run_model, read_config, sizes, warn_of_depth
 from ouro.model.modeling_ouro import OuroForCausalLM
@@ -126,13 +125,13 @@ def merge(run: Resolved) -> None:
         "total_ut_steps": loops,
     }
     if target.exists():
-        remedy = f"rm -r {shlex.quote(str(target))}, and merge again"
+        remedy = f"rm -r {quoted(target)}, and merge again"
         there = read_json(whole(target, remedy) / MERGE)
         differs = [f"{key} {there.get(key)}, not {value}" for key, value in record.items() if there.get(key) != value]
         if differs:
             raise UserError(f"{target} holds another model ({'; '.join(differs)}): {remedy}")
         files.remove_left(target)
-        print(f"{target} is there already; to write it anew: {remedy}")
+        print(f"{files.one_line(target)} is there already; to write it anew: {remedy}")
         return
     model = merged_model(trained, adapter, revision, loops)
     megabytes, free = 2 * model.num_parameters() / 1e6, shutil.disk_usage(folder).free / 1e6
@@ -153,7 +152,8 @@ def merge(run: Resolved) -> None:
         why = f"{' '.join(str(error).split())[:300]} ({megabytes:,.0f} MB are needed, {free:,.0f} MB were free)"
         raise UserError(f"{target} could not be written: {why}") from None
     files.sync_folder(folder)
-    print(f"merged: {target}, {megabytes:,.0f} MB, total_ut_steps = {loops} (trained at {trained.total_ut_steps})")
+    depths = f"total_ut_steps = {loops} (trained at {trained.total_ut_steps})"
+    print(f"merged: {files.one_line(target)}, {megabytes:,.0f} MB, {depths}")
     print("  its README.md says what runs it: transformers, lm-evaluation-harness, vLLM (make serve)")
     if (kept := record["trained_on"]) not in EXACT:
         print(f"  trained beside {kept} weights, merged into the unquantised ones: nearly the same model")
@@ -208,12 +208,12 @@ def push(run: Resolved) -> None:
             raise UserError(f"{repo} exists and is public: --public (PUBLIC=1) if you mean it, or use another name")
         if others := {x.rfilename for x in there.siblings} & {"config.json", "adapter_config.json"} - content.keys():
             raise UserError(f"{repo} holds another kind of model ({others.pop()}): use another name for the {what}")
-        print(f"uploading {source} to {repo} ({'private' if not public else 'public'})", flush=True)
+        print(f"uploading {files.one_line(source)} to {repo} ({'private' if not public else 'public'})", flush=True)
         added = [CommitOperationAdd(name, part) for name, part in content.items()]
         commit = api.create_commit(repo, added, commit_message=f"{what} of {run.run}")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{repo}: {refusal(error, repo)}") from None
-    print(f"uploaded: {files.message(commit.commit_url)}")
+    print(f"uploaded: {files.one_line(files.message(commit.commit_url))}")
 
 
 def upload_of(run: Resolved, trained: Settings, folder: Path, source: Path) -> dict[str, Path | bytes]:
@@ -245,10 +245,10 @@ def command(
     runner = "VLLM_USE_V2_MODEL_RUNNER=0 " if by_request else ""  # the other never tells a model whose logits it makes
     overrides = {"total_ut_steps": loops} | ({"depth_by_request": True} if by_request else {})
     lines = [
-        f"{runner}PYTHONPATH={shlex.quote(str(PLUGIN))} vllm serve {shlex.quote(model)}",
+        f"{runner}PYTHONPATH={quoted(PLUGIN)} vllm serve {quoted(model)}",
         *([f"--revision {revision}"] if revision else []),
         f"--dtype bfloat16 --max-model-len {length}",
-        f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
+        f"--hf-overrides {quoted(json.dumps(overrides))}",
         *(["--logits-processors ouro_vllm_model:Depth"] if by_request else []),
         *options,
     ]
@@ -284,17 +284,17 @@ def serve(run: Resolved) -> None:
             print(f"# The adapter was trained beside {kept} weights; here it stands beside bf16 ones: nearly the same.")
         print(f"# The adapter; clients ask for model {asked!r} ({place + told!r}: the base).")
         options = (
-            f"--generation-config {shlex.quote(str(folder.resolve()))}",
+            f"--generation-config {quoted(folder.resolve())}",
             f"--enable-lora --max-lora-rank {rank}",
-            f"--served-model-name {shlex.quote(place + told)}",
-            f"--lora-modules {shlex.quote(f'{asked}={adapter.resolve()}')}",
+            f"--served-model-name {quoted(place + told)}",
+            f"--lora-modules {quoted(f'{asked}={adapter.resolve()}')}",
         )
         last = command(place, loops, length, *options, revision=revision, by_request=by_request)
         print(last)
     if merged.exists():
-        model = str(whole(merged, f"rm -r {shlex.quote(str(merged))}, and merge again").resolve())
+        model = str(whole(merged, f"rm -r {quoted(merged)}, and merge again").resolve())
         print(f"# The merged model; clients ask for model {asked!r}.")
-        last = command(model, loops, length, f"--served-model-name {shlex.quote(asked)}", by_request=by_request)
+        last = command(model, loops, length, f"--served-model-name {quoted(asked)}", by_request=by_request)
         print(last, flush=True)
     if run.options.run:
         if not shutil.which("vllm"):

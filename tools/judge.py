@@ -19,7 +19,7 @@ from ouro.evaluate.endpoint import Reply, Server, find_judge
 from ouro.evaluate.judge import is_rated, rate_replies, result_key
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import cache_of, harness_rows, save, set_aside
-from ouro.files import Parser, UserError, call, regular
+from ouro.files import Parser, UserError, call, one_line, regular
 
 
 def rate_file(file: Path, grader: Server, again: bool = False) -> None:
@@ -41,11 +41,11 @@ def rate_file(file: Path, grader: Server, again: bool = False) -> None:
         pairs = [zip(line["resps"], line["turns"], strict=True) for line in old]
         replies = [[Reply(text, turn["end"]) for (text,), turn in pair] for pair in pairs]
         done = is_rated(study, "api")
-        name = f"{study['run']} at {study['total_ut_steps']} loops"
+        name = f"{one_line(study['run'])} at {study['total_ut_steps']} loops"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} (and {items.name}) is not a result of mt_bench_thai: {error!r}") from None
     if done and not again:
-        print(f"{file}: rated by {grader.model} already")
+        print(f"{one_line(file)}: rated by {grader.model} already")
         return
 
     def rate(by: Server | None) -> None:

@@ -16,7 +16,7 @@ import sys
 
 from ouro.cluster.plan import Prediction, predict
 from ouro.cluster.sweep import study_of
-from ouro.files import UserError, call, read_yaml
+from ouro.files import UserError, call, one_line, quoted, read_yaml
 from ouro.model.cost import GPUS, REACHED, layer_weights, product_sizes, training_flops
 from ouro.model.loading import sizes
 from ouro.settings import EVALS, EXPERIMENTS, STUDIES, Settings, resolve
@@ -139,7 +139,7 @@ def print_offer(m: Machine, hours: float, file: str) -> None:
         need = f"{scored + full * LEAST / whole[ONE].steps:.0f} are needed for {LEAST} steps"
         raise UserError(f"{hours:g} hours hold too little on {m.count} x {m.gpu}: {need}")
     one, four = (p.hours for p in fits)
-    config = "" if file == "configs/default.yaml" else f" CONFIG={file}"
+    config = "" if file == "configs/default.yaml" else f" CONFIG={quoted(file)}"
     names = ",".join(f"seed{seed}/{exp}" for seed in range(3) for exp in (ONE, FOUR))
     print(f"1 and 4 loops, 3 seeds, {tokens / 1e6:.1f} of {whole[ONE].tokens / 1e6:.0f} million tokens, one epoch "
           f"({steps} steps): a run {span(one)} and {span(four)}, scoring {span(scored)}, together "
@@ -147,7 +147,7 @@ def print_offer(m: Machine, hours: float, file: str) -> None:
     settings = f"--seed $seed --max_tokens {tokens} --num_train_epochs 1"
     train = f'make train{config} EXP=$exp OUTPUT_DIR=output/fits/seed$seed \\\n    ARGS="{settings}"'
     if m.count > 1:
-        train = (f".venv/bin/torchrun --nproc_per_node {m.count} train_qlora.py --config {file} --exp $exp \\\n"
+        train = (f".venv/bin/torchrun --nproc_per_node {m.count} train_qlora.py --config {quoted(file)} --exp $exp \\\n"
                  f"    --output_dir output/fits/seed$seed {settings}")  # fmt: skip
     print(f"""make fetch{config}
 make preflight{config} EXP={FOUR} GPU=1
@@ -182,7 +182,7 @@ def main() -> None:
         run = resolve(__doc__, ["--config", config_for(asked.gpu), *sys.argv[1:]], add_options=options)
     given = frozenset(name for name, origin in run.origins.items() if origin == "command line")
     m = Machine(asked.gpu, asked.count, run.settings, given)
-    print(f"{asked.count} x {asked.gpu}, {run.config}")
+    print(f"{asked.count} x {asked.gpu}, {one_line(run.config)}")
     if asked.hours is not None:
         print_offer(m, asked.hours, run.config)
     elif asked.study:

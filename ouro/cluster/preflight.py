@@ -25,7 +25,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ouro.files import ROOT, UserError, call, latest, message
+from ouro.files import ROOT, UserError, call, latest, message, one_line
 from ouro.settings import Resolved, Settings, resolve
 
 ROWS = 200  # of a training set that are looked at
@@ -303,8 +303,8 @@ CHECKS = (
 )  # fmt: skip
 
 
-def say(mark: str, name: str, text: str) -> None:
-    print(f"{mark:<5} {name:<11} {'; '.join(message(text).splitlines())}", flush=True)
+def say(mark: str, name: str, *lines: str) -> None:
+    print(one_line(f"{mark:<5} {name:<11} {message('; '.join(lines))}"), flush=True)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -315,8 +315,8 @@ def main() -> None:
     try:
         run = resolve(__doc__, add_options=options, several=True)
     except UserError as error:
-        say("FAIL", "settings", str(error))
-        raise UserError(f"preflight: settings: {str(error).splitlines()[0]}") from None
+        say("FAIL", "settings", *error.args)
+        raise UserError(f"preflight: settings: {error.args[0]}") from None
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER") or "none"
     say("ok", "settings", f"{run.config or 'defaults'}, {run.run}; code in {ROOT}, image: {image}")
     failed = []
@@ -326,8 +326,8 @@ def main() -> None:
         try:
             say("ok", name, check(run))
         except UserError as error:
-            say("FAIL", name, str(error))
-            failed.append(f"{name}: {str(error).splitlines()[0]}")
+            say("FAIL", name, *error.args)
+            failed.append(f"{name}: {error.args[0]}")
             if name in ("versions", "imports"):
                 break  # what comes after would fail of the same
     if failed:

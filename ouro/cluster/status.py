@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from ouro.files import UserError, call
+from ouro.files import UserError, call, one_line
 from ouro.verdict.study import progress
 
 LOGS = Path("slurm/logs")
@@ -21,8 +21,13 @@ Queue = list[list[str]]  # of each live job of the user's: id, state, reason, an
 
 def live_jobs() -> Queue:
     """What squeue says, from standard input."""
-    lines = os.fsdecode(sys.stdin.buffer.read()).splitlines()
-    return [line.split("\t")[:4] for line in lines if line]
+    return [row[:4] for row in rows(sys.stdin.buffer.read())]
+
+
+def rows(text: bytes) -> list[list[str]]:
+    """The cells of tab-separated lines, which hold paths, in whatever locale. They end at \\n alone: U+2028 may stand
+    inside."""
+    return [line.split("\t") for line in os.fsdecode(text).split("\n") if line]
 
 
 def evaluated(folder: Path, scores: Path) -> bool:
@@ -47,8 +52,7 @@ def print_status(queue: Queue) -> None:
         raise UserError("nothing has been submitted from here yet: make cluster-sweep")
     live = {id: state if state == "RUNNING" else f"{state} ({reason})" for id, state, reason, _ in queue}
     runs: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}  # folders -> kind -> the newest job's id and name
-    for line in os.fsdecode((LOGS / "jobs.tsv").read_bytes()).splitlines():  # paths, in whatever locale
-        job, kind, name, folder, scores = line.split("\t")
+    for job, kind, name, folder, scores in rows((LOGS / "jobs.tsv").read_bytes()):
         runs.setdefault((folder, scores), {})[kind] = job, name
     layout = "{:<28} {:>8} {:<24} {:>12} {:>8} {:>9} {:>16}  {}"
     print(layout.format("experiment", "job", "state", "step", "loss", "tokens/s", "time left", "evaluation"))
@@ -65,13 +69,14 @@ def print_status(queue: Queue) -> None:
             scored = f"job {scoring} {live[scoring]}"
         elif done and "eval" in kinds:  # some parts of the study are trained only
             scored = "failed"
-        print(layout.format(name, job, state, *numbers, left if job in live and not done else "-", scored))
+        print(one_line(layout.format(name, job, state, *numbers, left if job in live and not done else "-", scored)))
         for number, of, how in ((job, name, state), (scoring, its_name, scored)):
             if how == "failed":
-                print(f"    job {number}: {why(number, of)}\n    then: make cluster-sweep again, which continues it")
+                print(one_line(f"    job {number}: {why(number, of)}"))
+                print("    then: make cluster-sweep again, which continues it")
     if report := runs.get((os.getcwd(),) * 2):
         job, _ = report["report"]
-        print(f"report: job {job} {live.get(job, 'has ended')}")
+        print(one_line(f"report: job {job} {live.get(job, 'has ended')}"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ouro.cluster.plan import predict
 from ouro.cluster.status import Queue, evaluated, live_jobs
-from ouro.files import Parser, UserError, call, latest, nearest, read_yaml
+from ouro.files import Parser, UserError, call, latest, nearest, one_line, read_yaml
 from ouro.settings import EXPERIMENTS, STUDIES, Resolved, resolve
 from ouro.train.run_folder import checkpoints, has_begun, other_settings, step_of
 
@@ -116,7 +116,7 @@ def main() -> None:
         seeds = seeds or own
     jobs = plan(exps, seeds, options.processes, latest(rest), live_jobs(), evaluate)
     for job in jobs:
-        fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, job.state, *job.arguments)
+        fields = (job.kind, job.name, job.folder, job.scores, job.id, job.hours, one_line(job.state), *job.arguments)
         if bad := [text for text in map(str, fields) if not text or "\t" in text or "\n" in text]:
             raise UserError(f"{bad[0]!r} cannot be passed to a job (empty, a tab or a line end): use a config file")
         print(*fields, sep="\t")

@@ -273,7 +273,7 @@ def prepare(
     if split == "train" and (reasons := refusals(report, s)):
         if not quiet:
             print_report(report)
-        raise UserError("\n".join(reasons))
+        raise UserError(*reasons)
     return rows, report
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ouro.data.sources import benchmark_files, hub_error, patterns_of
-from ouro.files import Progress, UserError, call, nearest, read_yaml
+from ouro.files import Progress, UserError, call, nearest, one_line, read_yaml
 from ouro.settings import DATASETS, EVALS, REVISIONS, Settings, resolve
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -62,7 +62,7 @@ def fetch(settings: Settings, only: str | None) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and this is what needs the network: unset it")
     chosen = [download for name, download in downloads.items() if name in names]
-    print(f"cache: {constants.HF_HUB_CACHE}")
+    print(f"cache: {one_line(constants.HF_HUB_CACHE)}")
     looked = [look_up(download) for download in chosen]
     missing = sum(absent for _, absent in looked)
     place = Path(constants.HF_HUB_CACHE)
@@ -80,9 +80,9 @@ def fetch(settings: Settings, only: str | None) -> None:
             with Progress(what, absent, "B", count=partial(added, folder, size_of(folder))):
                 snapshot_download(d.hub_id, repo_type=d.repo_type, revision=d.revision, allow_patterns=d.patterns)
         except (OSError, ValueError) as error:
-            raise UserError(f"{hub_error(d.name, d.hub_id, error)}\nrun it again: it continues") from None
+            raise UserError(*hub_error(d.name, d.hub_id, error).args, "run it again: it continues") from None
         if not d.revision:
-            print(f"{d.name}: to stay with these rows, set revision: {commit} in configs/")
+            print(one_line(f"{d.name}: to stay with these rows, set revision: {commit} in configs/"))
     print("all there; jobs with HF_HUB_OFFLINE=1 need no network")
 
 
@@ -101,7 +101,7 @@ def look_up(d: Download) -> tuple[str, int]:
         raise UserError(f"{d.hub_id} at {info.sha} holds none of {', '.join(d.patterns)}")
     state = f"{in_units(absent)} to download" if absent else "in the cache"
     commit = info.sha[:12] + ("" if d.revision else " (main)")
-    print(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {in_units(total):>9}, {state}")
+    print(one_line(f"  {d.name:<14} {d.hub_id:<62} {commit:<19} {in_units(total):>9}, {state}"))
     return info.sha, absent
 
 

@@ -171,28 +171,28 @@ FLOORS = (  # how the reason in rows_dropped begins, the setting, the message, w
 
 
 def refusals(report: dict, s: Settings) -> list[str]:
-    """Why this data would waste a training run: each floor of the settings that it falls through."""
+    """Why this data would waste a training run: each floor of the settings that it falls through, in lines."""
     rows, place, reasons = report["rows_in"], report["source"], []
 
     def dropped(prefix: str) -> int:
         return sum(count for reason, count in report["rows_dropped"].items() if reason.startswith(prefix))
 
-    def first(prefix: str) -> str:
-        found = [f"\n  {where}: {reason}" for reason, places in report["first_dropped"].items()
+    def first(prefix: str) -> list[str]:
+        found = [f"  {where}: {reason}" for reason, places in report["first_dropped"].items()
                  if reason.startswith(prefix) for where in places[:2]]  # fmt: skip
-        return "".join(found[:3])
+        return found[:3]
 
     for prefix, floor, what, advice in FLOORS:
         if dropped(prefix) / max(rows, 1) > getattr(s, floor):
-            reasons.append(f"{dropped(prefix)} of {rows} rows of {place} {what}, more than {floor} = "
-                           f"{getattr(s, floor):g}; {advice}{first(prefix)}")  # fmt: skip
+            many = f"{dropped(prefix)} of {rows} rows of {place} {what}"
+            reasons += [f"{many}, more than {floor} = {getattr(s, floor):g}; {advice}", *first(prefix)]
     lost = dropped("longer") + report["rows_touched"].get("answer cut", 0)
     share = lost / max(report["rows_kept"] + dropped("longer"), 1)
     if share > s.max_too_long_share:
         many = f"{lost} of {rows} rows of {place} are longer than max_length = {s.max_length} tokens"
         floor = f"max_too_long_share = {s.max_too_long_share:g}"
         what = f"{many} and would be left out or lose their answer's end, more than {floor}"
-        reasons.append(f"{what}{ways_out(report, s, share)}{first('longer') or first('answer cut')}")
+        reasons += [what, *ways_out(report, s, share), *(first("longer") or first("answer cut"))]
     tokens, budget = report["tokens"], report["max_tokens"] or 0
     if budget - tokens > max(0.01 * budget, min(report["tokens_per_row"]["p100"], s.max_length)):
         asked = f"max_tokens = {s.max_tokens} asks for {budget:,}: name a larger set, or fewer tokens"
@@ -208,11 +208,11 @@ def refusals(report: dict, s: Settings) -> list[str]:
     if report["trained_tokens"] and report["end_token_survival"] < s.min_end_survival:
         few = f"only {report['end_token_survival']:.1%} of the answers of {place} are trained up to their {END_OF_TURN}"
         floor = f"min_end_survival = {s.min_end_survival:g}"
-        reasons.append(f"{few}, less than {floor}: the model would not learn to stop{first('answer cut')}")
+        reasons += [f"{few}, less than {floor}: the model would not learn to stop", *first("answer cut")]
     return reasons
 
 
-def ways_out(report: dict, s: Settings, lost: float) -> str:
+def ways_out(report: dict, s: Settings, lost: float) -> list[str]:
     """What keeps more of the rows that are too long: a max_length, or another policy at this one. A line each."""
     at, wanted = report["too_long"][str(s.max_length)], report["max_length_needed"].get(s.length_policy, 0)
     possible = s.max_length < wanted <= report["longest_possible"]
@@ -226,7 +226,7 @@ def ways_out(report: dict, s: Settings, lost: float) -> str:
     }
     ways += [f"--length_policy {policy} {does}" for policy, does in policies.items() if policy != s.length_policy]
     ways.append(f"--max_too_long_share {math.ceil(100 * lost) / 100:g} trains on what is left")
-    return "".join(f"\n  {way}" for way in ways)
+    return [f"  {way}" for way in ways]
 
 
 def save_report(path: Path, report: dict) -> None:

@@ -84,8 +84,8 @@ def cache_only() -> Iterator[None]:
 def hub_error(name: str, hub_id: str, error: Exception) -> UserError:
     copy = "--model_name_or_path FOLDER" if name == "model" else f"--paths {name}=FOLDER"
     return UserError(
-        f"cannot load {hub_id} from the Hub: {in_one_line(error)}\n"
-        f"without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), {copy} a copy of your own"
+        f"cannot load {hub_id} from the Hub: {in_one_line(error)}",
+        f"without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch), {copy} a copy of your own",
     )
 
 
@@ -222,8 +222,10 @@ def find_source(settings: Settings) -> Source:
                                            allow_patterns=patterns_of(entry)))  # fmt: skip
         except (OSError, ValueError) as error:
             refusal = hub_error(name, hub_id, error)
-            own = "hub_id" not in entry
-            raise UserError(f"no such folder: {hub_id}; as a Hub id: {refusal}") if own else refusal from None
+            if "hub_id" in entry:
+                raise refusal from None
+            said, *more = refusal.args
+            raise UserError(f"no such folder: {hub_id}; as a Hub id: {said}", *more) from None
         commit = place.name  # a snapshot's folder is named by its commit
     train = held_out = split_files(place, entry.get("config"), "train")
     if "layouts" in entry:
@@ -404,5 +406,5 @@ def benchmark_items(settings: Settings) -> list[tuple[str, list[str]]]:
                 items += [(f"{place} {n}", [*strings(row)]) for n, (_, row) in enumerate(rows, 1)]
         except UserError as error:
             needed = f"{name} is needed to find training rows that repeat its items"
-            raise UserError(f"{error}\n{needed}; fewer: --overlap A,B; no check: --overlap none") from None
+            raise UserError(*error.args, f"{needed}; fewer: --overlap A,B; no check: --overlap none") from None
     return items

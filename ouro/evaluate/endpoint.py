@@ -258,12 +258,13 @@ class Server:
         UserError."""
         prefix = self.kind.upper()
         hint = {
-            401: f"\nis {prefix}_API_KEY set, and the key for this server?",
-            403: f"\nmay {prefix}_API_KEY use {self.model}?",
-            404: f"\nis there a model {self.model!r} ({prefix}_MODEL), and do {self.url}/chat/completions exist?",
-        }.get(status, "")
+            401: f"is {prefix}_API_KEY set, and the key for this server?",
+            403: f"may {prefix}_API_KEY use {self.model}?",
+            404: f"is there a model {self.model!r} ({prefix}_MODEL), and do {self.url}/chat/completions exist?",
+        }.get(status)
         kind = Refused if status in REFUSALS else UserError
-        error = kind(message(self.hide(f"{self.kind} {self.model} at {self.url}: {problem}{hint}")))
+        told = f"{self.kind} {self.model} at {self.url}: {problem}"
+        error = kind(*(message(self.hide(line)) for line in (told, hint) if line))
         error.said = said
         return error
 

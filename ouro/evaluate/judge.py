@@ -31,7 +31,7 @@ from ouro.data.thoughts import answer_of
 from ouro.evaluate.benchmarks import Spell, digest, stripped
 from ouro.evaluate.endpoint import AS_PUBLISHED, Chat, Messages, Reply, Server, beginning, find_judge
 from ouro.evaluate.replies import Cache, answer, count_ends, fill
-from ouro.files import UserError, one_line, printable
+from ouro.files import UserError, message, one_line, printable
 
 import numpy as np
 
@@ -366,5 +366,6 @@ def _served_now(url: str, model: str) -> str | None:
     try:
         return judge.identity
     except UserError as error:
-        print(f"warning: {error}\nits ratings are taken as they are: whether it is the same model cannot be asked")
+        print(f"warning: {message(error)}")
+        print("its ratings are taken as they are: whether it is the same model cannot be asked")
     return None

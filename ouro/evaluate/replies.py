@@ -80,8 +80,8 @@ def fill(cache: Cache, jobs: dict[str, Messages], chat: Chat, what: str) -> None
             chat(list(missing.values()), done)
     except UserError as error:
         kept = sum(key in cache.texts for key in jobs)
-        goes_on = f"\n{kept} of {len(jobs)} are saved in {cache.path}: the same command goes on from there"
-        raise UserError(f"{error}{goes_on if kept else ''}") from None
+        goes_on = f"{kept} of {len(jobs)} are saved in {cache.path}: the same command goes on from there"
+        raise UserError(*error.args, *([goes_on] if kept else [])) from None
 
 
 def answer(conversations: list[Messages], chat: Chat, saved: Cache, what: str, who: str) -> list[Reply]:

@@ -127,7 +127,7 @@ def load_tokenizer(path: str, revision: str | None = None, max_length: int | Non
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except UserError as error:
         advice = "without a network: HF_HUB_OFFLINE=1 reads what was downloaded before (make fetch)"
-        raise UserError(f"{error}\n{advice}" if not Path(path).exists() else str(error)) from None
+        raise UserError(*error.args, *([] if Path(path).exists() else [advice])) from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template (tokenizer_config.json: chat_template)")
     if END_OF_TURN not in tokenizer.get_vocab():

@@ -43,9 +43,9 @@ def check_logger(settings: Settings) -> None:
     finally:
         wandb.teardown()
     raise UserError(
-        f"report_to = wandb, and no run can be logged: {reason}\n"
+        f"report_to = wandb, and no run can be logged: {reason}",
         "set WANDB_API_KEY or run `wandb login` (WANDB_BASE_URL names a server of your own); or WANDB_MODE=offline and "
-        "`wandb sync` later; or --report_to none"
+        "`wandb sync` later; or --report_to none",
     )
 
 

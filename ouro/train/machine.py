@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import platform
-import shlex
 import shutil
 import sys
 import sysconfig
@@ -12,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from ouro.data.batches import Pass, Rows, Steps
-from ouro.files import Progress, UserError
+from ouro.files import Progress, UserError, quoted
 from ouro.model.cost import Memory, Plan, pass_flops, passes_for
 from ouro.model.loading import sizes
 from ouro.settings import FROM_ENVIRONMENT, Resolved, Settings
@@ -69,9 +68,9 @@ def unused(s: Settings, device: str | int) -> list[str]:
     count = 0 if device == "cpu" else torch.cuda.device_count()
     if (idle := count - (LOCAL_WORLD_SIZE or WORLD_SIZE)) > 0:
         names = ("CONFIG", *map(str.upper, FROM_ENVIRONMENT))  # make gives these so
-        given = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+        given = [f"{name}={quoted(os.environ[name])}" for name in names if os.environ.get(name)]
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-        command = shlex.join([*given, *start, *sys.argv])
+        command = " ".join([*given, *map(quoted, [*start, *sys.argv])])
         lines.append(f"{idle} of the {count} GPUs here {'is' if idle == 1 else 'are'} idle; all of them: {command}")
     return lines
 
@@ -214,6 +213,7 @@ def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise:
                 progress.update()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"passes of up to {shapes[0][0]} x {shapes[0][1]} tokens: {in_short(error)}\nset activation_checkpointing "
-            "to full, or max_length lower; does another process use this GPU (nvidia-smi)?"
+            f"passes of up to {shapes[0][0]} x {shapes[0][1]} tokens: {in_short(error)}",
+            "set activation_checkpointing to full, or max_length lower; does another process use this GPU "
+            "(nvidia-smi)?",
         ) from None

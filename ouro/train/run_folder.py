@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -33,6 +32,7 @@ from ouro.files import (
     file_sha256,
     lock,
     markdown,
+    quoted,
     read_json,
     read_yaml,
     regular,
@@ -114,7 +114,7 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
             command += ("--dataset_path", s.dataset_path or "mine.csv")  # data of one's own are in no table
         command += ("--seed", seed.removeprefix("seed")) if seed else ()
         command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
-        raise UserError(f"{name} {state}: no {folder / 'completed'}\ntrain it: {shlex.join(command)}")
+        raise UserError(f"{name} {state}: no {folder / 'completed'}", f"train it: {' '.join(map(quoted, command))}")
     trained = recorded_settings(folder)
     if trained.model_revision is None and (folder / "manifest.json").exists():  # the main branch may have moved since
         trained.model_revision = read_json(folder / "manifest.json").get("model_files", {}).get("commit")
@@ -287,10 +287,10 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
         return "new"
     others = other_settings(folder, run)
     if others and has_begun(folder):
-        differences = "".join(f"\n  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items())
         raise UserError(
-            f"{folder} holds a run with other settings:{differences}\n"
-            "use another --output_dir or experiment, or --overwrite to delete that run"
+            f"{folder} holds a run with other settings:",
+            *(f"  {n}: {there!r} there, {asked!r} asked" for n, (there, asked) in others.items()),
+            "use another --output_dir or experiment, or --overwrite to delete that run",
         )
     if (folder / "completed").exists():
         whole(folder / "final_adapter", "restore it from a copy, or --overwrite trains the run again")
@@ -309,9 +309,10 @@ def state_of(folder: Path, run: Resolved, overwrite: bool) -> str | Path:
             return checkpoint
         lost.append(f"{checkpoint} is damaged: {why}")
     if made := [f"{path} is there" for path in (folder / "final_adapter", folder / "merged") if path.exists()]:
-        lines = "\n  ".join([f"{folder} holds an unfinished run without a checkpoint to continue from:", *lost, *made])
         raise UserError(
-            f"{lines}\nrestore one from a copy, use another --output_dir, or --overwrite to delete that run"
+            f"{folder} holds an unfinished run without a checkpoint to continue from:",
+            *(f"  {line}" for line in (*lost, *made)),
+            "restore one from a copy, use another --output_dir, or --overwrite to delete that run",
         )
     for file in (file for checkpoint in there for file in checkpoint.glob("[!.]*") if file.is_file()):
         file_sha256(file)  # a UserError where the file cannot be read: the checkpoint may be whole, and is not given up
@@ -378,7 +379,7 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
         if hashlib.sha256(kept).hexdigest() != progress["log_sha256"]:
             raise UserError(f"{log} is not the log that {checkpoint.name} was saved with")
     except UserError as error:
-        raise UserError(f"{error}\n{advice}") from None
+        raise UserError(*error.args, advice) from None
     if changed := changed_inputs(record, found):
         raise UserError(f"{folder} began with {changed}: {advice}")
     print0(f"continuing from {checkpoint}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from ouro.data.batches import Rows
-from ouro.files import MINUTE, Progress, UserError, file_sha256, one_line, seal, sync_file, sync_folder, write_json
+from ouro.files import MINUTE, Progress, UserError, file_sha256, seal, sync_file, sync_folder, write_json
 from ouro.model.cost import training_flops
 from ouro.model.graphs import peak_memory
 from ouro.model.lora import refresh
@@ -146,9 +146,7 @@ class LoopTrainer(SFTTrainer):
             there = checkpoints(Path(self.args.output_dir))
             goes_on = "the newest good checkpoint stays; the same command continues from it"
             goes_on = goes_on if there else "no checkpoint is there yet: the same command begins anew"
-            raise UserError(
-                f"step {step}: {reason}\nits rows: {', '.join(map(one_line, self._rows_of(step)))}\n{goes_on}"
-            )
+            raise UserError(f"step {step}: {reason}", f"its rows: {', '.join(self._rows_of(step))}", goes_on)
         self._recent.append(loss)
 
     def _lost(self, step: int, loss: float, accuracy: float, norm: float) -> str | None:
@@ -315,8 +313,9 @@ class LoopTrainer(SFTTrainer):
             ) from None
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"step {self.state.global_step + 1}: {in_short(error)}\nset activation_checkpointing to full, or lower "
-                f"max_length ({self.settings.max_length}); the same command continues from the last good checkpoint"
+                f"step {self.state.global_step + 1}: {in_short(error)}",
+                f"set activation_checkpointing to full, or lower max_length ({self.settings.max_length}); the same "
+                "command continues from the last good checkpoint",
             ) from None
 
 
