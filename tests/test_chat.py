@@ -133,6 +133,11 @@ def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(talk):
     assert "8192 positions; /reset forgets the conversation]\n[this is the base" in printed
 
 
+def test_a_terminal_obeys_nothing_in_a_command_that_is_not_known(talk):
+    told = talk("--base", said="/x\x1b[2J\n/quit\n")
+    assert "[unknown command /x\\x1b[2J: " in told and "\x1b" not in told
+
+
 def test_runs_that_cannot_answer_are_refused(talk, output, tmp_path):
     with pytest.raises(UserError, match="train it: python train_qlora.py"):
         talk("--exp", EXP, "--output_dir", str(tmp_path / "nothing"), said="")

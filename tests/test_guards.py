@@ -463,8 +463,8 @@ def test_what_does_nothing_is_said(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     started = "python -m torch.distributed.run --nproc_per_node 4 train_qlora.py --exp 'a b'"
     assert machine.unused(Settings(), 0) == [f"3 of the 4 GPUs here are idle; all of them: {started}"]
-    monkeypatch.setenv("CONFIG", "configs/a100.yaml")  # as make gives it
-    assert machine.unused(Settings(), 0)[0].endswith(f": CONFIG=configs/a100.yaml {started}")
+    monkeypatch.setenv("CONFIG", "my configs/a100.yaml")  # as make gives it
+    assert machine.unused(Settings(), 0)[0].endswith(f": CONFIG='my configs/a100.yaml' {started}")
     assert machine.unused(Settings(fsdp=True), "cpu") == ["fsdp: true does nothing with one process"]
     monkeypatch.setattr(machine, "WORLD_SIZE", 4)
     monkeypatch.setattr(machine, "LOCAL_WORLD_SIZE", 4)
