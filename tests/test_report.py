@@ -449,6 +449,19 @@ def test_what_a_study_can_find_is_simulated_with_the_spreads_that_its_results_ha
     assert shares == sorted(shares) and shares[0] <= 0.02 and 0.8 <= shares[2] <= 0.83
 
 
+def test_power_is_of_the_items_that_each_quantity_is_tested_on_in_their_clusters():
+    """X of exams on Belebele, whose passages have two questions or one, however many exam items U rests on."""
+    spreads = {aspect: some[0] for aspect, some in power.ASSUMED.items()}
+    for exams in (565, 2733):
+        found = power.simulate(spreads, 3, {"thai_text": 500, "thai_exams": exams}, studies=50)
+        free = {(quantity, aspect): e.items_free for (quantity, aspect, _), e in found.items()}
+        assert free == {("U", "thai_text"): 499, ("X", "thai_text"): 487, ("U", "thai_exams"): exams - 1,
+                        ("X", "thai_exams"): 487, ("F", "english"): 499}  # fmt: skip
+        s, twice, once = spreads["thai_exams"], 900 - 488, 2 * 488 - 900
+        each = (2 * 1.3 * twice + once) / 900**2  # the variance of a mean over questions that spread by 1
+        assert found["X", "thai_exams", 4].items.mean() == pytest.approx(4 * s.item**2 * each, rel=0.1)
+
+
 @pytest.mark.slow
 def test_power_is_told_before_anything_is_trained(tmp_path):
     fabricate.study(tmp_path, tasks=("thai_text",), items=60, lines=2)

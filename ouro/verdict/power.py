@@ -19,7 +19,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 STUDIES, DEPTHS = 400, (1, 2, 3, 4)
-PLANS = {"thai_text": (488, 1000), "thai_exams": (565, 2733)}  # items: Belebele's passages; ThaiExam, with M3Exam
+PLANS = {"thai_text": (500, 1000), "thai_exams": (565, 2733)}  # items of U: thai_text; ThaiExam, with M3Exam
+# Items of X, and the passages that they are about: the parallel text; Belebele's questions, of which a passage has two
+# or one. Of the spread over items this share is their passages' (the intra-class correlation).
+PAIRED, SHARED = {"thai_text": (488, 488), "thai_exams": (900, 488)}, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +56,28 @@ def measured(panel: Panel) -> Spreads | None:
 
 
 def simulate(spreads: dict[str, Spreads], seeds: int, items: dict[str, int], studies: int = STUDIES) -> dict:
-    """{(quantity, aspect, depth): Estimate of (studies,)} where nothing differs."""
+    """{(quantity, aspect, depth): Estimate of (studies,)} where nothing differs. items: of U, by aspect; X is read on
+    other items, those of PAIRED."""
     rng, found = np.random.default_rng(0), {}
 
-    def adapters(aspect: str) -> Cell:
-        s, count = spreads[aspect], items[aspect]
-        values = s.item * rng.normal(size=(count, 1, studies)) + s.seed * rng.normal(size=(1, seeds, studies))
-        return stats.cell(values + s.run * rng.normal(size=(count, seeds, studies)), np.ones(count))
+    def adapters(aspect: str, count: int, passages: int) -> Cell:
+        s, passage = spreads[aspect], np.arange(count) % passages
+
+        def noise(runs: int) -> np.ndarray:
+            own, shared = (rng.normal(size=(n, runs, studies)) for n in (count, passages))
+            return np.sqrt(1 - SHARED) * own + np.sqrt(SHARED) * shared[passage]
+
+        values = s.item * noise(1) + s.run * noise(seeds) + s.seed * rng.normal(size=(1, seeds, studies))
+        return stats.cell(values, np.ones(count), passage)
 
     for aspect in spreads:
-        thai, english = ({k: adapters(aspect) for k in DEPTHS} for _ in range(2))
+        alone = {k: adapters(aspect, items[aspect], items[aspect]) for k in DEPTHS}
+        thai, english = ({k: adapters(aspect, *PAIRED[aspect]) for k in DEPTHS} for _ in range(2))
         for k in DEPTHS[1:]:
-            cells = [thai[k], -thai[1]]
-            found["U", aspect, k] = stats.estimate(cells)
-            found["X", aspect, k] = stats.estimate([*cells, -english[k], english[1]])
+            found["U", aspect, k] = stats.estimate([alone[k], -alone[1]])
+            found["X", aspect, k] = stats.estimate([thai[k], -thai[1], -english[k], english[1]])
     for k in DEPTHS:
-        found["F", "english", k] = stats.estimate([adapters("thai_text")])
+        found["F", "english", k] = stats.estimate([adapters("thai_text", *[items["thai_text"]] * 2)])
     return found
 
 
@@ -108,6 +117,8 @@ def plans(found: dict[Key, Panel]) -> Iterator[dict[str, str]]:
     for aspect, some in choices.items():
         metric = METRICS["accuracy" if aspect == "thai_exams" else "bits_per_character"]
         rounded = dataclasses.replace(metric, places=1)  # STUDIES studies tell no more
+        questions, passages = PAIRED[aspect]
+        beside = f"{passages} passages" if questions == passages else f"{questions} on {passages} passages"
         for s, items, seeds in product(some, PLANS[aspect], (3, 5)):
             spreads = {other: each[0] for other, each in choices.items()} | {aspect: s}
             counts = {other: count[0] for other, count in PLANS.items()} | {aspect: items}
@@ -115,7 +126,7 @@ def plans(found: dict[Key, Panel]) -> Iterator[dict[str, str]]:
             yield {
                 "aspect": ASPECTS[aspect],
                 "spread of runs": f"{metric.size(s.seed)} ({s.source})",
-                "items": f"{items:,}",
+                "items": f"{items:,} (U), {beside} (X)",
                 "seeds": str(seeds),
                 "worth (U)": rounded.size(family.smallest(("U", aspect, 4), metric)),
                 "beside English (X)": rounded.size(family.smallest(("X", aspect, 4), metric)),
