@@ -1,6 +1,7 @@
 """The report's tables: baselines and published scores, English minus Thai, two runs item by item; its curves."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from ouro.verdict.panels import Key
 import fabricate
 import numpy as np
 import pytest
-from reports import read, table, write_report
+from helpers import read_jsonl, write_jsonl
+from reports import change, read, table, write_report
 
 
 def test_a_published_score_stands_beside_ours_in_its_unit_and_its_mean_at_its_own_benchmark_alone(tmp_path):
@@ -91,6 +93,21 @@ def test_questions_whose_right_answers_differ_are_no_pairs_and_that_is_said(tmp_
     write_report(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "59 of 60 items" in text and "From English to Thai" not in text
+
+
+def test_an_item_that_has_no_rating_of_one_of_two_models_is_not_compared(tmp_path):
+    _, results = fabricate.study(tmp_path, tasks=("mt_bench_thai",), items=30, lines=2, seeds=(0,), depths=(1, 4))
+    names = ["exp2-wangchan-ut1", "exp1-wangchan-ut4"]
+    for name, places in zip(names, ((0, 1), (1, 2)), strict=True):
+        (file,) = (results / name).glob(f"mt_bench_thai-{name[-3:]}.items.jsonl")
+        items = [item | ({"value": None} if i in places else {}) for i, item in enumerate(read_jsonl(file))]
+        write_jsonl(file, *items)
+        rated = [item["value"] for item in items if item["value"] is not None]
+        change(file.with_name(file.name.replace(".items.jsonl", ".json")), value=sum(rated) / len(rated))
+    text = write_report(tmp_path, "--compare", *names)
+    assert "27 items in common" in text
+    shown = re.findall(r"^### .*-(\d+)$", text, re.MULTILINE)
+    assert len(shown) == 5 and not set(shown) & {"1", "2", "3"}
 
 
 def test_two_runs_are_compared_item_by_item(tmp_path):

@@ -42,8 +42,10 @@ def asked(item: dict) -> str:
 
 def compare_task(reader: Reader, one: Result, two: Result) -> dict:
     """What compare.md.j2 shows of a task: the difference, and the items in which it is largest."""
-    asked_both = set(two.ids)
-    ids = [identity for identity in one.ids if identity in asked_both]
+    # An item that is not rated weighs nothing.
+    first, second = ({i for i, weight in zip(r.ids, r.denominators, strict=True) if weight} for r in (one, two))
+    both = first & second
+    ids = [identity for identity in one.ids if identity in both]
     shown = {"name": one.study["task"], "count": len(ids)}
     if not ids:
         return shown
@@ -58,7 +60,7 @@ def compare_task(reader: Reader, one: Result, two: Result) -> dict:
     shown["difference"] = f"{told[0]} [{told[1]}, {told[2]}]" if np.isfinite(half) else told[0]
     shown["p"] = float(e.p)
     shown["other_prompts"] = one.study["prompt_sha256"] != two.study["prompt_sha256"]
-    x, y = (r.numerators / np.maximum(r.denominators, 1e-9) for r in (one, two))
+    x, y = (r.numerators / r.denominators for r in (one, two))
     if one.study["metric"] == "accuracy":
         counts = [int(np.sum(((x > 0.5) == a) & ((y > 0.5) == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
         p = binomtest(counts[1], counts[1] + counts[2]).pvalue if counts[1] + counts[2] else 1.0
