@@ -189,7 +189,7 @@ class Steps:
         return -(-len(self.rows) // self.per_step)
 
     def rows_of(self, step: int) -> list[int]:
-        """Numbers of the rows of a step, counted from 0 over all epochs."""
+        """Numbers of the rows of a step. Steps are counted from 0 over all epochs, as everywhere in this class."""
         epoch, at = divmod(step, len(self))
         order = order_of(self.seed, epoch, len(self.rows))
         return order[at * self.per_step : (at + 1) * self.per_step].tolist()

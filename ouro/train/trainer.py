@@ -172,7 +172,8 @@ class LoopTrainer(SFTTrainer):
         return None
 
     def _rows_of(self, step: int) -> list[str]:
-        """Where the rows of a step stand in the training set."""
+        """Where the rows of a step stand in the training set. Steps are counted from 1 here, as in global_step: after
+        the first one it is 1. `Steps` counts from 0."""
         steps = self.train_dataset
         return [steps.rows.place(row) for row in steps.rows_of(step - 1)]
 
