@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ouro.data.batches import IGNORE, Pass, Passes, Rows, Steps, noise, pack, shares
+from ouro.data.batches import IGNORE, Pass, Passes, Rows, Steps, noise, pack, room, shares
 from ouro.data.cache import CHUNK, prepare
 from ouro.model import cost, modeling_ouro
 from ouro.model.cost import Plan
@@ -129,12 +129,24 @@ def test_of_lengths_like_the_real_ones_less_than_a_twentieth_is_padding(grid, pr
     assert 0 < padding < 0.05 and told == pytest.approx(padding)
     assert shapes == sorted(shapes, key=lambda shape: -shape[0] * shape[1])
     assert {shape[:2] for shape in shapes} == {(1 if p.packed else len(p.rows), p.width) for p in passes}
-    documents = [len(p.rows) + 1 for p in passes if p.packed]  # with the padding
+    filled = {p: sum(rows.lengths[row] for row in p.rows) for p in passes}
+    documents = [len(p.rows) + (filled[p] < p.width) for p in passes if p.packed]  # the padding is one
     assert {shape[2] for shape in shapes if shape[2]} == {max(16, 2 ** math.ceil(math.log2(n))) for n in documents}
     assert {shape[2] > 0 for shape in shapes} == {p.packed for p in passes}
     some, _ = steps.shapes(98, 99)
     assert set(some) <= set(shapes) and len(some) <= 32
     assert set(shapes) < set(steps.shapes(0, 300)[0]), "later epochs have other passes"
+
+
+@pytest.mark.parametrize("length", [64, 63])
+def test_a_pass_of_sixteen_documents_has_the_graphs_that_were_captured_for_it_padded_or_not(length):
+    rows = Lengths([length] * 16)
+    steps = Steps(rows, 16, 0, Passes(1024), collate, lambda each: each.tokens)
+    ((only,),) = steps.shares_of(0)
+    batch = collate([(row, *[np.full(length, 7)] * 2) for row in only.rows], only)
+    documents = len(batch["documents"]) - 1  # as graphs.py counts them
+    assert only.packed and documents == (16 if length == 64 else 17)
+    assert steps.shapes(0, 1)[0] == [(*batch["input_ids"].shape, room(documents))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,9 @@ class Steps:
         for step in range(first, last):
             lengths = {row: int(self.rows.lengths[row]) for row in self.rows_of(step)}
             for each in self.passes.of(lengths, self.processes):
-                found.add((1, each.width, room(len(each.rows) + 1)) if each.packed else (len(each.rows), each.width, 0))
+                padding = each.packed and each.width > sum(lengths[row] for row in each.rows)  # is a document, too
+                places = room(len(each.rows) + padding) if each.packed else 0
+                found.add((1 if each.packed else len(each.rows), each.width, places))
                 padded += each.tokens
             real += sum(lengths.values())
         return sorted(found, key=lambda shape: (-shape[0] * shape[1], shape)), 1 - real / max(padded, 1)
