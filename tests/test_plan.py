@@ -115,6 +115,19 @@ def test_auto_computes_twice_and_copies_as_little_as_fits_and_more_for_a_longer_
     assert memory(10**6).plan(16384) == Plan()
 
 
+@pytest.mark.parametrize("free", [40, 60, 78.6])
+def test_with_dora_whole_layers_are_computed_twice_in_all_passes_and_no_states_wait(free):
+    m = memory(free, use_dora=True)
+    plan, usable = m.plan(16384), free * GIB * 0.97 - 0.7 * GIB
+    assert plan.recomputed % 4 == 0 == plan.waiting and plan.recomputed > 0
+    assert m.of(16384, plan) <= usable < m.of(16384, Plan(plan.recomputed - 4))
+    assert m.plan(512) == Plan() and m.plan_run(512) == plan, "the largest pass decides for all"
+    with pytest.raises(UserError, match=r"computed twice; 20\.0 GiB of GPU memory are free: set max_length") as told:
+        passes_for(memory(20, use_dora=True))
+    length = int(str(told.value).rpartition(" ")[2])
+    assert passes_for(memory(20, length, use_dora=True)) and memory(20).plan(16384).waiting
+
+
 def test_auto_without_a_gpu_or_the_compiler():
     """The estimate is of compiled layers."""
     assert memory().plan(8192) == Plan() and passes_for(memory()) == Passes(2048, grain=1)

@@ -147,9 +147,6 @@ def chat(run: Resolved) -> None:
         raise UserError("name a run: --exp exp2-wangchan-ut1 (configs/experiments.yaml), or --base")
     s, adapter = (run.settings, None) if run.options.base else finished_run(run)[1:]
     who = s.model_name_or_path if run.options.base else run.run
-    if adapter and s.use_dora:
-        merged = f"--base --use_qlora false --model_name_or_path {adapter.parent / 'merged'}"
-        raise UserError(f"{who} has a DoRA adapter, which answers only merged: make merge EXP={who}, and then {merged}")
     frozen = frozen_here(s, who)
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -74,7 +74,7 @@ def predict(s: Settings, gpu: str, count: int, rows: str = "cached") -> Predicti
     widths, counts = np.unique([width(int(n)) for n in lengths], return_counts=True)
     flops = recomputed = 0.0
     for n, rows in zip(widths.tolist(), counts.tolist(), strict=True):
-        again = plans.plan(n).recomputed / plans.calls
+        again = plans.plan_run(n).recomputed / plans.calls
         done = training_flops(config, s.total_ut_steps, s.r, n, n * (n + 1) / 2, heads * share * n)
         flops += rows * done * (1 + 0.5 * again)  # the forward pass is half of both, and runs again
         recomputed += again * rows * n / float((widths * counts).sum())

@@ -128,6 +128,12 @@ class Memory:
         return self.s.total_ut_steps * self.config.num_hidden_layers
 
     @property
+    def by_layer(self) -> bool:
+        """Whether PEFT's own layers compute: a layer is then computed twice in every loop or in none, in all passes
+        alike, and no states wait."""
+        return self.s.use_dora
+
+    @property
     def number(self) -> int:
         """Bytes of a number that is computed with."""
         return 2 if self.s.bf16 else 4
@@ -185,13 +191,19 @@ class Memory:
             layers = {"none": 0, "full": self.config.num_hidden_layers}.get(asked)
             return Plan((int(asked) if layers is None else layers) * self.s.total_ut_steps)
         usable = self.free * 0.97 - 0.7 * 2**30  # the rest goes to gaps of the allocator and to libraries
-        for recomputed in range(self.calls + 1):
+        for recomputed in range(0, self.calls + 1, self.s.total_ut_steps if self.by_layer else 1):
             if self.of(tokens, Plan(recomputed)) <= usable:
                 return Plan(recomputed)
+        if self.by_layer:
+            return None
         for waiting in range(3, int(min(self.calls, self.host / self.slot)) + 1):
             if self.of(tokens, Plan(self.calls, waiting)) <= usable:
                 return Plan(self.calls, waiting)
         return None
+
+    def plan_run(self, tokens: int) -> Plan | None:
+        """The plan by which such a pass runs beside the largest."""
+        return self.plan(self.largest if self.by_layer else tokens)
 
 
 # Bytes of a pair of graphs of 192 layer calls, as measured on an H200; by whether weights are decoded in them.
@@ -217,11 +229,12 @@ def passes_for(memory: Memory) -> Passes:
     if memory.free is None or not memory.compiled:
         return Passes(s.pass_tokens or 2048, grain=1)
     if not memory.plan(longest):
-        least = memory.of(longest, Plan(memory.calls, memory.calls))
+        least = memory.of(longest, Plan(memory.calls, 0 if memory.by_layer else memory.calls))
         gib, fits = f"{memory.free / 2**30:.1f} GiB of GPU memory are free", fitting(memory)
+        if not memory.by_layer:
+            gib += f", and {memory.host / 2**30:.1f} GiB of the CPU's for layers' inputs that can wait there"
         raise UserError(
-            f"rows of {longest} tokens need about {least / 2**30:.1f} GiB with all layers computed twice; {gib}, and "
-            f"{memory.host / 2**30:.1f} GiB of the CPU's for layers' inputs that can wait there: "
+            f"rows of {longest} tokens need about {least / 2**30:.1f} GiB with all layers computed twice; {gib}: "
             + (f"set max_length to {fits}" if fits else "set use_qlora")
         )
     grid = Passes(1)

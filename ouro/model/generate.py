@@ -81,12 +81,10 @@ class _Writer:
 
 
 def merged(projection: nn.Module, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
-    """The matrix (out, in) that a projection multiplies by: decoded, and with its active adapters. weight: its frozen
-    one, if that is not in the projection itself."""
+    """The matrix (out, in) that a projection multiplies by: decoded, and with its active adapters, of DoRA with its
+    rows scaled to their magnitudes. weight: its frozen one, if that is not in the projection itself."""
     if not isinstance(projection, LoraLayer):
         return dequantize_module_weight(projection).to(dtype)
-    if projection.lora_variant:
-        raise ValueError("DoRA's products are not plain LoRA's: merge the adapter before generating")
     weight = dequantize_module_weight(projection.get_base_layer()) if weight is None else weight
     if projection.disable_adapters or projection.merged:
         return weight.to(dtype)
@@ -94,6 +92,8 @@ def merged(projection: nn.Module, dtype: torch.dtype, weight: Tensor | None = No
         if name in projection.lora_A:
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight = weight.to(wide) + projection.get_delta_weight(name).to(wide)
+            if name in projection.lora_magnitude_vector:
+                weight *= (projection.lora_magnitude_vector[name].weight.to(wide) / weight.norm(dim=1))[:, None]
     return weight.to(dtype)
 
 

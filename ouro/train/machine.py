@@ -159,7 +159,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     if before:
         passes = dataclasses.replace(passes, tokens=before["pass_tokens"], grain=before["pass_grain"])
 
-    plan_of = cache(memory.plan)  # it is slow, and is asked for each pass
+    plan_of = cache(memory.plan_run)  # it is slow, and is asked for each pass
 
     def cost(each: Pass) -> float:
         return pass_flops(config, s, each, plan_of(each.tokens) or Plan())
@@ -183,7 +183,7 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
         return steps, memory, told
     told["plans"] = []
     for tokens in sorted({memory.largest, passes.tokens, *(n for n in (4096, 8192) if n < memory.largest)}):
-        plan, gib = memory.plan(tokens), round(memory.of(tokens, memory.plan(tokens)) / 2**30, 1)
+        plan, gib = plan_of(tokens), round(memory.of(tokens, plan_of(tokens)) / 2**30, 1)
         told["plans"].append({"tokens": tokens, "estimated_gib": gib} | dataclasses.asdict(plan))
         waiting = f", the states of {plan.waiting} in the CPU's memory" if plan.waiting else ""
         print0(
