@@ -153,7 +153,7 @@ def bare_trainer(recent=(), rates=(), **settings) -> LoopTrainer:
     """What the guards look at, without a model."""
     trainer = LoopTrainer.__new__(LoopTrainer)
     trainer.settings = Settings(**settings)
-    trainer._recent, trainer._rates = deque(recent, maxlen=50), list(rates)
+    trainer._recent, trainer._rates, trainer._measured_from = deque(recent, maxlen=50), list(rates), 0
     trainer._rows_of = lambda step: [f"rows of {step}"]
     return trainer
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import train_qlora
 from ouro import files
@@ -358,6 +359,45 @@ def test_guards_go_on_with_what_they_had_seen(stopped, tmp_path):
     after = json.loads((run / "checkpoint-4/progress.json").read_text())
     assert (after["recent"][:3], after["rates"][:2]) == (there["recent"], there["rates"])
     assert metrics(run)[3]["tokens_per_second"] < 10, "the tokens since the last line, by all their time"
+
+
+def test_the_rates_of_more_processes_are_no_measure_of_fewer(stopped, tmp_path, capsys):
+    """Not even in part: the first line after the checkpoint has steps of both."""
+    progress = copied(stopped, tmp_path) / "checkpoint-3/progress.json"
+    there = json.loads(progress.read_text()) | {"processes": 4, "rates": [1e9, 1e9], "logged_step": 2}
+    progress.write_text(json.dumps(there))
+    run_folder.seal(progress.parent)
+    assert one_step(tmp_path) == 4
+    assert json.loads((tmp_path / "smoke/checkpoint-4/progress.json").read_text())["rates"] == []
+    assert "does another process use this GPU" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The trainer's, and a function that makes the next calls of a method or function seem to take an hour more."""
+    late = []
+
+    def delayed(module, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: late.append(3600) or real(*args, **kwargs))
+
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(late)))
+    return delayed
+
+
+def test_loading_saving_and_the_held_out_loss_are_not_in_the_times_of_steps(tmp_path, clock, capsys):
+    """Nor is what was measured before the first step in the time that the steps left will take."""
+    clock(trainer, "seal")
+    clock(trainer.LoopTrainer, "_load_optimizer_and_scheduler")
+    clock(trainer.LoopTrainer, "held_out_loss")
+    argv = ["--eval_steps", "2", "--eval_rows", "1", "--save_steps", "1", "--logging_steps", "1"]
+    for step in (1, 2, 3):
+        assert one_step(tmp_path, *argv) == step
+        told = re.search(rf"step +{step}/6 .* left (\d+):", capsys.readouterr().out)
+        assert int(told[1]) <= (step == 2) * 4, "the held-out loss of step 2 is measured in it, and will be again"
+    lines = metrics(six(tmp_path, *argv))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["seconds"] < 1800 for line in lines)
 
 
 def test_sha256sum_verifies_checkpoints_and_adapter_and_their_modes_are_the_umasks(stopped, whole):

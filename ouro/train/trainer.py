@@ -52,10 +52,13 @@ class LoopTrainer(SFTTrainer):
         # Sums of this process since the last logged step; float64 counts tokens exactly up to 2**53.
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64)
         self._step_sums = torch.zeros_like(self._sums)  # of the step that is being taken
-        self._tokens, self._logged_step, self._logged_at = 0, 0, time.perf_counter()
+        self._tokens, self._logged_step = 0, 0
+        self._since_log = 0.0  # seconds from the last logged step to the checkpoint that the run continues from
+        self._logged_at = time.perf_counter()  # and as much later as saving has taken since
         self._unchecked: tuple | None = None  # (step, its numbers, event of their copy from the GPU), not looked at yet
         self._recent: deque[float] = deque(maxlen=50)  # losses of the last steps
-        self._rates: list[float] = []  # tokens/s at the logged steps up to the 50th
+        self._rates: list[float] = []  # tokens/s at the logged steps of the 50 after step `_measured_from`
+        self._measured_from = 0
         super().__init__(*args, data_collator=itemgetter(0), **kwargs)  # a "batch" here is one item of `Steps`
 
     def _prepare_peft_model(self, model: PeftModel, peft_config: None, args: SFTConfig) -> PeftModel:
@@ -113,7 +116,10 @@ class LoopTrainer(SFTTrainer):
         if RANK == 0:
             path = Path(self.args.output_dir) / "manifest.json"
             write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_held_out_loss": losses})
-        self._logged_at = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """To be called when the first step is about to begin, so that no loading counts as its time."""
+        self._logged_at = time.perf_counter() - self._since_log
 
     def after_step(self, control: TrainerControl) -> None:
         """Adds the step's sums to those of the next log line, and starts to fetch its numbers from the GPU. The numbers
@@ -202,8 +208,9 @@ class LoopTrainer(SFTTrainer):
             heads = s.total_ut_steps if s.loss == "all" else 1  # loops whose logits are formed
             done = training_flops(config, s.total_ut_steps, s.r, seen, pairs, heads * trained)
             logs["model_flop_use"] = round(done / spent / (self.flops * WORLD_SIZE), 4)
+        if self._logged_step >= self._measured_from:
+            self._watch(step, rate)
         self._sums, self._logged_step = torch.zeros_like(self._sums), step
-        self._watch(step, rate)
         if self.held_out is not None and (step % self.settings.eval_steps == 0 or step == self.state.max_steps):
             logs |= {f"{LOOP}{i}": loss for i, loss in enumerate(self.held_out_loss(), 1)}
         self._logged_at = time.perf_counter()
@@ -211,7 +218,7 @@ class LoopTrainer(SFTTrainer):
 
     def _watch(self, step: int, rate: float) -> None:
         """Warns where training has become slow: less than half the rate of its first 50 steps."""
-        if step <= 50 or not self._rates:
+        if step <= self._measured_from + 50 or not self._rates:
             if step > 1:  # the first step compiles, and is slow
                 self._rates.append(rate)
         elif rate < (usual := statistics.median(self._rates)) / 2:
@@ -262,7 +269,7 @@ class LoopTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Writes a checkpoint under another name, with checksums, syncs and renames it, and then deletes the oldest.
         Raises UserError: it could not be written, as on a full disk; the older ones stay."""
-        folder, step = Path(self.args.output_dir), self.state.global_step
+        folder, step, began = Path(self.args.output_dir), self.state.global_step, time.perf_counter()
         staging = folder / ".saving"
         if RANK == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -278,7 +285,7 @@ class LoopTrainer(SFTTrainer):
                 progress = {"sums": sums, "tokens": self._tokens, "logged_step": self._logged_step}
                 progress |= {"log_bytes": log.stat().st_size, "log_sha256": file_sha256(log)}
                 progress |= {"processes": WORLD_SIZE, "recent": list(self._recent), "rates": self._rates}
-                progress["since_log"] = round(time.perf_counter() - self._logged_at, 3)
+                progress["since_log"] = round(began - self._logged_at, 3)
                 write_json(staging / f"checkpoint-{step}" / "progress.json", progress)
                 seal(staging / f"checkpoint-{step}")
                 # A checkpoint of this step or a later one is damaged, or the run would have continued from it.
@@ -290,11 +297,11 @@ class LoopTrainer(SFTTrainer):
                 for other in checkpoints(folder)[self.settings.save_total_limit :]:
                     remove(other)
         self.accelerator.wait_for_everyone()
+        self._logged_at += time.perf_counter() - began
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Takes the steps that are left.
         Raises UserError: the run is lost, its checkpoint is no checkpoint, or a GPU's memory ran out."""
-        since_log = 0.0  # seconds from the last logged step to the checkpoint
         if resume_from_checkpoint and holds_all_steps(Path(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)  # all that is left is to write the adapter
             return
@@ -304,8 +311,10 @@ class LoopTrainer(SFTTrainer):
                 self._sums = torch.tensor(progress["sums"], dtype=torch.float64)
             self._tokens, self._logged_step = progress["tokens"], progress["logged_step"]
             self._recent.extend(progress["recent"])
-            self._rates, since_log = progress["rates"], progress["since_log"]
-        self._logged_at = time.perf_counter() - since_log
+            self._since_log = progress["since_log"]
+            self._rates = progress["rates"]
+            if progress["processes"] != WORLD_SIZE:  # the rates of more, or fewer, are no measure of these
+                self._rates, self._measured_from = [], step_of(Path(resume_from_checkpoint))
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         except UnpicklingError:  # torch.load refuses pickled code; its own message tells how to allow it
@@ -344,13 +353,15 @@ class Metrics(TrainerCallback):
 
     def __init__(self, path: Path, eval_steps: int):
         self.path, self.eval_steps = path, eval_steps
+        self.started = 0.0  # when this process began its first step
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = self.told = time.perf_counter()
-        self.first = state.global_step
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.started:
+            self.started = self.told = time.perf_counter()
+            self.first = state.global_step
 
     def left(self, state: TrainerState) -> timedelta:
-        """The time that the steps left will take, at the pace of those taken since this process started."""
+        """The time that the steps left will take, at the pace of those taken by this process."""
         done = state.global_step - self.first
         seconds = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
         return timedelta(seconds=round(seconds))
@@ -397,6 +408,7 @@ class Guards(TrainerCallback):
         refresh(model)
         if self.trainer.held_out is not None and state.global_step == 0:
             self.trainer.measure_base()
+        self.trainer.start_clock()
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         refresh(model)
