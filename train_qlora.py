@@ -32,7 +32,6 @@ from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
 from ouro.train.machine import (
     capture_graphs,
     check_device,
-    last_step,
     plan_steps,
     shard_frozen_weights,
     trainer_arguments,
@@ -171,8 +170,7 @@ def train(run: Resolved) -> Path:
         if s.fsdp and WORLD_SIZE > 1:
             shard_frozen_weights(trainer.model)
 
-        at, last = step_of(state) if begun else 0, last_step(s, steps)
-        capture_graphs(trainer.model, steps, at, last, s.lora_dropout > 0)
+        capture_graphs(trainer.model, steps, s, folder, step_of(state) if begun else 0)
         trainer.train(resume_from_checkpoint=str(state) if begun else None)
         if trainer.state.global_step < trainer.state.max_steps:
             raise Stopped(f"{stopper.why}: stopped after step {trainer.state.global_step}, which is saved")

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import train_qlora
 from ouro.data.batches import Passes, Rows, Steps
@@ -19,7 +20,7 @@ from ouro.model import cost, loading
 from ouro.model.loading import WEIGHTS, load_ouro, load_tokenizer, sizes
 from ouro.model.modeling_ouro import IGNORE, PROJECTIONS
 from ouro.settings import FROM_ENVIRONMENT, Settings
-from ouro.train import build, machine, trainer
+from ouro.train import build, machine, run_folder, trainer
 from ouro.train.trainer import LoopTrainer
 
 import pytest
@@ -111,13 +112,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(tmp_path, mon
         with pytest.raises(SystemExit) as ended:
             call(train_qlora.main)
         told = capsys.readouterr().err
-        assert ended.value.code == 2 and told.count("\n") == 3 and "the newest good checkpoint stays" in told
+        assert ended.value.code == 2 and told.count("\n") == 3
+        assert (
+            "\nthe same command continues from checkpoint-2, most likely to this again; other settings, --seed" in told
+        )
         assert told.startswith("error: step 3: the loss is nan, the gradient's norm nan; lower learning_rate")
         assert f"data.jsonl, line {bad}" in named_rows(told) == places_of(whole, 3, 4)
         run = tmp_path / "out/smoke"
         assert checkpoints(run) == ["checkpoint-1", "checkpoint-2"]
         assert not (run / "final_adapter").exists() and not (run / "completed").exists()
         assert [line["step"] for line in metrics(run)] == [1]
+    with pytest.raises(UserError, match="a run with other settings"):
+        trained(tmp_path / "out", *argv[:-2], "--learning_rate", "1e-5")
+    with pytest.raises(UserError, match="began with .*; rows_sha256"):
+        pairs(file, QUESTIONS)
+        trained(tmp_path / "out", *argv[:-2])
+    changed = trained(tmp_path / "out", *argv[:-2], "--overwrite", "--max_steps", "3", "--learning_rate", "1e-5")
+    assert [line["step"] for line in metrics(changed)] == [1, 3], "what the message says works"
 
 
 def test_of_a_model_that_gives_nan_neither_the_learning_rate_nor_a_checkpoint_is_told(tmp_path):
@@ -132,7 +143,9 @@ def test_of_a_model_that_gives_nan_neither_the_learning_rate_nor_a_checkpoint_is
         and "the model itself gives it" in first
         and "learning_rate" not in first
     )
-    assert last == "no checkpoint is there yet: the same command begins anew"
+    assert last.startswith(
+        "the same command begins anew, most likely to this again; other settings or --seed: with --ov"
+    )
 
 
 def test_a_held_out_loss_of_the_base_that_is_no_number_is_told_and_not_recorded(tmp_path):
@@ -552,15 +565,55 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.
     ("module", "name", "told"),
     [  # while saving it is no full disk
         (loading, "load_ouro", "^CUDA out .* GiB free.: does another process use this GPU"),
-        (trainer, "add_over_processes", "^step 1: CUDA out .* GiB free.\n.*lower max_length .512.; the same command"),
-        (trainer, "seal", "^step 2: CUDA out .* GiB free.\n.*lower max_length .512.; the same command continues"),
+        (trainer, "add_over_processes", "^step 1: CUDA out .* GiB free.\n.*the same command begins anew\n"),
+        (trainer, "seal", "^step 2: CUDA out .* GiB free.\n.*the same command begins anew\n"),
     ],
 )
 def test_a_gpu_that_is_full_is_said_with_what_can_be_lowered(tmp_path, monkeypatch, module, name, told):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(module, name, full)
     argv = [*pairs(tmp_path / "data.jsonl", QUESTIONS), *PLAIN, *FOUR, "--eval_steps", "0", "--max_length", "512"]
-    with pytest.raises(UserError, match=told):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=told) as error:
+        patch.setattr(module, name, full)
         trained(tmp_path, *argv, "--max_steps", "1")
+    if module is loading:  # the run has not begun
+        return
+    advice = (
+        "else set activation_checkpointing to full, or lower max_length (512), with --overwrite or another --output"
+    )
+    assert str(error.value).splitlines()[2].startswith(advice)
+    argv += ["--max_steps", "1", "--activation_checkpointing", "full"]
+    with pytest.raises(UserError, match="a run with other settings"):
+        trained(tmp_path, *argv)
+    assert (trained(tmp_path, *argv, "--overwrite") / "completed").exists()
+
+
+def test_a_gpu_too_full_for_the_graphs_is_said_with_what_then_works(tmp_path):
+    def full(*args):
+        raise torch.OutOfMemoryError(FULL)
+
+    (tmp_path / "checkpoint-3").mkdir()
+    decoder = SimpleNamespace(prepare=full)
+    model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(model=decoder))
+    s = Settings(max_length=512)
+    steps = Steps(Lengths([300]), 1, 0, Passes(512), None, None)
+    with pytest.raises(UserError) as told:
+        machine.capture_graphs(model, steps, s, tmp_path, 0)
+    assert str(told.value) == (
+        "passes of up to 1 x 512 tokens: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.\n"
+        "if another process uses this GPU (nvidia-smi), end it: the same command continues from checkpoint-3\n"
+        "else set activation_checkpointing to full, or lower max_length (512), with --overwrite or another "
+        "--output_dir (a run keeps what it began with)"
+    )
+
+
+def test_of_a_command_that_would_delete_or_refuse_the_checkpoints_it_is_said_what_to_leave_out(tmp_path, monkeypatch):
+    argv = ["train_qlora.py", "--overwrite", "--resume", "never"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert run_folder.what_next(tmp_path) == "the same command begins anew"
+    (tmp_path / "checkpoint-3").mkdir()
+    told = "the same command without --overwrite and --resume never continues from checkpoint-3"
+    assert run_folder.what_next(tmp_path) == told
+    monkeypatch.setattr(sys, "argv", argv[:1])
+    assert run_folder.what_next(tmp_path) == "the same command continues from checkpoint-3"

@@ -18,7 +18,7 @@ from ouro.settings import FROM_ENVIRONMENT, Resolved, Settings
 from ouro.train.build import is_compiled
 from ouro.train.collate import collate
 from ouro.train.processes import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, print0
-from ouro.train.run_folder import in_short
+from ouro.train.run_folder import ANEW, out_of_memory
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -155,7 +155,11 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
         free, host = (free and least[0].item()), least[1].item()
     longest = int(rows.lengths.max(initial=1))
     memory = Memory(s, config, free, host, longest, compiled=is_compiled(s, device))
-    passes = passes_for(memory)
+    anew = f", {ANEW}" if before else ""
+    try:
+        passes = passes_for(memory)
+    except UserError as error:
+        raise UserError(f"{error}{anew}") from None
     if before:
         passes = dataclasses.replace(passes, tokens=before["pass_tokens"], grain=before["pass_grain"])
 
@@ -174,7 +178,8 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
         if memory.plan(memory.largest):
             break
         if passes.grain > longest:
-            raise UserError(f"the graphs of {len(shapes)} shapes of passes leave too little memory: lower max_length")
+            told = f"the graphs of {len(shapes)} shapes of passes leave too little memory: lower max_length"
+            raise UserError(told + anew)
         passes = dataclasses.replace(passes, grain=2 * passes.grain)  # fewer widths have fewer graphs
     told = {"pass_tokens": passes.tokens, "pass_grain": passes.grain, "pass_shapes": len(shapes)}
     told["padding"] = round(padding, 4)
@@ -193,27 +198,24 @@ def plan_steps(s: Settings, rows: Rows, device: str | int, before: dict | None =
     return steps, memory, told
 
 
-def capture_graphs(model: PeftModel, steps: Steps, first: int, last: int, noise: bool) -> None:
-    """Captures the graphs for all shapes of pass in steps first..last - 1 before the first step. The largest comes
-    first, so that memory runs out at once or not at all.
+def capture_graphs(model: PeftModel, steps: Steps, s: Settings, folder: Path, first: int) -> None:
+    """Captures the graphs for all shapes of pass in the steps from `first` on, before it is taken. The largest comes
+    first, so that memory runs out at once or not at all. folder: the run's.
     Raises UserError: the GPU's memory ran out."""
     prepare = getattr(model.get_base_model().model, "prepare", None)
     if not prepare:
         return
-    shapes, _ = steps.shapes(first, last)
+    shapes, _ = steps.shapes(first, last_step(s, steps))
     made = []
     try:
         with Progress("the layers are compiled", len(shapes), "shapes") as progress:
             for shape in shapes:
-                made.append(prepare(*shape, noise))
+                made.append(prepare(*shape, s.lora_dropout > 0))
                 progress.update()
         with Progress("the layers are captured as CUDA graphs", len(made), "shapes") as progress:
             for captured in made:
                 captured.capture()
                 progress.update()
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"passes of up to {shapes[0][0]} x {shapes[0][1]} tokens: {in_short(error)}",
-            "set activation_checkpointing to full, or max_length lower; does another process use this GPU "
-            "(nvidia-smi)?",
-        ) from None
+        what = f"passes of up to {shapes[0][0]} x {shapes[0][1]} tokens"
+        raise out_of_memory(what, error, folder, s) from None

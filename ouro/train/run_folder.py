@@ -63,6 +63,8 @@ EARLY = ("config.yaml", "data_report.json", "wandb", "tensorboard")  # what a ru
 REWRITTEN = (*EARLY, "manifest.json", "metrics.jsonl", ".saving", ".final_adapter")
 WRITTEN = (*REWRITTEN, "completed", "final_adapter", "merged", "generation_config.json")  # the last: make serve
 RETRAIN = "train the run again (train_qlora.py --overwrite)"  # in messages, what helps where a file is lost
+# In messages, how a run takes another value of a setting.
+ANEW = "with --overwrite or another --output_dir (a run keeps what it began with)"
 UNFINISHED = r"\..+\.tmp(\.d)?"  # temporary names, which a killed process leaves
 FORMS = re.compile(rf"checkpoint-\d+|damaged-\d+-(checkpoint-\d+|metrics\.jsonl|manifest\.json)|{UNFINISHED}")
 
@@ -156,6 +158,24 @@ def in_short(error: Exception) -> str:
     return " ".join(str(error).partition(" Of the allocated memory")[0].split())[:300]
 
 
+def what_next(folder: Path) -> str:
+    """For messages, what the command that has just failed does when it is given again."""
+    if not (there := checkpoints(folder)):
+        return "the same command begins anew"
+    refusing = [option for option in ("--overwrite", "--resume never") if option in " ".join(sys.argv)]
+    without = f" without {' and '.join(refusing)}" if refusing else ""
+    return f"the same command{without} continues from {there[0].name}"
+
+
+def out_of_memory(what: str, error: torch.OutOfMemoryError, folder: Path, s: Settings) -> UserError:
+    """The message where a run that has begun meets a full GPU. what: what it was doing."""
+    return UserError(
+        f"{what}: {in_short(error)}",
+        f"if another process uses this GPU (nvidia-smi), end it: {what_next(folder)}",
+        f"else set activation_checkpointing to full, or lower max_length ({s.max_length}), {ANEW}",
+    )
+
+
 @contextmanager
 def writing(what: str, folder: Path, unfinished: Path):
     """Raises UserError where the block cannot write its files, as on a full disk, and deletes `unfinished`.
@@ -170,7 +190,7 @@ def writing(what: str, folder: Path, unfinished: Path):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f"{what} could not be written to {folder}: {in_short(error)} ({shutil.disk_usage(folder).free / 1e6:,.0f} "
-            "MB free); when that is mended, the same command continues from the last good checkpoint"
+            f"MB free); when that is mended, {what_next(folder)}"
         ) from None
 
 

@@ -23,7 +23,17 @@ from ouro.model.modeling_ouro import OuroForCausalLM
 from ouro.settings import Settings
 from ouro.train.collate import collate
 from ouro.train.processes import RANK, WORLD_SIZE, print0
-from ouro.train.run_folder import checkpoints, holds_all_steps, in_short, remove, set_aside, step_of, writing
+from ouro.train.run_folder import (
+    ANEW,
+    checkpoints,
+    holds_all_steps,
+    out_of_memory,
+    remove,
+    set_aside,
+    step_of,
+    what_next,
+    writing,
+)
 from ouro.train.stopping import Stopper
 
 import torch
@@ -149,10 +159,13 @@ class LoopTrainer(SFTTrainer):
             arrived.synchronize()
         (loss, correct, trained, norm), self._unchecked = numbers.tolist(), None
         if reason := self._lost(step, loss, correct / max(trained, 1), norm):
-            there = checkpoints(Path(self.args.output_dir))
-            goes_on = "the newest good checkpoint stays; the same command continues from it"
-            goes_on = goes_on if there else "no checkpoint is there yet: the same command begins anew"
-            raise UserError(f"step {step}: {reason}", f"its rows: {', '.join(self._rows_of(step))}", goes_on)
+            folder = Path(self.args.output_dir)
+            changed = "settings, --seed or data" if checkpoints(folder) else "settings or --seed"
+            raise UserError(
+                f"step {step}: {reason}",
+                f"its rows: {', '.join(self._rows_of(step))}",
+                f"{what_next(folder)}, most likely to this again; other {changed}: {ANEW}",
+            )
         self._recent.append(loss)
 
     def _lost(self, step: int, loss: float, accuracy: float, norm: float) -> str | None:
@@ -322,11 +335,8 @@ class LoopTrainer(SFTTrainer):
                 f"{resume_from_checkpoint} holds what no training writes: delete it, or --overwrite"
             ) from None
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"step {self.state.global_step + 1}: {in_short(error)}",
-                f"set activation_checkpointing to full, or lower max_length ({self.settings.max_length}); the same "
-                "command continues from the last good checkpoint",
-            ) from None
+            what = f"step {self.state.global_step + 1}"
+            raise out_of_memory(what, error, Path(self.args.output_dir), self.settings) from None
 
 
 class Loader(DataLoader):
