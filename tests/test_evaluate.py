@@ -15,6 +15,7 @@ from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
 from ouro.evaluate.tasks import load_task, score_choices, score_texts
 from ouro.files import UserError, latest, read_json, seal, write_atomic
+from ouro.model.cost import forward_flops
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
 from ouro.model.modeling_ouro import PROJECTIONS, exit_distribution
@@ -166,6 +167,12 @@ def dense(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 1024, **sizes, **changes})).eval()
+
+
+def test_a_head_of_its_own_is_counted_once():
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 48) + 5 * 32  # two layers' products; the norms
+    for tied in (True, False):
+        assert forward_flops(dense(tie_word_embeddings=tied), 1) == 2 * (layers + 32 * 1024)
 
 
 def test_a_baseline_that_replies_in_batches_says_what_it_says_alone(monkeypatch, tokenizer):

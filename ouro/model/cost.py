@@ -62,7 +62,9 @@ def forward_flops(model: PreTrainedModel, depth: int) -> int:
     head = config.hidden_size * config.vocab_size
     if isinstance(model, OuroForCausalLM):
         return 2 * (depth * config.num_hidden_layers * layer_weights(config) + head)
-    return 2 * (model.num_parameters(exclude_embeddings=True) + head)
+    output = model.get_output_embeddings().weight
+    own = output is not model.get_input_embeddings().weight  # a head that is not the embedding is among the parameters
+    return 2 * (model.num_parameters(exclude_embeddings=True) + head - own * output.numel())
 
 
 def training_flops(config: OuroConfig, loops: int, rank: int, tokens: float, pairs: float, trained: float) -> float:
