@@ -28,6 +28,7 @@ from ouro.files import UserError, read_yaml
 from ouro.model.loading import adapter_config, load_ouro, load_tokenizer
 from ouro.settings import Settings
 
+import numpy as np
 import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -266,13 +267,13 @@ def test_an_arrow_file_is_read_also_where_its_columns_are_compressed(tmp_path, d
 
 SHARED = {  # by what lets values share their bytes
     "list_view": pa.ListViewArray.from_arrays([0, 0], [1, 1], pa.array(["a"])),
-    "string_view": pa.array(["a", "b"], pa.string_view()),
     "run_end_encoded": pa.RunEndEncodedArray.from_arrays([2], ["a"]),
     "dense_union": pa.UnionArray.from_dense(
         pa.array([0, 0], pa.int8()), pa.array([0, 0], pa.int32()), [pa.array(["a"])]
     ),
-    "struct": pa.StructArray.from_arrays([pa.array(["a", "b"], pa.string_view())], ["x"]),
+    "struct": pa.StructArray.from_arrays([pa.RunEndEncodedArray.from_arrays([2], ["a"])], ["x"]),
     "dictionary": pa.DictionaryArray.from_arrays([0, 0], pa.array([["a"]])),
+    "dictionary<values=string_view": pa.DictionaryArray.from_arrays([0, 0], pa.array(["a"], pa.string_view())),
 }
 
 
@@ -284,6 +285,38 @@ def test_columns_whose_values_share_their_bytes_are_refused_where_they_are_read(
     assert [row for _, row in formats.read_file(tmp_path / "a.arrow", ["y"])] == [{"y": "c"}, {"y": "d"}]
     with pytest.raises(UserError, match=f"a.arrow: column 'x' is of type {kind}<?.*, which is not read"):
         list(formats.read_file(tmp_path / "a.arrow"))
+
+
+VIEW = pa.list_(pa.struct({"role": pa.string_view(), "content": pa.string_view()}))
+
+
+@pytest.mark.parametrize("write", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("packed", ["zstd", None])
+def test_an_arrow_file_as_polars_writes_it_is_read(tmp_path, write, packed):
+    rows = [[{"role": "user", "content": "ถาม"}, {"role": "assistant", "content": f"ตอบ {n}" * 9}] for n in range(900)]
+    batch = pa.record_batch({"messages": pa.array(rows, VIEW)})
+    with write(tmp_path / "a.arrow", batch.schema, options=pa.ipc.IpcWriteOptions(compression=packed)) as file:
+        for _ in range(2):
+            file.write_batch(batch)
+    assert [row["messages"] for _, row in formats.read_file(tmp_path / "a.arrow", ["messages"])] == rows * 2
+    assert formats.count_rows([tmp_path / "a.arrow"]) == 1800
+
+
+def test_texts_that_are_views_of_the_same_bytes_are_counted_one_by_one(tmp_path):
+    view = np.array([1 << 20, 0x78787878, 0, 0], np.int32).tobytes()  # length, first letters, buffer, place
+    buffers = [None, pa.py_buffer(view * 900), pa.py_buffer(b"x" * (1 << 20))]
+    batch = pa.record_batch({"x": pa.Array.from_buffers(pa.string_view(), 900, buffers)})
+    with pa.ipc.new_file(tmp_path / "a.arrow", batch.schema) as file:
+        file.write_batch(batch)
+    with pytest.raises(UserError, match="a.arrow unpacks to more than 256 times its size"):
+        list(formats.read_file(tmp_path / "a.arrow"))
+
+
+def test_a_packed_file_under_another_name_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.csv", "w") as packed:
+        packed.writestr("a.csv", "prompt,completion\n")
+    with pytest.raises(UserError, match=r"a.csv is a ZIP archive: unpack it"):
+        list(formats.read_file(tmp_path / "a.csv"))
 
 
 def test_one_long_text_of_a_dictionary_beside_short_rows_is_read(tmp_path):
@@ -355,6 +388,7 @@ def test_no_byte_of_a_footer_ends_the_process(tmp_path):
         (-signal.SIGABRT, b"terminate called", "is not a readable Parquet file: reading it ends in SIGABRT"),
         (-signal.SIGXCPU, b"", "takes much longer"),
         (1, b"Traceback\npyarrow.lib.ArrowMemoryError: malloc of size 9", "takes more than 1024 MiB"),
+        (1, b"lost sys.stderr\n", "takes more than 1024 MiB"),
     ],
 )
 def test_a_file_that_ends_the_process_that_tries_it_is_one_message(tmp_path, monkeypatch, end, said, told):

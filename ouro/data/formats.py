@@ -218,7 +218,10 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
     """A file, opened; of a compressed one what is in it."""
     try:
         with open(file, "rb") as opened:
-            packed = opened.peek(2)[:2] == b"\x1f\x8b"
+            begun = opened.peek(4)
+            if begun.startswith(b"PK\3\4"):
+                raise UserError(f"{file} is a ZIP archive: unpack it; or a workbook, if its name ended in .xlsx")
+            packed = begun.startswith(b"\x1f\x8b")
             yield io.BufferedReader(Unpacked(opened), PACKED) if packed else opened
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is damaged: {in_one_line(error)}") from None

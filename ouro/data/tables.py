@@ -39,12 +39,15 @@ def in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchStreamReader]:
-    """A Parquet file; or an Arrow stream, as save_to_disk writes it. Raises UserError: it is neither."""
+def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchReader]:
+    """A Parquet file; or an Arrow stream, as save_to_disk writes it, or Arrow's IPC file, as to_feather and Polars do.
+    Raises UserError: it is neither."""
     try:
         if kind_of(file) == ".arrow":
             with pa.memory_map(f"{file}") as mapped:
-                yield pa.ipc.open_stream(mapped)
+                random = mapped.read(6) == b"ARROW1"
+                mapped.seek(0)
+                yield as_stream(pa.ipc.open_file(mapped)) if random else pa.ipc.open_stream(mapped)
         else:
             with pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
                 yield parquet
@@ -60,8 +63,13 @@ def open_table(file: Path) -> Iterator[pa.parquet.ParquetFile | pa.RecordBatchSt
         raise UserError(f"{file} is not a readable {NAMES[kind_of(file)]}: {in_one_line(error)}") from None
 
 
+def as_stream(table: pa.ipc.RecordBatchFileReader) -> pa.RecordBatchReader:
+    parts = (table.get_batch(number) for number in range(table.num_record_batches))
+    return pa.RecordBatchReader.from_batches(table.schema, parts)
+
+
 def batches(
-    table: pa.parquet.ParquetFile | pa.RecordBatchStreamReader, columns: list[str], rows: int
+    table: pa.parquet.ParquetFile | pa.RecordBatchReader, columns: list[str], rows: int
 ) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, in parts of at most ROWS rows. rows: of a Parquet file that are read at a time."""
     parquet, most = isinstance(table, pa.parquet.ParquetFile), min(rows, ROWS)
@@ -130,6 +138,10 @@ def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
             yield number, cells
 
 
+def is_view(kind: pa.DataType) -> bool:
+    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+
+
 def weight(values: pa.RecordBatch | pa.Array) -> int:
     """About how many bytes a column, or all of a batch, takes as Python's values."""
     if isinstance(values, pa.RecordBatch):
@@ -140,6 +152,8 @@ def weight(values: pa.RecordBatch | pa.Array) -> int:
         return weight(values.dictionary_decode())
     if isinstance(values, pa.MapArray):
         return weight(values.cast(pa.list_(values.type.field(0).type)))
+    if is_view(values.type):
+        return weight(values.cast(pa.large_binary()))
     if not values.type.num_fields:
         return values.nbytes + VALUE * len(values)
     parts = values.flatten()  # a struct into its columns, a list into what is in it
@@ -154,14 +168,13 @@ def stored_size(footer: pa.parquet.FileMetaData) -> int:
 
 def shares(kind: pa.DataType) -> bool:
     """Whether values of a type, or parts of them, may share bytes, so that a small file stands for much. Texts of a
-    dictionary do, too, but `weight` counts them one by one."""
+    dictionary and views of texts, which Polars writes, do, too, but `weight` counts them one by one."""
     types = pa.types
-    odd = (types.is_list_view, types.is_large_list_view, types.is_string_view, types.is_binary_view,
-           types.is_run_end_encoded, types.is_union)  # fmt: skip
+    odd = (types.is_list_view, types.is_large_list_view, types.is_run_end_encoded, types.is_union)
     if isinstance(kind, pa.BaseExtensionType):
         return shares(kind.storage_type)
     if types.is_dictionary(kind):
-        return kind.value_type.num_fields > 0 or shares(kind.value_type)
+        return kind.value_type.num_fields > 0 or is_view(kind.value_type) or shares(kind.value_type)
     return any(is_odd(kind) for is_odd in odd) or any(shares(kind.field(n).type) for n in range(kind.num_fields))
 
 
@@ -227,7 +240,7 @@ def try_all(asked: Sequence[str]) -> None:
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
             how = "reading it takes much longer than a file of its size should; if it is meant, save it as JSON Lines"
-        elif "MemoryError" in last:
+        elif "MemoryError" in last or "lost sys.stderr" in last:  # of which nothing was left to say so
             how = f"reading it takes more than {MEMORY >> 20} MiB; if it is meant, save it as JSON Lines"
         file = json.loads(asked[0])[0]
         FOUND[asked[0]] = {"error": f"{file} is not a readable {NAMES[kind_of(Path(file))]}: {how}"}
