@@ -464,6 +464,14 @@ def test_a_small_workbook_that_stands_for_a_huge_one_is_refused(tmp_path, unit, 
         list(formats.read_file(tmp_path / "b.xlsx"))
 
 
+def test_a_carriage_return_in_a_workbook_is_no_text(tmp_path):
+    book = openpyxl.Workbook()
+    for cell in ("prompt", "ก_x000D_\nข_x000d_", "_x005F_x000D_ _x0E01_"):
+        book.active.append([cell])
+    book.save(tmp_path / "a.xlsx")
+    assert [row["prompt"] for _, row in formats.read_file(tmp_path / "a.xlsx")] == ["ก\r\nข\r", "_x000D_ _x0E01_"]
+
+
 def test_a_sheet_with_one_cell_far_out_takes_no_more_memory(tmp_path):
     book = openpyxl.Workbook()
     book.active.append(["prompt", "completion"])

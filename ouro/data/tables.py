@@ -4,6 +4,7 @@ type or a text in it that stands for more than any memory holds ends that proces
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -31,6 +32,7 @@ NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel wor
 VALUE = 64  # bytes in memory of a value, which may take none in a file
 RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 130 where all begin with the same 7 kB
 CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 4 s
+ESCAPED = re.compile("_x00([01][0-9A-Fa-f]|5[Ff])_")  # in a workbook a carriage return is _x000D_
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
 
@@ -133,6 +135,7 @@ def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
             value = cell.value
             whole = isinstance(value, float) and value.is_integer()
             text = "" if value is None else str(int(value) if whole else value)
+            text = ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
             cells.append(math.nan if cell.data_type == "e" else text)
         if any(cells):
             yield number, cells
