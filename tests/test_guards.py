@@ -530,6 +530,13 @@ def test_the_plans_of_the_passes_are_printed_and_kept(monkeypatch, capsys):
     steps, _, told = machine.plan_steps(s, Lengths([300, 9000]), 0, before)
     assert (steps.passes.tokens, steps.passes.grain) == (1234, 1024), "a run goes on with the passes it began with"
     assert told.items() >= before.items()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * 2**30, 80 * 2**30))
+    for begun, advice in (
+        (None, "set use_qlora$"),
+        (before, "set use_qlora, with --overwrite or another --output_dir"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            machine.plan_steps(s, Lengths([9000]), 0, begun)
 
 
 def test_where_the_graphs_of_all_widths_do_not_fit_the_widths_are_fewer(monkeypatch):
