@@ -421,7 +421,7 @@ def test_everything_is_fetched_once_and_jobs_then_need_no_network(full, publishe
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
         assert f"{sizes[name]:.1f} MB to download" in line and (" (main) " in line) == (REPO[name] not in PINNED)
         (commit,) = (path.name for path in (cached(online, name) / "snapshots").iterdir())
-        assert (f"{name}: to stay with these rows, set revision: {commit} in" in out) == (REPO[name] not in PINNED)
+        assert (f"{name}: to stay with this commit, set revision: {commit} in" in out) == (REPO[name] not in PINNED)
     assert f"to download: {sum(sizes.values()):.1f} MB, free in the cache's file system: " in out
 
     hub.requests.clear()

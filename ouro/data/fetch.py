@@ -82,7 +82,8 @@ def fetch(settings: Settings, only: str | None) -> None:
         except (OSError, ValueError) as error:
             raise UserError(*hub_error(d.name, d.hub_id, error).args, "run it again: it continues") from None
         if not d.revision:
-            print(one_line(f"{d.name}: to stay with these rows, set revision: {commit} in configs/"))
+            setting = "model_revision" if d.repo_type == "model" else "revision"
+            print(one_line(f"{d.name}: to stay with this commit, set {setting}: {commit} in configs/"))
     print("all there; jobs with HF_HUB_OFFLINE=1 need no network")
 
 

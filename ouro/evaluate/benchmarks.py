@@ -178,12 +178,12 @@ def load_items(name: str, spec: dict, local: str | None, spell: Spell = normalis
     return items
 
 
-def first_of_each(items: list[dict], limit: int | None, group: str = "subset") -> list[dict]:
-    """The first `limit` items of each group; None: all."""
+def first_of_each(items: list[dict], limit: int | None) -> list[dict]:
+    """The first `limit` items of each subset; None: all."""
     kept, count = [], Counter()
     for item in items:
-        count[item[group]] += 1
-        if limit is None or count[item[group]] <= limit:
+        count[item["subset"]] += 1
+        if limit is None or count[item["subset"]] <= limit:
             kept.append(item)
     return kept
 

@@ -341,8 +341,8 @@ def print_summary(name: str, numbers: dict) -> None:
 
 def result_key(generation_key: str, grader: Server | None) -> str:
     """A result's `key`: what its replies depend on, the judge's address and name, and how it is asked and read."""
-    patterns = [pattern.pattern for pattern in (SCALE, LINE, NAMED, SINGLE, ANY)]
-    how = AS_PUBLISHED, INSTRUCTION, AGAIN, *patterns
+    read = SCALE, LINE, NAMED, SINGLE, ANY, IN_QUOTES, INDENTED, QUOTATION
+    how = AS_PUBLISHED, INSTRUCTION, REFERENCE, SECOND, AGAIN, *(pattern.pattern for pattern in read)
     return digest([generation_key, grader and [grader.url, grader.model, *how]])
 
 

@@ -27,9 +27,13 @@ METRIC = {"ours": "accuracy", "labels": "accuracy", "generate": "accuracy", "tex
           "mt_bench": "rating"}  # fmt: skip
 
 
+def harness_metric(study: dict) -> str:
+    return {"accuracy": "acc"}.get(study["metric"], study["metric"])
+
+
 def harness_rows(study: dict) -> dict[str, dict]:
     """The block `results` as lm-evaluation-harness writes it, of the task and of each of its subsets."""
-    task, metric = study["task"], {"accuracy": "acc"}.get(study["metric"], study["metric"])
+    task, metric = study["task"], harness_metric(study)
     rows = {task: {"alias": task, "sample_len": study["items"], f"{metric},none": study["value"],
                    f"{metric}_stderr,none": "N/A" if study["stderr"] is None else study["stderr"]}}  # fmt: skip
     for subset, row in study["subsets"].items():
@@ -41,7 +45,7 @@ def harness_rows(study: dict) -> dict[str, dict]:
 def content(task: Task, study: dict, looped: bool) -> dict:
     """A result file: what lm-evaluation-harness writes, so that its tools read it, and our block."""
     rows = harness_rows(study)
-    metric = {"accuracy": "acc"}.get(study["metric"], study["metric"])
+    metric = harness_metric(study)
     spec = {key: value for key, value in task.spec.items() if key != "protocol"}
     return {
         "results": rows,

@@ -48,6 +48,7 @@ class Tree:
         """Adds sequence `number`, of which the tokens from `start` on are scored, and the first `same` are nodes of the
         tree already. Sequences must be added in the order of their tokens."""
         read = ids[:-1]  # nothing follows the last token
+        # In that order only the newest path grows: no later sequence has more in common with another one.
         new = range(len(self.tokens), len(self.tokens) + len(read) - same)
         for node in self.path[:same]:
             self.last[node] = max(new.stop - 1, self.last[node])

@@ -58,14 +58,14 @@ class Bf16:
 
     @classmethod
     def outputs(
-        cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank: Callable[[Tensor], Tensor]
+        cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank_of: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """(x, low_rank(x) = s A x (rows, ranks), the outputs (rows, out)); the first two as they are to be kept for the
+        """(x, low_rank_of(x) = s A x (rows, ranks), the outputs (rows, out)); the first two as they are kept for the
         backward pass."""
         width = x.shape[1]
         both = torch.cat((x, x.new_zeros(len(x), len(a))), 1)
         # From `both`, not from x: the compiler would write x a second time for that product.
-        low = low_rank(both[:, :width])
+        low = low_rank_of(both[:, :width])
         # Compiled this is a write in place; assigning to the last columns would copy the whole matrix.
         both = torch.as_strided_scatter(both, low, low.shape, both.stride(), width)
         return both[:, :width], both[:, width:], tuple(both @ rows.t() for rows in cls.rows(frozen, bs, width))

@@ -38,9 +38,9 @@ class Fp8:
 
     @classmethod
     def outputs(
-        cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank: Callable[[Tensor], Tensor]
+        cls, frozen: list[Tensor], a: Tensor, bs: tuple[Tensor, ...], x: Tensor, low_rank_of: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        low, outs = low_rank(x), [len(b) for b in bs]
+        low, outs = low_rank_of(x), [len(b) for b in bs]
         y = fp8_product(by_row(x), *frozen[2:4], x.dtype)
         if len(outs) < 3:
             add_product(y, low, frozen[1])

@@ -43,7 +43,7 @@ class _Products(torch.autograd.Function):
         frozen, weights = tensors[: -2 * len(outs)], KINDS[kind]
         a, bs = weights.factors(frozen, outs, x.shape[1])
 
-        x, low, ys = weights.outputs(frozen, a, bs, x, lambda x: low_rank(x, key, p, a, scale))
+        x, low, ys = weights.outputs(frozen, a, bs, x, lambda rows: low_rank(rows, key, p, a, scale))
         ctx.save_for_backward(x, low, key, *frozen)
         ctx.constants = p, kind, outs, scale
         return ys

@@ -110,8 +110,8 @@ def make_test(quantity: str, panel: Panel, depth: int, cells: list[stats.Cell], 
     study, found, clusters = panel.study, stats.estimate(cells), len(cells[0].parts)
     if not panel.metric.log:
         # Where the models answer a few items alike, the spread over items is zero, and would make any difference
-        # certain. It is at least what two more clusters would make, in which the models differ by half an answer, once
-        # to either side (Agresti & Min 2005).
+        # certain. It is at least that of no difference at all and half an observation of +1 and half of -1 beside it
+        # (Agresti & Min 2005): a variance of 1 / (clusters + 2)^2.
         found.items = np.maximum(found.items, 1 / (clusters + 2) ** 2)
     whose = quantity, study["aspect"], str(study["dataset"]), depth, panel.metric
     return Test(*whose, found, panel.items, clusters, study["task"], rests)
