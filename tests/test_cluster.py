@@ -627,7 +627,7 @@ def test_a_mistake_in_a_make_command_is_refused(command, told):
 def test_a_job_script_that_runs_in_slurms_spool_folder_says_so(tmp_path):
     for name in ("train.sbatch", "eval.sbatch"):
         done = subprocess.run(["bash", ROOT / "slurm" / name], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and f"error: {tmp_path} is not the repository" in done.stderr
+        assert done.returncode == 2 and f"error: '{tmp_path}' is not the repository" in done.stderr
 
 
 def test_the_shell_scripts_are_clean():

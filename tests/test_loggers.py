@@ -213,7 +213,7 @@ def test_wandb_gets_every_number_in_one_run_also_when_continued_and_no_file_hold
 def test_between_logged_steps_one_is_told_when_a_minute_is_over(monkeypatch, capsys, tmp_path):
     told_by, control = trainer.Metrics(tmp_path / "metrics.jsonl", eval_steps=0), TrainerControl()
     state = TrainerState(global_step=2, max_steps=10)
-    told_by.on_train_begin(None, state, control)
+    told_by.on_step_begin(None, state, control)
     for minute, told in ((60, ""), (0, "step     3/10  left 0:00:0")):
         monkeypatch.setattr(trainer, "MINUTE", minute)
         state.global_step = 3

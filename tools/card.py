@@ -96,7 +96,7 @@ def metadata(
         )
         for file, study in studies.items()
     ]
-    place = trained.dataset_path or trained.paths.get(report["dataset"])
+    place = trained.dataset_path or read_yaml(DATASETS)[report["dataset"]].get("hub_id")
     relation = {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
     return ModelCardData(
         **({} if Path(base).exists() else relation),
@@ -104,7 +104,7 @@ def metadata(
         pipeline_tag="text-generation",
         language=report.get("language", "th"),
         **licences(report, base),
-        datasets=[place or read_yaml(DATASETS)[report["dataset"]]["hub_id"]] if on_hub else None,
+        datasets=[place or trained.paths[report["dataset"]]] if on_hub else None,
         tags=["looped-transformer", "ouro", *([] if merged else ["lora"])],
         **({"model_name": name, "eval_results": results} if results else {}),
     )

@@ -132,9 +132,11 @@ def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
             refuse_repeated(file)
         cells = []
         for cell in row:
-            value = cell.value
+            if (value := cell.value) is None:
+                cells.append("")
+                continue
             whole = isinstance(value, float) and value.is_integer()
-            text = "" if value is None else str(int(value) if whole else value)
+            text = str(int(value) if whole else value)
             text = ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
             cells.append(math.nan if cell.data_type == "e" else text)
         if any(cells):
