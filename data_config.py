@@ -17,16 +17,17 @@ from ouro.data.cache import prepare
 from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
 from ouro.files import call, one_line
-from ouro.model.loading import load_tokenizer
 from ouro.settings import resolve
-from ouro.train.machine import plan_steps
-
-import torch
 
 
 def main() -> None:
     s = resolve(__doc__).settings
-    check_places(s)  # said before the model is asked for, which may take a network
+    check_places(s)  # said before the model is asked for, which may take a network, and before seconds of imports
+    from ouro.model.loading import load_tokenizer
+    from ouro.train.machine import plan_steps
+
+    import torch
+
     tokenizer = load_tokenizer(s.model_name_or_path, s.model_revision, s.max_length)
     rows, report = prepare(s, tokenizer)
     print_report(report)

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -448,8 +449,9 @@ FAR = b'</row><row><c r="XFD1"/>'
     [
         (b"<c/>", 1 << 23, "unpacks to more than 256 times"),
         (FAR, 1 << 23, "unpacks to more than 256 times"),
-        (FAR, 1 << 16, "unpacks to more than 256 times"),
-        (b"<c/>", 3 << 20, "reading it takes much longer than a file of its size should"),
+        (FAR, 1 << 16, "has more cells than"),
+        (b"<c/>", 3 << 20, "has more cells than"),
+        (b"<c/>", 1 << 14, r"row 1: \d+ cells, and Excel has 16384 columns"),
     ],
 )
 def test_a_small_workbook_that_stands_for_a_huge_one_is_refused(tmp_path, unit, count, told):
@@ -462,6 +464,31 @@ def test_a_small_workbook_that_stands_for_a_huge_one_is_refused(tmp_path, unit, 
             huge.writestr(part, text.replace(b"</row>", unit * count + b"</row>") if "sheet1" in part else text)
     with pytest.raises(UserError, match=f"b.xlsx.* {told}"):
         list(formats.read_file(tmp_path / "b.xlsx"))
+
+
+def test_reading_a_table_ends_after_some_seconds_of_the_processor(tmp_path, monkeypatch):
+    endless = "t.SECONDS = 0; t.try_through = lambda *_: all(iter(lambda: 1, 0)); t.main()"
+    code, run = ["-c", f"import ouro.data.tables as t; {endless}"], subprocess.run
+    monkeypatch.setattr(tables.subprocess, "run", lambda command, **how: run([command[0], *code], **how))
+    openpyxl.Workbook().save(tmp_path / "a.xlsx")
+    with pytest.raises(UserError, match=r"a.xlsx.* takes much longer than a file of its size should"):
+        list(formats.read_file(tmp_path / "a.xlsx"))
+
+
+def test_a_wrong_training_set_is_told_before_torch_is_imported(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"no workbook")
+    asked = ["data_config.py", "--dataset", "own", "--dataset_path", f"{tmp_path / 'a.xlsx'}"]
+    code = f"""
+import sys, data_config
+from ouro.files import UserError
+sys.argv = {asked}
+try:
+    data_config.main()
+except UserError as error:
+    print(error, *{{"torch", "transformers"}} & {{*sys.modules}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("a.xlsx is not a readable Excel workbook: File is not a zip file\n"), done.stderr
 
 
 def test_a_carriage_return_in_a_workbook_is_no_text(tmp_path):

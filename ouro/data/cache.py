@@ -1,5 +1,7 @@
 """Checked, masked token rows of a training set: built once, kept memory-mapped, read from the cache."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -9,6 +11,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ouro.data import chats, formats, marks, sources
 from ouro.data.batches import Rows
@@ -22,7 +25,9 @@ from ouro.settings import Settings
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PERMISSIVE = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
 CODE = sorted(Path(__file__).parent.glob("*.py"))  # what the cached rows depend on; a change makes them anew

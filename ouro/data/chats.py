@@ -1,5 +1,7 @@
 """A row of a training set -> a chat -> masked tokens, in the model's own chat template."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from ouro.data.batches import trained_mask
 from ouro.data.marks import INVERSE_MARKS, MARKS, speaks_of_training
@@ -24,7 +27,9 @@ from ouro.settings import Settings
 import numpy as np
 from jinja2 import TemplateError
 from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TURN = "<|im_end|>"  # the published tokenizer's eos is <|endoftext|>, but this is what ends an answer
 PATIENCE = 5  # seconds of processor time for a chat template and a chat; Ouro's takes 0.0001

@@ -1,5 +1,7 @@
 """The data report: what was read, kept, dropped and trained of a training set, and why that is refused."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ouro.data.batches import IGNORE, Rows
 from ouro.data.chats import END_OF_TURN, Chat, Tokens, encode_texts
@@ -20,7 +23,9 @@ from ouro.settings import Settings
 
 import numpy as np
 from pythainlp.tokenize import word_tokenize
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 POLICIES = {  # as the report shows them
     "drop": "drop: rows left out",

@@ -19,12 +19,13 @@ from ouro.data.formats import (
     count_rows,
     read_files,
     read_lines,
+    tried_table,
     unpacked,
     way_to_read,
 )
 from ouro.data.marks import speaks_of_training
 from ouro.data.shards import KINDS, check_files, check_unread, kind_of
-from ouro.data.tables import ROWS, in_one_line
+from ouro.data.tables import NAMES, ROWS, in_one_line
 from ouro.files import ROOT, UserError, file_sha256, nearest, read_yaml, regular
 from ouro.settings import DATASETS, EVALS, Settings
 
@@ -193,12 +194,14 @@ def place_of(settings: Settings, entry: dict) -> Path | None:
 
 def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = True) -> None:
     """Before the network is asked for anything: that what the settings name on this machine is there, of the training
-    set (where one is `trained`), and of `paths` for the benchmarks in `overlap` and these tasks.
-    Raises UserError: it is not, or a name is unknown."""
+    set (where one is `trained`; a table can be read, too), and of `paths` for the benchmarks in `overlap` and these
+    tasks. Raises UserError: it is not, or a name is unknown."""
     names = set(tasks)
     if trained:
         names |= {*overlap_names(settings)}
-        place_of(settings, entry_of(settings.dataset))
+        place = place_of(settings, entry_of(settings.dataset))
+        if place and kind_of(place) in NAMES:
+            tried_table(place, None)
         if settings.max_tokens and not settings.max_tokens.isdecimal():
             entry_of(settings.max_tokens)
     evals = read_yaml(EVALS)["tasks"]

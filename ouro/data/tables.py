@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +33,9 @@ NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel wor
 VALUE = 64  # bytes in memory of a value, which may take none in a file
 RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 130 where all begin with the same 7 kB
 CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 1.5 s
+CROWDED = "has more cells than its bytes stand for"
+COLUMNS = 1 << 14  # that Excel has
+TAGS = 1 << 19  # of a workbook, and three for each of its bytes: 3 s at most; honest ones have 1.4 a byte
 ESCAPED = re.compile("_x00([01][0-9A-Fa-f]|5[Ff])_")  # in a workbook a carriage return is _x000D_
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
@@ -106,9 +110,12 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
 
     size = file.stat().st_size
     try:
-        with zipfile.ZipFile(file) as packed:  # no more is read of a part than this says
-            if sum(part.file_size for part in packed.infolist()) > RATIO * max(size, 1 << 16):
+        with zipfile.ZipFile(file) as packed:
+            parts = packed.infolist()  # no more is read of a part than this says
+            if sum(part.file_size for part in parts) > RATIO * max(size, 1 << 16):
                 refuse_repeated(file)
+            if sum(count_tags(packed, part) for part in parts) > TAGS + 3 * size:
+                refuse_repeated(file, CROWDED)
         with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
             rows = {sheet.title: sheet_rows(sheet, file) for sheet in book.worksheets}
             full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
@@ -123,13 +130,20 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
         raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
 
 
+def count_tags(packed: zipfile.ZipFile, part: zipfile.ZipInfo) -> int:
+    with packed.open(part) as opened:
+        return sum(piece.count(b"<") for piece in iter(partial(opened.read, 1 << 20), b""))
+
+
 def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
     sheet.reset_dimensions()  # what the file says of them may be wrong
     left = CELLS + 2 * file.stat().st_size
     for number, row in enumerate(sheet.rows, 1):
+        if len(row) > COLUMNS:
+            raise UserError(f"{file}, row {number}: {len(row)} cells, and Excel has {COLUMNS} columns")
         left -= 1 + len(row)
         if left < 0:
-            refuse_repeated(file)
+            refuse_repeated(file, CROWDED)
         cells = []
         for cell in row:
             if (value := cell.value) is None:
@@ -224,9 +238,9 @@ def try_through(file: str, columns: Sequence[str] | None, optional: Sequence[str
     raise MemoryError
 
 
-def refuse_repeated(file: Path | str) -> NoReturn:
-    raise UserError(f"{file} unpacks to more than {RATIO} times its size, as rows of text do not: look what is in it; "
-                    "if it is meant, write it as JSON Lines that are not packed")  # fmt: skip
+def refuse_repeated(file: Path | str, what: str = f"unpacks to more than {RATIO} times its size") -> NoReturn:
+    remedy = "look what is in it; if it is meant, write it as JSON Lines that are not packed"
+    raise UserError(f"{file} {what}, as rows of text do not: {remedy}")
 
 
 def try_all(asked: Sequence[str]) -> None:

@@ -1,12 +1,17 @@
 """Text: one Thai spelling for training and evaluation, which texts are Thai, and which share a passage."""
 
+from __future__ import annotations
+
 import math
 import re
 import unicodedata
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from pythainlp.util import remove_zw, reorder_vowels
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # its import takes seconds, and wrong input is told before
+    from transformers import PreTrainedTokenizerBase
 
 # Lost bytes; Thai in UTF-8 that was once read as Latin-1; half of a surrogate pair, as "\\ud83d" in JSON.
 GARBLED = re.compile("\ufffd|à[¸¹]|[\ud800-\udfff]")
