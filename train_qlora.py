@@ -204,7 +204,7 @@ def main() -> None:
         leave(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt) and RANK == 0:
-            goes_on = "begins anew" if overwrite else "continues from the last checkpoint"
+            goes_on = "begins anew" if overwrite else "continues from its last checkpoint, if it has one"
             print(f"\ninterrupted; the same command {goes_on}", file=sys.stderr)
         if not among_others():
             raise

@@ -70,6 +70,7 @@ FORMS = {  # name -> files, which of them is named, the layout that is said
     "Alpaca, JSON with a mark": ({"mine.json": BOM + json.dumps(ALPACA)}, "mine.json", "alpaca: "),
     "Alpaca, Excel's CSV": ({"mine.csv": BOM + as_csv(ALPACA)}, "mine.csv", "alpaca: "),
     "Alpaca, a sheet's CSV": ({"mine.csv": ",,,,\n" + sheet_csv(ALPACA)}, "mine.csv", "alpaca: "),
+    "Alpaca, CSV that tells Excel its comma": ({"mine.csv": "sep=,\r\n" + as_csv(ALPACA)}, "mine.csv", "alpaca: "),
     "Alpaca, a workbook": ({"mine.xlsx": as_workbook(ALPACA)}, "mine.xlsx", "alpaca: "),
     "Alpaca, Parquet": ({"mine.parquet": ALPACA}, "mine.parquet", "alpaca: "),
     "ShareGPT": ({"mine.jsonl": SHAREGPT}, "mine.jsonl", "sharegpt: columns conversations; not read: id;"),

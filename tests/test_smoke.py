@@ -220,7 +220,7 @@ def test_smoke_deletes_its_own_results_only_where_it_will_write_them(tmp_path, g
 @pytest.mark.parametrize(
     ("program", "work", "argv", "told"),
     [
-        (train_qlora, "train", [], "continues from the last checkpoint"),
+        (train_qlora, "train", [], "continues from its last checkpoint, if it has one"),
         (train_qlora, "train", ["--overwrite"], "begins anew"),
         (evaluate, "evaluate", ["--base"], "scores what is not there yet"),
     ],

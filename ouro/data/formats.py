@@ -153,6 +153,8 @@ def read_csv(name: str, file: IO[bytes], columns: Sequence[str] = ()) -> Iterato
     reader = csv.reader(lines(), strict=True)
     try:
         header = next(filter(any, reader), [])
+        if header == ["sep=", ""]:  # tells Excel what stands between cells
+            header = next(filter(any, reader), [])
         if len(header) == 1 and (mark := re.search(r"[;\t|]", header[0])):
             raise UserError(f"{name}: its cells are separated by {mark[0]!r}: save it with commas")
         check_once(name, named := [column for column in header if column])
