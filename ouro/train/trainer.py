@@ -8,7 +8,6 @@ import shutil
 import statistics
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -87,12 +86,6 @@ class LoopTrainer(SFTTrainer):
         gradients are added up by `add_over_processes`."""
         return self.accelerator.unwrap_model(self.model).get_base_model()
 
-    def arithmetic(self) -> AbstractContextManager:
-        """The context of a forward pass: autocast where PEFT's own layers compute, since they multiply fp32 adapters
-        with bf16 states; nothing where lora.py's groups do."""
-        grouped = hasattr(self.network().model.layers[0].self_attn.q_proj, "group")
-        return nullcontext() if grouped else self.compute_loss_context_manager()
-
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """One step: this process's passes, forward and backward, then the gradients' sum over the processes.
 
@@ -103,8 +96,7 @@ class LoopTrainer(SFTTrainer):
         device, sums = self.args.device, torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in inputs["passes"]:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with self.arithmetic():
-                out = network(**batch, objective=objective, num_items_in_batch=inputs["trained"])
+            out = network(**batch, objective=objective, num_items_in_batch=inputs["trained"])
             out.loss.backward()
             sums += torch.stack([x.detach().double() for x in (out.loss, out.correct_tokens, out.trained_tokens)])
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -259,7 +251,7 @@ class LoopTrainer(SFTTrainer):
                 batch = collate([(row, *rows.row(row)) for row in each.rows], each)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 # Not compiled: these passes have many shapes, and the compiler would have to work for each of them.
-                with self.arithmetic(), torch.compiler.set_stance("force_eager"):
+                with torch.compiler.set_stance("force_eager"):
                     out = network(**batch, objective="all", num_items_in_batch=1)
                 progress.update(min(WORLD_SIZE, len(passes) - at))
                 if mine:
