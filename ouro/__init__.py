@@ -22,13 +22,15 @@ os.environ.setdefault("PYTHAINLP_READ_ONLY", "1")
 # into which those of a pass of another size do not fit.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # What other programs' users set for accelerate, torch and CUDA: it would change numbers, or the library that computes
-# them, beside the settings. `call` says what was taken out; a setting of ours takes its place where there is one.
+# them, beside the settings, or let torch.load run what a checkpoint's file says. `call` says what was taken out; a
+# setting of ours takes its place where there is one.
 FOREIGN = (
     "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "XLA_", "FP8_", "TORCHINDUCTOR_", "TORCHDYNAMO_",
     "TORCH_COMPILE_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_",
     "TORCH_LINALG_PREFER_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_", "DNNL_DEFAULT_FPMATH_MODE",
     "ONEDNN_DEFAULT_FPMATH_MODE", "USE_TORCH", "USE_TF", "USE_FLAX", "USE_JAX", "FORCE_TF_AVAILABLE",
     "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "OPENAI_CUSTOM_HEADERS",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
 )  # fmt: skip
 HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
 REMOVED = [name for name in sorted(os.environ) if name.startswith(FOREIGN) and name not in HARMLESS]

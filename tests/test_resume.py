@@ -211,6 +211,17 @@ def test_damage_is_seen(stopped, tmp_path, name, damage):
     assert run_folder.damage(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_is_not_run_whatever_its_checksums_say(stopped, tmp_path, name):
+    run, ran = copied(stopped, tmp_path), tmp_path / "ran"
+    pickled = f"c__builtin__\neval\n(Vopen({str(ran)!r}, 'w')\ntR."
+    (run / "checkpoint-3" / name).write_text(pickled)
+    run_folder.seal(run / "checkpoint-3")
+    with pytest.raises(UserError, match="checkpoint-3 holds what no training writes"):
+        six(tmp_path)
+    assert not ran.exists()
+
+
 def test_files_of_others_are_no_damage_and_are_neither_counted_nor_deleted(stopped, tmp_path):
     run, checkpoint = copied(stopped, tmp_path), tmp_path / "smoke/checkpoint-3"
     for place in (run, checkpoint):
