@@ -390,6 +390,7 @@ def test_no_byte_of_a_footer_ends_the_process(tmp_path):
         (-signal.SIGXCPU, b"", "takes much longer"),
         (1, b"Traceback\npyarrow.lib.ArrowMemoryError: malloc of size 9", "takes more than 1024 MiB"),
         (1, b"lost sys.stderr\n", "takes more than 1024 MiB"),
+        (1, b"MemoryError\nException ignored in sys.unraisablehook\n", "takes more than 1024 MiB"),
     ],
 )
 def test_a_file_that_ends_the_process_that_tries_it_is_one_message(tmp_path, monkeypatch, end, said, told):
@@ -464,6 +465,31 @@ def test_a_small_workbook_that_stands_for_a_huge_one_is_refused(tmp_path, unit, 
             huge.writestr(part, text.replace(b"</row>", unit * count + b"</row>") if "sheet1" in part else text)
     with pytest.raises(UserError, match=f"b.xlsx.* {told}"):
         list(formats.read_file(tmp_path / "b.xlsx"))
+
+
+def test_a_text_that_stands_in_all_cells_of_a_workbook_counts_in_each(tmp_path, monkeypatch):
+    book = openpyxl.Workbook()
+    for _ in range(400):
+        book.active.append(["ก" * 1000, "ข" * 1000])
+    book.save(tmp_path / "a.xlsx")
+    assert len(list(formats.read_file(tmp_path / "a.xlsx"))) == 399
+    for name, most, told in ("WHOLE", 1 << 20, "a.xlsx unpacks to more than"), ("LONGEST", 5000, "row 1: more than"):
+        with monkeypatch.context() as limits, pytest.raises(UserError, match=told):
+            limits.setattr(formats, name, most)
+            limits.setattr(formats, "RATIO", 1)
+            list(formats.read_file(tmp_path / "a.xlsx"))
+
+
+@pytest.mark.parametrize("kind", ["locked", "encrypted"])
+def test_a_workbook_with_a_password_is_told_to_be_one(tmp_path, kind):
+    file = tmp_path / "a.xlsx"
+    openpyxl.Workbook().save(file)
+    headers = re.compile(b"(PK\x01\x02....|PK\x03\x04..)..", re.DOTALL)
+    text = headers.sub(lambda found: found[1] + b"\1\0", file.read_bytes())  # the flag that says so
+    file.write_bytes(text if kind == "encrypted" else bytes.fromhex("d0cf11e0a1b11ae1") + bytes(512))
+    told = "locked with a password" if kind == "locked" else r"not a readable Excel workbook: .* is encrypted"
+    with pytest.raises(UserError, match=told):
+        list(formats.read_file(file))
 
 
 def test_reading_a_table_ends_after_some_seconds_of_the_processor(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ import pyarrow.parquet
 
 ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
 MEMORY = 1 << 30  # bytes of the process that tries a file
-SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take an eighth
+SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take at most 2 of 5
 A_SECOND = {".parquet": 1 << 21, ".arrow": 1 << 21, ".xlsx": 1 << 16}
 NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel workbook"}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
@@ -35,7 +35,7 @@ RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 13
 CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 1.5 s
 CROWDED = "has more cells than its bytes stand for"
 COLUMNS = 1 << 14  # that Excel has
-TAGS = 1 << 19  # of a workbook, and three for each of its bytes: 3 s at most; honest ones have 1.4 a byte
+TAGS = 1 << 19  # of a workbook, 3 s, and three for each of its bytes; honest ones have at most 2 a byte
 ESCAPED = re.compile("_x00([01][0-9A-Fa-f]|5[Ff])_")  # in a workbook a carriage return is _x000D_
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
@@ -110,6 +110,9 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
 
     size = file.stat().st_size
     try:
+        with open(file, "rb") as opened:
+            if opened.read(4) == b"\xd0\xcf\x11\xe0":
+                raise UserError(f"{file} is locked with a password, or an old .xls: save it as CSV UTF-8")
         with zipfile.ZipFile(file) as packed:
             parts = packed.infolist()  # no more is read of a part than this says
             if sum(part.file_size for part in parts) > RATIO * max(size, 1 << 16):
@@ -125,8 +128,8 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
             [(first, following)] = full.values()
             yield first
             yield from following
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, NotImplementedError,
-            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML  # fmt: skip
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
+            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML; RuntimeError: encrypted  # fmt: skip
         raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
 
 
@@ -155,6 +158,19 @@ def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
             cells.append(math.nan if cell.data_type == "e" else text)
         if any(cells):
             yield number, cells
+
+
+def count_workbook(file: Path, most: int, longest: int) -> int:
+    """How many rows follow the first. Errors as `try_through`: a text that is there once may stand in all cells."""
+    size = count = 0
+    for number, cells in workbook_rows(file):
+        size += (row := sum(len(str(cell).encode(errors="replace")) for cell in cells))
+        count += 1
+        if row > longest:
+            raise UserError(f"{file}, row {number}: more than {longest >> 20} MiB: this is no file of rows")
+        if size > most:
+            refuse_repeated(file)
+    return count - 1
 
 
 def is_view(kind: pa.DataType) -> bool:
@@ -204,7 +220,7 @@ def try_through(file: str, columns: Sequence[str] | None, optional: Sequence[str
     Raises UserError: it is no such file; a row is longer than `longest`; it unpacks to more than `most` bytes."""
     path = Path(file)
     if kind_of(path) == ".xlsx":
-        return {"count": sum(1 for _ in workbook_rows(path)) - 1}
+        return {"count": count_workbook(path, most, longest)}
     with open_table(path) as table:
         parquet = isinstance(table, pa.parquet.ParquetFile)
         schema = table.schema_arrow if parquet else table.schema
@@ -255,11 +271,12 @@ def try_all(asked: Sequence[str]) -> None:
     answers = [*map(json.loads, done.stdout.splitlines())]
     FOUND.update(zip(asked, answers, strict=False))
     if not answers:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        said = done.stderr.decode(errors="replace").strip()
+        last = said.rpartition("\n")[2]
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
             how = "reading it takes much longer than a file of its size should; if it is meant, save it as JSON Lines"
-        elif "MemoryError" in last or "lost sys.stderr" in last:  # of which nothing was left to say so
+        elif "MemoryError" in said or "lost sys.stderr" in said:  # of which nothing was left to say so
             how = f"reading it takes more than {MEMORY >> 20} MiB; if it is meant, save it as JSON Lines"
         file = json.loads(asked[0])[0]
         FOUND[asked[0]] = {"error": f"{file} is not a readable {NAMES[kind_of(Path(file))]}: {how}"}
