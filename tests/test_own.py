@@ -103,6 +103,14 @@ def test_a_folder_of_save_to_disk_is_read_and_its_test_split_held_out(splits, pr
     assert len(make(split="held_out")[0]) == int(splits)
 
 
+def test_a_folder_that_is_named_like_a_table_is_read_as_a_folder(tmp_path):
+    (folder := tmp_path / "mine.parquet").mkdir()  # as Spark writes them
+    pd.DataFrame(PAIRS).to_parquet(folder / "part-00000.parquet")
+    settings = Settings(dataset="own", dataset_path=f"{folder}")
+    sources.check_places(settings)
+    assert find_source(settings).files["train"] == [folder / "part-00000.parquet"]
+
+
 def test_what_is_held_out_of_ones_own_data_goes_by_the_whole_question(prepared, tokenizer):
     asked = [*questions(4), *questions(2, held_out=True)]
     files = {"mine.jsonl": [{"prompt": q, "completion": f"ตอบ {q}"} for q in asked]}

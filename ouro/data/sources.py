@@ -200,7 +200,7 @@ def check_places(settings: Settings, tasks: Iterable[str] = (), trained: bool = 
     if trained:
         names |= {*overlap_names(settings)}
         place = place_of(settings, entry_of(settings.dataset))
-        if place and kind_of(place) in NAMES:
+        if place and kind_of(place) in NAMES and not place.is_dir():  # Spark names a folder mine.parquet
             tried_table(place, None)
         if settings.max_tokens and not settings.max_tokens.isdecimal():
             entry_of(settings.max_tokens)

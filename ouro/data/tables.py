@@ -27,7 +27,7 @@ import pyarrow.parquet
 
 ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
 MEMORY = 1 << 30  # bytes of the process that tries a file
-SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take at most 2 of 5
+SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take at most half
 A_SECOND = {".parquet": 1 << 21, ".arrow": 1 << 21, ".xlsx": 1 << 16}
 NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel workbook"}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
