@@ -268,6 +268,7 @@ def score_job(job: Job, run: Resolved, loaded: Loaded) -> int:
     for depth, outcome in zip(depths, outcomes, strict=True):
         study = study_block(job, depth, run, loaded.network) | outcome.numbers
         file = file_of(run, job.model, job.task, depth)
+        results.note(Path(run.settings.results_dir), job.model.run, job.task, [depth])
         results.save(file, results.content(job.task, study, loaded.weights.looped), outcome.lines)
         tokens = outcome.tokens
     return tokens

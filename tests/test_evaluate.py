@@ -14,7 +14,7 @@ import evaluate
 from ouro.evaluate import benchmarks, models, replies, results, tables, tasks
 from ouro.evaluate.scoring import plant, score, to_sequences
 from ouro.evaluate.tasks import load_task, score_choices, score_texts
-from ouro.files import UserError, latest, read_json, seal, write_atomic
+from ouro.files import UserError, code_version, latest, read_json, seal, write_atomic
 from ouro.model.cost import forward_flops
 from ouro.model.generate import generate
 from ouro.model.loading import load_ouro, load_tokenizer
@@ -359,6 +359,21 @@ def test_of_each_depth_the_code_that_scored_it_is_recorded(tmp_path, monkeypatch
     made = made_with(tmp_path / "base/manifest.json")
     assert {depth: each["code_sha256"] for (_, depth), each in made.items()} == {"1": "old", "4": "new"}
     assert made["thai_text", "4"]["packages"].keys() == {"torch", "transformers", "peft", "bitsandbytes"}
+
+
+def test_a_killed_evaluation_leaves_no_result_whose_code_is_not_recorded(study, tmp_path, monkeypatch):
+    save = results.save
+
+    def killed(file: Path, *content) -> None:
+        save(file, *content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, "--base", "--tasks", "english_text")
+    (left,) = (tmp_path / "results/base-fp32").glob("english_text-ut?.json")
+    made = made_with(left.with_name("manifest.json"))
+    assert made["english_text", left.stem[-1]]["code_sha256"] == code_version()["code_sha256"]
 
 
 @pytest.mark.parametrize("ended", ["killed", "done"])

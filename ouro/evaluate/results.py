@@ -154,9 +154,12 @@ def save(file: Path, content: dict, lines: list[dict], meanwhile: dict | None = 
         raise UserError(f"cannot write {file}: {error.strerror}; what was finished before is kept") from None
 
 
-def note(results: Path, run: str, task: Task, depths: Iterable[int], seconds: float, facts: dict) -> None:
-    """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result. depths: that were scored now,
-    as others may have been by other code; facts: the caller's part."""
+def note(
+    results: Path, run: str, task: Task, depths: Iterable[int], seconds: float | None = None, facts: dict | None = None
+) -> None:
+    """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result: with what code and packages
+    these depths are scored, which is said before a result is written, as a kill must leave none of which it is not; and of
+    the task how long that took, with the caller's facts, where they are given."""
     file = results / run / "manifest.json"
     with alone(file.with_name(".manifest.lock"), wait=True):  # two jobs may score the base's tasks
         try:
@@ -167,17 +170,20 @@ def note(results: Path, run: str, task: Task, depths: Iterable[int], seconds: fl
         tasks, code = manifest.setdefault("tasks", {}), code_version()
         packages = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
         made = {"code_sha256": code["code_sha256"], "packages": packages}
-        tasks[task.name] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 1),
-            "items_per_second": round(len(task.items) / seconds, 2),
-            "benchmark_revision": task.benchmark["revision"],
-            "prompt_sha256": task.sha256,
-            **facts,
-            **code,
-            "packages": packages,
-            "depths": tasks.get(task.name, {}).get("depths", {}) | {str(depth): made for depth in depths},
-        }
+        entry = tasks.setdefault(task.name, {})
+        entry["depths"] = entry.get("depths", {}) | {str(depth): made for depth in depths}
+        if seconds is not None:
+            tasks[task.name] = {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 1),
+                "items_per_second": round(len(task.items) / seconds, 2),
+                "benchmark_revision": task.benchmark["revision"],
+                "prompt_sha256": task.sha256,
+                **facts,
+                **code,
+                "packages": packages,
+                "depths": entry["depths"],
+            }
         write_json(file, manifest)
 
 
