@@ -158,8 +158,8 @@ def note(
     results: Path, run: str, task: Task, depths: Iterable[int], seconds: float | None = None, facts: dict | None = None
 ) -> None:
     """Adds to RESULTS_DIR/<run>/manifest.json what differs each time, so is in no result: with what code and packages
-    these depths are scored, which is said before a result is written, as a kill must leave none of which it is not; and of
-    the task how long that took, with the caller's facts, where they are given."""
+    these depths are scored, which is said before a result is written, as a kill must leave none of which it is not; and
+    of the task how long that took, with the caller's facts, where they are given."""
     file = results / run / "manifest.json"
     with alone(file.with_name(".manifest.lock"), wait=True):  # two jobs may score the base's tasks
         try:
