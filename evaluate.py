@@ -259,7 +259,7 @@ def find_grader(jobs: list[Job], run: Resolved) -> Server | None:
 def score_job(job: Job, run: Resolved, loaded: Loaded) -> int:
     """Saves the results of a task at the job's depths; the number of tokens that were read."""
     depths, tokens = list(job.keys), 0
-    if job.task.spec["protocol"] in REPLIES:  # one depth is saved before the next is asked
+    if apart := job.task.spec["protocol"] in REPLIES:  # one depth is saved before the next is asked
         outcomes = (reply(job, depth, run, loaded) for depth in depths)
     else:
         function = score_texts if job.task.spec["protocol"] == "text" else score_choices
@@ -268,7 +268,8 @@ def score_job(job: Job, run: Resolved, loaded: Loaded) -> int:
     for depth, outcome in zip(depths, outcomes, strict=True):
         study = study_block(job, depth, run, loaded.network) | outcome.numbers
         file = file_of(run, job.model, job.task, depth)
-        results.note(Path(run.settings.results_dir), job.model.run, job.task, [depth])
+        if apart or depth == depths[0]:
+            results.note(Path(run.settings.results_dir), job.model.run, job.task, [depth] if apart else depths)
         results.save(file, results.content(job.task, study, loaded.weights.looped), outcome.lines)
         tokens = outcome.tokens
     return tokens
