@@ -35,7 +35,7 @@ RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 13
 CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 1.5 s
 CROWDED = "has more cells than its bytes stand for"
 COLUMNS = 1 << 14  # that Excel has
-TAGS = 1 << 19  # "<" in a workbook, read in 3 s, and three more for each of its bytes; honest ones have at most 2 a byte
+TAGS = 1 << 19  # "<" in a workbook, read in 3 s, and three more for each of its bytes; honest ones have at most two
 ESCAPED = re.compile("_x00([01][0-9A-Fa-f]|5[Ff])_")  # in a workbook a carriage return is _x000D_
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
