@@ -2,7 +2,6 @@
 type or a text in it that stands for more than any memory holds ends that process, and not the run."""
 
 import json
-import math
 import os
 import re
 import resource
@@ -13,10 +12,10 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ouro.data.marks import like_mark, speaks_of_training
 from ouro.data.shards import kind_of
@@ -25,18 +24,17 @@ from ouro.files import ROOT, UserError
 import pyarrow as pa
 import pyarrow.parquet
 
+if TYPE_CHECKING:
+    from python_calamine import CalamineWorkbook
+
 ROWS = 256  # read at a time, or fewer where they are long; the layout of one's own data is recognised by so many
 MEMORY = 1 << 30  # bytes of the process that tries a file
 SECONDS = 4  # of the processor, for it, and one for each so many bytes of the file; honest ones take at most half
-A_SECOND = {".parquet": 1 << 21, ".arrow": 1 << 21, ".xlsx": 1 << 16}
+A_SECOND = {".parquet": 1 << 21, ".arrow": 1 << 21, ".xlsx": 1 << 19}
 NAMES = {".parquet": "Parquet file", ".arrow": "Arrow file", ".xlsx": "Excel workbook"}
 VALUE = 64  # bytes in memory of a value, which may take none in a file
 RATIO = 256  # times its size a file may unpack to; JSON Lines 3 to 20 times, 130 where all begin with the same 7 kB
-CELLS = 1 << 24  # of a workbook, and two for each of its bytes, with those that openpyxl adds before a far one: 1.5 s
-CROWDED = "has more cells than its bytes stand for"
-COLUMNS = 1 << 14  # that Excel has
-TAGS = 1 << 19  # "<" in a workbook, read in 3 s, and three more for each of its bytes; honest ones have at most two
-ESCAPED = re.compile("_x00([01][0-9A-Fa-f]|5[Ff])_")  # in a workbook a carriage return is _x000D_
+ERROR = re.compile(rb"""<(?:\w+:)?c\s[^<>]*\bt=["']e["'][^<>]*""")  # a cell of a sheet
 FOUND: dict[str, dict] = {}  # what `try_all` has found, or the error, by what was asked
 
 
@@ -102,25 +100,26 @@ def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
-    """The number and the texts of each row that has any, of the only sheet of an Excel workbook that has such rows; NaN
-    where Excel shows an error. Raises UserError: several sheets have rows, or none, or it is no workbook; it unpacks to
-    what no rows do."""
-    import openpyxl  # 0.2 s, which trying a Parquet file need not take
+def workbook_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number and the texts of each row that has any, of the only sheet of an Excel workbook that has such rows.
+    Raises UserError: several sheets have rows, or none; a cell shows an error, or a number that has more digits than
+    are kept; it is no workbook; it unpacks to what no rows do."""
+    from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum
 
-    size = file.stat().st_size
     try:
         with open(file, "rb") as opened:
             if opened.read(4) == b"\xd0\xcf\x11\xe0":
                 raise UserError(f"{file} is locked with a password, or an old .xls: save it as CSV UTF-8")
         with zipfile.ZipFile(file) as packed:
             parts = packed.infolist()  # no more is read of a part than this says
-            if sum(part.file_size for part in parts) > RATIO * max(size, 1 << 16):
+            if sum(part.file_size for part in parts) > RATIO * max(file.stat().st_size, 1 << 16):
                 refuse_repeated(file)
-            if sum(count_tags(packed, part) for part in parts) > TAGS + 3 * size:
-                refuse_repeated(file, CROWDED)
-        with closing(openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)) as book:
-            rows = {sheet.title: sheet_rows(sheet, file) for sheet in book.worksheets}
+            for part in parts:  # zipfile compares each part's checksum, too
+                if where := first_error(packed, part):
+                    raise UserError(f"{file}: {where} shows an error of Excel's: mend it, or save it as CSV UTF-8")
+        with CalamineWorkbook.from_path(file) as book:
+            sheets = [sheet.name for sheet in book.sheets_metadata if sheet.typ == SheetTypeEnum.WorkSheet]
+            rows = {name: sheet_rows(book, name, file) for name in sheets}
             full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
             if len(full) != 1:
                 told = f"{len(full)} sheets hold rows ({', '.join(full)}), one must"
@@ -128,43 +127,45 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
             [(first, following)] = full.values()
             yield first
             yield from following
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
-            zlib.error, zipfile.BadZipFile) as error:  # SyntaxError: its XML; RuntimeError: encrypted  # fmt: skip
+    except (CalamineError, OSError, EOFError, LookupError, ValueError, RuntimeError,
+            zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted  # fmt: skip
         raise UserError(f"{file} is not a readable Excel workbook: {in_one_line(error)}") from None
 
 
-def count_tags(packed: zipfile.ZipFile, part: zipfile.ZipInfo) -> int:
+def first_error(packed: zipfile.ZipFile, part: zipfile.ZipInfo) -> str:
+    """Which cell of a part shows an error, as #N/A, which python_calamine gives as no text; "" if none does."""
+    before = b""
     with packed.open(part) as opened:
-        return sum(piece.count(b"<") for piece in iter(partial(opened.read, 1 << 20), b""))
+        for piece in iter(partial(opened.read, 1 << 20), b""):
+            if found := ERROR.search(before + piece):
+                name = re.search(rb'\br="(\w+)"', found[0])
+                return f"cell {name[1].decode()}" if name else f"a cell of {part.filename}"
+            before = piece[-200:]  # longer than a cell's tag
+    return ""
 
 
-def sheet_rows(sheet, file: Path) -> Iterator[tuple[int, list]]:
-    sheet.reset_dimensions()  # what the file says of them may be wrong
-    left = CELLS + 2 * file.stat().st_size
-    for number, row in enumerate(sheet.rows, 1):
-        if len(row) > COLUMNS:
-            raise UserError(f"{file}, row {number}: {len(row)} cells, and Excel has {COLUMNS} columns")
-        left -= 1 + len(row)
-        if left < 0:
-            refuse_repeated(file, CROWDED)
-        cells = []
-        for cell in row:
-            if (value := cell.value) is None:
-                cells.append("")
-                continue
-            whole = isinstance(value, float) and value.is_integer()
-            text = str(int(value) if whole else value)
-            text = ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
-            cells.append(math.nan if cell.data_type == "e" else text)
-        if any(cells):
-            yield number, cells
+def sheet_rows(book: "CalamineWorkbook", name: str, file: Path) -> Iterator[tuple[int, list[str]]]:
+    sheet = book.get_sheet_by_name(name)
+    left = sheet.start[1] if sheet.start else 0  # empty columns are left out, and empty rows not
+    for number, row in enumerate(sheet.iter_rows(), 1):
+        if any(cell != "" for cell in row):
+            where = f"{file}, row {number}"
+            yield number, [""] * left + [as_text(cell, where) for cell in row]
+
+
+def as_text(cell, where: str) -> str:
+    if not isinstance(cell, float) or not cell.is_integer():
+        return str(cell)
+    if abs(cell) >= 1 << 53:
+        raise UserError(f"{where}: a number of more digits than Excel keeps, {cell!r}: save it as text")
+    return str(int(cell))
 
 
 def count_workbook(file: Path, most: int, longest: int) -> int:
     """How many rows follow the first. Errors as `try_through`: a text that is there once may stand in all cells."""
     size = count = 0
     for number, cells in workbook_rows(file):
-        size += (row := sum(len(str(cell).encode(errors="replace")) for cell in cells))
+        size += (row := sum(len(cell.encode(errors="replace")) for cell in cells))
         count += 1
         if row > longest:
             raise UserError(f"{file}, row {number}: more than {longest >> 20} MiB: this is no file of rows")
@@ -276,7 +277,7 @@ def try_all(asked: Sequence[str]) -> None:
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
             how = "reading it takes much longer than a file of its size should; if it is meant, save it as JSON Lines"
-        elif "MemoryError" in said or "lost sys.stderr" in said:  # of which nothing was left to say so
+        elif any(word in said for word in ("MemoryError", "memory allocation of", "lost sys.stderr")):
             how = f"reading it takes more than {MEMORY >> 20} MiB; if it is meant, save it as JSON Lines"
         file = json.loads(asked[0])[0]
         FOUND[asked[0]] = {"error": f"{file} is not a readable {NAMES[kind_of(Path(file))]}: {how}"}
