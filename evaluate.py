@@ -18,18 +18,67 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ouro.data.formats import read_file
 from ouro.data.sources import check_places
+from ouro.evaluate import benchmarks
+from ouro.files import UserError, call, file_sha256, message, one_line, place, remove_left
+from ouro.settings import Resolved, Settings, resolve
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ut_steps", help="loop depths to score (default: 1,2,3,4)")
+    parser.add_argument("--limit", type=int, help="only the first items of each subset")
+    parser.add_argument("--subsets", help="only these, as onet,ic where a local copy has no more")
+    parser.add_argument("--base", action="store_true", help="the base alone")
+    parser.add_argument("--adapter", type=place, help="a folder in PEFT format in place of an experiment")
+    parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
+    parser.add_argument("--judge", choices=("api", "none"), default="api",
+                        help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings")  # fmt: skip
+    parser.add_argument("--again", action="store_true",
+                        help="score, ask and rate anew what is there; the old files are kept as ….old")  # fmt: skip
+    parser.add_argument("--model", type=place, help="a baseline of configs/evals.yaml, a Hub id or a folder")
+
+
+def asked_tasks(run: Resolved) -> dict[str, dict]:
+    """The rows of evals.yaml that --tasks names."""
+    if run.options.limit is not None and run.options.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {run.options.limit}")
+    specs = benchmarks.table()["tasks"]
+    names = benchmarks.named(run.settings.tasks, specs, "task")
+    check_places(run.settings, names, trained=False)  # before the network is asked for another of them
+    return {name: specs[name] for name in names}
+
+
+def parse_depths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(set(parts)) < len(parts) or not all(re.fullmatch("[1-9][0-9]?", part) for part in parts):
+        raise UserError(f"--ut_steps must be different loop counts like 1,2,3,4, got {text!r}")
+    return sorted(map(int, parts))
+
+
+def check_command(run: Resolved) -> None:
+    """Raises UserError: a mistake in the command, or a file that it names is not there."""
+    asked_tasks(run)
+    parse_depths(run.options.ut_steps)
+
+
+def command() -> Resolved:
+    return resolve(__doc__, add_options=options, several=True)
+
+
+if __name__ == "__main__":
+    call(lambda: check_command(command()))  # tells a mistake before ten seconds of imports
+
+from ouro.data.formats import read_file
 from ouro.data.thai import reply_tokens
-from ouro.evaluate import benchmarks, judge, results, tables
+from ouro.evaluate import judge, results, tables
 from ouro.evaluate.benchmarks import LANGUAGES, REPLIES, Task, digest
 from ouro.evaluate.endpoint import Server, find_endpoint, find_judge
 from ouro.evaluate.models import ModelUnderTest, Weights, find_models
 from ouro.evaluate.tasks import Outcome, chat_with, load_task, score_choices, score_replies, score_texts
-from ouro.files import UserError, call, file_sha256, message, one_line, place, remove_left
 from ouro.model.cost import forward_flops
 from ouro.model.loading import model_files, read_config, warn_of_depth, with_adapter
-from ouro.settings import Resolved, Settings, resolve
 from ouro.train.run_folder import check_base
 
 import torch
@@ -58,25 +107,6 @@ def evaluate(run: Resolved) -> None:
     if jobs:
         score_jobs(run, jobs, weights, settings, models)
     print_results(run, models, tasks, depths)
-
-
-def asked_tasks(run: Resolved) -> dict[str, dict]:
-    """The rows of evals.yaml that --tasks names."""
-    if run.options.limit is not None and run.options.limit < 1:
-        raise UserError(f"--limit must be at least 1, got {run.options.limit}")
-    specs = benchmarks.table()["tasks"]
-    names = benchmarks.named(run.settings.tasks, specs, "task")
-    check_places(run.settings, names, trained=False)  # before the network is asked for another of them
-    return {name: specs[name] for name in names}
-
-
-def parse_depths(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if len(set(parts)) < len(parts) or not all(re.fullmatch("[1-9][0-9]?", part) for part in parts):
-        raise UserError(f"--ut_steps must be different loop counts like 1,2,3,4, got {text!r}")
-    return sorted(map(int, parts))
 
 
 def find_depths(asked: list[int] | None, weights: Weights) -> list[int]:
@@ -347,23 +377,9 @@ def print_results(run: Resolved, models: list[ModelUnderTest], tasks: list[Task]
         print(one_line(f"files: {folder / model.run}/" + (f" and {model.folder}/" if model.folder else "")))
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ut_steps", help="loop depths to score (default: 1,2,3,4)")
-    parser.add_argument("--limit", type=int, help="only the first items of each subset")
-    parser.add_argument("--subsets", help="only these, as onet,ic where a local copy has no more")
-    parser.add_argument("--base", action="store_true", help="the base alone")
-    parser.add_argument("--adapter", type=place, help="a folder in PEFT format in place of an experiment")
-    parser.add_argument("--endpoint", help="address of a served model (…/v1), for tasks of replies, with --ut_steps")
-    parser.add_argument("--judge", choices=("api", "none"), default="api",
-                        help="api: JUDGE_BASE_URL, JUDGE_MODEL, JUDGE_API_KEY; none: no ratings")  # fmt: skip
-    parser.add_argument("--again", action="store_true",
-                        help="score, ask and rate anew what is there; the old files are kept as ….old")  # fmt: skip
-    parser.add_argument("--model", type=place, help="a baseline of configs/evals.yaml, a Hub id or a folder")
-
-
 def main() -> None:
     try:
-        evaluate(resolve(__doc__, add_options=options, several=True))
+        evaluate(command())
     except KeyboardInterrupt:
         print("\ninterrupted; the same command scores what is not there yet", file=sys.stderr)
         raise

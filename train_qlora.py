@@ -13,19 +13,43 @@ step, save and exit with code 75: run it again. Any other failure is 1 or, with 
 """
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
 
-from ouro.data.batches import Rows
-from ouro.data.cache import NoSplit, prepare
-from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
 from ouro.evaluate.benchmarks import named, table
 from ouro.files import UserError, call, explain, read_json, write_json
+from ouro.settings import Resolved, Settings, resolve
+from ouro.train.time_limit import time_limit
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="never: refuse a run that has checkpoints already"
+    )
+    parser.add_argument(
+        "--time_limit", type=time_limit, help="stop, saved, after this: seconds, HH:MM:SS, D-HH:MM:SS (exit code 75)"
+    )
+
+
+def check_files(s: Settings) -> None:
+    """Raises UserError: a file that the settings name is not there, or a table of rows cannot be read."""
+    tasks = named(s.tasks, table()["tasks"], "task")
+    check_places(s, tasks)  # of what is scored too: else evaluation would find out, after the training
+
+
+if __name__ == "__main__" and "RANK" not in os.environ:
+    # A mistake in the command is told before ten seconds of imports; of several processes one tells it, after them.
+    call(lambda: check_files(resolve(__doc__, add_options=options).settings))
+
+from ouro.data.batches import Rows
+from ouro.data.cache import NoSplit, prepare
+from ouro.data.report import print_report, save_report
 from ouro.model.cost import Memory, matrix_rate
 from ouro.model.loading import load_tokenizer, sizes, warn_of_depth
-from ouro.settings import Resolved, Settings, resolve
 from ouro.train import processes
 from ouro.train.build import build, check_frozen
 from ouro.train.loggers import check_logger, continue_tensorboard, start_logger
@@ -51,7 +75,6 @@ from ouro.train.run_folder import (
     with_rate,
 )
 from ouro.train.stopping import STOPPED, Stopped, Stopper
-from ouro.train.time_limit import time_limit
 from ouro.train.trainer import Guards, LoopTrainer, Metrics
 
 import torch
@@ -65,8 +88,7 @@ from trl import SFTConfig
 def check(run: Resolved, folder: Path) -> tuple[str | int, SFTConfig]:
     """Refuses what would waste the run, before anything is read or written; the device and TRL's arguments."""
     s = run.settings
-    tasks = named(s.tasks, table()["tasks"], "task")
-    check_places(s, tasks)  # of what is scored too: else evaluation would find out, after the training
+    check_files(s)
     device = check_device(s)
     check_frozen(s)
     arguments = trainer_arguments(run, folder, use_cpu=device == "cpu")
@@ -178,16 +200,6 @@ def train(run: Resolved) -> Path:
             save_adapter(trainer.model, tokenizer, folder, run, report)
         PartialState().wait_for_everyone()  # no process leaves while another may still need it
     return folder
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="delete a run of this name and train it again")
-    parser.add_argument(
-        "--resume", choices=("auto", "never"), default="auto", help="never: refuse a run that has checkpoints already"
-    )
-    parser.add_argument(
-        "--time_limit", type=time_limit, help="stop, saved, after this: seconds, HH:MM:SS, D-HH:MM:SS (exit code 75)"
-    )
 
 
 def main() -> None:

@@ -494,6 +494,7 @@ def call(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     if REMOVED and (os.environ.get("RANK") or "0") == "0":
         print(f"not used, as settings alone decide what is computed: {', '.join(REMOVED)}", file=sys.stderr)
+        REMOVED.clear()  # it is said once
     gc.freeze()  # else each full collection would go through all that was imported, for 0.3 s
     gc.set_threshold(*COLLECT_AT)
     try:

@@ -505,6 +505,26 @@ except UserError as error:
     assert done.stdout.endswith("a.xlsx is not a readable Excel workbook: File is not a zip file\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train_qlora.py", "--exp", "nosuch"],
+        ["train_qlora.py", "--tasks", "nosuch"],
+        ["train_qlora.py", "--overlap", "belebele", "--paths", "belebele=/nosuch"],
+        ["evaluate.py", "--exp", "nosuch"],
+        ["evaluate.py", "--ut_steps", "nosuch"],
+        ["evaluate.py", "--tasks", "thai_exam", "--paths", "thai_exam=/nosuch"],
+        ["data_config.py", "--dataset_path", "nosuch.csv"],
+    ],
+)
+def test_a_mistake_in_a_command_is_told_before_torch_is_imported(command):
+    script, argv = command[0], [*command, "--config", "configs/smoke.yaml"]
+    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = {argv}\n"
+    code += f"runpy.run_path('{script}', None, '__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "nosuch" in done.stderr, done.stderr
+
+
 def test_a_carriage_return_in_a_workbook_is_no_text(tmp_path):
     book = openpyxl.Workbook()
     for cell in ("prompt", "ก_x000D_\nข_x000d_", "_x005F_x000D_ _x0E01_"):
