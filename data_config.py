@@ -16,12 +16,13 @@ from pathlib import Path
 from ouro.data.cache import prepare
 from ouro.data.report import print_report, save_report
 from ouro.data.sources import check_places
-from ouro.files import call, one_line
+from ouro.files import call, check_writable, one_line
 from ouro.settings import resolve
 
 
 def main() -> None:
     s = resolve(__doc__).settings
+    check_writable("cache_dir", s.cache_dir)
     check_places(s)  # said before the model is asked for, which may take a network, and before seconds of imports
     from ouro.model.loading import load_tokenizer
     from ouro.train.machine import plan_steps

@@ -95,7 +95,6 @@ def write(run: Resolved, reader: Reader) -> dict:
     figures = draw(reader.runs, found, made)
 
     folder = Path(run.settings.results_dir) / "report"
-    write_json(folder / "verdict.json", [as_json(verdict) for verdict in made])
     for table in shown:
         if run.options.csv:
             write_atomic(folder / f"{table.name}.csv", table.csv())
@@ -118,6 +117,7 @@ def write(run: Resolved, reader: Reader) -> dict:
     }
     for name in ("RESULTS.md", "report.html"):
         write_atomic(out / name, fill(name, **content))
+    write_json(folder / "verdict.json", [as_json(verdict) for verdict in made])
     return content
 
 

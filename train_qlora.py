@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ouro.data.sources import check_places
 from ouro.evaluate.benchmarks import named, table
-from ouro.files import UserError, call, explain, read_json, write_json
-from ouro.settings import Resolved, Settings, resolve
+from ouro.files import UserError, call, check_writable, explain, read_json, write_json
+from ouro.settings import Resolved, Settings, edited, resolve
 from ouro.train.time_limit import time_limit
 
 
@@ -36,7 +36,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_files(s: Settings) -> None:
-    """Raises UserError: a file that the settings name is not there, or a table of rows cannot be read."""
+    """Raises UserError: a file that the settings name is not there, a table of rows cannot be read, or a folder not be
+    written."""
+    for name in ("output_dir", "cache_dir"):
+        check_writable(name, getattr(s, name))
     tasks = named(s.tasks, table()["tasks"], "task")
     check_places(s, tasks)  # of what is scored too: else evaluation would find out, after the training
 
@@ -153,7 +156,10 @@ def train(run: Resolved) -> Path:
         state = claim(folder, run)
         if state == "complete":
             print0(f"{folder} is complete already; --overwrite trains it again")
-            if RANK == 0 and (changed := changed_inputs(read_json(folder / "manifest.json"), inputs(s, report))):
+            record = read_json(folder / "manifest.json")
+            if changed := edited(s, record):
+                raise UserError(f"{folder}: {changed}: put the old values back, or --overwrite trains it again")
+            if RANK == 0 and (changed := changed_inputs(record, inputs(s, report))):
                 print0(f"  it was trained on {changed}")
             return folder
         begun = state != "new"

@@ -249,6 +249,13 @@ def parsed(text: str) -> object:
     return yaml.load(text, Loader)
 
 
+def check_writable(setting: str, folder: str | Path) -> None:
+    """Raises UserError: a folder that a setting names cannot be written, or not be made. Writes nothing."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{setting} = {folder}: nothing can be written to {there}: name another folder by --{setting}")
+
+
 def read_yaml(path: str | Path, typed: bool = False) -> dict:
     """A YAML file that holds a mapping. typed: by the user, who may name a pipe, as in `--config <(…)`.
     Raises UserError: no such file, a larger one than anybody writes, broken YAML (with the line), a key that stands
@@ -489,7 +496,9 @@ def explain(error: BaseException) -> int | None:
 
 def call(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed by who started this, as some do for what runs by the clock
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Thai letters shows \u0e01 for them
             stream.reconfigure(errors="backslashreplace")
     if REMOVED and (os.environ.get("RANK") or "0") == "0":

@@ -320,6 +320,31 @@ def resolve(
     return Resolved(s, origins, options.exp or own, config, options)
 
 
+def recorded_settings(folder: Path) -> Settings:
+    """The settings in config.yaml of a run's folder. Raises UserError: it holds none, or one that cannot be."""
+    recorded, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
+    if not recorded:
+        raise UserError(f"{origin} is empty: restore it from a copy, or train the run again with --overwrite")
+    return Settings(**{name: parse(name, value, origin) for name, value in recorded.items() if name in FIELDS})
+
+
+def begun_with(s: Settings) -> dict:
+    """For a run's manifest.json, the settings on which depends what is learnt, but for places: of what lies there the
+    manifest has hashes."""
+    return {name: getattr(s, name) for name in (*LEARNING, "seed") if name not in PLACES}
+
+
+def edited(s: Settings, manifest: dict) -> str:
+    """In words, how a run's config.yaml, read as `s`, differs from what `begun_with` wrote into its manifest.json."""
+    begun = manifest.get("settings")
+    told = [
+        f"{name} is {getattr(s, name)!r}, and was {value!r}"
+        for name, value in (begun.items() if isinstance(begun, dict) else ())
+        if name in FIELDS and getattr(s, name) != value
+    ]
+    return f"its config.yaml was changed after the run began: {'; '.join(told)}" if told else ""
+
+
 def runs_in(folder: Path) -> list[str]:
     """The runs that are there, as --exp names them: NAME, and seed0/NAME."""
     files = [file for above in ("", "seed*/") for file in folder.glob(f"{above}*/config.yaml")]
@@ -353,11 +378,10 @@ def tuned_rate(s: Settings, experiments: dict[str, dict]) -> tuple[float, str]:
     for folder in sorted([*root.glob("*/"), *root.glob("seed*/*/")]):
         if folder.name not in wanted or not (folder / "completed").exists():
             continue
-        record, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
-        there = {name: parse(name, value, origin) for name, value in record.items() if name in FIELDS}
+        there = vars(recorded_settings(folder))
         own = ("learning_rate", *wanted[folder.name])
-        if unlike := [name for name in LEARNING if name not in own and there.get(name) != getattr(s, name)]:
-            trained = f"{folder} was trained with {unlike[0]} = {there.get(unlike[0])}"
+        if unlike := [name for name in LEARNING if name not in own and there[name] != getattr(s, name)]:
+            trained = f"{folder} was trained with {unlike[0]} = {there[unlike[0]]}"
             raise UserError(f"learning_rate: tuned: {trained}, and this run has {getattr(s, unlike[0])}")
         lines = map(json.loads, regular(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         if not (found := [line["held_out_loss"][-1] for line in lines if "held_out_loss" in line]):

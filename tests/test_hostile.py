@@ -25,7 +25,7 @@ from ouro.data import chats, formats, sources, tables
 from ouro.evaluate.models import find_baseline
 from ouro.evaluate.replies import Cache
 from ouro.evaluate.results import read_study
-from ouro.files import UserError, read_yaml
+from ouro.files import UserError, check_writable, read_yaml
 from ouro.model.loading import adapter_config, load_ouro, load_tokenizer
 from ouro.settings import Settings
 
@@ -622,3 +622,27 @@ def test_of_a_proxys_password_that_is_not_quoted_no_part_is_shown(monkeypatch):
         files.message("cannot parse 'user:first' of http://user:first#last@host:1")
         == "cannot parse '…' of http://…@host:1"
     )
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"^output_dir = \S+: nothing can be written to {tmp_path}: name another"):
+        check_writable("output_dir", tmp_path / "a/b")
+    (tmp_path / "there").mkdir()
+    check_writable("output_dir", tmp_path / "there/b")
+    assert not (tmp_path / "there/b").exists()
+
+
+def test_a_program_runs_with_its_output_closed():
+    code = "import sys; from ouro.files import call; call(lambda: sys.stdout.isatty() or sys.stderr.isatty())"
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -c '{code}' >&- 2>&-; echo $?"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == "0\n"
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them(tmp_path):
+    command = [sys.executable, "-S", "-I", "train_qlora.py"]  # without site-packages
+    code = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('train_qlora.py', run_name='__main__')"
+    done = subprocess.run([*command[:3], "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {sys.executable} has none of the packages: `make env`, then `. .venv/bin/activate`\n"

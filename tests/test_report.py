@@ -247,6 +247,9 @@ STALE = {  # what is done to a run's folder, by why its results do not count the
     "its trained_ut_steps is 4, and its run's config.yaml says": lambda run: set_config(run, total_ut_steps=2),
     "its dataset is wangchan, and its run's config.yaml says": lambda run: set_config(run, dataset="r1"),
     "its seed is 1, and its run's config.yaml says": lambda run: set_config(run, seed=7),
+    "after the run began: learning_rate is 0.0002, and was 0.001": lambda run: change(
+        run / "manifest.json", settings={"learning_rate": 0.001, "seed": 1}
+    ),
 }
 
 
@@ -504,7 +507,7 @@ def test_broken_inputs_are_listed_and_the_rest_is_reported(tmp_path):
     twice.write_text("\n".join([*lines[:-1], lines[0]]) + "\n")
     broken(other / "thai_text-ut3.json", "No such file").with_suffix(".items.jsonl").unlink()
     shutil.copytree(results / "seed2", results / "seed3")  # the same runs once more
-    broken(results / "seed3/exp1-wangchan-ut4/thai_text-ut4.json", "counted once")
+    broken(results / "seed3/exp1-wangchan-ut4/thai_text-ut4.json", "stands in the folder of")
     with open(broken(output / "seed0/exp1-wangchan-ut4/metrics.jsonl", "600 MiB"), "wb") as file:
         file.truncate(600 << 20)
     torn = output / "seed1/exp1-wangchan-ut4/metrics.jsonl"

@@ -462,6 +462,24 @@ def test_a_run_that_another_command_would_spoil_is_refused_untouched(stopped, tm
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.003), ("seed", 7)])
+def test_a_run_whose_config_was_edited_is_neither_continued_nor_used(whole, stopped, tmp_path, name, value):
+    """Else it would go on as it had begun, or with other rows, and its record would be false."""
+    told = rf"config.yaml was changed after the run began: {name} is {value}, and was [\d.]+: put"
+    for run in whole, stopped:
+        run = copied(run, tmp_path / run.parent.name, **{name: value})
+        before = contents(run)
+        with pytest.raises(UserError, match=told):
+            six(run.parent, f"--{name}", str(value))
+        assert contents(run) == before
+    of_whole = resolved(*SIX, "--output_dir", str(tmp_path / whole.parent.name))
+    with pytest.raises(UserError, match=told):
+        run_folder.finished_run(of_whole)
+    (tmp_path / whole.parent.name / whole.name / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="config.yaml is empty: restore it from a copy"):
+        run_folder.finished_run(of_whole)
+
+
 def test_settings_that_change_no_training_neither_refuse_nor_repeat_a_run(whole, stopped, tmp_path, capsys):
     """Also the same folder, named otherwise; paths are those of what is neither read nor scored."""
     copied(stopped, tmp_path)

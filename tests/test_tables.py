@@ -1,5 +1,6 @@
 """The report's tables: baselines and published scores, English minus Thai, two runs item by item; its curves."""
 
+import itertools
 import json
 import re
 import shutil
@@ -122,6 +123,40 @@ def test_two_runs_are_compared_item_by_item(tmp_path):
     assert f"left out: {result}" in write_report(copy, *two).replace("\\", "")
     with pytest.raises(UserError, match="no results of 'exp9'; runs with results: base-bf16, seed0/exp1-wangchan-ut4"):
         write_report(root, "--compare", "exp9", "exp1")
+
+
+def test_two_runs_are_compared_by_the_scores_of_what_stands_in_their_folders(tmp_path):
+    """A folder kept from before a run was trained again, or a copy, would else be read in the run's place."""
+    output, results = fabricate.study(tmp_path, items=60, seeds=(0,), depths=(1, 4), tasks=("thai_text",))
+    one, two = "exp2-wangchan-ut1", "exp1-wangchan-ut4"
+    before = write_report(tmp_path, "--compare", one, two)
+    shutil.copytree(results / two, results / "zz")
+    for file in (results / "zz").glob("*.items.jsonl"):
+        file.write_text(re.sub(r'"bits": [^,]*', '"bits": 1.0', file.read_text()))
+    assert write_report(tmp_path, "--compare", one, two) == before
+    with pytest.raises(
+        UserError, match=rf"(?s)no results of 'zz'.*its scores are of the run '{two}', and it stands in"
+    ):
+        write_report(tmp_path, "--compare", "zz", two)
+    (output / two / "final_adapter/adapter_model.safetensors").write_text("trained again")
+    with pytest.raises(UserError, match="of another adapter than its run's"):
+        write_report(tmp_path, "--compare", one, two)
+
+
+WRONG = (None, 5, "x", [{}])
+
+
+def test_a_result_whose_values_are_of_other_kinds_is_left_out_and_the_rest_reported(tmp_path):
+    _, results = fabricate.study(tmp_path, items=9, seeds=(0,), depths=(1,), tasks=("thai_text", "thai_exam"))
+    for kind, folder in ("baseline", "base-bf16"), ("base", "base-bf16"), ("adapter", "exp2-wangchan-ut1"):
+        file = results / folder / "thai_text-ut1.json"
+        content = json.loads(whole := file.read_text())
+        study = {"published": [], "ci95": None, "part": None, "mean": "micro"} | content["study"] | {"kind": kind}
+        for key, wrong in itertools.product(study, WRONG):
+            file.write_text(json.dumps(content | {"study": study | {key: wrong}}))
+            reader, found = read(tmp_path)
+            tables.tables(reader, found, rule.verdicts(reader, found))
+        file.write_text(whole)
 
 
 def test_the_curves_of_several_training_sets_are_told_apart(tmp_path):

@@ -21,8 +21,8 @@ from ouro.model.loading import (
     loading,
     read_config,
 )
-from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings
-from ouro.train.run_folder import RETRAIN, recorded_settings, run_settings, whole
+from ouro.settings import EXPERIMENTS, REVISIONS, Resolved, Settings, recorded_settings
+from ouro.train.run_folder import RETRAIN, run_settings, whole
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

@@ -16,12 +16,17 @@ EXAMPLES = 5  # items of each benchmark that are shown
 
 
 def chosen(reader: Reader, name: str) -> dict[str, Result]:
-    """By task: a model's results at the depth named (run:depth), else at its own. Raises UserError: no such run."""
+    """By task: a model's results at the depth named (run:depth), else at its own. Raises UserError: no such run, or
+    they are not of what stands in its folder."""
     run, colon, depth = name.rpartition(":") if re.search(r":\d+$", name) else (name, "", "")
     mine = [r for r in reader.results if r.study["run"] == run]
     if not mine:
         known = ", ".join(sorted({r.study["run"] for r in reader.results})) or "none"
-        raise UserError(f"no results of {run!r}; runs with results: {known}")
+        left_out = [f"{file}: {why}" for file, why in reader.left_out if f"/{run}/" in Path(file).as_posix()]
+        raise UserError(f"no results of {run!r}; runs with results: {known}", *left_out[:3])
+    for result in mine:
+        if run in reader.runs and (why := reader.runs[run].disowns(result.study)):
+            raise UserError(f"{result.path} is {why}")
     own = mine[0].trained or max(r.study["total_ut_steps"] for r in mine)
     return {r.study["task"]: r for r in mine if r.study["total_ut_steps"] == (int(depth) if colon else own)}
 

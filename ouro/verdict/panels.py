@@ -158,10 +158,8 @@ def why_not(result: Result, runs: dict[str, Run], declared: dict[str, object], r
         return f"its run is not complete ({run.state})"
     if not run.config or not run.data:
         return "how it was trained is not known: its folder has no config.yaml or no data_report.json that can be read"
-    for key, mine in run.hashes.items():
-        if (other := result.study.get(key)) != mine:
-            what = "adapter" if key.startswith("adapter") else "data report"
-            return f"of another {what} than its run's ({str(other)[:12]}, not {mine[:12]}): evaluate again"
+    if why := run.disowns(result.study) or run.edited:
+        return why
     for name, setting in HEADER.items():
         if str(said := result.study.get(name)) != str(true := run.config.get(setting)):
             return f"its {name} is {said}, and its run's config.yaml says {setting}: {true}: evaluate again"

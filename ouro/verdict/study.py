@@ -21,7 +21,7 @@ from typing import Any
 
 from ouro.evaluate.results import FORMAT
 from ouro.files import WHOLE, UserError, file_sha256, read_json, read_yaml, regular
-from ouro.settings import ARMS
+from ouro.settings import ARMS, edited, recorded_settings
 
 import numpy as np
 
@@ -67,9 +67,16 @@ METRICS = {
     "accuracy": Metric("accuracy, %", 100, 1, "points", 1, 0.03),
     "rating": Metric("rating, 1 to 10", 1, 2, "rating points", 2, 0.3),
 }
-# Keys that the block "study" of a result must have.
-NEEDED = ("model", "model_revision", "precision", "metric", "protocol", "benchmark_revision", "split", "limit",
-          "prompt_sha256", "judge", "run", "kind", "task", "aspect", "total_ut_steps", "higher_is_better")  # fmt: skip
+# Of the block "study" of a result: keys that it must have, which may be null, and what others are where they are there.
+NEEDED = dict.fromkeys(("model", "precision", "metric", "protocol", "split", "prompt_sha256", "run", "kind", "task",
+                        "aspect"), str) | {"total_ut_steps": int, "higher_is_better": bool}  # fmt: skip
+NULLABLE = ("model_revision", "benchmark_revision", "limit", "judge")
+KINDS = {
+    **dict.fromkeys(("experiment", "arm", "dataset", "language", "loss", "mean", "benchmark", "part"), str),
+    **dict.fromkeys(("chance", "macro", "majority", "thai_share", "inference_flops_per_token"), int | float),
+    **dict.fromkeys(("seed", "trained_ut_steps", "unparsed", "items"), int),
+    **dict.fromkeys(("published", "ci95"), list),
+}
 BY_ITEM = ("numerators", "denominators", "golds", "clusters", "strata")  # arrays of a Result
 LOGGED = ("step", "loss", "mean_token_accuracy", "num_tokens", "tokens_per_second", "model_flop_use", "memory_gib")
 SCORED = ("id", "bits", "characters", "value", "cluster", "stratum", "gold")  # keys that are read of an item's line
@@ -88,6 +95,7 @@ class Run:
     log: dict[str, np.ndarray]
     held_out: list[float]  # the last held-out losses, by depth
     completed: bool
+    edited: str = ""  # how config.yaml differs from what the run began with
 
     @property
     def state(self) -> str:
@@ -105,6 +113,14 @@ class Run:
         """SHA-256 of its adapter and its data report, of what is there, by the keys under which results have them."""
         files = {"adapter_sha256": "final_adapter/adapter_model.safetensors", "data_report_sha256": "data_report.json"}
         return {key: file_sha256(self.folder / file) for key, file in files.items() if (self.folder / file).is_file()}
+
+    def disowns(self, study: dict) -> str:
+        """Why a result that names this run is not of what stands in its folder; "" if it is."""
+        for key, mine in self.hashes.items():
+            if (other := study.get(key)) != mine:
+                what = "adapter" if key.startswith("adapter") else "data report"
+                return f"of another {what} than its run's ({str(other)[:12]}, not {mine[:12]}): evaluate again"
+        return ""
 
     @property
     def tokens(self) -> float:
@@ -182,6 +198,22 @@ class Result:
         return dataclasses.replace(self, ids=ids, **{name: getattr(self, name)[rows] for name in BY_ITEM})
 
 
+def check_kinds(study: dict) -> None:
+    """Raises ValueError or KeyError: the block "study" of a result lacks a key, or has one that nobody could show."""
+    for key in (*NEEDED, *NULLABLE):
+        study[key]  # a missing one is named by the KeyError
+    present = {key: kind for key, kind in KINDS.items() if study.get(key) is not None}
+    for key, kind in (NEEDED | present).items():
+        if not isinstance(study[key], kind):
+            raise ValueError(f"{key} is {str(study[key])[:80]!r}")
+    low, high = study.get("ci95") or (0.0, 0.0)
+    numbers = [low, high, *(row["value"] for row in study.get("published") or ())]
+    names = ("benchmark", "protocol", "source", "mean")
+    texts = [row.get(name, "") for row in study.get("published") or () for name in names]
+    if not all(isinstance(number, int | float) for number in numbers) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("ci95 or published holds what is no number, or no text")
+
+
 def read_config(path: Path) -> dict:
     """config.yaml of a run. Raises ValueError: a depth or an arm that no run has."""
     config = read_yaml(path)
@@ -210,6 +242,7 @@ class Reader:
     each folder of results."""
 
     def __init__(self, output: Path, results: Path):
+        self.root = results
         self.left_out: list[tuple[str, str]] = []
         self.runs = {run.name: run for run in (self.run(*named) for named in folders(output)) if run}
         self.answers: list[tuple[dict, Path]] = []  # of generated conversations, rated or not
@@ -273,7 +306,10 @@ class Reader:
             log, held_out = nothing
         settings = self.attempt(config, read_config, {})
         manifest, data = (self.attempt(folder / f"{file}.json", read_json, {}) for file in ("manifest", "data_report"))
-        return Run(name, folder, settings, manifest, data, log, held_out, done.exists())
+        since = ""
+        if "settings" in manifest:
+            since = self.attempt(config, lambda path: edited(recorded_settings(path.parent), manifest), "")
+        return Run(name, folder, settings, manifest, data, log, held_out, done.exists(), since)
 
     def result(self, path: Path) -> Result | None:
         """The result in a file and in the file of its items; None if it is of replies that are not rated yet.
@@ -281,8 +317,10 @@ class Reader:
         study = json.loads(regular(path, WHOLE).read_bytes())["study"]
         if study.get("format") != FORMAT:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
-        for key in NEEDED:
-            study[key]  # a missing one is named by the KeyError
+        check_kinds(study)
+        there = path.parent.relative_to(self.root).as_posix()
+        if study["run"] != there:  # a copy, or a folder of before a run was trained again
+            raise ValueError(f"its scores are of the run {study['run']!r}, and it stands in the folder of {there!r}")
         if study["metric"] not in METRICS or study["aspect"] not in ASPECTS:
             raise ValueError(f"metric {study['metric']!r} or aspect {study['aspect']!r} is unknown")
         items_file = path.with_suffix(".items.jsonl")
@@ -304,9 +342,8 @@ class Reader:
             mean = above.sum() / below.sum()
         if not abs(mean - study["value"]) <= 1e-3 * max(1, abs(study["value"])):  # `not <=` also refuses nan
             raise ValueError(f"the items give {mean:.4f}, the file says {study['value']:.4f}")
-        depths = ("total_ut_steps", "trained_ut_steps") if study["kind"] == "adapter" else ("total_ut_steps",)
-        if not all(isinstance(study[key], int) for key in depths):
-            raise ValueError("a depth is not a whole number")
+        if study["kind"] == "adapter" and not isinstance(study["trained_ut_steps"], int):
+            raise ValueError("the depth that it was trained at is not a whole number")
         golds = [row.get("gold") for row in rows]
         clusters = [str(row.get("cluster", row["id"])) for row in rows]
         strata = [sys.intern(str(row.get("stratum"))) for row in rows]
