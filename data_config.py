@@ -22,7 +22,7 @@ from ouro.settings import resolve
 
 def main() -> None:
     s = resolve(__doc__).settings
-    check_writable("cache_dir", s.cache_dir)
+    check_writable("output_dir", s.output_dir)
     check_places(s)  # said before the model is asked for, which may take a network, and before seconds of imports
     from ouro.model.loading import load_tokenizer
     from ouro.train.machine import plan_steps

@@ -57,18 +57,17 @@ def parse_depths(text: str | None) -> list[int] | None:
     return sorted(map(int, parts))
 
 
-def check_command(run: Resolved) -> None:
-    """Raises UserError: a mistake in the command, or a file that it names is not there."""
+def command() -> Resolved:
+    """What is asked for. Raises UserError: a mistake in it, or a file that it names is not there."""
+    run = resolve(__doc__, add_options=options, several=True)
     asked_tasks(run)
     parse_depths(run.options.ut_steps)
+    return run
 
 
-def command() -> Resolved:
-    return resolve(__doc__, add_options=options, several=True)
-
-
+ASKED: list[Resolved] = []  # read once: --config may be a pipe
 if __name__ == "__main__":
-    call(lambda: check_command(command()))  # tells a mistake before ten seconds of imports
+    call(lambda: ASKED.append(command()), last=False)  # tells a mistake before ten seconds of imports
 
 from ouro.data.formats import read_file
 from ouro.data.thai import reply_tokens
@@ -379,7 +378,7 @@ def print_results(run: Resolved, models: list[ModelUnderTest], tasks: list[Task]
 
 def main() -> None:
     try:
-        evaluate(command())
+        evaluate(ASKED.pop() if ASKED else command())
     except KeyboardInterrupt:
         print("\ninterrupted; the same command scores what is not there yet", file=sys.stderr)
         raise

@@ -21,7 +21,7 @@ from pathlib import Path
 from ouro.data.sources import check_places
 from ouro.evaluate.benchmarks import named, table
 from ouro.files import UserError, call, check_writable, explain, read_json, write_json
-from ouro.settings import Resolved, Settings, edited, resolve
+from ouro.settings import Resolved, Settings, resolve
 from ouro.train.time_limit import time_limit
 
 
@@ -36,17 +36,23 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_files(s: Settings) -> None:
-    """Raises UserError: a file that the settings name is not there, a table of rows cannot be read, or a folder not be
-    written."""
-    for name in ("output_dir", "cache_dir"):
-        check_writable(name, getattr(s, name))
+    """Raises UserError: a file that the settings name is not there, a table of rows cannot be read, or output_dir not
+    be written."""
+    check_writable("output_dir", s.output_dir)
     tasks = named(s.tasks, table()["tasks"], "task")
     check_places(s, tasks)  # of what is scored too: else evaluation would find out, after the training
 
 
-if __name__ == "__main__" and "RANK" not in os.environ:
-    # A mistake in the command is told before ten seconds of imports; of several processes one tells it, after them.
-    call(lambda: check_files(resolve(__doc__, add_options=options).settings))
+def command() -> Resolved:
+    """What is asked for. Raises UserError: a mistake in it, or as `check_files`."""
+    run = resolve(__doc__, add_options=options)
+    check_files(run.settings)
+    return run
+
+
+ASKED: list[Resolved] = []  # read once: --config may be a pipe
+if __name__ == "__main__" and "RANK" not in os.environ:  # where a launcher has set it, one process tells, after imports
+    call(lambda: ASKED.append(command()), last=False)  # tells a mistake before ten seconds of imports
 
 from ouro.data.batches import Rows
 from ouro.data.cache import NoSplit, prepare
@@ -156,10 +162,7 @@ def train(run: Resolved) -> Path:
         state = claim(folder, run)
         if state == "complete":
             print0(f"{folder} is complete already; --overwrite trains it again")
-            record = read_json(folder / "manifest.json")
-            if changed := edited(s, record):
-                raise UserError(f"{folder}: {changed}: put the old values back, or --overwrite trains it again")
-            if RANK == 0 and (changed := changed_inputs(record, inputs(s, report))):
+            if RANK == 0 and (changed := changed_inputs(read_json(folder / "manifest.json"), inputs(s, report))):
                 print0(f"  it was trained on {changed}")
             return folder
         begun = state != "new"
@@ -212,7 +215,7 @@ def main() -> None:
     processes.check_launcher()
     overwrite = False
     try:
-        run = resolve(__doc__, add_options=options)
+        run = ASKED.pop() if ASKED else resolve(__doc__, add_options=options)
         overwrite = run.options.overwrite
         train(run)
     except Stopped as stopped:

@@ -12,7 +12,8 @@ import sys
 import warnings
 
 if importlib.util.find_spec("numpy") is None:
-    sys.exit(f"error: {sys.executable} has none of the packages: `make env`, then `. .venv/bin/activate`")
+    print(f"error: {sys.executable} has none of the packages: `make env`, then `. .venv/bin/activate`", file=sys.stderr)
+    sys.exit(2)
 # torch and bitsandbytes each bring an OpenMP runtime whose idle threads spin for seconds and so starve the other's:
 # scoring in NF4 on two cores took 36-61 s instead of 9. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

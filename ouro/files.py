@@ -251,8 +251,9 @@ def parsed(text: str) -> object:
 
 def check_writable(setting: str, folder: str | Path) -> None:
     """Raises UserError: a folder that a setting names cannot be written, or not be made. Writes nothing."""
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+    path = Path(folder).absolute()
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{setting} = {folder}: nothing can be written to {there}: name another folder by --{setting}")
 
 
@@ -494,18 +495,20 @@ def explain(error: BaseException) -> int | None:
     return None
 
 
-def call(main: Callable[[], None]) -> None:
-    """Runs a script's main; a UserError, a full disk or a path that cannot be becomes one message and exit code 2."""
+def call(main: Callable[[], None], last: bool = True) -> None:
+    """Runs a script's main, or what comes before its other imports and so is not the `last` thing; a UserError, a full
+    disk or a path that cannot be becomes one message and exit code 2."""
     for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is None:  # closed by who started this, as some do for what runs by the clock
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if (stream := getattr(sys, name)) is None:  # closed by what started this, as some cron jobs do
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Thai letters shows \u0e01 for them
             stream.reconfigure(errors="backslashreplace")
     if REMOVED and (os.environ.get("RANK") or "0") == "0":
         print(f"not used, as settings alone decide what is computed: {', '.join(REMOVED)}", file=sys.stderr)
         REMOVED.clear()  # it is said once
-    gc.freeze()  # else each full collection would go through all that was imported, for 0.3 s
-    gc.set_threshold(*COLLECT_AT)
+    if last:
+        gc.freeze()  # else each full collection would go through all that was imported, for 0.3 s
+        gc.set_threshold(*COLLECT_AT)
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -20,9 +20,22 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from ouro.files import ROOT, Parser, UserError, call, nearest, one_line, place, read_yaml, regular, yaml_line
+from ouro.files import (
+    ROOT,
+    Parser,
+    UserError,
+    call,
+    nearest,
+    one_line,
+    place,
+    read_json,
+    read_yaml,
+    regular,
+    yaml_line,
+)
 
 REVISIONS = {  # the commits at which the published checkpoints are read
     "ByteDance/Ouro-2.6B": "1ed04250da1a9936042725d302e81c8fa2ab5abd",
@@ -321,28 +334,29 @@ def resolve(
 
 
 def recorded_settings(folder: Path) -> Settings:
-    """The settings in config.yaml of a run's folder. Raises UserError: it holds none, or one that cannot be."""
+    """The settings in config.yaml of a run's folder.
+    Raises UserError: it holds none, or one that cannot be; or it was edited after the run began."""
     recorded, origin = read_yaml(folder / "config.yaml"), f"{folder}/config.yaml"
     if not recorded:
         raise UserError(f"{origin} is empty: restore it from a copy, or train the run again with --overwrite")
-    return Settings(**{name: parse(name, value, origin) for name, value in recorded.items() if name in FIELDS})
-
-
-def begun_with(s: Settings) -> dict:
-    """For a run's manifest.json, the settings on which depends what is learnt, but for places: of what lies there the
-    manifest has hashes."""
-    return {name: getattr(s, name) for name in (*LEARNING, "seed") if name not in PLACES}
-
-
-def edited(s: Settings, manifest: dict) -> str:
-    """In words, how a run's config.yaml, read as `s`, differs from what `begun_with` wrote into its manifest.json."""
-    begun = manifest.get("settings")
+    s, begun = Settings(**{n: parse(n, value, origin) for n, value in recorded.items() if n in FIELDS}), None
+    with suppress(UserError):  # a manifest that is damaged, or not there yet, is others' to tell
+        begun = read_json(folder / "manifest.json").get("settings")
     told = [
-        f"{name} is {getattr(s, name)!r}, and was {value!r}"
+        f"{name} is {str(getattr(s, name))[:80]}, and was {str(value)[:80]}"
         for name, value in (begun.items() if isinstance(begun, dict) else ())
         if name in FIELDS and getattr(s, name) != value
     ]
-    return f"its config.yaml was changed after the run began: {'; '.join(told)}" if told else ""
+    if told:
+        remedy = "put the old values back, or train the run again (train_qlora.py --overwrite)"
+        raise UserError(f"{origin} was edited after the run began: {'; '.join(told)}: {remedy}")
+    return s
+
+
+def begun_with(s: Settings) -> dict:
+    """For a run's manifest.json, the settings that decide what is learnt, and to which part of the study it belongs.
+    Not the places: the manifest has hashes of what lies there."""
+    return {name: getattr(s, name) for name in (*LEARNING, "arm", "seed") if name not in PLACES}
 
 
 def runs_in(folder: Path) -> list[str]:

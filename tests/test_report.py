@@ -247,9 +247,6 @@ STALE = {  # what is done to a run's folder, by why its results do not count the
     "its trained_ut_steps is 4, and its run's config.yaml says": lambda run: set_config(run, total_ut_steps=2),
     "its dataset is wangchan, and its run's config.yaml says": lambda run: set_config(run, dataset="r1"),
     "its seed is 1, and its run's config.yaml says": lambda run: set_config(run, seed=7),
-    "after the run began: learning_rate is 0.0002, and was 0.001": lambda run: change(
-        run / "manifest.json", settings={"learning_rate": 0.001, "seed": 1}
-    ),
 }
 
 
@@ -261,6 +258,27 @@ def test_what_is_stale_unfinished_or_of_unknown_training_is_left_out(of_two_dept
     assert found[THAI_TEXT].seeds[4, 4] == [0, 2] and found[THAI_TEXT].seeds[1, 1] == [0, 1, 2]
     assert len(reader.left_out) == 4 and all(reason in why for _, why in reader.left_out)
     assert {Path(path).parent for path, _ in reader.left_out} == {tmp_path / "results/seed1/exp1-wangchan-ut4"}
+
+
+@pytest.mark.parametrize(
+    ("alter", "told"),
+    [
+        (
+            {},
+            "was edited after the run began: learning_rate is 0.0002, and was 0.001; arm is equal-tokens, and was rank",
+        ),
+        ({"learning_rate": "x"}, "learning_rate must be a number, got 'x'"),
+    ],
+)
+def test_a_run_whose_config_was_edited_does_not_count(of_two_depths, tmp_path, alter, told):
+    shutil.copytree(of_two_depths, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "output/seed1/exp1-wangchan-ut4"
+    set_config(run, **alter)
+    change(run / "manifest.json", settings={"learning_rate": 0.001, "seed": 1, "arm": "rank", "of_later_code": 3})
+    reader, found = read(tmp_path)
+    assert found[THAI_TEXT].seeds[4, 4] == [0, 2]
+    (why,) = (why for path, why in reader.left_out if path == str(run / "config.yaml"))
+    assert told in why
 
 
 def test_a_run_that_was_copied_to_another_seed_is_counted_once(of_two_depths, tmp_path):

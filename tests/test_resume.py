@@ -465,7 +465,7 @@ def test_a_run_that_another_command_would_spoil_is_refused_untouched(stopped, tm
 @pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.003), ("seed", 7)])
 def test_a_run_whose_config_was_edited_is_neither_continued_nor_used(whole, stopped, tmp_path, name, value):
     """Else it would go on as it had begun, or with other rows, and its record would be false."""
-    told = rf"config.yaml was changed after the run began: {name} is {value}, and was [\d.]+: put"
+    told = rf"config.yaml was edited after the run began: {name} is {value}, and was [\d.]+: put"
     for run in whole, stopped:
         run = copied(run, tmp_path / run.parent.name, **{name: value})
         before = contents(run)

@@ -139,7 +139,7 @@ def test_two_runs_are_compared_by_the_scores_of_what_stands_in_their_folders(tmp
     ):
         write_report(tmp_path, "--compare", "zz", two)
     (output / two / "final_adapter/adapter_model.safetensors").write_text("trained again")
-    with pytest.raises(UserError, match="of another adapter than its run's"):
+    with pytest.raises(UserError, match=f"results of '{two}' are of another adapter than its run's"):
         write_report(tmp_path, "--compare", one, two)
 
 

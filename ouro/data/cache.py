@@ -20,7 +20,7 @@ from ouro.data.report import BEYOND, Tally, data_report, print_report, refusals
 from ouro.data.sources import Source
 from ouro.data.thai import Overlap, trim
 from ouro.data.thoughts import tags
-from ouro.files import Progress, UserError, damage, remove_left, seal, unfinished, write_json
+from ouro.files import Progress, UserError, check_writable, damage, remove_left, seal, unfinished, write_json
 from ouro.settings import Settings
 
 import numpy as np
@@ -226,7 +226,7 @@ def cache_key(
     """All that the cached rows and their report depend on."""
     return {
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
-        "packages": {name: version(name) for name in ("transformers", "tokenizers", "pythainlp")},
+        "packages": {name: version(name) for name in ("transformers", "tokenizers", "pythainlp", "python-calamine")},
         "data": source.fingerprint(),
         "entry": source.entry,
         "split": split,
@@ -261,6 +261,7 @@ def prepare(
     if builder and cached:
         remove_left(folder)
     elif builder:
+        check_writable("cache_dir", s.cache_dir)
         build_cache(folder, source, split, s, tokenizer, items, budget, quiet)
     while not folder.exists():
         if not wait:

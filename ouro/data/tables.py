@@ -2,6 +2,7 @@
 type or a text in it that stands for more than any memory holds ends that process, and not the run."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -100,10 +101,11 @@ def read_rows(file: Path, columns: list[str], rows: int) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def workbook_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """The number and the texts of each row that has any, of the only sheet of an Excel workbook that has such rows.
-    Raises UserError: several sheets have rows, or none; a cell shows an error, or a number that has more digits than
-    are kept; it is no workbook; it unpacks to what no rows do."""
+def workbook_rows(file: Path) -> Iterator[tuple[int, list]]:
+    """The number of each row that has any text, and its cells as `as_text`, of the only sheet of an Excel workbook that
+    has such rows.
+    Raises UserError: several sheets have rows, or none; a cell shows an error; it is no workbook; it unpacks to what no
+    rows do."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum
 
     try:
@@ -119,7 +121,7 @@ def workbook_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
                     raise UserError(f"{file}: {where} shows an error of Excel's: mend it, or save it as CSV UTF-8")
         with CalamineWorkbook.from_path(file) as book:
             sheets = [sheet.name for sheet in book.sheets_metadata if sheet.typ == SheetTypeEnum.WorkSheet]
-            rows = {name: sheet_rows(book, name, file) for name in sheets}
+            rows = {name: sheet_rows(book, name) for name in sheets}
             full = {name: (first, rows[name]) for name in rows if (first := next(rows[name], None))}
             if len(full) != 1:
                 told = f"{len(full)} sheets hold rows ({', '.join(full)}), one must"
@@ -144,28 +146,26 @@ def first_error(packed: zipfile.ZipFile, part: zipfile.ZipInfo) -> str:
     return ""
 
 
-def sheet_rows(book: "CalamineWorkbook", name: str, file: Path) -> Iterator[tuple[int, list[str]]]:
+def sheet_rows(book: "CalamineWorkbook", name: str) -> Iterator[tuple[int, list]]:
     sheet = book.get_sheet_by_name(name)
-    left = sheet.start[1] if sheet.start else 0  # empty columns are left out, and empty rows not
+    left = sheet.start[1] if sheet.start else 0  # the rows are from row 1, their cells from the first column in use
     for number, row in enumerate(sheet.iter_rows(), 1):
         if any(cell != "" for cell in row):
-            where = f"{file}, row {number}"
-            yield number, [""] * left + [as_text(cell, where) for cell in row]
+            yield number, [""] * left + [as_text(cell) for cell in row]
 
 
-def as_text(cell, where: str) -> str:
+def as_text(cell) -> str | float:
+    """A cell's text; NaN where it is a number of more digits than Excel keeps, as those it had are not known."""
     if not isinstance(cell, float) or not cell.is_integer():
         return str(cell)
-    if abs(cell) >= 1 << 53:
-        raise UserError(f"{where}: a number of more digits than Excel keeps, {cell!r}: save it as text")
-    return str(int(cell))
+    return str(int(cell)) if abs(cell) < 1 << 53 else math.nan
 
 
 def count_workbook(file: Path, most: int, longest: int) -> int:
     """How many rows follow the first. Errors as `try_through`: a text that is there once may stand in all cells."""
     size = count = 0
     for number, cells in workbook_rows(file):
-        size += (row := sum(len(cell.encode(errors="replace")) for cell in cells))
+        size += (row := sum(len(str(cell).encode(errors="replace")) for cell in cells))
         count += 1
         if row > longest:
             raise UserError(f"{file}, row {number}: more than {longest >> 20} MiB: this is no file of rows")
@@ -277,6 +277,8 @@ def try_all(asked: Sequence[str]) -> None:
         how = last if done.returncode > 0 else f"reading it ends in {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGXCPU:
             how = "reading it takes much longer than a file of its size should; if it is meant, save it as JSON Lines"
+        elif last.startswith("ModuleNotFoundError"):
+            how = f"{last}: the packages are not those of requirements.txt: make env"
         elif any(word in said for word in ("MemoryError", "memory allocation of", "lost sys.stderr")):
             how = f"reading it takes more than {MEMORY >> 20} MiB; if it is meant, save it as JSON Lines"
         file = json.loads(asked[0])[0]

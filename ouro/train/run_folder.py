@@ -42,7 +42,7 @@ from ouro.files import (
     yaml_line,
 )
 from ouro.model.loading import frozen_kind, model_files
-from ouro.settings import FIELDS, Resolved, Settings, begun_with, edited, recorded_settings
+from ouro.settings import FIELDS, Resolved, Settings, begun_with, recorded_settings
 from ouro.train.processes import RANK, REQUEUED, WORLD_SIZE, print0
 
 import torch
@@ -96,7 +96,7 @@ def other_settings(folder: Path, run: Resolved) -> dict[str, tuple[object, objec
 def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings]:
     """The folder of a trained run, and the settings it was trained with. model_revision of a model on the Hub is the
     commit that was trained on.
-    Raises UserError: it is not trained yet; the message holds the command that trains it; or config.yaml was edited."""
+    Raises UserError: it is not trained yet (the message holds the command that trains it); as `recorded_settings`."""
     name = name or run.run
     folder = Path(run.settings.output_dir) / name
     if not (folder / "completed").exists():
@@ -111,11 +111,8 @@ def run_settings(run: Resolved, name: str | None = None) -> tuple[Path, Settings
         command += ("--output_dir", str(folder.parent)) if seed or run.origins["output_dir"] == "command line" else ()
         raise UserError(f"{name} {state}: no {folder / 'completed'}", f"train it: {' '.join(map(quoted, command))}")
     trained = recorded_settings(folder)
-    record = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    if changed := edited(trained, record):
-        raise UserError(f"{folder}: {changed}: put the old values back, or {RETRAIN}")
-    if trained.model_revision is None:  # the main branch may have moved since
-        trained.model_revision = record.get("model_files", {}).get("commit")
+    if trained.model_revision is None and (folder / "manifest.json").exists():  # the main branch may have moved since
+        trained.model_revision = read_json(folder / "manifest.json").get("model_files", {}).get("commit")
     return folder, trained
 
 
@@ -382,8 +379,8 @@ def changed_inputs(record: dict, found: dict) -> str:
 def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
     """Cuts metrics.jsonl back to what it was when the checkpoint was saved, and adds to manifest.json that the run was
     continued.
-    Raises UserError: model, data, tokenizer or settings are not what the run began with, manifest or log are damaged,
-    or the log is not the one that the checkpoint was saved with."""
+    Raises UserError: model, data or tokenizer are not those that the run began with, manifest or log are damaged, or
+    the log is not the one that the checkpoint was saved with."""
     folder, step = checkpoint.parent, step_of(checkpoint)
     advice = "put back what was there, use another --output_dir, or --overwrite to delete that run"
     found = inputs(s, report)
@@ -398,8 +395,6 @@ def continue_from(checkpoint: Path, s: Settings, report: dict) -> None:
         raise UserError(*error.args, advice) from None
     if changed := changed_inputs(record, found):
         raise UserError(f"{folder} began with {changed}: {advice}")
-    if changed := edited(s, record):
-        raise UserError(f"{folder}: {changed}: {advice}")
     print0(f"continuing from {checkpoint}")
     if progress["processes"] != WORLD_SIZE:
         print0(

@@ -24,11 +24,15 @@ def chosen(reader: Reader, name: str) -> dict[str, Result]:
         known = ", ".join(sorted({r.study["run"] for r in reader.results})) or "none"
         left_out = [f"{file}: {why}" for file, why in reader.left_out if f"/{run}/" in Path(file).as_posix()]
         raise UserError(f"no results of {run!r}; runs with results: {known}", *left_out[:3])
-    for result in mine:
-        if run in reader.runs and (why := reader.runs[run].disowns(result.study)):
-            raise UserError(f"{result.path} is {why}")
     own = mine[0].trained or max(r.study["total_ut_steps"] for r in mine)
-    return {r.study["task"]: r for r in mine if r.study["total_ut_steps"] == (int(depth) if colon else own)}
+    found = {r.study["task"]: r for r in mine if r.study["total_ut_steps"] == (int(depth) if colon else own)}
+    if run in reader.runs:
+        why = {task: told for task, r in found.items() if (told := reader.runs[run].disowns(r.study))}
+        reader.left_out += [(str(found[task].path), told) for task, told in why.items()]
+        found = {task: r for task, r in found.items() if task not in why}
+        if why and not found:
+            raise UserError(f"results of {name!r} are {next(iter(why.values()))}")
+    return found
 
 
 def said(item: dict) -> str:

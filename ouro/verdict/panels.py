@@ -158,7 +158,7 @@ def why_not(result: Result, runs: dict[str, Run], declared: dict[str, object], r
         return f"its run is not complete ({run.state})"
     if not run.config or not run.data:
         return "how it was trained is not known: its folder has no config.yaml or no data_report.json that can be read"
-    if why := run.disowns(result.study) or run.edited:
+    if why := run.disowns(result.study):
         return why
     for name, setting in HEADER.items():
         if str(said := result.study.get(name)) != str(true := run.config.get(setting)):

@@ -21,7 +21,7 @@ from typing import Any
 
 from ouro.evaluate.results import FORMAT
 from ouro.files import WHOLE, UserError, file_sha256, read_json, read_yaml, regular
-from ouro.settings import ARMS, edited, recorded_settings
+from ouro.settings import ARMS, recorded_settings
 
 import numpy as np
 
@@ -67,12 +67,14 @@ METRICS = {
     "accuracy": Metric("accuracy, %", 100, 1, "points", 1, 0.03),
     "rating": Metric("rating, 1 to 10", 1, 2, "rating points", 2, 0.3),
 }
-# Of the block "study" of a result: keys that it must have, which may be null, and what others are where they are there.
-NEEDED = dict.fromkeys(("model", "precision", "metric", "protocol", "split", "prompt_sha256", "run", "kind", "task",
+# Of the block "study" of a result: NEEDED, the keys that must be there, and their types; NULLABLE, those that must be
+# there, and may be null; IF_THERE, the types of others and of these, where they are not null.
+NEEDED = dict.fromkeys(("model", "precision", "metric", "protocol", "prompt_sha256", "run", "kind", "task",
                         "aspect"), str) | {"total_ut_steps": int, "higher_is_better": bool}  # fmt: skip
-NULLABLE = ("model_revision", "benchmark_revision", "limit", "judge")
-KINDS = {
-    **dict.fromkeys(("experiment", "arm", "dataset", "language", "loss", "mean", "benchmark", "part"), str),
+NULLABLE = ("model_revision", "benchmark_revision", "split", "limit", "judge")
+TEXT = ("model_revision", "split", "experiment", "arm", "dataset", "language", "loss", "mean", "benchmark", "part")
+IF_THERE = {
+    **dict.fromkeys(TEXT, str),
     **dict.fromkeys(("chance", "macro", "majority", "thai_share", "inference_flops_per_token"), int | float),
     **dict.fromkeys(("seed", "trained_ut_steps", "unparsed", "items"), int),
     **dict.fromkeys(("published", "ci95"), list),
@@ -95,7 +97,6 @@ class Run:
     log: dict[str, np.ndarray]
     held_out: list[float]  # the last held-out losses, by depth
     completed: bool
-    edited: str = ""  # how config.yaml differs from what the run began with
 
     @property
     def state(self) -> str:
@@ -115,7 +116,8 @@ class Run:
         return {key: file_sha256(self.folder / file) for key, file in files.items() if (self.folder / file).is_file()}
 
     def disowns(self, study: dict) -> str:
-        """Why a result that names this run is not of what stands in its folder; "" if it is."""
+        """Why a result that names this run was made from another adapter or data report than its folder holds; "" if
+        it was not."""
         for key, mine in self.hashes.items():
             if (other := study.get(key)) != mine:
                 what = "adapter" if key.startswith("adapter") else "data report"
@@ -202,25 +204,26 @@ def check_kinds(study: dict) -> None:
     """Raises ValueError or KeyError: the block "study" of a result lacks a key, or has one that nobody could show."""
     for key in (*NEEDED, *NULLABLE):
         study[key]  # a missing one is named by the KeyError
-    present = {key: kind for key, kind in KINDS.items() if study.get(key) is not None}
+    present = {key: kind for key, kind in IF_THERE.items() if study.get(key) is not None}
     for key, kind in (NEEDED | present).items():
         if not isinstance(study[key], kind):
             raise ValueError(f"{key} is {str(study[key])[:80]!r}")
     low, high = study.get("ci95") or (0.0, 0.0)
     numbers = [low, high, *(row["value"] for row in study.get("published") or ())]
-    names = ("benchmark", "protocol", "source", "mean")
-    texts = [row.get(name, "") for row in study.get("published") or () for name in names]
+    texts = [row["benchmark"] for row in study.get("published") or ()]
+    texts += [row.get(key, "") for row in study.get("published") or () for key in ("protocol", "source", "mean")]
     if not all(isinstance(number, int | float) for number in numbers) or not all(isinstance(t, str) for t in texts):
         raise ValueError("ci95 or published holds what is no number, or no text")
 
 
 def read_config(path: Path) -> dict:
-    """config.yaml of a run. Raises ValueError: a depth or an arm that no run has."""
+    """config.yaml of a run. Raises ValueError: a depth or an arm that no run has; UserError: as `recorded_settings`."""
     config = read_yaml(path)
     if not isinstance(config.get("total_ut_steps", 1), int):
         raise ValueError("total_ut_steps is not a whole number")
     if config.get("arm", ARMS[0]) not in ARMS:
         raise ValueError(f"arm {config['arm']!r} is unknown")
+    recorded_settings(path.parent)
     return config
 
 
@@ -259,7 +262,7 @@ class Reader:
             return read(path)
         except KeyError as error:
             self.left_out.append((str(path), f"has no {error}"))
-        except (OSError, UserError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, UserError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             self.left_out.append((str(path), f"cannot be used: {error}"))
         return otherwise
 
@@ -306,10 +309,7 @@ class Reader:
             log, held_out = nothing
         settings = self.attempt(config, read_config, {})
         manifest, data = (self.attempt(folder / f"{file}.json", read_json, {}) for file in ("manifest", "data_report"))
-        since = ""
-        if "settings" in manifest:
-            since = self.attempt(config, lambda path: edited(recorded_settings(path.parent), manifest), "")
-        return Run(name, folder, settings, manifest, data, log, held_out, done.exists(), since)
+        return Run(name, folder, settings, manifest, data, log, held_out, done.exists())
 
     def result(self, path: Path) -> Result | None:
         """The result in a file and in the file of its items; None if it is of replies that are not rated yet.
@@ -319,8 +319,9 @@ class Reader:
             raise ValueError(f"format {study.get('format')!r}, and this program reads {FORMAT}; evaluate again")
         check_kinds(study)
         there = path.parent.relative_to(self.root).as_posix()
-        if study["run"] != there:  # a copy, or a folder of before a run was trained again
-            raise ValueError(f"its scores are of the run {study['run']!r}, and it stands in the folder of {there!r}")
+        if study["run"] != there:  # a copied folder, or one renamed before the run was trained again
+            raise ValueError(f"its scores are of the run {study['run']!r}, and it stands in the folder of {there!r}: "
+                             "rename the folder back, or evaluate with --again")  # fmt: skip
         if study["metric"] not in METRICS or study["aspect"] not in ASPECTS:
             raise ValueError(f"metric {study['metric']!r} or aspect {study['aspect']!r} is unknown")
         items_file = path.with_suffix(".items.jsonl")
@@ -340,7 +341,8 @@ class Reader:
         above, below = np.array(pairs, float).reshape(-1, 2).T
         with np.errstate(invalid="ignore"):
             mean = above.sum() / below.sum()
-        if not abs(mean - study["value"]) <= 1e-3 * max(1, abs(study["value"])):  # `not <=` also refuses nan
+        value = study["value"]
+        if not math.isfinite(mean) or not abs(mean - value) <= 1e-3 * max(1, abs(value)):  # `not <=` also refuses nan
             raise ValueError(f"the items give {mean:.4f}, the file says {study['value']:.4f}")
         if study["kind"] == "adapter" and not isinstance(study["trained_ut_steps"], int):
             raise ValueError("the depth that it was trained at is not a whole number")
