@@ -18,7 +18,7 @@ from ouro import files
 from ouro.files import UserError, damage, file_sha256, seal
 from ouro.model.loading import load_ouro, load_run_model, read_config
 from ouro.model.modeling_ouro import PROJECTIONS
-from ouro.settings import REVISIONS, Settings, begun_with, recorded_settings
+from ouro.settings import REVISIONS, Settings, begun_with
 from tools import export as exporting
 from tools.card import TRIED, WHEEL, metadata
 from tools.export import merge_adapter, merged_model
@@ -79,7 +79,7 @@ def changed(folder: Path, **changes) -> dict:
     """The run's settings, with these changes, which are written, as if it had begun with them."""
     config = files.read_yaml(folder / "config.yaml") | changes
     (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"settings": begun_with(recorded_settings(folder))}
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"settings": begun_with(Settings(**config))}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return config
 

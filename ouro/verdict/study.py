@@ -217,13 +217,12 @@ def check_kinds(study: dict) -> None:
 
 
 def read_config(path: Path) -> dict:
-    """config.yaml of a run. Raises ValueError: a depth or an arm that no run has; UserError: as `recorded_settings`."""
+    """config.yaml of a run. Raises ValueError: a depth or an arm that no run has."""
     config = read_yaml(path)
     if not isinstance(config.get("total_ut_steps", 1), int):
         raise ValueError("total_ut_steps is not a whole number")
     if config.get("arm", ARMS[0]) not in ARMS:
         raise ValueError(f"arm {config['arm']!r} is unknown")
-    recorded_settings(path.parent)
     return config
 
 
@@ -309,6 +308,8 @@ class Reader:
             log, held_out = nothing
         settings = self.attempt(config, read_config, {})
         manifest, data = (self.attempt(folder / f"{file}.json", read_json, {}) for file in ("manifest", "data_report"))
+        if settings and "settings" in manifest and not self.attempt(config, lambda _: recorded_settings(folder), None):
+            settings = {}  # edited since
         return Run(name, folder, settings, manifest, data, log, held_out, done.exists())
 
     def result(self, path: Path) -> Result | None:
