@@ -123,7 +123,7 @@ def cluster(tmp_path_factory):
 @pytest.mark.slow
 def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     submitted = undisturbed, requeued, killed = STUDY[1:]
-    arguments = f"ARGS={SMALL} --max_steps 16 --save_steps 4"
+    arguments = f"ARGS={SMALL} --max_steps 32 --save_steps 4"
     sweep = ["cluster-sweep", "GPUS=1", arguments, f"EXPS={' '.join(submitted)}"]
     jobs = table(cluster.make(*sweep))
     for exp in submitted:
@@ -149,10 +149,10 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
 
     cluster.wait(disturbed)
     run = cluster.output / killed
-    assert not (run / "completed").exists() and 5 <= cluster.steps(killed) < 16
+    assert not (run / "completed").exists() and 5 <= cluster.steps(killed) < 32
     cluster.wait(lambda: re.search(rf"{killed} +\d+ failed", cluster.make("status")))
     told = cluster.make("status")
-    assert re.search(rf"{killed} +\d+ failed +\d+/16 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
+    assert re.search(rf"{killed} +\d+ failed +\d+/32 .*\n    job \d+: .*\n    then: make cluster-sweep again", told)
     again = table(cluster.make(*sweep))
     assert re.fullmatch(r"- 1 24:00:00 0\.0 resumes at step \d+", again[killed][1]), "its rows are in the cache now"
     assert [exp for exp in submitted if again[exp][1].endswith(("left alone", "skipped"))] == [undisturbed, requeued]
@@ -163,7 +163,7 @@ def test_a_sweep_ends_in_the_same_bytes_whatever_happens_to_its_jobs(cluster):
     first = runs[0]
     for run, folder in zip(runs, scores, strict=True):
         assert (run / "completed").read_bytes() == (first / "completed").read_bytes()
-        assert repeatable(run) == repeatable(first) and len(metrics(run)) == 16
+        assert repeatable(run) == repeatable(first) and len(metrics(run)) == 32
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (run / "final_adapter" / name).read_bytes() == (first / "final_adapter" / name).read_bytes()
         for depth in (1, 2, 3, 4):
